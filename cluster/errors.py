@@ -1,0 +1,185 @@
+"""Every error that can end a request or stop a start, as one tree.
+
+    ServingError
+    |- InvalidRequest            400 invalid_value
+    |  |- ContextLengthExceeded  400 context_length_exceeded
+    |  |- Unsupported            400 unsupported
+    |  |- ModelNotFound          404 model_not_found
+    |  |- RouteNotFound          404 not_found
+    |  `- RequestTooLarge        413 request_too_large
+    |- AuthenticationFailed      401 invalid_api_key
+    |- PermissionDenied          403 permission_denied
+    |- RateLimited               429 rate_limit_exceeded
+    |- Overloaded                503 overloaded
+    |- NodeUnavailable           503 no_capacity
+    |  `- NodeLost               503 node_lost
+    |- TransferError             503 kv_load_failed
+    |  |- HandshakeMismatch      503 kv_load_failed
+    |  |- TransferFailed         503 kv_load_failed
+    |  `- LeaseExpired           503 kv_load_failed
+    |- DeadlineExceeded          504 deadline_exceeded
+    |- Cancelled                 499 cancelled
+    |- ConfigError               a configuration that cannot work, before serving
+    `- InternalError             500 internal
+
+Each class carries what every edge needs, so each edge translates once: `code` (the string
+clients match and the metric label), `http_status`, `grpc_code` (name in `grpc.StatusCode`),
+`openai_type` and `retryable`. The message is written for the person who sees it and never
+holds addresses, paths of the host or a traceback.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class ServingError(Exception):
+    """Base of all typed errors. `retry_after_seconds` is sent as `Retry-After` when set."""
+
+    code: ClassVar[str] = "internal"
+    http_status: ClassVar[int] = 500
+    grpc_code: ClassVar[str] = "INTERNAL"
+    openai_type: ClassVar[str] = "server_error"
+    retryable: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        param: str | None = None,
+        reason: str | None = None,
+        retry_after_seconds: float | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.reason = reason
+        self.retry_after_seconds = retry_after_seconds
+
+
+class InvalidRequest(ServingError):
+    code = "invalid_value"
+    http_status = 400
+    grpc_code = "INVALID_ARGUMENT"
+    openai_type = "invalid_request_error"
+
+
+class ContextLengthExceeded(InvalidRequest):
+    code = "context_length_exceeded"
+
+
+class Unsupported(InvalidRequest):
+    code = "unsupported"
+
+
+class ModelNotFound(InvalidRequest):
+    code = "model_not_found"
+    http_status = 404
+    grpc_code = "NOT_FOUND"
+    openai_type = "not_found_error"
+
+
+class RouteNotFound(InvalidRequest):
+    code = "not_found"
+    http_status = 404
+    grpc_code = "NOT_FOUND"
+    openai_type = "not_found_error"
+
+
+class RequestTooLarge(InvalidRequest):
+    code = "request_too_large"
+    http_status = 413
+
+
+class AuthenticationFailed(ServingError):
+    code = "invalid_api_key"
+    http_status = 401
+    grpc_code = "UNAUTHENTICATED"
+    openai_type = "authentication_error"
+
+
+class PermissionDenied(ServingError):
+    code = "permission_denied"
+    http_status = 403
+    grpc_code = "PERMISSION_DENIED"
+    openai_type = "permission_error"
+
+
+class RateLimited(ServingError):
+    code = "rate_limit_exceeded"
+    http_status = 429
+    grpc_code = "RESOURCE_EXHAUSTED"
+    openai_type = "rate_limit_error"
+    retryable = True
+
+
+class Overloaded(ServingError):
+    code = "overloaded"
+    http_status = 503
+    grpc_code = "RESOURCE_EXHAUSTED"
+    retryable = True
+
+
+class NodeUnavailable(ServingError):
+    code = "no_capacity"
+    http_status = 503
+    grpc_code = "UNAVAILABLE"
+    retryable = True
+
+
+class NodeLost(NodeUnavailable):
+    code = "node_lost"
+
+
+class TransferError(ServingError):
+    code = "kv_load_failed"
+    http_status = 503
+    grpc_code = "UNAVAILABLE"
+    retryable = True
+
+
+class HandshakeMismatch(TransferError):
+    """The two nodes differ in model, KV layout, dtype or protocol version."""
+
+
+class TransferFailed(TransferError):
+    """KV did not arrive, or arrived wrong. `reason` names the cause."""
+
+
+class LeaseExpired(TransferError):
+    """The blocks were released because their lease was not renewed."""
+
+
+class DeadlineExceeded(ServingError):
+    code = "deadline_exceeded"
+    http_status = 504
+    grpc_code = "DEADLINE_EXCEEDED"
+    retryable = True
+
+
+class Cancelled(ServingError):
+    code = "cancelled"
+    http_status = 499
+    grpc_code = "CANCELLED"
+
+
+class ConfigError(ServingError):
+    """Raised before serving; the command line prints its message and exits with 3."""
+
+    code = "config"
+    grpc_code = "FAILED_PRECONDITION"
+
+
+class InternalError(ServingError):
+    code = "internal"
+
+
+def error_classes() -> list[type[ServingError]]:
+    """Every class of the tree, parents before children."""
+    found: list[type[ServingError]] = []
+    pending: list[type[ServingError]] = [ServingError]
+    while pending:
+        cls = pending.pop(0)
+        found.append(cls)
+        pending.extend(cls.__subclasses__())
+    return found
