@@ -1,0 +1,193 @@
+"""The thread that owns one engine.
+
+Life of the thread
+    1. `start()` begins it. From here only this thread touches the engine, its scheduler and
+       its block manager; everyone else speaks to it through `call`.
+    2. Commands given to `call` run between steps, in the order they were given.
+    3. While the scheduler has work: decide, step, settle. The observer hears of a decision
+       before it runs and of its output after, both on this thread.
+    4. A step that raises ends the sequences of that step with `InternalError`; the others go
+       on. After `MAX_FAILED_STEPS` in a row the engine is beyond help: `on_fatal` is called
+       and the thread ends.
+    5. `stop()` ends it after the step that runs. Commands still queued are cancelled.
+
+The loop knows no role: what it drives is any `Scheduler`, who listens is any `Observer`.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol, TypeVar
+
+from cluster.errors import InternalError
+from cluster.request import FinishReason, TokenDelta
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence as SequenceOf
+
+    from engine.engine import StepOutput
+    from engine.schedule import ScheduleDecision
+    from engine.sequence import Sequence
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+MAX_FAILED_STEPS = 3
+BLOCKED_WAIT_SECONDS = 0.01
+
+
+class Stepper(Protocol):
+    """What the loop needs of an engine."""
+
+    def step(self, decision: ScheduleDecision) -> StepOutput: ...
+
+
+class Scheduler(Protocol):
+    """Decides which sequences run next. Called on the loop's thread only."""
+
+    def add(self, sequence: Sequence) -> None: ...
+    def abort(self, sequence_id: str) -> Sequence | None: ...
+    def schedule(self) -> ScheduleDecision: ...
+    def update(self, output: StepOutput) -> list[Sequence]: ...
+    def has_work(self) -> bool: ...
+
+
+class Observer(Protocol):
+    """Hears of each step on the loop's thread; must not block."""
+
+    def before_step(self, decision: ScheduleDecision) -> None: ...
+    def after_step(self, decision: ScheduleDecision, output: StepOutput) -> None: ...
+    def settled(self, deltas: SequenceOf[TokenDelta]) -> None: ...
+
+
+@dataclass(slots=True)
+class _Command:
+    run: Callable[[], object]
+    future: Future[object]
+
+
+class EngineLoop:
+    """Drives one engine on one thread. See the module for its life."""
+
+    def __init__(
+        self,
+        engine: Stepper,
+        scheduler: Scheduler,
+        observer: Observer,
+        *,
+        on_fatal: Callable[[BaseException], None],
+        on_idle: Callable[[], None] | None = None,
+    ) -> None:
+        self._engine = engine
+        self._scheduler = scheduler
+        self._observer = observer
+        self._on_fatal = on_fatal
+        self._on_idle = on_idle
+        self._commands: queue.SimpleQueue[_Command | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._stopping = False
+        self._num_failed_steps = 0
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self, timeout_seconds: float = 10.0) -> None:
+        self._commands.put(None)
+        if self._thread.is_alive():
+            self._thread.join(timeout_seconds)
+        self._cancel_queued()
+
+    def call(self, run: Callable[[], T]) -> Future[T]:
+        """Run `run` on the engine's thread between two steps; its result or error is the future's."""
+        future: Future[T] = Future()
+        self._commands.put(_Command(run, future))  # type: ignore[arg-type]
+        return future
+
+    def _run(self) -> None:
+        try:
+            while not self._stopping:
+                self._run_commands()
+                if self._scheduler.has_work() and not self._stopping:
+                    self._step()
+        except BaseException as error:  # top of the thread: say it, then end
+            logger.exception("the engine thread ended")
+            self._on_fatal(error)
+
+    def _run_commands(self) -> None:
+        """Run what is queued; wait for a command when there is nothing to step."""
+        if not self._scheduler.has_work():
+            if self._on_idle is not None:
+                self._on_idle()
+            self._execute(self._commands.get())
+        while not self._stopping:
+            try:
+                command = self._commands.get_nowait()
+            except queue.Empty:
+                return
+            self._execute(command)
+
+    def _execute(self, command: _Command | None) -> None:
+        if command is None:
+            self._stopping = True
+            return
+        if not command.future.set_running_or_notify_cancel():
+            return
+        try:
+            command.future.set_result(command.run())
+        except Exception as error:  # the caller's, not the thread's
+            command.future.set_exception(error)
+
+    def _step(self) -> None:
+        decision = self._scheduler.schedule()
+        if not decision.chunks:
+            self._wait_for_blocks()
+            return
+        self._observer.before_step(decision)
+        try:
+            output = self._engine.step(decision)
+        except Exception as error:  # one bad step must not end the node
+            self._fail_step(decision, error)
+            return
+        self._num_failed_steps = 0
+        self._observer.after_step(decision, output)
+        self._scheduler.update(output)
+        self._observer.settled(output.deltas)
+
+    def _wait_for_blocks(self) -> None:
+        """Everything waits for blocks that a command will free: do not spin meanwhile."""
+        try:
+            self._execute(self._commands.get(timeout=BLOCKED_WAIT_SECONDS))
+        except queue.Empty:
+            return
+
+    def _fail_step(self, decision: ScheduleDecision, error: Exception) -> None:
+        self._num_failed_steps += 1
+        logger.error("step failed (%d in a row)", self._num_failed_steps, exc_info=error)
+        failed = []
+        for chunk in decision.chunks:
+            sequence_id = chunk.sequence.sequence_id
+            self._scheduler.abort(sequence_id)
+            failed.append(
+                TokenDelta(sequence_id=sequence_id, error=InternalError("The model step failed."))
+            )
+        self._observer.settled(failed)
+        if self._num_failed_steps >= MAX_FAILED_STEPS:
+            raise error
+
+    def _cancel_queued(self) -> None:
+        while True:
+            try:
+                command = self._commands.get_nowait()
+            except queue.Empty:
+                return
+            if command is not None:
+                command.future.cancel()
+
+
+def abort_delta(sequence_id: str) -> TokenDelta:
+    """The last delta of a sequence that its client no longer wants."""
+    return TokenDelta(sequence_id=sequence_id, finish_reason=FinishReason.ABORT)
