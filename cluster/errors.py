@@ -19,7 +19,8 @@
     |  `- LeaseExpired           503 kv_load_failed
     |- DeadlineExceeded          504 deadline_exceeded
     |- Cancelled                 499 cancelled
-    |- ConfigError               a configuration that cannot work, before serving
+    |- ConfigError               a configuration that cannot work, before serving; exit 3
+    |  `- UsageError             a mistake on the command line; exit 2
     `- InternalError             500 internal
 
 Each class carries what every edge needs, so each edge translates once: `code` (the string
@@ -164,10 +165,17 @@ class Cancelled(ServingError):
 
 
 class ConfigError(ServingError):
-    """Raised before serving; the command line prints its message and exits with 3."""
+    """Raised before serving; the command line prints its message and exits with `exit_code`."""
 
     code = "config"
     grpc_code = "FAILED_PRECONDITION"
+    exit_code: ClassVar[int] = 3
+
+
+class UsageError(ConfigError):
+    """A flag or argument that cannot be understood."""
+
+    exit_code = 2
 
 
 class InternalError(ServingError):

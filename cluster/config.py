@@ -1,0 +1,291 @@
+"""One configuration for a program, from flags, environment, file and defaults.
+
+1. A program names its section dataclasses (fields made by `option`).
+2. `load_config` reads the command line, `BATON_*` variables and the YAML file of `--config`.
+3. pydantic-settings layers them (flag > environment > file > preset > default) and converts
+   every value to its field's type; whatever is wrong is one line naming the flag and where
+   the value came from.
+4. The sections are built as plain frozen dataclasses; their `__post_init__` may refuse, by
+   raising `ConfigError(..., param="field_name")`.
+
+`UsageError` (exit 2) is a mistake on the command line, `ConfigError` (exit 3) any other.
+"""
+
+from __future__ import annotations
+
+import enum
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar, cast
+
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, ValidationError, create_model
+from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource
+
+from cluster.config_sources import (
+    CONFIG_VARIABLE,
+    Source,
+    read_command_line,
+    read_environment,
+    read_file,
+)
+from cluster.errors import ConfigError, UsageError
+from cluster.options import Option, option, options_of, section_name
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+__all__ = ["LoadedConfig", "Presets", "load_config", "option", "render_config", "to_environment"]
+
+S = TypeVar("S")
+
+# option name -> its value -> values of other options, e.g. rows of --performance-mode.
+Presets = Mapping[str, Mapping[str, Mapping[str, object]]]
+
+_DEFAULT = "default"
+_REDACTED = "[redacted]"
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedConfig:
+    """The sections of one program. `origins[name]` says in words where each value came from."""
+
+    program: str
+    sections: Mapping[type, Any]
+    options: tuple[Option, ...]
+    origins: Mapping[str, str]
+    show_config: bool = False
+
+    def __getitem__(self, section: type[S]) -> S:
+        return cast("S", self.sections[section])
+
+    def value(self, name: str) -> Any:
+        """The value of one option, by field name."""
+        for each in self.options:
+            if each.name == name:
+                return getattr(self.sections[each.section], name)
+        raise KeyError(name)
+
+    def is_explicit(self, name: str) -> bool:
+        """True when a person set it: by flag, environment or file."""
+        return self.origins[name].split(" ", 1)[0] in ("flag", "argument", "environment", "file")
+
+
+def load_config(
+    program: str,
+    sections: Sequence[type],
+    argv: Sequence[str],
+    env: Mapping[str, str],
+    *,
+    positional: str | None = None,
+    presets: Presets | None = None,
+    description: str | None = None,
+) -> LoadedConfig:
+    """Build the sections of `program`; raises `UsageError` or `ConfigError`.
+
+    `positional` names the option that may also be given as a bare argument. When
+    `show_config` of the result is set, the caller prints `render_config` and exits with 0.
+    """
+    options = _flatten(sections)
+    line = read_command_line(program, options, argv, positional=positional, description=description)
+    config_path = line.config_path or env.get(CONFIG_VARIABLE) or None
+    sources = [line.source, read_environment(options, env)]
+    if config_path is not None:
+        sources.append(read_file(config_path, options))
+    sources.append(_preset_source(options, sources, presets or {}))
+    origins = {o.name: _origin_of(o.name, sources) for o in options}
+    values = _validate(options, sources, origins)
+    built = {section: _build(section, options, values, origins) for section in sections}
+    return LoadedConfig(program, built, tuple(options), origins, line.show_config)
+
+
+def render_config(loaded: LoadedConfig) -> str:
+    """The text of `--show-config`: valid YAML, each value with its origin as a comment."""
+    lines: list[str] = []
+    for section in loaded.sections:
+        lines.append(f"{section_name(section)}:")
+        rows = [
+            (_row(o, loaded.value(o.name)), loaded.origins[o.name])
+            for o in loaded.options
+            if o.section is section
+        ]
+        width = min(max((len(text) for text, _ in rows), default=0), 60)
+        lines += [f"{text:<{width}}  # {origin}" for text, origin in rows]
+    return "\n".join(lines) + "\n"
+
+
+def to_environment(*sections: object) -> dict[str, str]:
+    """Section instances as `BATON_*` variables that `load_config` reads back to equal ones.
+
+    For a program that starts others: secrets travel in the environment, never in arguments.
+    None and empty lists are left out, being what an unset variable means.
+    """
+    variables: dict[str, str] = {}
+    for section in sections:
+        for each in options_of(type(section)):
+            value = getattr(section, each.name)
+            if value in (None, (), ""):
+                continue
+            plain = _plain(value)
+            is_text = isinstance(plain, str)
+            variables[each.variable] = plain if is_text else json.dumps(plain)
+    return variables
+
+
+def _flatten(sections: Sequence[type]) -> list[Option]:
+    options: list[Option] = []
+    owners: dict[str, type] = {}
+    for section in sections:
+        for each in options_of(section):
+            if each.name in owners:
+                raise TypeError(
+                    f"Option {each.name!r} is in {owners[each.name].__name__} and in "
+                    f"{section.__name__}."
+                )
+            owners[each.name] = section
+            options.append(each)
+    return options
+
+
+def _preset_source(
+    options: Sequence[Option], sources: Sequence[Source], presets: Presets
+) -> Source:
+    result = Source()
+    known = {o.name: o for o in options}
+    for selector, rows in presets.items():
+        chosen = next(
+            (s.values[selector] for s in sources if selector in s.values), known[selector].default
+        )
+        for name, value in rows.get(str(_plain(chosen)), {}).items():
+            if name not in known:
+                raise TypeError(f"Preset {selector}={chosen} sets the unknown option {name!r}.")
+            result.values[name] = value
+            result.origins[name] = f"preset {selector.replace('_', '-')} {chosen}"
+    return result
+
+
+def _origin_of(name: str, sources: Sequence[Source]) -> str:
+    return next((s.origins[name] for s in sources if name in s.values), _DEFAULT)
+
+
+def _validate(
+    options: Sequence[Option], sources: Sequence[Source], origins: Mapping[str, str]
+) -> dict[str, Any]:
+    class Layered(BaseSettings):
+        model_config = ConfigDict(  # type: ignore[assignment]
+            extra="forbid", protected_namespaces=(), allow_inf_nan=False
+        )
+
+        @classmethod
+        def settings_customise_sources(
+            cls, settings_cls: type[BaseSettings], *_: Any, **__: Any
+        ) -> tuple[PydanticBaseSettingsSource, ...]:
+            return tuple(InitSettingsSource(settings_cls, s.values) for s in sources)
+
+    fields: dict[str, Any] = {
+        o.name: (_checked_type(o), ... if o.is_required else o.default) for o in options
+    }
+    model = create_model("Settings", __base__=Layered, **fields)
+    try:
+        settings = model()
+    except ValidationError as error:
+        _refuse_value(error, {o.name: o for o in options}, origins)
+    return {o.name: getattr(settings, o.name) for o in options}
+
+
+def _checked_type(each: Option) -> Any:
+    checks: list[Any] = [BeforeValidator(_input_rule(each))]
+    if each.choices is not None:
+        checks.append(AfterValidator(_choice_rule(each)))
+    result = each.type
+    for check in checks:
+        result = Annotated[result, check]
+    return result
+
+
+def _input_rule(each: Option) -> Callable[[Any], Any]:
+    """What pydantic alone would let through: a YAML `true` for a number, one word for a list."""
+    accepts_bool = each.is_bool
+
+    def rule(value: Any) -> Any:
+        if isinstance(value, bool) and not accepts_bool:
+            raise ValueError("a boolean does not fit here")
+        if accepts_bool and isinstance(value, int) and not isinstance(value, bool):
+            raise ValueError("must be true or false")
+        if each.is_optional and isinstance(value, str) and value.lower() in ("none", "null"):
+            return None
+        if each.is_list and isinstance(value, (str, int, float)):
+            return (value,)
+        return value
+
+    return rule
+
+
+def _choice_rule(each: Option) -> Callable[[Any], Any]:
+    allowed = each.choices or ()
+
+    def rule(value: Any) -> Any:
+        for item in value if each.is_list else (value,):
+            if item is not None and item not in allowed:
+                raise ValueError("must be one of " + ", ".join(str(a) for a in allowed))
+        return value
+
+    return rule
+
+
+def _refuse_value(
+    error: ValidationError, known: Mapping[str, Option], origins: Mapping[str, str]
+) -> NoReturn:
+    first = error.errors()[0]
+    each = known[str(first["loc"][0])]
+    if first["type"] == "missing":
+        raise UsageError(
+            f"{each.flag} is required (also as {each.variable}, or {each.name} in the config "
+            "file).",
+            param=each.name,
+        )
+    message = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    got = _REDACTED if each.secret else repr(first["input"])
+    _raise_for(each, f"{message}, got {got}", origins[each.name])
+
+
+def _raise_for(each: Option, message: str, origin: str) -> NoReturn:
+    kind = UsageError if origin.startswith(("flag", "argument")) else ConfigError
+    # From None: the cause holds the value as given, and that may be a secret.
+    raise kind(f"{each.flag}: {message} ({origin}).", param=each.name) from None
+
+
+def _build(
+    section: type, options: Sequence[Option], values: Mapping[str, Any], origins: Mapping[str, str]
+) -> Any:
+    own = {o.name: o for o in options if o.section is section}
+    try:
+        return section(**{name: values[name] for name in own})
+    except ConfigError as error:
+        each = own.get(error.param or "")
+        if each is None:
+            raise
+        got = "" if each.secret else f", got {_shown(values[each.name])}"
+        _raise_for(each, error.message.rstrip(".") + got, origins[each.name])
+
+
+def _row(each: Option, value: Any) -> str:
+    if each.secret and value not in (None, (), ""):
+        # A comment, so that the text loads back without making the word the secret.
+        return f"  # {each.name}: {_REDACTED}"
+    return f"  {each.name}: {_shown(value)}"
+
+
+def _shown(value: Any) -> str:
+    return json.dumps(_plain(value), ensure_ascii=False)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, enum.Enum):
+        return value.value
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    return value

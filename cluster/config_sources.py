@@ -1,0 +1,300 @@
+"""Where option values come from: the command line, the environment, one YAML file.
+
+Each reader returns raw values by option name, and where each was said, in words for people.
+Nothing is converted here: `cluster/config.py` validates all sources by the same rules.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import yaml
+
+from cluster.errors import ConfigError, UsageError
+from cluster.options import Option, flag_of, section_name
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+CONFIG_VARIABLE = "BATON_CONFIG"
+_POSITIONAL_DEST = "positional argument"
+
+
+@dataclass(slots=True)
+class Source:
+    """Raw values by option name, and the words that say where each stands."""
+
+    values: dict[str, Any] = field(default_factory=dict)
+    origins: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class CommandLine:
+    source: Source
+    config_path: str | None
+    show_config: bool
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, raising the typed error instead of leaving the process."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{self.prog}: {message}")
+
+
+def read_command_line(
+    program: str,
+    options: Sequence[Option],
+    argv: Sequence[str],
+    *,
+    positional: str | None,
+    description: str | None,
+) -> CommandLine:
+    """Flags of `argv`. `--help` and `--help-all` print and leave with `SystemExit(0)`."""
+    parser = build_parser(
+        program,
+        options,
+        positional=positional,
+        description=description,
+        show_advanced="--help-all" in argv,
+    )
+    found, unknown = parser.parse_known_args(list(argv))
+    if unknown:
+        _refuse_unknown(program, unknown, options)
+    values = vars(found)
+    config_path = values.pop("config", None)
+    show_config = values.pop("show_config", False)
+    source = Source()
+    given = values.pop(_POSITIONAL_DEST, None)
+    for name, value in values.items():
+        source.values[name] = value
+        source.origins[name] = f"flag {flag_of(name)}"
+    if given is not None and positional is not None:
+        if positional in source.values:
+            raise UsageError(
+                f"{program}: {positional.upper()} is given twice, as an argument and as "
+                f"{flag_of(positional)}."
+            )
+        source.values[positional] = given
+        source.origins[positional] = f"argument {positional.upper()}"
+    return CommandLine(source, config_path, show_config)
+
+
+def build_parser(
+    program: str,
+    options: Sequence[Option],
+    *,
+    positional: str | None = None,
+    description: str | None = None,
+    show_advanced: bool = False,
+) -> argparse.ArgumentParser:
+    """The parser of a program: one group of flags for each section or named group."""
+    metavar = f" [{positional.upper()}]" if positional is not None else ""
+    width = min(shutil.get_terminal_size().columns - 2, 110)
+    parser = _Parser(
+        prog=program,
+        usage=f"{program}{metavar} [options]",
+        description=description,
+        formatter_class=lambda prog: argparse.HelpFormatter(
+            prog, max_help_position=34, width=width
+        ),
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+        add_help=False,
+    )
+    _add_general_flags(parser, hides_some=any(o.advanced for o in options))
+    by_name = {o.name: o for o in options}
+    if positional is not None:
+        parser.add_argument(
+            _POSITIONAL_DEST,
+            nargs="?",
+            metavar=positional.upper(),
+            help=_help_text(by_name[positional]),
+        )
+    groups: dict[str, Any] = {}
+    for each in options:
+        title = each.group or section_name(each.section).replace("_", " ")
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title)
+        _add_flag(groups[title], each, visible=show_advanced or not each.advanced)
+    return parser
+
+
+def _add_general_flags(parser: argparse.ArgumentParser, *, hides_some: bool) -> None:
+    general = parser.add_argument_group("general")
+    general.add_argument("-h", "--help", action="help", help="Show this and exit.")
+    general.add_argument(
+        "--help-all",
+        action="help",
+        help="Show the advanced options too." if hides_some else argparse.SUPPRESS,
+    )
+    general.add_argument(
+        "--config", metavar="FILE", help="YAML file with any of these options, flat or by section."
+    )
+    general.add_argument(
+        "--show-config",
+        action="store_true",
+        help="Print each value with where it came from, and exit.",
+    )
+
+
+def _add_flag(group: Any, each: Option, *, visible: bool) -> None:
+    names = [each.flag] if each.short is None else [each.short, each.flag]
+    how: dict[str, Any] = {}
+    if each.is_bool:
+        how["action"] = argparse.BooleanOptionalAction
+    else:
+        how["metavar"] = _metavar(each)
+        if each.is_list:
+            how |= {"nargs": "+", "action": "extend"}
+    help_text = _help_text(each) if visible else argparse.SUPPRESS
+    group.add_argument(*names, dest=each.name, help=help_text, **how)
+    for alias in each.aliases:
+        group.add_argument(alias, dest=each.name, help=argparse.SUPPRESS, **how)
+
+
+def _metavar(each: Option) -> str:
+    if each.metavar is not None:
+        return each.metavar
+    if each.allowed is not None:
+        return "{" + ",".join(str(value) for value in each.allowed) + "}"
+    named = {int: "N", float: "X", Path: "PATH", str: "TEXT"}
+    return named.get(each.element_type, "VALUE")
+
+
+def _help_text(each: Option) -> str:
+    text = each.help
+    if each.is_required:
+        text += " [required]"
+    elif each.default not in (None, (), ""):
+        shown = each.default
+        if each.is_list:
+            shown = " ".join(str(item) for item in each.default)
+        elif each.is_bool:
+            shown = "on" if each.default else "off"
+        text += f" [default: {shown}]"
+    return text.replace("%", "%%")
+
+
+def _refuse_unknown(program: str, unknown: Sequence[str], options: Sequence[Option]) -> NoReturn:
+    first = next((word for word in unknown if word.startswith("-")), unknown[0])
+    first = first.partition("=")[0]
+    if not first.startswith("-"):
+        raise UsageError(f"{program}: unexpected argument {first!r}.")
+    flags = [o.flag for o in options]
+    flags += [f"--no-{o.flag[2:]}" for o in options if o.is_bool]
+    raise UsageError(f"{program}: unknown flag {first}.{_suggestion(first, flags)}")
+
+
+def _suggestion(word: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.7)
+    return f" Did you mean {close[0]}?" if close else ""
+
+
+def read_environment(options: Sequence[Option], env: Mapping[str, str]) -> Source:
+    """`BATON_<FLAG>` variables. An empty one counts as unset; lists are `a,b` or JSON."""
+    source = Source()
+    for each in options:
+        text = env.get(each.variable, "")
+        if text == "":
+            continue
+        origin = f"environment {each.variable}"
+        source.values[each.name] = _split_list(text, each, origin) if each.is_list else text
+        source.origins[each.name] = origin
+    return source
+
+
+def _split_list(text: str, each: Option, origin: str) -> list[Any]:
+    if not text.lstrip().startswith("["):
+        return [item.strip() for item in text.split(",") if item.strip()]
+    try:
+        items = json.loads(text)
+    except json.JSONDecodeError:
+        shown = "[redacted]" if each.secret else repr(text)
+        raise ConfigError(f"{each.flag}: not a JSON list: {shown} ({origin}).") from None
+    return list(items)
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """Refuses a mapping that says one key twice; YAML would silently keep the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if isinstance(key, str) and key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} is written twice", key_node.start_mark
+                )
+            if isinstance(key, str):
+                seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def read_file(path: str, options: Sequence[Option]) -> Source:
+    """The YAML file: keys are option names, `-` or `_`, at the top or under their section."""
+    document = _parse_yaml(path)
+    source = Source()
+    if document is None:
+        return source
+    if not isinstance(document, dict):
+        raise ConfigError(f"{path}: the file must be a mapping of option names to values.")
+    sections = {section_name(o.section) for o in options}
+    for key, value in document.items():
+        name = _normalised(key)
+        if name in sections and (isinstance(value, dict) or value is None):
+            inside = [o for o in options if section_name(o.section) == name]
+            for inner_key, inner_value in (value or {}).items():
+                _take(source, path, f"{key}.{inner_key}", inner_key, inner_value, inside)
+        else:
+            _take(source, path, str(key), key, value, options, also_known=sections)
+    return source
+
+
+def _take(
+    source: Source,
+    path: str,
+    shown_key: str,
+    key: object,
+    value: Any,
+    options: Sequence[Option],
+    *,
+    also_known: set[str] | frozenset[str] = frozenset(),
+) -> None:
+    name = _normalised(key)
+    known = [o.name for o in options]
+    if name not in known:
+        hint = _suggestion(name, [*known, *sorted(also_known)])
+        raise ConfigError(f"{path}: unknown key {shown_key!r}.{hint}")
+    if name in source.values:
+        raise ConfigError(f"{path}: {name!r} is set twice, once at the top and once in a section.")
+    source.values[name] = value
+    source.origins[name] = f"file {path}"
+
+
+def _normalised(key: object) -> str:
+    return str(key).replace("-", "_")
+
+
+def _parse_yaml(path: str) -> Any:
+    try:
+        text = Path(path).expanduser().read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot read the config file: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: the config file is not UTF-8 text.") from error
+    try:
+        # A subclass of SafeLoader: builds plain values only.
+        return yaml.load(text, Loader=_UniqueKeyLoader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        line = f" line {mark.line + 1}" if mark is not None else ""
+        raise ConfigError(f"{path}{line}: not valid YAML: {error.problem}.") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML.") from error
