@@ -1,0 +1,106 @@
+"""The options of an engine. Names and meanings are vLLM's where vLLM has the option."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from cluster.config import option
+from cluster.errors import ConfigError
+
+DType = Literal["auto", "bfloat16", "float16", "float32"]
+LoadFormat = Literal["auto", "dummy"]
+
+_MODEL = "Model"
+_CACHE = "KV cache"
+_STEP = "Steps"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """One engine: which model, on which device, within which limits.
+
+    None means "resolved at start": from the checkpoint, the device or the memory found.
+    """
+
+    model: Path = option(help="Folder of a Hugging Face checkpoint.", group=_MODEL, metavar="FOLDER")
+    dtype: DType = option(
+        "auto",
+        help="Type of weights, activations and KV. auto: the checkpoint's; on a CPU that is slow "
+        "at it, float32.",
+        group=_MODEL,
+    )
+    load_format: LoadFormat = option(
+        "auto",
+        help="dummy: random weights from config.json alone, for benchmarks.",
+        group=_MODEL,
+        advanced=True,
+    )
+    device: str = option(
+        "auto", help="auto, cpu, cuda or cuda:N. auto: a GPU if there is one.", group=_MODEL
+    )
+    max_model_len: int | None = option(
+        None,
+        help="Longest prompt plus output, in tokens. Default: what the model was built for.",
+        group=_MODEL,
+    )
+    seed: int = option(0, help="Seed of dummy weights.", group=_MODEL, advanced=True)
+    num_threads: int | None = option(
+        None, help="CPU threads of one step. Default: torch's choice.", group=_STEP, advanced=True
+    )
+    gpu_memory_utilization: float = option(
+        0.9,
+        help="Share of the GPU's memory this engine may use for weights, workspace and KV.",
+        group=_CACHE,
+    )
+    kv_cache_memory_bytes: int | None = option(
+        None,
+        help="Size of the KV pool in bytes. Default on a GPU: what gpu-memory-utilization leaves; "
+        "on a CPU: 256 MiB, more where one sequence of max-model-len needs it.",
+        group=_CACHE,
+    )
+    block_size: int = option(16, help="Tokens of one KV block.", group=_CACHE)
+    num_gpu_blocks_override: int | None = option(
+        None, help="Exact number of KV blocks, for tests.", group=_CACHE, advanced=True
+    )
+    enable_prefix_caching: bool = option(
+        True, help="Reuse the KV of prompts that begin alike.", group=_CACHE
+    )
+    max_num_seqs: int = option(256, help="Most sequences in one step.", group=_STEP)
+    max_num_batched_tokens: int | None = option(
+        None, help="Most tokens in one step. Default: 8192 on a GPU, 512 on a CPU.", group=_STEP
+    )
+    enforce_eager: bool = option(
+        False, help="Do not use CUDA graphs for decode steps.", group=_STEP, advanced=True
+    )
+
+    def __post_init__(self) -> None:
+        _check_device(self.device)
+        if not 0.0 < self.gpu_memory_utilization <= 1.0:
+            raise _refused("gpu_memory_utilization", "must be in (0, 1]")
+        if self.block_size not in (8, 16, 32, 64, 128):
+            raise _refused("block_size", "must be 8, 16, 32, 64 or 128")
+        for name in (
+            "max_model_len",
+            "num_threads",
+            "kv_cache_memory_bytes",
+            "num_gpu_blocks_override",
+            "max_num_seqs",
+            "max_num_batched_tokens",
+        ):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise _refused(name, "must be at least 1")
+
+
+def _check_device(device: str) -> None:
+    kind, _, index = device.partition(":")
+    if kind == "cuda" and (not index or index.isdecimal()) and device != "cuda:":
+        return
+    if device not in ("auto", "cpu"):
+        raise _refused("device", f"must be auto, cpu, cuda or cuda:N, not {device!r}")
+
+
+def _refused(name: str, problem: str) -> ConfigError:
+    return ConfigError(f"--{name.replace('_', '-')} {problem}.", param=name)

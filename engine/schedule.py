@@ -1,0 +1,42 @@
+"""What one step is to compute, as data: a scheduler decides it, the engine carries it out.
+
+A decision is either all decode (one token for each sequence) or it holds prefill chunks; the
+schedulers never mix the two, so each phase has one attention path.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from engine.sequence import Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledChunk:
+    """The next `num_scheduled_tokens` tokens of a sequence, from `num_computed_tokens` on.
+
+    The sequence's block table already covers them.
+    """
+
+    sequence: Sequence
+    num_scheduled_tokens: int
+
+    @property
+    def samples(self) -> bool:
+        """Whether the chunk ends at the sequence's last token, whose successor is drawn."""
+        sequence = self.sequence
+        return sequence.num_computed_tokens + self.num_scheduled_tokens == len(sequence.token_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduleDecision:
+    """The chunks of one step. `preempted` lost their blocks to make room for them."""
+
+    chunks: tuple[ScheduledChunk, ...] = ()
+    preempted: tuple[Sequence, ...] = ()
+
+    @property
+    def num_scheduled_tokens(self) -> int:
+        return sum(chunk.num_scheduled_tokens for chunk in self.chunks)
