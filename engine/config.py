@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path  # noqa: TC003 (flags derive from the types at run time)
 from typing import Literal
 
 from cluster.config import option
@@ -24,7 +24,9 @@ class EngineConfig:
     None means "resolved at start": from the checkpoint, the device or the memory found.
     """
 
-    model: Path = option(help="Folder of a Hugging Face checkpoint.", group=_MODEL, metavar="FOLDER")
+    model: Path = option(
+        help="Folder of a Hugging Face checkpoint.", group=_MODEL, metavar="FOLDER"
+    )
     dtype: DType = option(
         "auto",
         help="Type of weights, activations and KV. auto: the checkpoint's; on a CPU that is slow "
