@@ -134,18 +134,17 @@ def to_environment(*sections: object) -> dict[str, str]:
 
 
 def _flatten(sections: Sequence[type]) -> list[Option]:
-    options: list[Option] = []
-    owners: dict[str, type] = {}
+    """All options, once each: a name that two sections share is one flag, declared by the first."""
+    owners: dict[str, Option] = {}
     for section in sections:
         for each in options_of(section):
-            if each.name in owners:
+            first = owners.setdefault(each.name, each)
+            if first.value_type != each.value_type:
                 raise TypeError(
-                    f"Option {each.name!r} is in {owners[each.name].__name__} and in "
+                    f"Option {each.name!r} differs in {first.section.__name__} and in "
                     f"{section.__name__}."
                 )
-            owners[each.name] = section
-            options.append(each)
-    return options
+    return list(owners.values())
 
 
 def _preset_source(
@@ -259,7 +258,8 @@ def _raise_for(each: Option, message: str, origin: str) -> NoReturn:
 def _build(
     section: type, options: Sequence[Option], values: Mapping[str, Any], origins: Mapping[str, str]
 ) -> Any:
-    own = {o.name: o for o in options if o.section is section}
+    names = {o.name for o in options_of(section)}
+    own = {o.name: o for o in options if o.name in names}
     try:
         return section(**{name: values[name] for name in own})
     except ConfigError as error:
