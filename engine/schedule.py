@@ -7,9 +7,11 @@ schedulers never mix the two, so each phase has one attention path.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence as SequenceOf
+
     from engine.sequence import Sequence
 
 
@@ -32,11 +34,30 @@ class ScheduledChunk:
 
 @dataclass(frozen=True, slots=True)
 class ScheduleDecision:
-    """The chunks of one step. `preempted` lost their blocks to make room for them."""
+    """The chunks of one step.
+
+    `preempted` lost their blocks to make room. `failed` ended here with an `error`, their
+    blocks freed: they can never run on this node. Both may be there without any chunk.
+    """
 
     chunks: tuple[ScheduledChunk, ...] = ()
     preempted: tuple[Sequence, ...] = ()
+    failed: tuple[Sequence, ...] = ()
 
     @property
     def num_scheduled_tokens(self) -> int:
         return sum(chunk.num_scheduled_tokens for chunk in self.chunks)
+
+    @property
+    def is_decode(self) -> bool:
+        """Whether each chunk is a sequence's last token: one query row, one draw."""
+        return all(chunk.num_scheduled_tokens == 1 and chunk.samples for chunk in self.chunks)
+
+
+class StepResult(Protocol):
+    """What a scheduler reads of a step's output."""
+
+    @property
+    def sampled_sequences(self) -> SequenceOf[Sequence]:
+        """The sequences whose next token was drawn, finished or not."""
+        ...
