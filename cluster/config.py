@@ -92,7 +92,8 @@ def load_config(
     config_path = line.config_path or env.get(CONFIG_VARIABLE) or None
     sources = [line.source, read_environment(options, env)]
     if config_path is not None:
-        sources.append(read_file(config_path, options))
+        members = {section_name(s): [o.name for o in options_of(s)] for s in sections}
+        sources.append(read_file(config_path, options, members))
     sources.append(_preset_source(options, sources, presets or {}))
     origins = {o.name: _origin_of(o.name, sources) for o in options}
     values = _validate(options, sources, origins)

@@ -20,7 +20,7 @@ from cluster.errors import ConfigError, UsageError
 from cluster.options import Option, flag_of, section_name
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
 CONFIG_VARIABLE = "BATON_CONFIG"
 _POSITIONAL_DEST = "positional argument"
@@ -237,23 +237,28 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def read_file(path: str, options: Sequence[Option]) -> Source:
-    """The YAML file: keys are option names, `-` or `_`, at the top or under their section."""
+def read_file(
+    path: str, options: Sequence[Option], sections: Mapping[str, Sequence[str]]
+) -> Source:
+    """The YAML file: keys are option names, `-` or `_`, at the top or under their section.
+
+    `sections` maps each section's name to the names of its options.
+    """
     document = _parse_yaml(path)
     source = Source()
     if document is None:
         return source
     if not isinstance(document, dict):
         raise ConfigError(f"{path}: the file must be a mapping of option names to values.")
-    sections = {section_name(o.section) for o in options}
+    names = [o.name for o in options]
     for key, value in document.items():
         name = _normalised(key)
         if name in sections and (isinstance(value, dict) or value is None):
-            inside = [o for o in options if section_name(o.section) == name]
             for inner_key, inner_value in (value or {}).items():
-                _take(source, path, f"{key}.{inner_key}", inner_key, inner_value, inside)
+                shown = f"{key}.{inner_key}"
+                _take(source, path, shown, inner_key, inner_value, sections[name])
         else:
-            _take(source, path, str(key), key, value, options, also_known=sections)
+            _take(source, path, str(key), key, value, names, also_known=sections)
     return source
 
 
@@ -263,17 +268,16 @@ def _take(
     shown_key: str,
     key: object,
     value: Any,
-    options: Sequence[Option],
+    known: Sequence[str],
     *,
-    also_known: set[str] | frozenset[str] = frozenset(),
+    also_known: Iterable[str] = (),
 ) -> None:
     name = _normalised(key)
-    known = [o.name for o in options]
     if name not in known:
         hint = _suggestion(name, [*known, *sorted(also_known)])
         raise ConfigError(f"{path}: unknown key {shown_key!r}.{hint}")
     if name in source.values:
-        raise ConfigError(f"{path}: {name!r} is set twice, once at the top and once in a section.")
+        raise ConfigError(f"{path}: {name!r} is set in two places.")
     source.values[name] = value
     source.origins[name] = f"file {path}"
 

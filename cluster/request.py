@@ -9,8 +9,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import TYPE_CHECKING
 
 from cluster.errors import InvalidRequest, ServingError
+
+if TYPE_CHECKING:
+    from cluster.node import NodeId
 
 MAX_LOGPROBS = 20
 MAX_SEED = 2**63
@@ -90,6 +94,27 @@ class SequenceRequest:
     cache_salt: bytes = b""
     deadline_seconds: float | None = None
     priority: int = 0  # lower is earlier
+
+
+class KVLoadFailurePolicy(StrEnum):
+    FAIL = "fail"  # the sequence ends with `kv_load_failed`
+    RECOMPUTE = "recompute"  # the decode node computes the missing suffix, inside a budget
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Handoff:
+    """Where a prefill node sends the KV of one sequence.
+
+    `transfer_id` is 16 random bytes, new for each attempt. `gateway_id` names the session at
+    the decode node that gets the tokens.
+    """
+
+    transfer_id: bytes
+    attempt: int
+    decode: NodeId
+    decode_address: str  # "host:port" of its control plane
+    gateway_id: str
+    kv_load_failure_policy: KVLoadFailurePolicy = KVLoadFailurePolicy.FAIL
 
 
 @dataclass(frozen=True, slots=True)

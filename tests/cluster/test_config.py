@@ -229,10 +229,23 @@ def test_to_environment_round_trips() -> None:
     assert loaded[KVTransferConfig] == transfer
 
 
-def test_the_same_option_in_two_sections_is_a_bug() -> None:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GatewayConfig:
+    block_size: int = option(99, help="The same option.")
+    stream: bool = option(True, help="Stream.")
+
+
+def test_sections_may_share_an_option_declared_first(tmp_path: Path) -> None:
+    path = write(tmp_path, "gateway: {block_size: 4}\n")
+    for argv, expected in (([], 16), (["--block-size", "8"], 8), (["--config", path], 4)):
+        loaded = load_config("p", (EngineConfig, GatewayConfig), ["--model", "m", *argv], {})
+        assert loaded[EngineConfig].block_size == loaded[GatewayConfig].block_size == expected
+
+
+def test_one_name_with_two_types_is_a_bug() -> None:
     @dataclass(frozen=True)
     class OtherConfig:
-        block_size: int = option(1, help="Again.")
+        block_size: str = option("1", help="Again.")
 
     with pytest.raises(TypeError, match="block_size"):
         load_config("p", (EngineConfig, OtherConfig), [], {})

@@ -1,0 +1,371 @@
+"""Dataclasses to protobuf messages and back, for both ends of the control plane.
+
+Encoding trusts its argument. Decoding trusts nothing: a peer may be older, broken or hostile,
+so every field is checked and anything odd raises `InvalidRequest` naming the field.
+
+Versions:
+1. First.
+"""
+
+from __future__ import annotations
+
+import math
+
+from cluster.errors import InternalError, InvalidRequest, ServingError, error_classes
+from cluster.node import Incarnation, NodeId, NodeInfo, NodeLoad, NodeName, NodeRole, NodeState
+from cluster.proto import node_pb2 as pb
+from cluster.request import (
+    FinishReason,
+    Handoff,
+    KVLoadFailurePolicy,
+    SamplingParams,
+    SequenceRequest,
+    TokenDelta,
+    TokenLogprobs,
+)
+
+PROTOCOL_VERSION = 1
+
+MAX_ID_CHARS = 256
+MAX_SALT_BYTES = 256
+MAX_TEXT_CHARS = 4096
+TRANSFER_ID_BYTES = 16
+
+_MAX_TOKEN_ID = 2**31 - 1
+# Zero means "none" on the wire, so an expired deadline travels as the shortest one.
+_SHORTEST_DEADLINE_SECONDS = 1e-6
+
+_FINISH_TO_PROTO = {
+    FinishReason.STOP: pb.STOP,
+    FinishReason.LENGTH: pb.LENGTH,
+    FinishReason.ABORT: pb.ABORT,
+}
+_FINISH_FROM_PROTO: dict[int, FinishReason | None] = {
+    int(number): reason for reason, number in _FINISH_TO_PROTO.items()
+}
+_FINISH_FROM_PROTO[int(pb.NOT_FINISHED)] = None
+
+
+def _errors_by_code() -> dict[str, type[ServingError]]:
+    """Where classes share a code the parent stands for it; `reason` tells them apart."""
+    found: dict[str, type[ServingError]] = {}
+    for cls in error_classes():
+        if cls is not ServingError:
+            found.setdefault(cls.code, cls)
+    return found
+
+
+_ERRORS_BY_CODE = _errors_by_code()
+
+
+# ---- sequences ---------------------------------------------------------------------------
+
+
+def encode_sequence(request: SequenceRequest) -> pb.Sequence:
+    message = pb.Sequence(
+        sequence_id=request.sequence_id,
+        request_id=request.request_id,
+        prompt_token_ids=request.prompt_token_ids,
+        sampling=_encode_sampling(request.sampling),
+        cache_salt=request.cache_salt,
+        priority=request.priority,
+    )
+    if request.deadline_seconds is not None:
+        message.deadline_seconds = max(request.deadline_seconds, _SHORTEST_DEADLINE_SECONDS)
+    return message
+
+
+def decode_sequence(message: pb.Sequence) -> SequenceRequest:
+    prompt = tuple(message.prompt_token_ids)
+    if not prompt:
+        raise InvalidRequest("The prompt has no tokens.", param="prompt_token_ids")
+    _check_token_ids("prompt_token_ids", prompt)
+    if len(message.cache_salt) > MAX_SALT_BYTES:
+        raise InvalidRequest("cache_salt is too long.", param="cache_salt")
+    deadline = message.deadline_seconds
+    if not math.isfinite(deadline) or deadline < 0:
+        raise InvalidRequest("deadline_seconds is out of range.", param="deadline_seconds")
+    return SequenceRequest(
+        sequence_id=_checked_id("sequence_id", message.sequence_id),
+        request_id=_checked_id("request_id", message.request_id),
+        prompt_token_ids=prompt,
+        sampling=_decode_sampling(message.sampling),
+        cache_salt=message.cache_salt,
+        deadline_seconds=deadline or None,
+        priority=message.priority,
+    )
+
+
+def _encode_sampling(sampling: SamplingParams) -> pb.Sampling:
+    message = pb.Sampling(
+        max_tokens=sampling.max_tokens,
+        seed=sampling.seed,
+        min_tokens=sampling.min_tokens,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        min_p=sampling.min_p,
+        repetition_penalty=sampling.repetition_penalty,
+        presence_penalty=sampling.presence_penalty,
+        frequency_penalty=sampling.frequency_penalty,
+        logit_bias=[pb.LogitBias(token_id=t, bias=b) for t, b in sampling.logit_bias],
+        stop_token_ids=sampling.stop_token_ids,
+        ignore_eos=sampling.ignore_eos,
+    )
+    if sampling.num_logprobs is not None:
+        message.num_logprobs = sampling.num_logprobs
+    return message
+
+
+def _decode_sampling(message: pb.Sampling) -> SamplingParams:
+    logit_bias = tuple((entry.token_id, entry.bias) for entry in message.logit_bias)
+    _check_token_ids("logit_bias", tuple(token_id for token_id, _ in logit_bias))
+    stop_token_ids = tuple(message.stop_token_ids)
+    _check_token_ids("stop_token_ids", stop_token_ids)
+    return SamplingParams(
+        max_tokens=message.max_tokens,
+        seed=message.seed,
+        min_tokens=message.min_tokens,
+        temperature=message.temperature,
+        top_p=message.top_p,
+        top_k=message.top_k,
+        min_p=message.min_p,
+        repetition_penalty=message.repetition_penalty,
+        presence_penalty=message.presence_penalty,
+        frequency_penalty=message.frequency_penalty,
+        logit_bias=logit_bias,
+        num_logprobs=message.num_logprobs if message.HasField("num_logprobs") else None,
+        stop_token_ids=stop_token_ids,
+        ignore_eos=message.ignore_eos,
+    )
+
+
+# ---- hand-offs ---------------------------------------------------------------------------
+
+
+def encode_handoff(handoff: Handoff) -> pb.Handoff:
+    return pb.Handoff(
+        transfer_id=handoff.transfer_id,
+        attempt=handoff.attempt,
+        decode_name=handoff.decode.name,
+        decode_incarnation=handoff.decode.incarnation,
+        decode_address=handoff.decode_address,
+        gateway_id=handoff.gateway_id,
+        kv_load_failure_policy=handoff.kv_load_failure_policy,
+    )
+
+
+def decode_handoff(message: pb.Handoff) -> Handoff:
+    return Handoff(
+        transfer_id=checked_transfer_id(message.transfer_id),
+        attempt=message.attempt,
+        decode=_decode_node_id(message.decode_name, message.decode_incarnation),
+        decode_address=_checked_id("decode_address", message.decode_address),
+        gateway_id=_checked_id("gateway_id", message.gateway_id),
+        kv_load_failure_policy=decode_policy(message.kv_load_failure_policy),
+    )
+
+
+def decode_policy(text: str) -> KVLoadFailurePolicy:
+    try:
+        return KVLoadFailurePolicy(text)
+    except ValueError:
+        raise InvalidRequest(
+            "kv_load_failure_policy is unknown.", param="kv_load_failure_policy"
+        ) from None
+
+
+def checked_transfer_id(transfer_id: bytes) -> bytes:
+    if len(transfer_id) != TRANSFER_ID_BYTES:
+        raise InvalidRequest("transfer_id must be 16 bytes.", param="transfer_id")
+    return transfer_id
+
+
+# ---- deltas ------------------------------------------------------------------------------
+
+
+def encode_delta(delta: TokenDelta) -> pb.TokenDelta:
+    message = pb.TokenDelta(
+        sequence_id=delta.sequence_id,
+        token_ids=delta.token_ids,
+        handed_off=delta.handed_off,
+        started=delta.started,
+    )
+    for entry in delta.logprobs:
+        message.logprobs.add(
+            logprob=entry.logprob,
+            top_ids=[token_id for token_id, _ in entry.top],
+            top_logprobs=[logprob for _, logprob in entry.top],
+        )
+    if delta.finish_reason is not None:
+        message.finish_reason = _FINISH_TO_PROTO[delta.finish_reason]
+    if delta.stop_token_id is not None:
+        message.stop_token_id = delta.stop_token_id
+    if delta.num_cached_tokens is not None:
+        message.num_cached_tokens = delta.num_cached_tokens
+    if delta.error is not None:
+        message.error.CopyFrom(encode_error(delta.error))
+    return message
+
+
+def decode_delta(message: pb.TokenDelta) -> TokenDelta:
+    token_ids = tuple(message.token_ids)
+    _check_token_ids("token_ids", token_ids)
+    logprobs = tuple(_decode_logprobs(entry) for entry in message.logprobs)
+    if logprobs and len(logprobs) != len(token_ids):
+        raise InvalidRequest("logprobs and token_ids differ in length.", param="logprobs")
+    number = int(message.finish_reason)
+    if number not in _FINISH_FROM_PROTO:
+        raise InvalidRequest("finish_reason is unknown.", param="finish_reason")
+    finish_reason = _FINISH_FROM_PROTO[number]
+    error = decode_error(message.error) if message.HasField("error") else None
+    if finish_reason is not None and error is not None:
+        raise InvalidRequest("A delta ends once, not in a finish and an error.", param="error")
+    return TokenDelta(
+        sequence_id=_checked_id("sequence_id", message.sequence_id),
+        token_ids=token_ids,
+        logprobs=logprobs,
+        finish_reason=finish_reason,
+        stop_token_id=message.stop_token_id if message.HasField("stop_token_id") else None,
+        num_cached_tokens=(
+            message.num_cached_tokens if message.HasField("num_cached_tokens") else None
+        ),
+        handed_off=message.handed_off,
+        started=message.started,
+        error=error,
+    )
+
+
+def _decode_logprobs(message: pb.TokenLogprobs) -> TokenLogprobs:
+    if len(message.top_ids) != len(message.top_logprobs):
+        raise InvalidRequest("top_ids and top_logprobs differ in length.", param="logprobs")
+    if math.isnan(message.logprob) or any(math.isnan(value) for value in message.top_logprobs):
+        raise InvalidRequest("A logprob is not a number.", param="logprobs")
+    top = tuple(zip(message.top_ids, message.top_logprobs, strict=True))
+    return TokenLogprobs(logprob=message.logprob, top=top)
+
+
+# ---- errors ------------------------------------------------------------------------------
+
+
+def encode_error(error: ServingError) -> pb.Error:
+    return pb.Error(
+        code=error.code,
+        message=error.message[:MAX_TEXT_CHARS],
+        param=error.param or "",
+        reason=error.reason or "",
+        retry_after_seconds=error.retry_after_seconds or 0.0,
+    )
+
+
+def decode_error(message: pb.Error) -> ServingError:
+    """The class that stands for the code; `InternalError` for a code this version lacks."""
+    cls = _ERRORS_BY_CODE.get(message.code, InternalError)
+    retry_after = message.retry_after_seconds
+    return cls(
+        message.message[:MAX_TEXT_CHARS] or "The node gave no reason.",
+        param=message.param[:MAX_ID_CHARS] or None,
+        reason=message.reason[:MAX_ID_CHARS] or None,
+        retry_after_seconds=retry_after if 0 < retry_after < math.inf else None,
+    )
+
+
+# ---- nodes -------------------------------------------------------------------------------
+
+
+def encode_load(load: NodeLoad) -> pb.NodeLoad:
+    return pb.NodeLoad(
+        num_running=load.num_running,
+        num_waiting=load.num_waiting,
+        queued_tokens=load.queued_tokens,
+        num_blocks=load.num_blocks,
+        num_free_blocks=load.num_free_blocks,
+        num_cached_blocks=load.num_cached_blocks,
+        num_transfers=load.num_transfers,
+        num_quarantined_blocks=load.num_quarantined_blocks,
+    )
+
+
+def decode_load(message: pb.NodeLoad) -> NodeLoad:
+    if max(message.num_free_blocks, message.num_cached_blocks) > message.num_blocks:
+        raise InvalidRequest("More blocks are free or cached than exist.", param="num_blocks")
+    return NodeLoad(
+        num_running=message.num_running,
+        num_waiting=message.num_waiting,
+        queued_tokens=message.queued_tokens,
+        num_blocks=message.num_blocks,
+        num_free_blocks=message.num_free_blocks,
+        num_cached_blocks=message.num_cached_blocks,
+        num_transfers=message.num_transfers,
+        num_quarantined_blocks=message.num_quarantined_blocks,
+    )
+
+
+def encode_description(info: NodeInfo, *, version: str) -> pb.NodeDescription:
+    """What a node says of itself; `version` is that of the baton distribution."""
+    return pb.NodeDescription(
+        name=info.id.name,
+        incarnation=info.id.incarnation,
+        role=info.role,
+        state=info.state,
+        model_name=info.model_name,
+        compatibility_hash=info.compatibility_hash,
+        block_size=info.block_size,
+        max_model_len=info.max_model_len,
+        protocol_version=PROTOCOL_VERSION,
+        version=version,
+        transports=info.transports,
+        load=encode_load(info.load),
+    )
+
+
+def decode_description(
+    message: pb.NodeDescription, *, grpc_address: str, metrics_address: str = ""
+) -> NodeInfo:
+    """The addresses are those it was asked at: a description does not carry them."""
+    check_protocol_version(message.protocol_version)
+    try:
+        role, state = NodeRole(message.role), NodeState(message.state)
+    except ValueError:
+        raise InvalidRequest("The node's role or state is unknown.", param="role") from None
+    if message.block_size < 1 or message.max_model_len < 1:
+        raise InvalidRequest("block_size and max_model_len must be positive.", param="block_size")
+    return NodeInfo(
+        id=_decode_node_id(message.name, message.incarnation),
+        role=role,
+        state=state,
+        grpc_address=grpc_address,
+        metrics_address=metrics_address,
+        model_name=_checked_id("model_name", message.model_name),
+        compatibility_hash=_checked_id("compatibility_hash", message.compatibility_hash),
+        block_size=message.block_size,
+        max_model_len=message.max_model_len,
+        transports=tuple(_checked_id("transports", name) for name in message.transports),
+        load=decode_load(message.load),
+    )
+
+
+def check_protocol_version(version: int) -> None:
+    if version != PROTOCOL_VERSION:
+        raise InvalidRequest(
+            f"The peer speaks protocol version {version}, this process {PROTOCOL_VERSION}.",
+            param="protocol_version",
+            reason="protocol_version",
+        )
+
+
+def _decode_node_id(name: str, incarnation: int) -> NodeId:
+    if not 0 < incarnation < 2**63:
+        raise InvalidRequest("incarnation is out of range.", param="incarnation")
+    return NodeId(NodeName(_checked_id("name", name)), Incarnation(incarnation))
+
+
+def _checked_id(field: str, text: str) -> str:
+    if not 0 < len(text) <= MAX_ID_CHARS or not text.isprintable():
+        raise InvalidRequest(f"{field} is empty, too long or not printable.", param=field)
+    return text
+
+
+def _check_token_ids(field: str, token_ids: tuple[int, ...]) -> None:
+    if token_ids and max(token_ids) > _MAX_TOKEN_ID:
+        raise InvalidRequest(f"{field} holds an id out of range.", param=field)
