@@ -1,0 +1,82 @@
+"""The `baton` command: one line per program, each loaded only when asked for.
+
+`baton gateway` must start without torch, so programs are resolved by name with importlib.
+Exit codes: 0 done, 2 usage, 3 configuration, 4 not ready, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from cluster.errors import ConfigError
+
+EXIT_USAGE = 2
+EXIT_CONFIG = 3
+EXIT_INTERRUPTED = 130
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    name: str
+    module: str  # has `main(argv) -> int`
+    summary: str
+
+
+PROGRAMS = (
+    Program("serve", "baton.serve", "a whole cluster on this machine: gateway, nodes, Redis"),
+    Program("gateway", "gateway.__main__", "the HTTP edge alone"),
+    Program("prefill", "prefill_node.__main__", "one prefill node"),
+    Program("decode", "decode_node.__main__", "one decode node"),
+    Program("bench", "loadtest.__main__", "measure any OpenAI-compatible server"),
+    Program("admin", "baton.admin", "look at and steer a running cluster"),
+    Program("doctor", "baton.doctor", "what is installed here and what works"),
+)
+
+
+def usage() -> str:
+    lines = ["usage: baton COMMAND [OPTIONS]", "", "Serve language models with split pools.", ""]
+    lines += [f"  {program.name:<10} {program.summary}" for program in PROGRAMS]
+    lines += ["", "`baton COMMAND --help` lists the options; `baton --version` the version."]
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0 if arguments else EXIT_USAGE
+    if arguments[0] in ("-V", "--version"):
+        from importlib.metadata import version
+
+        print(f"baton {version('baton-serve')}")
+        return 0
+    program = next((p for p in PROGRAMS if p.name == arguments[0]), None)
+    if program is None:
+        print(f"baton: there is no command {arguments[0]!r}.\n\n{usage()}", file=sys.stderr)
+        return EXIT_USAGE
+    return run_program(program, arguments[1:])
+
+
+def run_program(program: Program, arguments: Sequence[str]) -> int:
+    try:
+        entry: Callable[[Sequence[str]], int] = importlib.import_module(program.module).main
+        return entry(arguments)
+    except ConfigError as error:
+        print(f"baton {program.name}: {error.message}", file=sys.stderr)
+        return EXIT_CONFIG
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except ModuleNotFoundError as error:
+        print(
+            f"baton {program.name}: the package {error.name!r} is not installed. "
+            f"`pip install 'baton-serve[local]'` brings what one machine needs.",
+            file=sys.stderr,
+        )
+        return EXIT_CONFIG
+
+
+if __name__ == "__main__":
+    sys.exit(main())

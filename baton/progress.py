@@ -1,0 +1,116 @@
+"""How `baton serve` shows its start: a row per process on a terminal, a line per phase elsewhere."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from baton.child import Child, Facts
+
+BAR_WIDTH = 24
+
+
+class _Row:
+    """The latest of one process: its phase, how far it is, how long it took."""
+
+    def __init__(self) -> None:
+        self.began = time.monotonic()
+        self.phase = "starting"
+        self.done: int | None = None
+        self.total: int | None = None
+        self.seconds: float | None = None
+        self.failure: str | None = None
+
+    def take(self, fact: Facts) -> None:
+        match fact["event"]:
+            case "begin":
+                self.phase, self.done, self.total = fact["phase"], 0, fact["total"]
+            case "advance":
+                self.done, self.total = fact["done"], fact["total"]
+            case "ready":
+                self.phase, self.seconds, self.total = "ready", fact["seconds"], None
+            case "failed":
+                self.phase, self.failure = "failed", fact["message"]
+            case "died":
+                self.__init__()  # type: ignore[misc]
+                self.phase = f"died (exit code {fact['exit_code']}), starting again"
+
+
+class StartupView:
+    """Draws rows while the cluster starts; afterwards passes log lines through."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._rows: dict[str, _Row] = {}
+        self._live: Live | None = None
+        if console.is_terminal:
+            self._live = Live(console=console, refresh_per_second=8, get_renderable=self._render)
+
+    def __enter__(self) -> StartupView:
+        if self._live is not None:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def take_fact(self, child: Child, fact: Facts) -> None:
+        row = self._rows.setdefault(child.spec.name, _Row())
+        row.take(fact)
+        quiet = self._live is not None and self._live.is_started
+        if quiet or fact["event"] in ("begin", "advance"):
+            return
+        self.take_line(child, _describe(fact))
+
+    def take_line(self, child: Child, line: str) -> None:
+        label = Text(f"{child.spec.name:>10} | ", style="cyan")
+        self._console.print(label + Text(line), soft_wrap=True, highlight=False)
+
+    def _render(self) -> Group:
+        table = Table.grid(padding=(0, 2))
+        for name, row in self._rows.items():
+            table.add_row(Text(name, style="bold"), _phase(row), _bar(row), _clock(row))
+        return Group(table)
+
+
+def _describe(fact: Facts) -> str:
+    match fact["event"]:
+        case "end":
+            return f"{fact['phase']}: {fact['seconds']:.2f} s"
+        case "ready":
+            return f"ready in {fact['seconds']:.2f} s"
+        case "died":
+            return (
+                f"died with exit code {fact['exit_code']}; "
+                f"starting again in {fact['pause_seconds']:.1f} s"
+            )
+        case _:
+            return str(fact.get("message", fact["event"]))
+
+
+def _phase(row: _Row) -> Text:
+    style = {"ready": "green", "failed": "red"}.get(row.phase, "yellow")
+    return Text(row.phase, style=style)
+
+
+def _bar(row: _Row) -> ProgressBar | Text:
+    if not row.total:
+        return Text(row.failure or "", style="red")
+    return ProgressBar(total=row.total, completed=row.done or 0, width=BAR_WIDTH)
+
+
+def _clock(row: _Row) -> Text:
+    seconds = row.seconds if row.seconds is not None else time.monotonic() - row.began
+    return Text(f"{seconds:.1f} s", style="dim")

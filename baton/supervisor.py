@@ -1,0 +1,133 @@
+"""Keeps the processes of `baton serve` alive, and ends them all.
+
+Life of a local cluster
+    1. Redis, then the nodes and the gateway are started together; each reports its phases.
+    2. All ready: the cluster is up. One that ends before that ends the start: its own words
+       are shown and the supervisor stops with them.
+    3. A node or gateway that dies later is started again under its name, after a pause that
+       doubles with each death in a row; the others go on.
+    4. Stop: the gateway first, so that streams finish while the nodes still run; then the
+       nodes; then Redis. Who has not ended within the time given is killed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from baton.child import Child, ChildSpec, ChildState, Facts
+from cluster.errors import ConfigError
+
+FIRST_PAUSE_SECONDS = 0.5
+MAX_PAUSE_SECONDS = 30.0
+STABLE_SECONDS = 60.0
+EXIT_CONFIG = 3
+
+
+@dataclass(slots=True)
+class Restart:
+    """How often one process died lately; its next pause in seconds."""
+
+    pause_seconds: float = FIRST_PAUSE_SECONDS
+
+    def next_pause(self, lived_seconds: float) -> float:
+        if lived_seconds > STABLE_SECONDS:
+            self.pause_seconds = FIRST_PAUSE_SECONDS
+        pause = self.pause_seconds
+        self.pause_seconds = min(MAX_PAUSE_SECONDS, pause * 2)
+        return pause
+
+
+class StartFailed(ConfigError):
+    """A process ended before it was ready."""
+
+
+class Supervisor:
+    """Owns the children. `stop_order` is the order of `specs` reversed: last started, first ended."""
+
+    def __init__(
+        self,
+        specs: Sequence[ChildSpec],
+        *,
+        on_fact: Callable[[Child, Facts], None],
+        on_line: Callable[[Child, str], None],
+        shutdown_timeout_seconds: float,
+    ) -> None:
+        self._specs = list(specs)
+        self._on_fact = on_fact
+        self._on_line = on_line
+        self._shutdown_timeout_seconds = shutdown_timeout_seconds
+        self._children: dict[str, Child] = {}
+        self._watchers: list[asyncio.Task[None]] = []
+        self._stopping = False
+
+    @property
+    def children(self) -> list[Child]:
+        return list(self._children.values())
+
+    async def start(self) -> None:
+        """Start all and return when all are ready. Raises `StartFailed`; call `stop` after."""
+        for spec in self._specs:
+            await self._start_one(spec)
+        await asyncio.gather(*(self._until_ready(child) for child in self.children))
+        self._watchers = [
+            asyncio.create_task(self._watch(name), name=f"watch {name}") for name in self._children
+        ]
+
+    async def stop(self) -> None:
+        """End every child, in order, within the shutdown timeout each."""
+        self._stopping = True
+        for watcher in self._watchers:
+            watcher.cancel()
+        for name in reversed(list(self._children)):
+            await self._stop_one(self._children[name])
+
+    def kill(self) -> None:
+        self._stopping = True
+        for child in self.children:
+            child.kill()
+
+    async def _start_one(self, spec: ChildSpec) -> Child:
+        child = Child(spec, on_fact=self._on_fact, on_line=self._on_line)
+        self._children[spec.name] = child
+        await child.start()
+        return child
+
+    async def _until_ready(self, child: Child) -> None:
+        ready = asyncio.create_task(child.ready.wait())
+        ended = asyncio.create_task(child.ended.wait())
+        await asyncio.wait({ready, ended}, return_when=asyncio.FIRST_COMPLETED)
+        for task in (ready, ended):
+            task.cancel()
+        if not child.ready.is_set():
+            raise StartFailed(
+                child.failure or f"{child.spec.name} ended with exit code {child.exit_code}."
+            )
+
+    async def _watch(self, name: str) -> None:
+        restart = Restart()
+        while not self._stopping:
+            child = self._children[name]
+            began = time.monotonic()
+            await child.ended.wait()
+            if self._stopping:
+                return
+            pause = restart.next_pause(time.monotonic() - began)
+            self._on_fact(
+                child, {"event": "died", "exit_code": child.exit_code, "pause_seconds": pause}
+            )
+            await asyncio.sleep(pause)
+            await self._start_one(replace(child.spec))
+
+    async def _stop_one(self, child: Child) -> None:
+        if child.state is ChildState.ENDED:
+            return
+        child.terminate()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(child.ended.wait(), self._shutdown_timeout_seconds)
+        if child.state is not ChildState.ENDED:
+            child.kill()
+            await child.ended.wait()

@@ -1,0 +1,120 @@
+"""The gRPC face that every node has: Describe, Session, Control, Inspect.
+
+Life of a session (one per gateway and node)
+    1. The gateway opens the stream and says hello; another protocol version is refused.
+    2. The node answers with its description. From here its `Step` frames flow as they come,
+       merged while the stream is slower than the engine.
+    3. Submit, Cancel and Orphaned frames go to the node's `Handler`, in order.
+    4. The stream ends, or falls too far behind: the handler hears that the gateway is gone
+       and ends what it ran for it.
+
+A frame that cannot be decoded ends that sequence, or that session, never the node.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from typing import Any, Protocol
+
+import grpc
+
+from cluster.codec import PROTOCOL_VERSION, decode_handoff, decode_sequence, encode_error
+from cluster.errors import HandshakeMismatch, InvalidRequest, ServingError
+from cluster.proto import node_pb2 as pb
+from cluster.proto import node_pb2_grpc
+from cluster.request import Handoff, SequenceRequest, TokenDelta
+from cluster.rpc import SessionHub
+
+logger = logging.getLogger(__name__)
+
+
+class Handler(Protocol):
+    """What a role does with the frames. Called on the event loop; must not block."""
+
+    def description(self) -> pb.NodeDescription: ...
+    def submit(
+        self, gateway_id: str, sequence: SequenceRequest, handoff: Handoff | None
+    ) -> None:
+        """Take the sequence, or raise a `ServingError` that becomes its last delta."""
+
+    def cancel(self, sequence_id: str) -> None: ...
+    def orphaned(self, gateway_id: str, sequence_id: str) -> None: ...
+    def gateway_gone(self, gateway_id: str) -> None: ...
+    async def control(self, action: pb.ControlRequest.Action) -> str: ...
+    async def inspect(self) -> pb.InspectReply: ...
+
+
+class NodeService(node_pb2_grpc.NodeServicer):
+    def __init__(self, handler: Handler, hub: SessionHub) -> None:
+        self._handler = handler
+        self._hub = hub
+
+    async def Describe(self, request: pb.DescribeRequest, context: Any) -> pb.NodeDescription:
+        return self._handler.description()
+
+    async def Control(self, request: pb.ControlRequest, context: Any) -> pb.ControlReply:
+        return pb.ControlReply(state=await self._handler.control(request.action))
+
+    async def Inspect(self, request: pb.InspectRequest, context: Any) -> pb.InspectReply:
+        return await self._handler.inspect()
+
+    async def Session(
+        self, frames: AsyncIterator[pb.GatewayFrame], context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[pb.NodeFrame]:
+        try:
+            gateway_id = hello_of(await anext(frames, None))
+        except ServingError as error:
+            yield pb.NodeFrame(refused=encode_error(error))
+            return
+        session = self._hub.open(gateway_id)
+        logger.info("gateway %s connected", gateway_id)
+        reader = asyncio.create_task(self._read(gateway_id, frames))
+        reader.add_done_callback(lambda _: session.close())
+        try:
+            yield pb.NodeFrame(welcome=self._handler.description())
+            async for step in session:
+                yield pb.NodeFrame(step=step)
+        finally:
+            reader.cancel()
+            if self._hub.close(session):
+                logger.info("gateway %s disconnected", gateway_id)
+                self._handler.gateway_gone(gateway_id)
+
+    async def _read(self, gateway_id: str, frames: AsyncIterator[pb.GatewayFrame]) -> None:
+        async for frame in frames:
+            match frame.WhichOneof("frame"):
+                case "submit":
+                    self._submit(gateway_id, frame.submit)
+                case "cancel":
+                    self._handler.cancel(frame.cancel.sequence_id)
+                case "orphaned":
+                    self._handler.orphaned(gateway_id, frame.orphaned.sequence_id)
+                case other:
+                    logger.warning("gateway %s sent an unexpected frame: %s", gateway_id, other)
+                    return
+
+    def _submit(self, gateway_id: str, submit: pb.Submit) -> None:
+        sequence_id = submit.sequence.sequence_id
+        try:
+            sequence = decode_sequence(submit.sequence)
+            handoff = decode_handoff(submit.handoff) if submit.HasField("handoff") else None
+            self._handler.submit(gateway_id, sequence, handoff)
+        except ServingError as error:
+            delta = TokenDelta(sequence_id=sequence_id, error=error)
+            self._hub.publish(gateway_id, [delta])
+
+
+def hello_of(frame: pb.GatewayFrame | None) -> str:
+    """The gateway's id, once its first frame is found to be a hello of our version."""
+    if frame is None or frame.WhichOneof("frame") != "hello":
+        raise InvalidRequest("A session must begin with hello.")
+    if frame.hello.protocol_version != PROTOCOL_VERSION:
+        raise HandshakeMismatch(
+            f"This node speaks protocol {PROTOCOL_VERSION}, "
+            f"the gateway speaks {frame.hello.protocol_version}."
+        )
+    if not frame.hello.gateway_id:
+        raise InvalidRequest("A gateway must name itself in hello.")
+    return frame.hello.gateway_id

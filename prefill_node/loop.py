@@ -1,0 +1,117 @@
+"""The engine thread's side of a prefill node: what a step means for the hand-off.
+
+Life of a prompt, as this thread sees it
+    1. First scheduled: the service is told, and asks the decode node for blocks meanwhile.
+    2. After each chunk: the blocks it completed are put under a `Hold` of the transfer and
+       handed to the service, which sends them while the next chunk computes.
+    3. First token sampled: the scheduler lets go of the sequence. Its blocks live on under
+       the holds, until the service says that nothing reads them any more.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from cluster.request import TokenDelta
+
+if TYPE_CHECKING:
+    from engine.block_manager import BlockManager, Hold
+    from engine.engine import StepOutput
+    from engine.schedule import ScheduleDecision
+
+
+@dataclass(frozen=True, slots=True)
+class ComputedChunk:
+    """The KV of a sequence's first `num_computed_tokens` tokens is in its blocks.
+
+    `done` is a CUDA event to wait for before reading them, None on the CPU.
+    """
+
+    sequence_id: str
+    num_computed_tokens: int
+    block_table: tuple[int, ...]
+    done: Any
+
+
+@dataclass(frozen=True, slots=True)
+class StepReport:
+    chunks: tuple[ComputedChunk, ...]
+    deltas: tuple[TokenDelta, ...]
+
+
+@dataclass(slots=True)
+class SourceHolds:
+    """The blocks of one prompt that its transfer may still read."""
+
+    num_held: int = 0
+    holds: list[Hold] = field(default_factory=list)
+
+
+class PrefillObserver:
+    """Reports steps to the event loop. All methods run on the engine's thread."""
+
+    def __init__(
+        self,
+        block_manager: BlockManager,
+        loop: asyncio.AbstractEventLoop,
+        *,
+        on_scheduled: Callable[[Sequence[str]], None],
+        on_step: Callable[[StepReport], None],
+    ) -> None:
+        self._block_manager = block_manager
+        self._loop = loop
+        self._on_scheduled = on_scheduled
+        self._on_step = on_step
+        self._sources: dict[str, SourceHolds] = {}
+        self._chunks: tuple[ComputedChunk, ...] = ()
+
+    @property
+    def num_held_sequences(self) -> int:
+        return len(self._sources)
+
+    def before_step(self, decision: ScheduleDecision) -> None:
+        new = [
+            chunk.sequence.sequence_id
+            for chunk in decision.chunks
+            if chunk.sequence.sequence_id not in self._sources
+        ]
+        if new:
+            self._sources.update((sequence_id, SourceHolds()) for sequence_id in new)
+            self._loop.call_soon_threadsafe(self._on_scheduled, new)
+
+    def after_step(self, decision: ScheduleDecision, output: StepOutput) -> None:
+        """Hold what was computed, before the scheduler may free it."""
+        computed = []
+        for chunk in decision.chunks:
+            sequence = chunk.sequence
+            self._hold(sequence.sequence_id, sequence.block_table, sequence.num_computed_tokens)
+            computed.append(
+                ComputedChunk(
+                    sequence.sequence_id,
+                    sequence.num_computed_tokens,
+                    tuple(sequence.block_table),
+                    output.done,
+                )
+            )
+        self._chunks = tuple(computed)
+
+    def settled(self, deltas: Sequence[TokenDelta]) -> None:
+        report = StepReport(self._chunks, tuple(deltas))
+        self._chunks = ()
+        self._loop.call_soon_threadsafe(self._on_step, report)
+
+    def release(self, sequence_id: str) -> None:
+        """Nothing reads this prompt's blocks any more. Idempotent."""
+        for hold in self._sources.pop(sequence_id, SourceHolds()).holds:
+            hold.release()
+
+    def _hold(self, sequence_id: str, block_table: Sequence[int], num_tokens: int) -> None:
+        source = self._sources[sequence_id]
+        num_blocks = -(-num_tokens // self._block_manager.block_size)
+        new = block_table[source.num_held : num_blocks]
+        if new:
+            source.holds.append(self._block_manager.hold(new, f"transfer of {sequence_id}"))
+            source.num_held = num_blocks
