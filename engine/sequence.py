@@ -154,7 +154,9 @@ class Sequence:
         known = len(self.block_hashes)
         num_full_blocks = len(self.token_ids) // self.block_size
         if known < num_full_blocks:
-            self.block_hashes = hash_blocks(self.token_ids, self.block_size, self.root)
+            parent = self.block_hashes[-1] if known else self.root
+            new_ids = self.token_ids[known * self.block_size :]
+            self.block_hashes += hash_blocks(new_ids, self.block_size, parent)
 
     def _end(self) -> None:
         if self.is_finished:

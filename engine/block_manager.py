@@ -1,0 +1,314 @@
+"""Who has which block of the paged KV cache.
+
+Life of a block
+    1. Free, on the free list.
+    2. Referenced: in the tables of sequences, in holds, in reservations; it counts them.
+       `allocate` takes free blocks, or evicts cached ones. Sequences that begin alike refer
+       to the same blocks, without copies.
+    3. Computed: `mark_computed` registers full blocks in the prefix cache. Only these are hit.
+       Two sequences that compute the same block at once both keep theirs; the first one is
+       registered, the second stays private and is freed without a trace.
+    4. No reference left: cached if registered, else free.
+
+At every moment free + cached + referenced == num_blocks.
+
+Not thread-safe: the engine's thread owns it, and holds and reservations are released there.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from engine.prefix_cache import Block, BlockAccountingError, CacheEvents, PrefixCache
+from engine.reservation import Hold, Reservation
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from collections.abc import Sequence as SequenceOf
+
+    from cluster.prefix_hash import BlockHash
+    from engine.sequence import Sequence
+
+__all__ = ["BlockAccountingError", "BlockManager", "CacheEvents", "Hold", "Reservation"]
+
+
+class BlockManager:
+    """Counts references to `num_blocks` blocks of `block_size` tokens. No call waits; each is
+    O(1) per block it touches."""
+
+    def __init__(
+        self, num_blocks: int, block_size: int, *, enable_prefix_caching: bool = True
+    ) -> None:
+        if num_blocks < 1 or block_size < 1:
+            raise ValueError("num_blocks and block_size must be positive.")
+        self.block_size = block_size
+        self.enable_prefix_caching = enable_prefix_caching
+        self._blocks = [Block(block_id) for block_id in range(num_blocks)]
+        self._free = self._blocks[::-1]
+        self._cache = PrefixCache()
+        self._sequences: dict[Sequence, None] = {}  # those with a block table
+        self._holds: dict[Hold, None] = {}
+        self._reservations: dict[Reservation, None] = {}
+        self._num_releases = 0
+
+    # ---- counts -------------------------------------------------------------------------
+
+    @property
+    def num_blocks(self) -> int:
+        return len(self._blocks)
+
+    @property
+    def num_free_blocks(self) -> int:
+        """Blocks that an allocation could take now: free, or cached and unreferenced."""
+        return len(self._free) + self._cache.num_parked
+
+    @property
+    def num_cached_blocks(self) -> int:
+        """Blocks that nobody refers to and a prompt can still hit."""
+        return self._cache.num_parked
+
+    @property
+    def num_referenced_blocks(self) -> int:
+        return self.num_blocks - self.num_free_blocks
+
+    @property
+    def num_held_blocks(self) -> int:
+        """References by holds and reservations: what is in transfer."""
+        return sum(len(owner.block_ids) for owner in self._transfers())
+
+    def num_blocks_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.block_size)
+
+    # ---- sequences ----------------------------------------------------------------------
+
+    def match_prefix(self, block_hashes: SequenceOf[BlockHash]) -> list[int]:
+        """Ids of the longest run of computed cached blocks. Takes no reference."""
+        found = self._cache.match(block_hashes, len(block_hashes))
+        return [block.block_id for block in found]
+
+    def allocate(self, sequence: Sequence, num_tokens: int) -> bool:
+        """Make the block table cover `num_tokens` tokens. False, and no change, if it cannot.
+
+        A sequence without blocks first gets the computed blocks its tokens begin with, at
+        most so many that its last token stays to be computed.
+        """
+        table = sequence.block_table
+        if not table:
+            return self._allocate_first(sequence, num_tokens)
+        num_new = self.num_blocks_for(num_tokens) - len(table)
+        if num_new <= 0:
+            return True
+        if num_new > self.num_free_blocks:
+            return False
+        table.extend(self._take(num_new))
+        return True
+
+    def mark_computed(self, sequence: Sequence) -> None:
+        """Let others hit the full blocks below `num_computed_tokens`."""
+        num_full_blocks = sequence.num_computed_tokens // self.block_size
+        if sequence.num_registered_blocks >= num_full_blocks:
+            return
+        if self.enable_prefix_caching and sequence.is_cacheable:
+            self._register(sequence, num_full_blocks)
+
+    def free(self, sequence: Sequence) -> None:
+        """Drop the sequence's references; its KV is not here any more. Idempotent."""
+        self._sequences.pop(sequence, None)
+        table, sequence.block_table = sequence.block_table, []
+        sequence.num_computed_tokens = 0
+        sequence.num_registered_blocks = 0
+        sequence.is_cacheable = True
+        self._release(table)
+
+    # ---- transfers ----------------------------------------------------------------------
+
+    def hold(self, block_ids: Iterable[int], owner: str) -> Hold:
+        """One more reference to blocks that are referenced or cached."""
+        hold = Hold(self, tuple(block_ids), owner)
+        blocks = [self._blocks[block_id] for block_id in hold.block_ids]
+        for block in blocks:
+            if block.ref_count == 0 and block.block_hash is None:
+                raise BlockAccountingError(f"Block {block.block_id} is free: {owner} is late.")
+        self._refer(blocks)
+        self._holds[hold] = None
+        return hold
+
+    def reserve(
+        self, block_hashes: SequenceOf[BlockHash], num_tokens: int, owner: str = ""
+    ) -> Reservation | None:
+        """Blocks for the KV of `num_tokens` tokens that another node has computed. None if
+        they are not to be had now."""
+        found = self._cache.match(block_hashes, num_tokens // self.block_size)
+        table = self._acquire(found, self.num_blocks_for(num_tokens))
+        if table is None:
+            return None
+        reservation = Reservation(
+            self, tuple(table), num_held_blocks=len(found), num_tokens=num_tokens, owner=owner
+        )
+        self._reservations[reservation] = None
+        return reservation
+
+    def drop_hold(self, hold: Hold) -> None:
+        """`Hold.release` alone calls this."""
+        del self._holds[hold]
+        self._release(hold.block_ids)
+
+    def drop_reservation(self, reservation: Reservation) -> None:
+        """`Reservation.cancel` alone calls this."""
+        del self._reservations[reservation]
+        self._release(reservation.block_ids)
+
+    def hand_over(
+        self, reservation: Reservation, sequence: Sequence, num_computed_tokens: int
+    ) -> None:
+        """`Reservation.attach` alone calls this."""
+        if sequence.block_table:
+            raise BlockAccountingError(f"{sequence!r} has blocks already.")
+        del self._reservations[reservation]
+        sequence.block_table = list(reservation.block_ids)
+        sequence.num_computed_tokens = num_computed_tokens
+        sequence.is_cacheable = reservation.is_cacheable
+        self._sequences[sequence] = None
+        self.mark_computed(sequence)
+
+    # ---- the prefix cache ---------------------------------------------------------------
+
+    def take_events(self) -> CacheEvents:
+        """What changed in the cache since the last call."""
+        return self._cache.take_events()
+
+    def cached_hashes(self) -> list[BlockHash]:
+        """All that can be hit now, parents first: to publish it anew."""
+        return self._cache.hashes()
+
+    def reset_prefix_cache(self) -> int:
+        """Forget every computed block; sequences keep theirs, and never register them.
+        Returns how many were forgotten."""
+        num_forgotten = len(self._cache)
+        self._free.extend(self._cache.clear())
+        for sequence in self._sequences:
+            sequence.is_cacheable = False
+        for reservation in self._reservations:
+            reservation.is_cacheable = False
+        return num_forgotten
+
+    # ---- integrity ----------------------------------------------------------------------
+
+    def owners(self) -> list[str]:
+        """Who refers to blocks now, in words."""
+        return [repr(owner) for owner in (*self._sequences, *self._transfers())]
+
+    def check_integrity(self) -> None:
+        """Raise `BlockAccountingError` if the books do not balance. O(num_blocks)."""
+        counts = [0] * self.num_blocks
+        for owner in self._transfers():
+            for block_id in owner.block_ids:
+                counts[block_id] += 1
+        for sequence in self._sequences:
+            self._check_sequence(sequence)
+            for block_id in sequence.block_table:
+                counts[block_id] += 1
+        for block, count in zip(self._blocks, counts, strict=True):
+            if block.ref_count != count:
+                raise BlockAccountingError(
+                    f"Block {block.block_id} counts {block.ref_count} references of {count}."
+                )
+        self._cache.check_integrity()
+        self._check_states()
+
+    def _check_sequence(self, sequence: Sequence) -> None:
+        table = sequence.block_table
+        if len(set(table)) != len(table):
+            raise BlockAccountingError(f"{sequence!r} has a block twice.")
+        if sequence.num_computed_tokens > len(table) * self.block_size:
+            raise BlockAccountingError(f"{sequence!r} has computed beyond its blocks.")
+
+    def _check_states(self) -> None:
+        free = {block.block_id for block in self._free}
+        cached = {block.block_id for block in self._cache.parked()}
+        referenced = {block.block_id for block in self._blocks if block.ref_count > 0}
+        total = len(self._free) + self._cache.num_parked + len(referenced)
+        if total != self.num_blocks or len(free | cached | referenced) != total:
+            raise BlockAccountingError(
+                f"{len(self._free)} free + {self._cache.num_parked} cached + "
+                f"{len(referenced)} referenced blocks are not {self.num_blocks}."
+            )
+        if any(block.block_hash is not None for block in self._free):
+            raise BlockAccountingError("A free block can be hit.")
+
+    # ---- steps --------------------------------------------------------------------------
+
+    def _transfers(self) -> list[Hold | Reservation]:
+        return [*self._holds, *self._reservations]
+
+    def _allocate_first(self, sequence: Sequence, num_tokens: int) -> bool:
+        if sequence.num_computed_tokens:
+            raise BlockAccountingError(f"{sequence!r} lost its blocks unnoticed.")
+        limit = (sequence.num_tokens - 1) // self.block_size
+        sequence.extend_block_hashes()
+        found = self._cache.match(sequence.block_hashes, limit)
+        table = self._acquire(found, self.num_blocks_for(num_tokens))
+        if table is None:
+            return False
+        sequence.block_table = table
+        sequence.num_computed_tokens = len(found) * self.block_size
+        sequence.num_registered_blocks = len(found)
+        if sequence.num_preemptions == 0:
+            sequence.num_cached_tokens = sequence.num_computed_tokens
+        self._sequences[sequence] = None
+        return True
+
+    def _acquire(self, found: list[Block], num_blocks: int) -> list[int] | None:
+        """References to `found`, then to new blocks up to `num_blocks` in all."""
+        num_new = max(0, num_blocks - len(found))
+        num_revived = sum(block.ref_count == 0 for block in found)
+        if num_new + num_revived > self.num_free_blocks:
+            return None
+        self._refer(found)
+        return [block.block_id for block in found] + self._take(num_new)
+
+    def _take(self, num_blocks: int) -> list[int]:
+        """New blocks with one reference each; the caller knows there are enough."""
+        taken = []
+        for _ in range(num_blocks):
+            if not self._free:
+                self._free.extend(self._cache.evict())
+            block = self._free.pop()
+            block.ref_count = 1
+            taken.append(block.block_id)
+        return taken
+
+    def _refer(self, blocks: Iterable[Block]) -> None:
+        for block in blocks:
+            if block.ref_count == 0:
+                self._cache.unpark(block)
+            block.ref_count += 1
+
+    def _release(self, block_ids: SequenceOf[int]) -> None:
+        """Drop one reference each, last block first: leaves before their parents."""
+        self._num_releases += 1
+        for block_id in reversed(block_ids):
+            block = self._blocks[block_id]
+            block.ref_count -= 1
+            if block.ref_count == 0:
+                if block.block_hash is None:
+                    self._free.append(block)
+                else:
+                    self._cache.park(block, self._num_releases)
+
+    def _register(self, sequence: Sequence, num_full_blocks: int) -> None:
+        """Register the blocks not registered yet, each after its parent.
+
+        A parent may have been evicted since (another sequence's copy was registered, and this
+        one has its own): then start again at the first ancestor that is missing.
+        """
+        sequence.extend_block_hashes()
+        hashes = sequence.block_hashes
+        first = sequence.num_registered_blocks
+        while first > 0 and hashes[first - 1] not in self._cache:
+            first -= 1
+        for index in range(first, num_full_blocks):
+            if hashes[index] not in self._cache:
+                block = self._blocks[sequence.block_table[index]]
+                self._cache.register(block, hashes[index], hashes[index - 1] if index else None)
+        sequence.num_registered_blocks = num_full_blocks
