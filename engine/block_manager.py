@@ -86,19 +86,20 @@ class BlockManager:
         found = self._cache.match(block_hashes, len(block_hashes))
         return [block.block_id for block in found]
 
-    def allocate(self, sequence: Sequence, num_tokens: int) -> bool:
-        """Make the block table cover `num_tokens` tokens. False, and no change, if it cannot.
+    def allocate(self, sequence: Sequence, num_tokens: int, *, headroom: int = 0) -> bool:
+        """Make the block table cover `num_tokens` tokens. False, and no change, if it cannot,
+        or if fewer than `headroom` blocks would be left to take.
 
         A sequence without blocks first gets the computed blocks its tokens begin with, at
         most so many that its last token stays to be computed.
         """
         table = sequence.block_table
         if not table:
-            return self._allocate_first(sequence, num_tokens)
+            return self._allocate_first(sequence, num_tokens, headroom)
         num_new = self.num_blocks_for(num_tokens) - len(table)
         if num_new <= 0:
             return True
-        if num_new > self.num_free_blocks:
+        if num_new + headroom > self.num_free_blocks:
             return False
         table.extend(self._take(num_new))
         return True
@@ -241,13 +242,13 @@ class BlockManager:
     def _transfers(self) -> list[Hold | Reservation]:
         return [*self._holds, *self._reservations]
 
-    def _allocate_first(self, sequence: Sequence, num_tokens: int) -> bool:
+    def _allocate_first(self, sequence: Sequence, num_tokens: int, headroom: int) -> bool:
         if sequence.num_computed_tokens:
             raise BlockAccountingError(f"{sequence!r} lost its blocks unnoticed.")
         limit = (sequence.num_tokens - 1) // self.block_size
         sequence.extend_block_hashes()
         found = self._cache.match(sequence.block_hashes, limit)
-        table = self._acquire(found, self.num_blocks_for(num_tokens))
+        table = self._acquire(found, self.num_blocks_for(num_tokens), headroom)
         if table is None:
             return False
         sequence.block_table = table
@@ -258,11 +259,11 @@ class BlockManager:
         self._sequences[sequence] = None
         return True
 
-    def _acquire(self, found: list[Block], num_blocks: int) -> list[int] | None:
+    def _acquire(self, found: list[Block], num_blocks: int, headroom: int = 0) -> list[int] | None:
         """References to `found`, then to new blocks up to `num_blocks` in all."""
         num_new = max(0, num_blocks - len(found))
         num_revived = sum(block.ref_count == 0 for block in found)
-        if num_new + num_revived > self.num_free_blocks:
+        if num_new + num_revived + headroom > self.num_free_blocks:
             return None
         self._refer(found)
         return [block.block_id for block in found] + self._take(num_new)

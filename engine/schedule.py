@@ -9,9 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from cluster.errors import ContextLengthExceeded
+
 if TYPE_CHECKING:
     from collections.abc import Sequence as SequenceOf
 
+    from engine.block_manager import BlockManager
     from engine.sequence import Sequence
 
 
@@ -61,3 +64,15 @@ class StepResult(Protocol):
     def sampled_sequences(self) -> SequenceOf[Sequence]:
         """The sequences whose next token was drawn, finished or not."""
         ...
+
+
+def check_fits(sequence: Sequence, block_manager: BlockManager) -> None:
+    """Raise `ContextLengthExceeded` if its tokens need more blocks than this node has in all:
+    it could never run here, however long it waits."""
+    num_blocks = block_manager.num_blocks_for(sequence.num_tokens)
+    if num_blocks > block_manager.num_blocks:
+        raise ContextLengthExceeded(
+            f"The sequence has {sequence.num_tokens} tokens; this node's KV cache holds "
+            f"{block_manager.num_blocks * block_manager.block_size}.",
+            param="prompt",
+        )

@@ -1,0 +1,237 @@
+"""Which sequences the next step advances.
+
+Life of a sequence here
+    1. `add`: with its KV in place (a hand-off), it takes part from the next `schedule` on. With
+       some KV or none (a prompt computed here, a recompute), its tokens are prefilled first.
+    2. Active: a decode step advances every active sequence by one token. Steps that prefill
+       alternate with decode steps, so neither starves and neither has the other's shape.
+    3. Out of blocks, the newest of the least urgent is preempted: it loses its blocks, keeps
+       its tokens, and resumes before any sequence that has no blocks yet, from whatever the
+       prefix cache still has.
+    4. `update` frees the finished ones.
+
+Why this never deadlocks: the first sequence in order takes blocks from all others, so it
+advances; when there is nobody left to take from, the rest is in transfer and comes back by
+itself, and a sequence that needs more than the whole pool fails.
+
+Pure: no clock, no tensors.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from typing import TYPE_CHECKING
+
+from cluster.errors import ContextLengthExceeded, InvalidRequest
+from cluster.request import FinishReason
+from engine.schedule import ScheduledChunk, ScheduleDecision, check_fits
+from engine.sequence import SequenceStatus
+from engine.waiting_queue import WaitingQueue, order_key
+
+if TYPE_CHECKING:
+    from engine.block_manager import BlockManager
+    from engine.schedule import StepResult
+    from engine.sequence import Sequence
+
+_MAX_HEADROOM_SHARE = 8  # at most 1/8 of the pool is kept for active sequences to grow
+
+
+class DecodeScheduler:
+    """Decode in full, prefill in between. Owns the sequences from `add` to `update` or
+    `abort`, and reports those that failed in the decision."""
+
+    def __init__(
+        self, block_manager: BlockManager, max_num_batched_tokens: int, max_num_seqs: int
+    ) -> None:
+        if max_num_batched_tokens < 1 or max_num_seqs < 1:
+            raise ValueError("max_num_batched_tokens and max_num_seqs must be positive.")
+        self._block_manager = block_manager
+        self._max_num_batched_tokens = max_num_batched_tokens
+        self._max_num_seqs = min(max_num_seqs, max_num_batched_tokens)
+        self._sequences: dict[str, Sequence] = {}
+        self._active: list[Sequence] = []  # by order_key; they have blocks for their tokens
+        self._ready = WaitingQueue()  # have blocks, wait for a place among the active
+        self._preempted = WaitingQueue()
+        self._waiting = WaitingQueue()
+        self._num_arrivals = 0
+        self._is_prefill_turn = False
+        self._newly_preempted: list[Sequence] = []
+        self._newly_failed: list[Sequence] = []
+
+    @property
+    def num_running(self) -> int:
+        return len(self._active)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting) + len(self._ready) + len(self._preempted)
+
+    @property
+    def num_preempted(self) -> int:
+        """While it is not 0, blocks given to newcomers are taken from these."""
+        return len(self._preempted)
+
+    @property
+    def queued_tokens(self) -> int:
+        """Tokens to be computed before the sequences they belong to can decode."""
+        return sum(sequence.num_uncomputed_tokens - 1 for sequence in self._sequences.values())
+
+    def has_work(self) -> bool:
+        return bool(self._sequences)
+
+    def get(self, sequence_id: str) -> Sequence | None:
+        return self._sequences.get(sequence_id)
+
+    def sequences(self) -> tuple[Sequence, ...]:
+        return tuple(self._sequences.values())
+
+    def add(self, sequence: Sequence) -> None:
+        """Take a sequence, with its blocks if it has some. Raises what can never run here; its
+        blocks are then still the caller's."""
+        if sequence.sequence_id in self._sequences:
+            raise InvalidRequest("A sequence with this id is running.", param="sequence_id")
+        check_fits(sequence, self._block_manager)
+        sequence.arrival = self._num_arrivals
+        self._num_arrivals += 1
+        sequence.status = SequenceStatus.WAITING
+        self._sequences[sequence.sequence_id] = sequence
+        (self._ready if sequence.block_table else self._waiting).push(sequence)
+
+    def abort(self, sequence_id: str) -> Sequence | None:
+        """End it now and free its blocks. None if it is not here (any more)."""
+        sequence = self._sequences.get(sequence_id)
+        if sequence is None:
+            return None
+        if not sequence.is_finished:
+            sequence.finish(FinishReason.ABORT)
+        self._remove(sequence)
+        return sequence
+
+    def schedule(self) -> ScheduleDecision:
+        """One decode step or one prefill step; no chunks while everyone waits for blocks."""
+        self._newly_preempted, self._newly_failed = [], []
+        self._activate()
+        if self._is_prefill_turn:
+            chunks = self._prefill_chunks() or self._decode_chunks()
+        else:
+            chunks = self._decode_chunks() or self._prefill_chunks()
+        decision = ScheduleDecision(
+            tuple(chunks), tuple(self._newly_preempted), tuple(self._newly_failed)
+        )
+        self._is_prefill_turn = decision.is_decode
+        return decision
+
+    def update(self, output: StepResult) -> list[Sequence]:
+        """Free the sequences that the step finished. Returns them."""
+        finished = [sequence for sequence in self._active if sequence.is_finished]
+        for sequence in finished:
+            self._remove(sequence)
+        return finished
+
+    # ---- who is active ------------------------------------------------------------------
+
+    def _activate(self) -> None:
+        """Fill free places: preempted sequences first, then those that have their blocks,
+        then, if no preempted one waits, new ones."""
+        self._admit_from(self._preempted)
+        while self._has_place() and (sequence := self._ready.peek()) is not None:
+            self._make_active(self._ready, sequence)
+        if not self._preempted:
+            self._admit_from(self._waiting)
+
+    def _admit_from(self, queue: WaitingQueue) -> None:
+        """In order; none overtakes one that does not fit yet. Those admitted leave one block
+        for each active sequence to grow into, or they would be preempted again at once."""
+        while self._has_place() and (sequence := queue.peek()) is not None:
+            if not self._can_ever_fit(sequence):
+                self._fail(sequence)
+                continue
+            share = self._block_manager.num_blocks // _MAX_HEADROOM_SHARE
+            headroom = min(len(self._active), share)
+            if not self._block_manager.allocate(sequence, sequence.num_tokens, headroom=headroom):
+                return
+            self._make_active(queue, sequence)
+
+    def _make_active(self, queue: WaitingQueue, sequence: Sequence) -> None:
+        queue.remove(sequence)
+        sequence.status = SequenceStatus.RUNNING
+        insort(self._active, sequence, key=order_key)
+
+    def _has_place(self) -> bool:
+        return len(self._active) < self._max_num_seqs
+
+    # ---- what they do -------------------------------------------------------------------
+
+    def _decode_chunks(self) -> list[ScheduledChunk]:
+        """The last token of every active sequence that has computed all before it."""
+        chunks = []
+        for sequence in tuple(self._active):
+            if sequence.status is not SequenceStatus.RUNNING:
+                continue  # one before it has just taken its blocks
+            if sequence.num_uncomputed_tokens == 1 and self._grow(sequence):
+                chunks.append(ScheduledChunk(sequence, 1))
+        return chunks
+
+    def _prefill_chunks(self) -> list[ScheduledChunk]:
+        """As many tokens as a step takes of the active sequences that lack more than one."""
+        chunks: list[ScheduledChunk] = []
+        budget = self._max_num_batched_tokens
+        for sequence in tuple(self._active):
+            if budget == 0:
+                break
+            if sequence.status is not SequenceStatus.RUNNING:
+                continue
+            if sequence.num_uncomputed_tokens > 1 and self._grow(sequence):
+                num_tokens = min(budget, sequence.num_uncomputed_tokens)
+                chunks.append(ScheduledChunk(sequence, num_tokens))
+                budget -= num_tokens
+        return chunks
+
+    def _grow(self, sequence: Sequence) -> bool:
+        """Blocks for all its tokens, taken from those after it in order if need be. If that is
+        not enough it keeps what it has and waits a step: others finish, transfers end."""
+        while not self._block_manager.allocate(sequence, sequence.num_tokens):
+            if not self._can_ever_fit(sequence):
+                self._fail(sequence)
+                return False
+            if not self._preempt_after(sequence):
+                return False
+        return True
+
+    def _can_ever_fit(self, sequence: Sequence) -> bool:
+        needed = self._block_manager.num_blocks_for(sequence.num_tokens)
+        return needed <= self._block_manager.num_blocks
+
+    def _preempt_after(self, sequence: Sequence) -> bool:
+        """Preempt the last sequence in order, unless that is `sequence`."""
+        victim = max((*self._active[-1:], *self._ready), key=order_key)
+        if order_key(victim) <= order_key(sequence):
+            return False
+        self._detach(victim)
+        self._block_manager.free(victim)
+        victim.status = SequenceStatus.PREEMPTED
+        victim.num_preemptions += 1
+        self._preempted.push(victim)
+        self._newly_preempted.append(victim)
+        return True
+
+    # ---- how they leave -----------------------------------------------------------------
+
+    def _fail(self, sequence: Sequence) -> None:
+        sequence.fail(
+            ContextLengthExceeded("The sequence has outgrown this node's whole KV cache.")
+        )
+        self._remove(sequence)
+        self._newly_failed.append(sequence)
+
+    def _remove(self, sequence: Sequence) -> None:
+        del self._sequences[sequence.sequence_id]
+        self._detach(sequence)
+        self._block_manager.free(sequence)
+
+    def _detach(self, sequence: Sequence) -> None:
+        for queue in (self._waiting, self._ready, self._preempted):
+            if sequence in queue:
+                queue.remove(sequence)
+                return
+        self._active.remove(sequence)
