@@ -19,10 +19,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from cluster.errors import Cancelled, ContextLengthExceeded, TransferFailed
-from cluster.prefix_hash import BlockHash, hash_blocks
+from engine.sequence import Sequence, SequenceStatus
 
 if TYPE_CHECKING:
-    from cluster.request import SequenceRequest
     from engine.block_manager import BlockManager, Reservation
 
 
@@ -36,15 +35,13 @@ class ReservedBlocks:
 
 @dataclass(slots=True)
 class _Waiting:
-    request: SequenceRequest
-    block_hashes: list[BlockHash]
+    sequence: Sequence
     future: Future[ReservedBlocks]
 
 
 @dataclass(slots=True)
 class _Reserved:
-    request: SequenceRequest
-    block_hashes: list[BlockHash]
+    sequence: Sequence
     reservation: Reservation
 
 
@@ -54,11 +51,9 @@ class Reservations:
         block_manager: BlockManager,
         *,
         num_running: Callable[[], int],
-        root_of: Callable[[bytes], BlockHash],
     ) -> None:
         self._block_manager = block_manager
         self._num_running = num_running
-        self._root_of = root_of
         self._waiting: OrderedDict[str, _Waiting] = OrderedDict()
         self._reserved: dict[str, _Reserved] = {}
 
@@ -72,20 +67,19 @@ class Reservations:
 
     @property
     def queued_tokens(self) -> int:
-        return sum(len(waiting.request.prompt_token_ids) for waiting in self._waiting.values())
+        return sum(waiting.sequence.num_prompt_tokens for waiting in self._waiting.values())
 
-    def ask(self, request: SequenceRequest) -> Future[ReservedBlocks]:
+    def ask(self, sequence: Sequence) -> Future[ReservedBlocks]:
         """Blocks for the prompt, now or once there is room. Raises when it can never fit."""
-        size = self._block_manager.block_size
-        needed = -(-(len(request.prompt_token_ids) + 1) // size)
+        needed = self._num_blocks_for(sequence)
         if needed > self._block_manager.num_blocks:
             raise ContextLengthExceeded(
                 f"The prompt needs {needed} KV blocks; the decode node has "
                 f"{self._block_manager.num_blocks}."
             )
-        hashes = hash_blocks(request.prompt_token_ids, size, self._root_of(request.cache_salt))
-        waiting = _Waiting(request, hashes, Future())
-        self._waiting[request.sequence_id] = waiting
+        sequence.status = SequenceStatus.WAITING_FOR_KV
+        waiting = _Waiting(sequence, Future())
+        self._waiting[sequence.sequence_id] = waiting
         self.retry()
         return waiting.future
 
@@ -100,12 +94,17 @@ class Reservations:
                 return
             del self._waiting[sequence_id]
 
-    def take(self, sequence_id: str) -> tuple[SequenceRequest, list[BlockHash], Reservation]:
-        """Hand a reservation over to a sequence that starts. Raises when it is gone."""
+    def start(self, sequence_id: str, first_token_id: int) -> Sequence:
+        """The sequence, owning its blocks, its prompt's KV in place. Raises when it is gone."""
         reserved = self._reserved.pop(sequence_id, None)
         if reserved is None:
             raise TransferFailed("The reservation is gone.", reason="reservation_gone")
-        return reserved.request, reserved.block_hashes, reserved.reservation
+        sequence = reserved.sequence
+        reserved.reservation.attach(sequence)
+        sequence.num_computed_tokens = sequence.num_prompt_tokens
+        self._block_manager.mark_computed(sequence)
+        sequence.append_token(first_token_id)
+        return sequence
 
     def cancel(self, sequence_id: str) -> None:
         """Give the blocks, or the place in the queue, back. Idempotent."""
@@ -118,17 +117,20 @@ class Reservations:
             self.retry()
 
     def _reserve(self, sequence_id: str, waiting: _Waiting) -> bool:
-        manager = self._block_manager
-        num_tokens = len(waiting.request.prompt_token_ids)
-        needed = -(-(num_tokens + 1) // manager.block_size)
-        spare = manager.num_free_blocks - self._num_running()
-        if needed > spare and self._num_running():
+        sequence, manager = waiting.sequence, self._block_manager
+        num_running = self._num_running()
+        spare = manager.num_free_blocks - num_running
+        if num_running and self._num_blocks_for(sequence) > spare:
             return False
-        reservation = manager.reserve(waiting.block_hashes, num_tokens)
+        reservation = manager.reserve(sequence.block_hashes, sequence.num_prompt_tokens)
         if reservation is None:
             return False
-        self._reserved[sequence_id] = _Reserved(waiting.request, waiting.block_hashes, reservation)
+        self._reserved[sequence_id] = _Reserved(sequence, reservation)
         waiting.future.set_result(
             ReservedBlocks(tuple(reservation.block_ids), reservation.num_held_blocks)
         )
         return True
+
+    def _num_blocks_for(self, sequence: Sequence) -> int:
+        """For the prompt and the first token that decode will add."""
+        return -(-(sequence.num_prompt_tokens + 1) // self._block_manager.block_size)

@@ -143,6 +143,8 @@ class EngineLoop:
 
     def _step(self) -> None:
         decision = self._scheduler.schedule()
+        if decision.failed:
+            self._observer.settled([error_delta(sequence) for sequence in decision.failed])
         if not decision.chunks:
             self._wait_for_blocks()
             return
@@ -186,6 +188,12 @@ class EngineLoop:
                 return
             if command is not None:
                 command.future.cancel()
+
+
+def error_delta(sequence: Sequence) -> TokenDelta:
+    """The last delta of a sequence that ended in an error."""
+    error = sequence.error or InternalError("The sequence ended without a reason.")
+    return TokenDelta(sequence_id=sequence.sequence_id, error=error)
 
 
 def abort_delta(sequence_id: str) -> TokenDelta:

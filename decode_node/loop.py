@@ -1,0 +1,40 @@
+"""The engine thread's side of a decode node: report each step, then serve who waits for blocks."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from cluster.request import TokenDelta
+
+if TYPE_CHECKING:
+    from decode_node.reservations import Reservations
+    from engine.engine import StepOutput
+    from engine.schedule import ScheduleDecision
+
+
+class DecodeObserver:
+    """Reports steps to the event loop. All methods run on the engine's thread."""
+
+    def __init__(
+        self,
+        reservations: Reservations,
+        loop: asyncio.AbstractEventLoop,
+        *,
+        on_step: Callable[[Sequence[TokenDelta]], None],
+    ) -> None:
+        self._reservations = reservations
+        self._loop = loop
+        self._on_step = on_step
+
+    def before_step(self, decision: ScheduleDecision) -> None:
+        """Nothing: a decode step needs nobody."""
+
+    def after_step(self, decision: ScheduleDecision, output: StepOutput) -> None:
+        """Nothing: the deltas come with `settled`, after finished sequences are freed."""
+
+    def settled(self, deltas: Sequence[TokenDelta]) -> None:
+        if deltas:
+            self._loop.call_soon_threadsafe(self._on_step, deltas)
+        self._reservations.retry()

@@ -1,0 +1,257 @@
+"""A decode node's answers to gateways and to its KV receiver.
+
+Life of a sequence here
+    1. RESERVED  a prefill node asked for blocks; its KV arrives under a transfer.
+    2. RUNNING   the transfer was committed and verified (`started` goes to the gateway), or a
+                 gateway submitted the whole prompt to be computed here.
+    3. DONE      it finished, failed or was cancelled; its last delta is published, its blocks
+                 are free.
+
+A cancel that overtakes the reservation is remembered, so the late `Reserve` is refused.
+An orphan (its prefill node was lost) is answered: started, or its error. Never silence.
+All methods run on the event loop; the engine is reached through `EngineLoop.call`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from cluster.errors import Cancelled, InvalidRequest, NodeLost, NodeUnavailable, ServingError
+from cluster.node import NodeState
+from cluster.prefix_hash import root_hash
+from cluster.proto import node_pb2 as pb
+from cluster.request import TokenDelta
+from engine.sequence import Sequence, check_request
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence as SequenceOf
+
+    from cluster.member import Member
+    from cluster.request import Handoff, SequenceRequest
+    from cluster.rpc import SessionHub
+    from decode_node.receiver import KVReceiver
+    from decode_node.reservations import Reservations, ReservedBlocks
+    from decode_node.scheduler import DecodeScheduler
+    from engine.engine import Engine
+    from engine.loop import EngineLoop
+
+logger = logging.getLogger(__name__)
+MAX_REMEMBERED = 4096
+
+
+@dataclass(slots=True)
+class Stream:
+    """One sequence and the gateway that gets its tokens."""
+
+    request: SequenceRequest
+    gateway_id: str
+    is_started: bool = False
+    began_at: float = field(default_factory=time.monotonic)
+
+
+class Remembered:
+    """The last ids that ended here, oldest forgotten first."""
+
+    def __init__(self, capacity: int = MAX_REMEMBERED) -> None:
+        self._capacity = capacity
+        self._ids: OrderedDict[str, None] = OrderedDict()
+
+    def add(self, sequence_id: str) -> None:
+        self._ids[sequence_id] = None
+        if len(self._ids) > self._capacity:
+            self._ids.popitem(last=False)
+
+    def __contains__(self, sequence_id: str) -> bool:
+        return sequence_id in self._ids
+
+
+class DecodeHandler:
+    """The `Handler` of a decode node and the `BlockSource` of its receiver."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        scheduler: DecodeScheduler,
+        reservations: Reservations,
+        hub: SessionHub,
+        member: Member,
+    ) -> None:
+        self._engine = engine
+        self._scheduler = scheduler
+        self._reservations = reservations
+        self._hub = hub
+        self._member = member
+        self._streams: dict[str, Stream] = {}
+        self._cancelled = Remembered()
+        self._finished = Remembered()
+        self._event_loop = asyncio.get_running_loop()
+        self._loop: EngineLoop
+        self._receiver: KVReceiver
+
+    def bind(self, loop: EngineLoop, receiver: KVReceiver) -> None:
+        self._loop, self._receiver = loop, receiver
+
+    @property
+    def num_streams(self) -> int:
+        return len(self._streams)
+
+    # ---- frames of gateways -----------------------------------------------------------
+
+    def description(self) -> pb.NodeDescription:
+        return self._member.description()
+
+    def submit(self, gateway_id: str, sequence: SequenceRequest, handoff: Handoff | None) -> None:
+        if handoff is not None:
+            raise InvalidRequest("A decode node does not hand off.")
+        runnable = self._accept(sequence, gateway_id)
+        self._streams[sequence.sequence_id] = Stream(sequence, gateway_id, is_started=True)
+        adding = asyncio.wrap_future(self._loop.call(lambda: self._scheduler.add(runnable)))
+        adding.add_done_callback(lambda done: self._on_added(sequence.sequence_id, done))
+
+    def cancel(self, sequence_id: str) -> None:
+        self._cancelled.add(sequence_id)
+        stream = self._streams.pop(sequence_id, None)
+        if stream is None:
+            return
+        if stream.is_started:
+            self._loop.call(lambda: self._abort(sequence_id))
+        else:
+            self._receiver.cancel(sequence_id)
+
+    def orphaned(self, gateway_id: str, sequence_id: str) -> None:
+        stream = self._streams.get(sequence_id)
+        if stream is not None and stream.is_started:
+            self._hub.publish(gateway_id, [TokenDelta(sequence_id=sequence_id, started=True)])
+        elif stream is None and sequence_id not in self._finished:
+            error = NodeLost("The prefill node was lost before it handed the request off.")
+            self._hub.publish(gateway_id, [TokenDelta(sequence_id=sequence_id, error=error)])
+            self._cancelled.add(sequence_id)
+        # A transfer still in flight ends by itself: its session to the lost node is gone.
+
+    def gateway_gone(self, gateway_id: str) -> None:
+        for sequence_id, stream in list(self._streams.items()):
+            if stream.gateway_id == gateway_id:
+                self.cancel(sequence_id)
+
+    async def control(self, action: pb.ControlRequest.Action) -> str:
+        if action == pb.ControlRequest.RESET_PREFIX_CACHE:
+            self._loop.call(self._engine.block_manager.reset_prefix_cache)
+        return self._member.control(action)
+
+    async def inspect(self) -> pb.InspectReply:
+        now = time.monotonic()
+        sequences = [
+            pb.SequenceInfo(
+                sequence_id=sequence_id,
+                request_id=stream.request.request_id,
+                status="running" if stream.is_started else "waiting_for_kv",
+                num_prompt_tokens=len(stream.request.prompt_token_ids),
+                age_seconds=now - stream.began_at,
+            )
+            for sequence_id, stream in self._streams.items()
+        ]
+        return pb.InspectReply(
+            sequences=sequences, leases=self._receiver.leases(), load=self._member.load_message()
+        )
+
+    # ---- the receiver's source of blocks ----------------------------------------------
+
+    async def reserve(self, request: SequenceRequest, gateway_id: str) -> ReservedBlocks:
+        """Blocks for a prompt whose KV will arrive; waits for room. Raises `ServingError`."""
+        if request.sequence_id in self._cancelled:
+            raise Cancelled("The request was cancelled.")
+        sequence = self._accept(request, gateway_id)
+        self._streams[request.sequence_id] = Stream(request, gateway_id)
+        try:
+            asking = await asyncio.wrap_future(
+                self._loop.call(lambda: self._reservations.ask(sequence))
+            )
+            return await asyncio.wrap_future(asking)
+        except BaseException:
+            self._streams.pop(request.sequence_id, None)
+            self.release(request.sequence_id)
+            raise
+
+    async def start(self, sequence_id: str, first_token_id: int) -> None:
+        """The KV is verified and in place: run. Raises `ServingError` when it was cancelled."""
+        stream = self._streams.get(sequence_id)
+        if stream is None:
+            raise Cancelled("The request was cancelled.")
+        await asyncio.wrap_future(self._loop.call(lambda: self._start(sequence_id, first_token_id)))
+        if self._streams.get(sequence_id) is not stream:
+            raise Cancelled("The request was cancelled.")
+
+    def release(self, sequence_id: str) -> None:
+        """The transfer ended without a start, and nothing writes into its blocks any more."""
+        self._loop.call(lambda: self._reservations.cancel(sequence_id))
+
+    def on_transfer_failed(self, sequence_id: str, error: ServingError) -> None:
+        stream = self._streams.pop(sequence_id, None)
+        if stream is not None:
+            delta = TokenDelta(sequence_id=sequence_id, error=error)
+            self._hub.publish(stream.gateway_id, [delta])
+
+    # ---- reports of the engine --------------------------------------------------------
+
+    def _on_started(self, sequence_id: str) -> None:
+        """Comes before the first step's tokens, so `started` reaches the gateway first."""
+        stream = self._streams.get(sequence_id)
+        if stream is None:
+            self._loop.call(lambda: self._abort(sequence_id))
+            return
+        stream.is_started = True
+        started = TokenDelta(sequence_id=sequence_id, started=True)
+        self._hub.publish(stream.gateway_id, [started])
+
+    def on_step(self, deltas: SequenceOf[TokenDelta]) -> None:
+        by_gateway: dict[str, list[TokenDelta]] = {}
+        for delta in deltas:
+            stream = self._streams.get(delta.sequence_id)
+            if stream is None:
+                continue
+            by_gateway.setdefault(stream.gateway_id, []).append(delta)
+            if delta.finish_reason is not None or delta.error is not None:
+                del self._streams[delta.sequence_id]
+                self._finished.add(delta.sequence_id)
+        for gateway_id, batch in by_gateway.items():
+            self._hub.publish(gateway_id, batch)
+
+    # ---- on the engine's thread -------------------------------------------------------
+
+    def _start(self, sequence_id: str, first_token_id: int) -> None:
+        self._scheduler.add(self._reservations.start(sequence_id, first_token_id))
+        self._event_loop.call_soon_threadsafe(self._on_started, sequence_id)
+
+    def _abort(self, sequence_id: str) -> None:
+        self._scheduler.abort(sequence_id)
+        self._reservations.retry()
+
+    # ---- helpers ----------------------------------------------------------------------
+
+    def _accept(self, request: SequenceRequest, gateway_id: str) -> Sequence:
+        if self._member.state is not NodeState.READY:
+            raise NodeUnavailable("This decode node takes no new work.", reason="not_ready")
+        if request.sequence_id in self._streams:
+            raise InvalidRequest("This sequence was submitted before.")
+        if not self._hub.is_open(gateway_id):
+            raise Cancelled("The gateway of this request is not connected to the decode node.")
+        check_request(
+            request,
+            vocab_size=self._engine.model_config.vocab_size,
+            max_model_len=self._engine.max_model_len,
+        )
+        return Sequence(
+            request,
+            block_size=self._engine.block_manager.block_size,
+            root=root_hash(self._member.model_key, request.cache_salt),
+        )
+
+    def _on_added(self, sequence_id: str, adding: asyncio.Future[None]) -> None:
+        """The scheduler refuses what this node can never run."""
+        if not adding.cancelled() and isinstance(error := adding.exception(), ServingError):
+            self.on_transfer_failed(sequence_id, error)

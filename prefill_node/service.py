@@ -1,0 +1,213 @@
+"""A prefill node's answers to gateways: one prompt in, its KV handed off, its first token out.
+
+Life of a prompt here
+    1. QUEUED     submitted; the engine thread has it. Nothing is reserved anywhere yet.
+    2. SENDING    first scheduled: blocks are reserved on its decode node, and each computed
+                  chunk is sent while the next one computes.
+    3. COMMITTING its first token went to the gateway; the decode node is told to start.
+    4. DONE       the decode node has it (`handed_off`), or it ended with its first token, or
+                  it ended in one typed error. Its source blocks are freed when the last send
+                  that reads them has ended, which may be later.
+
+Cancel, the loss of the gateway and every transfer error lead to DONE from any state.
+All methods run on the event loop; the engine is reached through `EngineLoop.call`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from cluster.errors import InvalidRequest, NodeUnavailable, ServingError
+from cluster.node import NodeState
+from cluster.prefix_hash import root_hash
+from cluster.proto import node_pb2 as pb
+from cluster.request import TokenDelta
+from engine.sequence import Sequence, check_request
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence as SequenceOf
+
+    from cluster.member import Member
+    from cluster.request import Handoff, SequenceRequest
+    from cluster.rpc import SessionHub
+    from engine.engine import Engine
+    from engine.loop import EngineLoop
+    from prefill_node.loop import PrefillObserver, StepReport
+    from prefill_node.scheduler import PrefillScheduler
+    from prefill_node.sender import KVSender
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Prompt:
+    """What the service knows of one prompt. `is_done`: its last delta has been published."""
+
+    request: SequenceRequest
+    gateway_id: str
+    handoff: Handoff
+    is_sending: bool = False
+    is_done: bool = False
+    submitted_at: float = field(default_factory=time.monotonic)
+
+
+class PrefillHandler:
+    """The `Handler` of a prefill node. `bind` gives it the parts that call it back."""
+
+    def __init__(
+        self, engine: Engine, scheduler: PrefillScheduler, hub: SessionHub, member: Member
+    ) -> None:
+        self._engine = engine
+        self._scheduler = scheduler
+        self._hub = hub
+        self._member = member
+        self._prompts: dict[str, Prompt] = {}
+        self._loop: EngineLoop
+        self._observer: PrefillObserver
+        self._sender: KVSender
+
+    def bind(self, loop: EngineLoop, observer: PrefillObserver, sender: KVSender) -> None:
+        self._loop, self._observer, self._sender = loop, observer, sender
+
+    @property
+    def num_prompts(self) -> int:
+        return len(self._prompts)
+
+    # ---- frames of gateways -----------------------------------------------------------
+
+    def description(self) -> pb.NodeDescription:
+        return self._member.description()
+
+    def submit(self, gateway_id: str, sequence: SequenceRequest, handoff: Handoff | None) -> None:
+        if handoff is None:
+            raise InvalidRequest("A prefill node needs to know where to hand off.")
+        if self._member.state is not NodeState.READY:
+            raise NodeUnavailable("This prefill node takes no new work.", reason="not_ready")
+        if sequence.sequence_id in self._prompts:
+            raise InvalidRequest("This sequence was submitted before.")
+        check_request(
+            sequence,
+            vocab_size=self._engine.model_config.vocab_size,
+            max_model_len=self._engine.max_model_len,
+        )
+        self._prompts[sequence.sequence_id] = Prompt(sequence, gateway_id, handoff)
+        runnable = Sequence(
+            sequence,
+            block_size=self._engine.block_manager.block_size,
+            root=root_hash(self._member.model_key, sequence.cache_salt),
+        )
+        adding = asyncio.wrap_future(self._loop.call(lambda: self._scheduler.add(runnable)))
+        adding.add_done_callback(lambda done: self._on_added(sequence.sequence_id, done))
+
+    def _on_added(self, sequence_id: str, adding: asyncio.Future[None]) -> None:
+        """The scheduler refuses what this node can never run."""
+        if not adding.cancelled() and isinstance(error := adding.exception(), ServingError):
+            self._fail(sequence_id, error)
+
+    def cancel(self, sequence_id: str) -> None:
+        prompt = self._prompts.get(sequence_id)
+        if prompt is not None and not prompt.is_done:
+            prompt.is_done = True
+            self._stop(sequence_id, prompt)
+
+    def orphaned(self, gateway_id: str, sequence_id: str) -> None:
+        logger.warning("gateway %s asked a prefill node about an orphan", gateway_id)
+
+    def gateway_gone(self, gateway_id: str) -> None:
+        for sequence_id, prompt in list(self._prompts.items()):
+            if prompt.gateway_id == gateway_id:
+                self.cancel(sequence_id)
+
+    async def control(self, action: pb.ControlRequest.Action) -> str:
+        if action == pb.ControlRequest.RESET_PREFIX_CACHE:
+            self._loop.call(self._engine.block_manager.reset_prefix_cache)
+        return self._member.control(action)
+
+    async def inspect(self) -> pb.InspectReply:
+        now = time.monotonic()
+        sequences = [
+            pb.SequenceInfo(
+                sequence_id=sequence_id,
+                request_id=prompt.request.request_id,
+                status="sending" if prompt.is_sending else "queued",
+                num_prompt_tokens=len(prompt.request.prompt_token_ids),
+                age_seconds=now - prompt.submitted_at,
+            )
+            for sequence_id, prompt in self._prompts.items()
+        ]
+        return pb.InspectReply(
+            sequences=sequences, leases=self._sender.leases(), load=self._member.load_message()
+        )
+
+    # ---- reports of the engine --------------------------------------------------------
+
+    def on_scheduled(self, sequence_ids: SequenceOf[str]) -> None:
+        for sequence_id in sequence_ids:
+            prompt = self._prompts.get(sequence_id)
+            if prompt is None or prompt.is_done:
+                self._release(sequence_id)
+            elif prompt.request.sampling.max_tokens > 1:
+                prompt.is_sending = True
+                self._sender.open(prompt.request, prompt.handoff)
+
+    def on_step(self, report: StepReport) -> None:
+        for chunk in report.chunks:
+            prompt = self._prompts.get(chunk.sequence_id)
+            if prompt is not None and prompt.is_sending:
+                self._sender.chunk_computed(
+                    chunk.sequence_id, chunk.num_computed_tokens, chunk.block_table, chunk.done
+                )
+        for delta in report.deltas:
+            self._on_delta(delta)
+
+    def _on_delta(self, delta: TokenDelta) -> None:
+        prompt = self._prompts.get(delta.sequence_id)
+        if prompt is None or prompt.is_done:
+            return
+        self._hub.publish(prompt.gateway_id, [delta])
+        if delta.finish_reason is not None or delta.error is not None:
+            prompt.is_done = True
+            self._stop(delta.sequence_id, prompt)
+        elif prompt.is_sending:
+            self._sender.commit(delta.sequence_id, delta.token_ids[-1])
+
+    # ---- reports of the sender --------------------------------------------------------
+
+    def on_committed(self, sequence_id: str) -> None:
+        prompt = self._prompts.get(sequence_id)
+        if prompt is not None and not prompt.is_done:
+            prompt.is_done = True
+            delta = TokenDelta(sequence_id=sequence_id, handed_off=True)
+            self._hub.publish(prompt.gateway_id, [delta])
+
+    def on_failed(self, sequence_id: str, error: ServingError) -> None:
+        self._fail(sequence_id, error)
+
+    def on_sources_free(self, sequence_id: str) -> None:
+        self._release(sequence_id)
+
+    # ---- endings ----------------------------------------------------------------------
+
+    def _fail(self, sequence_id: str, error: ServingError) -> None:
+        prompt = self._prompts.get(sequence_id)
+        if prompt is None or prompt.is_done:
+            return
+        prompt.is_done = True
+        self._hub.publish(prompt.gateway_id, [TokenDelta(sequence_id=sequence_id, error=error)])
+        self._stop(sequence_id, prompt)
+
+    def _stop(self, sequence_id: str, prompt: Prompt) -> None:
+        """End what still runs for it here; blocks follow when nothing reads them."""
+        self._loop.call(lambda: self._scheduler.abort(sequence_id))
+        if prompt.is_sending:
+            self._sender.abort(sequence_id)
+        else:
+            self._release(sequence_id)
+
+    def _release(self, sequence_id: str) -> None:
+        self._prompts.pop(sequence_id, None)
+        self._loop.call(lambda: self._observer.release(sequence_id))
