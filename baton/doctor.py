@@ -1,0 +1,140 @@
+"""`baton doctor`: what is installed on this machine, and whether it works.
+
+    1. Each check runs on its own; what could crash (torch, UCX) runs in a process of its own.
+    2. A check answers ok, warning or problem, and says in one line what it saw.
+    3. The run metadata that every benchmark report embeds is printed last.
+
+Exit code 0 when there is no problem, 4 otherwise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+
+from rich.console import Console
+from rich.table import Table
+
+from baton.embedded_redis import find_redis_server
+from cluster.errors import ConfigError
+from loadtest.metadata import collect_metadata
+
+EXIT_NOT_READY = 4
+PROBE_SECONDS = 60.0
+DEFAULT_PORTS = {8000: "public HTTP", 8001: "admin HTTP", 9100: "node gRPC", 9200: "UCX listener"}
+MIN_SHM_BYTES = 1 << 30
+
+
+class Verdict(StrEnum):
+    OK = "ok"
+    WARNING = "warning"
+    PROBLEM = "problem"
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    subject: str
+    verdict: Verdict
+    detail: str
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser("baton doctor", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--json", action="store_true", help="print everything as one JSON object")
+    arguments = parser.parse_args(list(argv))
+    findings = examine()
+    metadata = collect_metadata().as_dict()
+    if arguments.json:
+        print(json.dumps({"findings": [asdict(f) for f in findings], "metadata": metadata}))
+    else:
+        show(findings, metadata)
+    return EXIT_NOT_READY if any(f.verdict is Verdict.PROBLEM for f in findings) else 0
+
+
+def examine() -> list[Finding]:
+    checks: tuple[Callable[[], list[Finding]], ...] = (
+        check_python,
+        lambda: probe("torch"),
+        lambda: probe("ucx"),
+        check_redis,
+        check_ports,
+        check_limits,
+    )
+    return [finding for check in checks for finding in check()]
+
+
+def check_python() -> list[Finding]:
+    version = ".".join(str(part) for part in sys.version_info[:3])
+    return [Finding("Python", Verdict.OK, version)]
+
+
+def probe(name: str) -> list[Finding]:
+    """Findings of `baton.doctor_probe NAME`, run apart: a crash there is a finding here."""
+    command = [sys.executable, "-m", "baton.doctor_probe", name]
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=PROBE_SECONDS, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return [Finding(name, Verdict.PROBLEM, f"no answer within {PROBE_SECONDS:.0f} s")]
+    if done.returncode != 0:
+        last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        return [Finding(name, Verdict.PROBLEM, f"exit code {done.returncode}: {last}")]
+    rows = json.loads(done.stdout.splitlines()[-1])
+    return [Finding(row[0], Verdict(row[1]), row[2]) for row in rows]
+
+
+def check_redis() -> list[Finding]:
+    try:
+        binary = find_redis_server()
+    except ConfigError as error:
+        return [Finding("Redis", Verdict.PROBLEM, error.message)]
+    return [Finding("Redis", Verdict.OK, f"{binary} (for `baton serve` without --redis-url)")]
+
+
+def check_ports() -> list[Finding]:
+    findings = []
+    for port, use in DEFAULT_PORTS.items():
+        with socket.socket() as probe_socket:
+            probe_socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe_socket.bind(("127.0.0.1", port))
+            except OSError:
+                detail = f"{port} ({use}) is in use; choose another by flag"
+                findings.append(Finding("Port", Verdict.WARNING, detail))
+    return findings or [Finding("Ports", Verdict.OK, "8000, 8001, 9100 and 9200 are free")]
+
+
+def check_limits() -> list[Finding]:
+    findings = []
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    verdict = Verdict.OK if files >= 4096 else Verdict.WARNING
+    findings.append(Finding("Open files", verdict, f"limit {files}"))
+    if os.path.isdir("/dev/shm"):
+        free = shutil.disk_usage("/dev/shm").free
+        verdict = Verdict.OK if free >= MIN_SHM_BYTES else Verdict.WARNING
+        findings.append(Finding("/dev/shm", verdict, f"{free / (1 << 30):.1f} GiB free"))
+    return findings
+
+
+def show(findings: Sequence[Finding], metadata: dict[str, object]) -> None:
+    console = Console()
+    styles = {Verdict.OK: "green", Verdict.WARNING: "yellow", Verdict.PROBLEM: "red"}
+    table = Table(box=None, pad_edge=False)
+    for heading in ("check", "verdict", "what was seen"):
+        table.add_column(heading)
+    for finding in findings:
+        style = styles[finding.verdict]
+        table.add_row(finding.subject, f"[{style}]{finding.verdict}[/{style}]", finding.detail)
+    console.print(table)
+    console.print("\nrun metadata", style="bold")
+    console.print_json(data=metadata)

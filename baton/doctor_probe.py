@@ -1,0 +1,85 @@
+"""Checks that load torch or UCX. Run by `baton doctor` in a process of their own.
+
+Prints one JSON line: a list of [subject, verdict, detail].
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sys
+from importlib.metadata import PackageNotFoundError, version
+
+Row = tuple[str, str, str]
+PROBE_BYTES = 1 << 20
+
+
+def probe_torch() -> list[Row]:
+    try:
+        import torch
+    except ImportError:
+        return [("torch", "warning", "not installed; this machine can run a gateway only")]
+    rows: list[Row] = [("torch", "ok", torch.__version__)]
+    if not torch.cuda.is_available():
+        return [*rows, ("GPU", "ok", "none; nodes run on the CPU")]
+    count = torch.cuda.device_count()
+    for index in range(count):
+        facts = torch.cuda.get_device_properties(index)
+        memory = facts.total_memory / (1 << 30)
+        rows.append((f"GPU {index}", "ok", f"{facts.name}, {memory:.0f} GiB"))
+    for one in range(count):
+        for other in range(count):
+            if one < other and not torch.cuda.can_device_access_peer(one, other):
+                detail = "no peer access: KV between them goes through the host"
+                rows.append((f"GPU {one}-{other}", "warning", detail))
+    return rows
+
+
+def probe_ucx() -> list[Row]:
+    os.environ.setdefault("UCX_WARN_UNUSED_ENV_VARS", "n")
+    try:
+        import ucxx
+    except ImportError:
+        return [("UCX", "problem", "ucxx is not installed: `pip install 'baton-serve[cuda13]'`")]
+    release = next((v for v in map(_version, ("ucxx-cu13", "ucxx-cu12")) if v), "")
+    detail = f"ucxx {release}, UCX {'.'.join(str(n) for n in ucxx.get_ucx_version())}"
+    asyncio.run(_round_trip())
+    return [("UCX", "ok", f"{detail}; a message to itself came back right")]
+
+
+async def _round_trip() -> None:
+    """One message through a listener and an endpoint of this process. Raises when it differs."""
+    import numpy
+    import ucxx
+
+    ucxx.init(progress_mode="blocking")
+    sent = numpy.random.default_rng(0).integers(0, 256, PROBE_BYTES, dtype=numpy.uint8)
+    received = numpy.empty_like(sent)
+    arrived = asyncio.Event()
+
+    async def receive(endpoint: object) -> None:
+        await endpoint.recv(received)  # type: ignore[attr-defined]
+        await endpoint.close()  # type: ignore[attr-defined]
+        arrived.set()
+
+    listener = ucxx.create_listener(receive, 0)
+    endpoint = await ucxx.create_endpoint("127.0.0.1", listener.port)
+    await endpoint.send(sent)
+    await arrived.wait()
+    await endpoint.close()
+    if not (sent == received).all():
+        raise RuntimeError("UCX delivered other bytes than were sent")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+PROBES = {"torch": probe_torch, "ucx": probe_ucx}
+
+if __name__ == "__main__":
+    print(json.dumps(PROBES[sys.argv[1]]()))
