@@ -1,0 +1,308 @@
+"""From a schedule decision to the input tensors of one forward pass.
+
+Life of a step's inputs
+    1. `InputBuffer` owns host memory and its twin on the device. A step's arrays are carved
+       from it in a fixed order, so on a GPU all of them travel in one copy.
+    2. `BatchBuilder.build` fills the host arrays with numpy: work per sequence is a few list
+       reads, work per token is vectorised.
+    3. `Batch` names the arrays on the device. They are valid until the next `build`.
+
+Sizes in comments: T tokens, N rows (sequences, then padding), W blocks of the longest one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+
+from engine.block_tables import BlockTableRows
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence as SequenceOf
+
+    from numpy.typing import NDArray
+
+    from engine.schedule import ScheduledChunk
+
+_PADDING_SLOT = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Inputs of one pass, on the device.
+
+    `is_decode`: row i is token i, and each is sampled. `sample_indices` None: all rows are
+    sampled. Padding rows (decode only) have seq_len 0 and slot -1.
+    """
+
+    token_ids: torch.Tensor  # int64 [T]
+    positions: torch.Tensor  # int64 [T]
+    slot_mapping: torch.Tensor  # int64 [T], block_id * block_size + offset
+    sample_indices: torch.Tensor | None  # int64 [num_samples]
+    seq_lens: torch.Tensor  # int32 [N], with this step's tokens
+    cu_seqlens_q: torch.Tensor  # int32 [N + 1], first token of each row; prefill only
+    block_tables: torch.Tensor  # int32 [N, W]
+    num_samples: int
+    max_seqlen_q: int
+    is_decode: bool
+
+
+class BatchShape(NamedTuple):
+    """What fixes where each array lies."""
+
+    num_tokens: int
+    num_rows: int
+    num_samples: int
+    table_width: int
+
+    @property
+    def num_bytes(self) -> int:
+        return _places(self)[-1].end
+
+
+class _Place(NamedTuple):
+    begin: int
+    end: int
+    size: tuple[int, ...]
+
+
+class HostArrays(NamedTuple):
+    """The arrays of one step on the host, in their order in memory."""
+
+    token_ids: NDArray[np.int64]
+    positions: NDArray[np.int64]
+    slot_mapping: NDArray[np.int64]
+    sample_indices: NDArray[np.int64]
+    seq_lens: NDArray[np.int32]
+    cu_seqlens_q: NDArray[np.int32]
+    block_tables: NDArray[np.int32]
+
+
+_ITEM_BYTES = (8, 8, 8, 8, 4, 4, 4)  # of the arrays, in their order
+
+
+def _places(shape: BatchShape) -> list[_Place]:
+    """Where each array lies, in bytes.
+
+    Block tables are last: a captured graph finds the other arrays at the same place however
+    long the longest sequence is.
+    """
+    tokens, rows, samples, width = shape
+    sizes = ((tokens,), (tokens,), (tokens,), (samples,), (rows,), (rows + 1,), (rows, width))
+    places = []
+    begin = 0
+    for size, item_bytes in zip(sizes, _ITEM_BYTES, strict=True):
+        count = size[0] * size[1] if len(size) == 2 else size[0]
+        end = begin + count * item_bytes
+        places.append(_Place(begin, end, size))
+        begin = end
+    return places
+
+
+class _Staging:
+    """Host memory of one step. `free` is recorded when the copy that reads it is issued."""
+
+    __slots__ = ("arrays", "free", "memory", "shape", "tensors")
+
+    def __init__(self, num_bytes: int, *, pinned: bool) -> None:
+        self.memory = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=pinned)
+        self.free: torch.Event | None = None
+        self.shape: BatchShape | None = None  # of the views below, kept for steps alike
+        self.arrays: HostArrays | None = None
+        self.tensors: list[torch.Tensor] = []
+
+
+class InputBuffer:
+    """Host memory for the inputs of a step and, on a GPU, its twin on the device.
+
+    On a GPU two host buffers take turns, so filling one never waits for the copy of the other
+    unless two steps are still in flight.
+    """
+
+    def __init__(self, largest: BatchShape, device: torch.device) -> None:
+        on_gpu = device.type == "cuda"
+        num_bytes = largest.num_bytes
+        self._staging = [_Staging(num_bytes, pinned=on_gpu) for _ in range(2 if on_gpu else 1)]
+        self._turn = 0
+        self._device_memory = (
+            torch.empty(num_bytes, dtype=torch.uint8, device=device)
+            if on_gpu
+            else self._staging[0].memory
+        )
+        self._on_gpu = on_gpu
+
+    def arrays(self, shape: BatchShape) -> HostArrays:
+        """The next step's arrays, to be filled; contents undefined."""
+        self._turn = (self._turn + 1) % len(self._staging)
+        staging = self._staging[self._turn]
+        if staging.free is not None:
+            staging.free.synchronize()
+        if staging.arrays is None or staging.shape != shape:
+            memory = staging.memory.numpy()
+            staging.shape = shape
+            staging.arrays = HostArrays(*(_host_view(memory, p, i) for i, p in _each(shape)))
+            staging.tensors = self.device_views(shape)
+        return staging.arrays
+
+    def upload(self) -> list[torch.Tensor]:
+        """Send what was filled; the arrays on the device, in the order of `HostArrays`."""
+        staging = self._staging[self._turn]
+        if self._on_gpu and staging.shape is not None:
+            end = staging.shape.num_bytes
+            self._device_memory[:end].copy_(staging.memory[:end], non_blocking=True)
+            staging.free = staging.free or torch.Event(self._device_memory.device)
+            staging.free.record()
+        return staging.tensors
+
+    def device_views(self, shape: BatchShape) -> list[torch.Tensor]:
+        """Where the arrays of `shape` lie on the device."""
+        return [_device_view(self._device_memory, p, i) for i, p in _each(shape)]
+
+
+def _each(shape: BatchShape) -> enumerate[_Place]:
+    return enumerate(_places(shape))
+
+
+def _host_view(memory: NDArray[np.uint8], place: _Place, index: int) -> NDArray[Any]:
+    dtype = np.int64 if _ITEM_BYTES[index] == 8 else np.int32
+    return memory[place.begin : place.end].view(dtype).reshape(place.size)
+
+
+def _device_view(memory: torch.Tensor, place: _Place, index: int) -> torch.Tensor:
+    dtype = torch.int64 if _ITEM_BYTES[index] == 8 else torch.int32
+    return memory[place.begin : place.end].view(dtype).view(place.size)
+
+
+class BatchBuilder:
+    """Turns chunks into batches for one model on one device."""
+
+    def __init__(
+        self,
+        *,
+        block_size: int,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        max_model_len: int,
+        device: torch.device,
+    ) -> None:
+        max_blocks = -(-max_model_len // block_size)
+        self._block_size = block_size
+        # Twice the rows: a sequence that skips a few steps keeps its row.
+        self._tables = BlockTableRows(2 * max_num_seqs, max_blocks)
+        self.buffer = InputBuffer(
+            BatchShape(
+                num_tokens=max(max_num_batched_tokens, max_num_seqs),
+                num_rows=max_num_seqs,
+                num_samples=max_num_seqs,
+                table_width=max_blocks,
+            ),
+            device,
+        )
+
+    def build_decode(
+        self, chunks: SequenceOf[ScheduledChunk], num_rows: int | None = None
+    ) -> Batch:
+        """One token of each sequence, padded to `num_rows` rows."""
+        sequences = [chunk.sequence for chunk in chunks]
+        num_seqs = len(sequences)
+        num_rows = num_rows or num_seqs
+        positions = np.array([each.num_computed_tokens for each in sequences], dtype=np.int64)
+        columns = positions // self._block_size
+        width = int(columns.max()) + 1
+        tables = self._tables.gather(sequences, width)
+        arrays = self.buffer.arrays(BatchShape(num_rows, num_rows, 0, width))
+        arrays.token_ids[:num_seqs] = [each.token_ids[-1] for each in sequences]
+        arrays.positions[:num_seqs] = positions
+        arrays.seq_lens[:num_seqs] = positions + 1
+        arrays.block_tables[:num_seqs] = tables
+        arrays.slot_mapping[:num_seqs] = self._slots(tables, np.arange(num_seqs), positions)
+        if num_rows > num_seqs:
+            _pad(arrays, num_seqs)
+        return _batch(self.buffer.upload(), num_samples=num_seqs, max_seqlen_q=1, is_decode=True)
+
+    def build_prefill(self, chunks: SequenceOf[ScheduledChunk]) -> Batch:
+        """Chunks of any length, one after the other."""
+        sequences = [chunk.sequence for chunk in chunks]
+        lengths = np.array([chunk.num_scheduled_tokens for chunk in chunks], dtype=np.int64)
+        computed = np.array([each.num_computed_tokens for each in sequences], dtype=np.int64)
+        ends = np.cumsum(lengths)
+        seq_lens = computed + lengths
+        sampled = [index for index, chunk in enumerate(chunks) if chunk.samples]
+        width = (int(seq_lens.max()) - 1) // self._block_size + 1
+        tables = self._tables.gather(sequences, width)
+        num_tokens = int(ends[-1])
+        arrays = self.buffer.arrays(BatchShape(num_tokens, len(chunks), len(sampled), width))
+        rows = np.repeat(np.arange(len(chunks)), lengths)
+        np.add(np.arange(num_tokens), (seq_lens - ends)[rows], out=arrays.positions)
+        arrays.slot_mapping[:] = self._slots(tables, rows, arrays.positions)
+        _fill_token_ids(arrays.token_ids, chunks)
+        arrays.sample_indices[:] = ends[sampled] - 1
+        arrays.seq_lens[:] = seq_lens
+        arrays.cu_seqlens_q[0] = 0
+        arrays.cu_seqlens_q[1:] = ends
+        arrays.block_tables[:] = tables
+        return _batch(
+            self.buffer.upload(),
+            num_samples=len(sampled),
+            max_seqlen_q=int(lengths.max()),
+            is_decode=False,
+        )
+
+    def _slots(
+        self,
+        tables: NDArray[np.int32],
+        rows: NDArray[np.int64],
+        positions: NDArray[np.int64],
+    ) -> NDArray[np.int64]:
+        blocks = tables[rows, positions // self._block_size].astype(np.int64)
+        slots: NDArray[np.int64] = blocks * self._block_size + positions % self._block_size
+        return slots
+
+
+def decode_batch(views: SequenceOf[torch.Tensor], block_tables: torch.Tensor) -> Batch:
+    """A decode batch over memory that does not move, for a graph: all rows are sampled."""
+    return _batch(
+        [*views[:-1], block_tables],
+        num_samples=views[0].shape[0],
+        max_seqlen_q=1,
+        is_decode=True,
+    )
+
+
+def _batch(
+    tensors: SequenceOf[torch.Tensor], *, num_samples: int, max_seqlen_q: int, is_decode: bool
+) -> Batch:
+    token_ids, positions, slot_mapping, sample_indices, seq_lens, cu_seqlens_q, tables = tensors
+    return Batch(
+        token_ids=token_ids,
+        positions=positions,
+        slot_mapping=slot_mapping,
+        sample_indices=None if is_decode else sample_indices,
+        seq_lens=seq_lens,
+        cu_seqlens_q=cu_seqlens_q,
+        block_tables=tables,
+        num_samples=num_samples,
+        max_seqlen_q=max_seqlen_q,
+        is_decode=is_decode,
+    )
+
+
+def _pad(arrays: HostArrays, num_seqs: int) -> None:
+    """Rows that compute nothing: no KV is stored for them, none is read."""
+    arrays.token_ids[num_seqs:] = 0
+    arrays.positions[num_seqs:] = 0
+    arrays.slot_mapping[num_seqs:] = _PADDING_SLOT
+    arrays.seq_lens[num_seqs:] = 0
+    arrays.block_tables[num_seqs:] = 0
+
+
+def _fill_token_ids(out: NDArray[np.int64], chunks: SequenceOf[ScheduledChunk]) -> None:
+    begin = 0
+    for chunk in chunks:
+        first = chunk.sequence.num_computed_tokens
+        end = begin + chunk.num_scheduled_tokens
+        out[begin:end] = chunk.sequence.token_ids[first : first + chunk.num_scheduled_tokens]
+        begin = end
