@@ -15,7 +15,7 @@ from cluster.errors import ConfigError
 from cluster.options import option
 from engine.config import EngineConfig
 from gateway.config import GatewayConfig
-from kv_transfer.config import TransferConfig
+from kv_transfer.config import KVTransferConfig
 
 if TYPE_CHECKING:
     from cluster.config import LoadedConfig
@@ -84,7 +84,7 @@ def child_specs(loaded: LoadedConfig, redis_url: str) -> list[ChildSpec]:
     """Nodes first, gateway last: it is the first to be stopped."""
     serve, engine = loaded[ServeConfig], loaded[EngineConfig]
     placements = place_nodes(serve.prefill, serve.decode, engine.device, count_gpus())
-    transfer = to_environment(loaded[TransferConfig])
+    transfer = to_environment(loaded[KVTransferConfig])
     shared = {"BATON_REDIS_URL": redis_url, "BATON_LOG_LEVEL": loaded[GatewayConfig].log_level}
     specs = []
     for placement in placements:

@@ -29,14 +29,14 @@ from cluster.config import load_config, render_config
 from cluster.errors import ConfigError
 from engine.config import EngineConfig
 from gateway.config import GatewayConfig
-from kv_transfer.config import TransferConfig
+from kv_transfer.config import KVTransferConfig
 
 if TYPE_CHECKING:
     from cluster.config import LoadedConfig
 
 EXIT_NOT_READY = 4
 EXIT_INTERRUPTED = 130
-SECTIONS = (ServeConfig, GatewayConfig, EngineConfig, TransferConfig)
+SECTIONS = (ServeConfig, GatewayConfig, EngineConfig, KVTransferConfig)
 
 
 def main(argv: Sequence[str]) -> int:

@@ -19,6 +19,7 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -70,6 +71,27 @@ class _Command:
     future: Future[object]
 
 
+@dataclass(slots=True)
+class LoopStats:
+    """Counters since start. Written by the loop's thread; readers see values a moment old."""
+
+    num_steps: int = 0
+    step_seconds: float = 0.0
+    num_failed_steps: int = 0
+    num_computed_tokens: int = 0
+    num_sampled_tokens: int = 0
+    num_cached_tokens: int = 0
+    num_preemptions: int = 0
+
+    def count(self, decision: ScheduleDecision, output: StepOutput, seconds: float) -> None:
+        self.num_steps += 1
+        self.step_seconds += seconds
+        self.num_computed_tokens += decision.num_scheduled_tokens
+        self.num_preemptions += len(decision.preempted)
+        self.num_sampled_tokens += len(output.sampled_sequences)
+        self.num_cached_tokens += sum(delta.num_cached_tokens or 0 for delta in output.deltas)
+
+
 class EngineLoop:
     """Drives one engine on one thread. See the module for its life."""
 
@@ -90,7 +112,8 @@ class EngineLoop:
         self._commands: queue.SimpleQueue[_Command | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._stopping = False
-        self._num_failed_steps = 0
+        self._num_failed_in_a_row = 0
+        self.stats = LoopStats()
 
     def start(self) -> None:
         self._thread.start()
@@ -149,12 +172,14 @@ class EngineLoop:
             self._wait_for_blocks()
             return
         self._observer.before_step(decision)
+        began = time.perf_counter()
         try:
             output = self._engine.step(decision)
         except Exception as error:  # one bad step must not end the node
             self._fail_step(decision, error)
             return
-        self._num_failed_steps = 0
+        self._num_failed_in_a_row = 0
+        self.stats.count(decision, output, time.perf_counter() - began)
         self._observer.after_step(decision, output)
         self._scheduler.update(output)
         self._observer.settled(output.deltas)
@@ -167,8 +192,9 @@ class EngineLoop:
             return
 
     def _fail_step(self, decision: ScheduleDecision, error: Exception) -> None:
-        self._num_failed_steps += 1
-        logger.error("step failed (%d in a row)", self._num_failed_steps, exc_info=error)
+        self._num_failed_in_a_row += 1
+        self.stats.num_failed_steps += 1
+        logger.error("step failed (%d in a row)", self._num_failed_in_a_row, exc_info=error)
         failed = []
         for chunk in decision.chunks:
             sequence_id = chunk.sequence.sequence_id
@@ -177,7 +203,7 @@ class EngineLoop:
                 TokenDelta(sequence_id=sequence_id, error=InternalError("The model step failed."))
             )
         self._observer.settled(failed)
-        if self._num_failed_steps >= MAX_FAILED_STEPS:
+        if self._num_failed_in_a_row >= MAX_FAILED_STEPS:
             raise error
 
     def _cancel_queued(self) -> None:

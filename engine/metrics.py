@@ -1,0 +1,49 @@
+"""An engine in the Prometheus format, read from live counts when scraped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+if TYPE_CHECKING:
+    from cluster.node import NodeLoad
+    from engine.loop import LoopStats
+
+
+class EngineCollector(Collector):
+    """`load` gives the same numbers that heartbeats carry, so both always agree."""
+
+    def __init__(self, load: Callable[[], NodeLoad], stats: LoopStats) -> None:
+        self._load = load
+        self._stats = stats
+
+    def collect(self) -> Iterator[Metric]:
+        load, stats = self._load(), self._stats
+        blocks = GaugeMetricFamily("baton_kv_blocks", "KV blocks by state.", labels=["state"])
+        blocks.add_metric(["free"], load.num_free_blocks - load.num_cached_blocks)
+        blocks.add_metric(["cached"], load.num_cached_blocks)
+        blocks.add_metric(["used"], load.num_blocks - load.num_free_blocks)
+        blocks.add_metric(["quarantined"], load.num_quarantined_blocks)
+        yield blocks
+        gauges = (
+            ("baton_sequences_running", "Sequences that run.", load.num_running),
+            ("baton_sequences_waiting", "Sequences that wait.", load.num_waiting),
+            ("baton_queued_tokens", "Tokens still to be computed.", load.queued_tokens),
+            ("baton_kv_transfers_in_flight", "Transfers in flight.", load.num_transfers),
+        )
+        for name, text, value in gauges:
+            yield GaugeMetricFamily(name, text, value=value)
+        counters = (
+            ("baton_engine_steps", "Steps run.", stats.num_steps),
+            ("baton_engine_step_seconds", "Time inside steps.", stats.step_seconds),
+            ("baton_engine_failed_steps", "Steps that raised.", stats.num_failed_steps),
+            ("baton_computed_tokens", "Tokens computed.", stats.num_computed_tokens),
+            ("baton_sampled_tokens", "Tokens drawn.", stats.num_sampled_tokens),
+            ("baton_cached_tokens", "Prompt tokens found in the cache.", stats.num_cached_tokens),
+            ("baton_preemptions", "Sequences that lost their blocks.", stats.num_preemptions),
+        )
+        for name, text, value in counters:
+            yield CounterMetricFamily(name, text, value=value)

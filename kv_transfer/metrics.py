@@ -1,0 +1,66 @@
+"""Transfers in the Prometheus format, read from `TransferStats` when scraped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+if TYPE_CHECKING:
+    from kv_transfer.stats import TransferStats
+
+
+class TransferCollector(Collector):
+    """`transports` names those in use towards peers now."""
+
+    def __init__(
+        self, stats: TransferStats, *, policy: str, transports: Callable[[], Sequence[str]]
+    ) -> None:
+        self._stats = stats
+        self._policy = policy
+        self._transports = transports
+
+    def collect(self) -> Iterator[Metric]:
+        stats = self._stats
+        moved = CounterMetricFamily(
+            "baton_kv_transfer_bytes", "KV bytes moved.", labels=["transport"]
+        )
+        seconds = CounterMetricFamily(
+            "baton_kv_transfer_frame_seconds", "Time frames were in flight.", labels=["transport"]
+        )
+        for transport, value in stats.bytes_by_transport.items():
+            moved.add_metric([transport], value)
+        for transport, value in stats.seconds_by_transport.items():
+            seconds.add_metric([transport], value)
+        failures = CounterMetricFamily(
+            "baton_kv_load_failures", "KV loads that failed.", labels=["reason", "policy"]
+        )
+        for reason, value in stats.failures.items():
+            failures.add_metric([reason, self._policy], value)
+        dropped = CounterMetricFamily(
+            "baton_kv_frames_dropped", "Frames refused or drained.", labels=["reason"]
+        )
+        for reason, value in stats.frames_dropped.items():
+            dropped.add_metric([reason], value)
+        yield from (moved, seconds, failures, dropped)
+        yield from self._plain(stats)
+        info = GaugeMetricFamily(
+            "baton_kv_transport_in_use", "1 for each transport in use.", labels=["transport"]
+        )
+        for transport in sorted(set(self._transports())):
+            info.add_metric([transport], 1)
+        yield info
+
+    def _plain(self, stats: TransferStats) -> Iterator[Metric]:
+        values = (
+            ("baton_kv_transfer_frames", "Frames moved.", stats.frames),
+            ("baton_kv_transfers_done", "Hand-offs that were committed.", stats.transfers_done),
+            ("baton_kv_transfer_seconds", "Reserve to commit, summed.", stats.transfer_seconds),
+            ("baton_kv_handshakes_refused", "Pairings refused.", stats.handshakes_refused),
+            ("baton_kv_pairings", "Pairings made.", stats.pairings),
+            ("baton_kv_revocations", "Connections cut to take blocks back.", stats.revocations),
+        )
+        for name, text, value in values:
+            yield CounterMetricFamily(name, text, value=value)
