@@ -1,0 +1,136 @@
+"""Who may come in: bounds on what is in flight, checked before any work is done.
+
+Life of an admission
+    1. `admit` takes a request in, or refuses it with `Overloaded` and the time to wait.
+    2. `prefilled` says that one of its sequences has its first token: it queues no more.
+    3. `release` ends it, whatever happened; what still queued leaves the queue.
+
+The time to wait is an estimate of how long the queue takes to drain at the pace seen lately,
+between 1 and 60 s, spread by a quarter so that those refused do not come back together.
+Pure: time and chance are arguments.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from cluster.errors import NodeUnavailable, Overloaded
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+MIN_RETRY_SECONDS = 1.0
+MAX_RETRY_SECONDS = 60.0
+JITTER = 0.25
+_PACE_WINDOW_SECONDS = 10.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """Bounds over all requests: sequences in flight, sequences and prompt tokens that queue."""
+
+    max_num_reqs: int
+    max_num_queued_reqs: int
+    max_num_queued_tokens: int
+
+
+class Admitted:
+    """A request that was let in. See the module."""
+
+    __slots__ = ("_admission", "_is_released", "_num_queued", "_num_sequences", "_num_tokens")
+
+    def __init__(self, admission: Admission, num_sequences: int, num_tokens: int) -> None:
+        self._admission = admission
+        self._num_sequences = num_sequences
+        self._num_queued = num_sequences
+        self._num_tokens = num_tokens
+        self._is_released = False
+
+    def prefilled(self, num_tokens: int, now: float) -> None:
+        """One of its sequences, with a prompt of `num_tokens`, has its first token."""
+        if self._num_queued > 0 and not self._is_released:
+            self._num_queued -= 1
+            self._num_tokens -= num_tokens
+            self._admission.leave_queue(1, num_tokens)
+            self._admission.note_pace(num_tokens, now)
+
+    def release(self) -> None:
+        """Idempotent."""
+        if not self._is_released:
+            self._is_released = True
+            self._admission.leave_queue(self._num_queued, self._num_tokens)
+            self._admission.leave(self._num_sequences)
+
+
+class Admission:
+    def __init__(self, limits: Limits, *, chance: Callable[[], float]) -> None:
+        """`chance` draws from [0, 1)."""
+        self._limits = limits
+        self._chance = chance
+        self._closed = False
+        self.num_sequences = 0
+        self.num_queued = 0
+        self.num_queued_tokens = 0
+        self._tokens_per_second = 0.0
+        self._paced_at: float | None = None
+
+    def admit(self, num_sequences: int, num_tokens: int) -> Admitted:
+        """`num_tokens` is the sum over its sequences of their prompts' lengths.
+
+        A request larger than a bound is let in when nothing else queues: it could never be.
+        """
+        self.check_open()
+        limits = self._limits
+        if self.num_sequences and self.num_sequences + num_sequences > limits.max_num_reqs:
+            raise self._overloaded("max_num_reqs")
+        if self.num_queued and self.num_queued + num_sequences > limits.max_num_queued_reqs:
+            raise self._overloaded("max_num_queued_reqs")
+        queued = self.num_queued_tokens
+        if queued and queued + num_tokens > limits.max_num_queued_tokens:
+            raise self._overloaded("max_num_queued_tokens")
+        self.num_sequences += num_sequences
+        self.num_queued += num_sequences
+        self.num_queued_tokens += num_tokens
+        return Admitted(self, num_sequences, num_tokens)
+
+    def close(self) -> None:
+        """Refuse everybody from now on: the gateway is stopping."""
+        self._closed = True
+
+    def check_open(self) -> None:
+        if self._closed:
+            raise NodeUnavailable(
+                "This gateway is shutting down.",
+                reason="shutting_down",
+                retry_after_seconds=MIN_RETRY_SECONDS,
+            )
+
+    def leave_queue(self, num_sequences: int, num_tokens: int) -> None:
+        self.num_queued -= num_sequences
+        self.num_queued_tokens -= num_tokens
+
+    def leave(self, num_sequences: int) -> None:
+        self.num_sequences -= num_sequences
+
+    def note_pace(self, num_tokens: int, now: float) -> None:
+        """Prompt tokens per second that leave the queue, averaged over some seconds."""
+        if self._paced_at is not None and now > self._paced_at:
+            elapsed = now - self._paced_at
+            weight = min(1.0, elapsed / _PACE_WINDOW_SECONDS)
+            self._tokens_per_second += weight * (num_tokens / elapsed - self._tokens_per_second)
+        self._paced_at = now
+
+    def retry_after_seconds(self) -> float:
+        pace = self._tokens_per_second
+        drain = self.num_queued_tokens / pace if pace > 0 else MIN_RETRY_SECONDS
+        bounded = min(max(drain, MIN_RETRY_SECONDS), MAX_RETRY_SECONDS)
+        spread = bounded * (1 + JITTER * (2 * self._chance() - 1))
+        return min(max(spread, MIN_RETRY_SECONDS), MAX_RETRY_SECONDS)
+
+    def _overloaded(self, reason: str) -> Overloaded:
+        return Overloaded(
+            "The cluster is full; ask again later.",
+            reason=reason,
+            retry_after_seconds=self.retry_after_seconds(),
+        )

@@ -1,0 +1,177 @@
+"""Messages to prompt text, by the template that came with the model.
+
+1. `ChatTemplate.from_folder` finds and compiles the template at start: `chat_template.jinja`,
+   or `chat_template` of `tokenizer_config.json` (one, or the one named "default" of several).
+2. `render` applies it to one conversation.
+
+The environment is Hugging Face's: trimmed blocks, loop controls, `tojson`, `strftime_now`,
+`raise_exception` and the `generation` block. It is sandboxed, and templates come from the
+model's folder alone: a client cannot send one.
+"""
+
+from __future__ import annotations
+
+import json
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import jinja2
+import jinja2.ext
+from jinja2 import meta, nodes
+from jinja2.exceptions import SecurityError, TemplateError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from cluster.errors import ConfigError, InvalidRequest, Unsupported
+from gateway.tokenizer import read_json
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+    from jinja2.parser import Parser
+
+Message = dict[str, Any]
+_MAX_PROBLEM_CHARS = 200
+# Marks the end of a message that is to be continued. Ends in a space to reveal trimming.
+_TAG = "CONTINUE_FINAL_MESSAGE_TAG "
+
+
+class RefusedByTemplate(Exception):
+    """The template itself says that these messages do not fit (`raise_exception`)."""
+
+
+class GenerationBlock(jinja2.ext.Extension):
+    """`{% generation %}` marks assistant text for training; for serving it is its body."""
+
+    tags = {"generation"}  # noqa: RUF012 (the name and type are jinja2's)
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.Scope(body).set_lineno(line)
+
+
+class ChatTemplate:
+    def __init__(self, source: str, special_tokens: Mapping[str, Any]) -> None:
+        environment = _environment()
+        try:
+            self._template = environment.from_string(source)
+            syntax = environment.parse(source)
+        except TemplateError as error:
+            raise ConfigError(f"The chat template is not valid: {error}", param="model") from error
+        self._special_tokens = dict(special_tokens)
+        self.variables = frozenset(meta.find_undeclared_variables(syntax))
+        self._knows_developer = "developer" in source
+
+    @classmethod
+    def from_folder(cls, folder: Path, special_tokens: Mapping[str, Any]) -> ChatTemplate | None:
+        """None when the model has no template."""
+        path = folder / "chat_template.jinja"
+        if path.is_file():
+            return cls(path.read_text(encoding="utf-8"), special_tokens)
+        source = _pick(read_json(folder / "tokenizer_config.json").get("chat_template"))
+        return None if source is None else cls(source, special_tokens)
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        variables: Mapping[str, Any] | None = None,
+    ) -> str:
+        """`variables` that the template does not read have no effect.
+
+        Raises `InvalidRequest` when the messages do not fit the template.
+        """
+        if continue_final_message and add_generation_prompt:
+            raise InvalidRequest(
+                "continue_final_message and add_generation_prompt exclude each other.",
+                param="continue_final_message",
+            )
+        known = self._with_known_roles(messages)
+        if continue_final_message:
+            known[-1] = {**known[-1], "content": known[-1]["content"] + _TAG}
+        context: dict[str, Any] = {"tools": None, "documents": None, **self._special_tokens}
+        context.update(variables or {})
+        context["messages"] = known
+        context["add_generation_prompt"] = add_generation_prompt
+        text = self._render(context)
+        return _cut_at_tag(text) if continue_final_message else text
+
+    def _render(self, context: dict[str, Any]) -> str:
+        try:
+            return self._template.render(context)
+        except RefusedByTemplate as error:
+            raise InvalidRequest(str(error)[:_MAX_PROBLEM_CHARS], param="messages") from error
+        except SecurityError as error:
+            raise Unsupported(
+                "The model's chat template asks for something it may not have.", param="messages"
+            ) from error
+        except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
+            raise InvalidRequest(
+                "The messages do not fit the model's chat template.", param="messages"
+            ) from error
+
+    def _with_known_roles(self, messages: Sequence[Message]) -> list[Message]:
+        """A template that never heard of developers takes them for the system."""
+        if self._knows_developer:
+            return list(messages)
+        return [
+            {**message, "role": "system"} if message["role"] == "developer" else message
+            for message in messages
+        ]
+
+
+def _cut_at_tag(text: str) -> str:
+    """End right after the last message's content, so that the model goes on with it."""
+    end = text.rfind(_TAG.rstrip())
+    if end < 0:
+        raise InvalidRequest(
+            "The final message cannot be continued: the chat template leaves it out.",
+            param="continue_final_message",
+        )
+    # A template that trims contents has trimmed the space after the tag too.
+    return text[:end] if text.startswith(_TAG, end) else text[:end].rstrip()
+
+
+def _environment() -> ImmutableSandboxedEnvironment:
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True,
+        lstrip_blocks=True,
+        extensions=[GenerationBlock, jinja2.ext.loopcontrols],
+    )
+    environment.filters["tojson"] = _tojson
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = _strftime_now
+    return environment
+
+
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | str | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
+
+
+def _raise_exception(message: object) -> NoReturn:
+    raise RefusedByTemplate(str(message))
+
+
+def _strftime_now(format: str) -> str:
+    return datetime.now().strftime(format)
+
+
+def _pick(value: object) -> str | None:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list):
+        named = {entry.get("name"): entry.get("template") for entry in value}
+        chosen = named.get("default")
+        return chosen if isinstance(chosen, str) else None
+    return None

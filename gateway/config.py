@@ -1,0 +1,164 @@
+"""The options of a gateway. Names and meanings are vLLM's where vLLM has the option."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path  # noqa: TC003 (flags derive from the types at run time)
+from typing import Literal
+
+from cluster.config import option
+from cluster.errors import ConfigError
+
+LogLevel = Literal["debug", "info", "warning", "error"]
+
+_HTTP = "HTTP"
+_MODEL = "Model"
+_CLUSTER = "Cluster"
+_LIMITS = "Limits"
+_STREAM = "Streaming"
+_ADMIN = "Admin API"
+
+MiB = 1024 * 1024
+_POSITIVE = (
+    "max_body_bytes",
+    "max_num_reqs",
+    "max_num_queued_reqs",
+    "max_num_queued_tokens",
+    "stream_interval",
+)
+_TIMEOUTS = (
+    "body_timeout",
+    "first_token_timeout",
+    "stream_timeout",
+    "write_timeout",
+    "probe_after",
+    "probe_timeout",
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GatewayConfig:
+    """One gateway: where it listens, what it serves, how much it takes in."""
+
+    model: Path = option(
+        help="Folder of a Hugging Face checkpoint: tokenizer.json, config.json, chat template.",
+        group=_MODEL,
+        metavar="FOLDER",
+    )
+    served_model_name: tuple[str, ...] = option(
+        (),
+        help="Names clients may use; the first is the one shown. claude-* matches many. "
+        "Default: the folder's name.",
+        group=_MODEL,
+        metavar="NAME",
+    )
+    host: str = option("127.0.0.1", help="Address of the public HTTP server.", group=_HTTP)
+    port: int = option(
+        8000, help="Port of the public HTTP server; 0 takes a free one.", group=_HTTP
+    )
+    api_key: tuple[str, ...] = option(
+        (),
+        help="Keys clients must present, as Bearer or x-api-key. None: everyone may ask.",
+        group=_HTTP,
+        secret=True,
+        metavar="KEY",
+    )
+    max_body_bytes: int = option(2 * MiB, help="Largest request body.", group=_HTTP)
+    body_timeout: float = option(
+        60.0, help="Seconds a client has to send a request body.", group=_HTTP, advanced=True
+    )
+    shutdown_timeout: float = option(
+        60.0, help="Seconds running requests have to finish after SIGTERM.", group=_HTTP
+    )
+    log_level: LogLevel = option("info", help="Least severe log line written.", group=_HTTP)
+    admin_host: str = option("127.0.0.1", help="Address of the admin HTTP server.", group=_ADMIN)
+    admin_port: int = option(8001, help="Port of the admin HTTP server; 0 takes one.", group=_ADMIN)
+    admin_token: str | None = option(
+        None,
+        help="Bearer token of the admin API. Default: a random one, logged once.",
+        group=_ADMIN,
+        secret=True,
+        metavar="TOKEN",
+    )
+    redis_url: str = option(
+        "redis://127.0.0.1:6379/0",
+        help="Registry of nodes: redis://, rediss:// or unix://.",
+        group=_CLUSTER,
+        secret=True,
+        metavar="URL",
+    )
+    local_prefill_tokens: int = option(
+        0,
+        help="A prompt with at most this many uncached tokens is prefilled on the decode node. "
+        "0: never.",
+        group=_CLUSTER,
+    )
+    probe_after: float = option(
+        1.5,
+        help="Seconds a node that owes tokens may be silent before it is asked whether it lives.",
+        group=_CLUSTER,
+        advanced=True,
+    )
+    probe_timeout: float = option(
+        3.0,
+        help="Seconds it has to answer that question before its requests end with node_lost.",
+        group=_CLUSTER,
+        advanced=True,
+    )
+    max_num_reqs: int = option(
+        4096, help="Most sequences in flight; more are refused as overloaded.", group=_LIMITS
+    )
+    max_num_queued_reqs: int = option(
+        1024, help="Most sequences that wait for their first token.", group=_LIMITS
+    )
+    max_num_queued_tokens: int = option(
+        4_000_000,
+        help="Most prompt tokens of sequences that wait for their first token.",
+        group=_LIMITS,
+    )
+    first_token_timeout: float = option(
+        600.0, help="Seconds until a first token, after which a request ends.", group=_LIMITS
+    )
+    stream_timeout: float = option(
+        120.0, help="Seconds between tokens, after which a request ends.", group=_LIMITS
+    )
+    write_timeout: float = option(
+        30.0, help="Seconds a client may leave what it is sent unread.", group=_LIMITS
+    )
+    sse_keep_alive_interval: float = option(
+        10.0,
+        help="Seconds without a token after which a stream gets a comment line. 0: never.",
+        group=_STREAM,
+    )
+    stream_interval: int = option(
+        1, help="Tokens per streamed chunk; the first token is never held back.", group=_STREAM
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("port", "admin_port"):
+            if not 0 <= getattr(self, name) <= 65535:
+                raise _refused(name, "must be in [0, 65535]")
+        for name in _POSITIVE:
+            if getattr(self, name) < 1:
+                raise _refused(name, "must be at least 1")
+        for name in _TIMEOUTS:
+            if not getattr(self, name) > 0:
+                raise _refused(name, "must be above 0")
+        for name in ("shutdown_timeout", "local_prefill_tokens", "sse_keep_alive_interval"):
+            if getattr(self, name) < 0:
+                raise _refused(name, "must not be negative")
+        if any(not key or not key.isascii() for key in self.api_key):
+            raise _refused("api_key", "must be printable ASCII and not empty")
+        if self.admin_token is not None and not self.admin_token.isascii():
+            raise _refused("admin_token", "must be printable ASCII")
+        if any(not name for name in self.served_model_name):
+            raise _refused("served_model_name", "must not be empty")
+
+    @property
+    def model_names(self) -> tuple[str, ...]:
+        """The names clients may use, the shown one first."""
+        return self.served_model_name or (self.model.resolve().name,)
+
+
+def _refused(name: str, problem: str) -> ConfigError:
+    return ConfigError(f"--{name.replace('_', '-')} {problem}.", param=name)

@@ -1,0 +1,72 @@
+"""Errors as HTTP answers, in OpenAI's shape. The only place where this edge translates them.
+
+Whatever is not a `ServingError` is a bug of ours: the client learns that and the request's id,
+nothing of the exception.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import TYPE_CHECKING, Any
+
+import orjson
+
+from cluster.errors import InternalError, ServingError
+
+if TYPE_CHECKING:
+    from starlette.types import Send
+
+logger = logging.getLogger(__name__)
+Headers = list[tuple[bytes, bytes]]
+JSON = b"application/json"
+
+
+def as_serving_error(error: BaseException) -> ServingError:
+    """The error itself when it is typed; else it is logged and hidden."""
+    if isinstance(error, ServingError):
+        return error
+    logger.error("unexpected error", exc_info=error)
+    return InternalError("Something went wrong here; the request's id helps to find out what.")
+
+
+def error_body(error: ServingError) -> dict[str, Any]:
+    return {
+        "error": {
+            "message": error.message,
+            "type": error.openai_type,
+            "param": error.param,
+            "code": error.code,
+        }
+    }
+
+
+def error_json(error: ServingError) -> bytes:
+    return orjson.dumps(error_body(error))
+
+
+def error_headers(error: ServingError) -> Headers:
+    """What tells a client whether and when to ask again."""
+    headers: Headers = []
+    if error.retry_after_seconds is not None:
+        seconds = error.retry_after_seconds
+        headers.append((b"retry-after", str(math.ceil(seconds)).encode()))
+        headers.append((b"retry-after-ms", str(math.ceil(seconds * 1000)).encode()))
+    if error.http_status >= 408:
+        headers.append((b"x-should-retry", b"true" if error.retryable else b"false"))
+    if error.http_status == 401:
+        headers.append((b"www-authenticate", b"Bearer"))
+    return headers
+
+
+async def send_error(send: Send, error: ServingError) -> None:
+    await send_json(send, error.http_status, error_json(error), error_headers(error))
+
+
+async def send_json(send: Send, status: int, body: bytes, headers: Headers | None = None) -> None:
+    """A whole JSON answer on a raw ASGI `send`."""
+    start = [(b"content-type", JSON), (b"content-length", str(len(body)).encode())]
+    await send(
+        {"type": "http.response.start", "status": status, "headers": start + (headers or [])}
+    )
+    await send({"type": "http.response.body", "body": body})

@@ -1,0 +1,243 @@
+"""The life of one sequence as the gateway sees it: which token reaches the client, in what order,
+and who must be told when it ends.
+
+    SUBMITTED   nothing seen yet
+    PREFILLED   the first token came, from the prefill node, and was delivered
+    STARTED     the decode node has the KV and runs the sequence
+    FINISHED    exactly one ending was delivered, or the client wants none
+
+The prefill node gives the first token, the decode node all others; their streams race, so what
+the decode node sends is held until the first token is there. Without a prefill node
+(`has_prefill` false) the decode node gives every token.
+
+Losing the prefill node matters only until the decode node says `started`. Before the first
+token nothing can be saved; after it the decode node is asked (`AskDecode`) and has
+`ORPHAN_SECONDS` to say that it runs the sequence, or why not.
+
+Pure: time is an argument, answers are instructions. `Deliver` holds what the client gets; a
+`Deliver` whose delta has `finish_reason` or `error` is the ending and the last.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from enum import Enum, auto
+
+from cluster.errors import Cancelled, DeadlineExceeded, InternalError, NodeLost, ServingError
+from cluster.request import FinishReason, TokenDelta
+
+ORPHAN_SECONDS = 3.0
+_RETRY_SECONDS = 1.0
+
+
+class SequenceState(Enum):
+    SUBMITTED = auto()
+    PREFILLED = auto()
+    STARTED = auto()
+    FINISHED = auto()
+
+
+@dataclass(frozen=True, slots=True)
+class Deliver:
+    """Goes to the client, after all that was delivered before."""
+
+    delta: TokenDelta
+
+
+@dataclass(frozen=True, slots=True)
+class CancelPrefill:
+    """The prefill node must stop and free what this sequence holds."""
+
+
+@dataclass(frozen=True, slots=True)
+class CancelDecode:
+    """The decode node must stop and free what this sequence holds."""
+
+
+@dataclass(frozen=True, slots=True)
+class AskDecode:
+    """The prefill node is gone; the decode node must say what it has."""
+
+
+Instruction = Deliver | CancelPrefill | CancelDecode | AskDecode
+Instructions = list[Instruction]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Patience:
+    """Longest silences, in seconds, before a sequence is given up."""
+
+    first_token: float = math.inf
+    between_tokens: float = math.inf
+
+
+class SequenceMachine:
+    """See the module. `deadline` is an instant of the clock whose readings are passed in."""
+
+    __slots__ = (
+        "_deadline",
+        "_first_token_seen",
+        "_handed_off",
+        "_has_prefill",
+        "_held",
+        "_is_finished",
+        "_is_started",
+        "_orphan_deadline",
+        "_patience",
+        "_progress_at",
+        "_sequence_id",
+    )
+
+    def __init__(
+        self,
+        sequence_id: str,
+        *,
+        has_prefill: bool,
+        now: float,
+        deadline: float | None = None,
+        patience: Patience | None = None,
+    ) -> None:
+        self._sequence_id = sequence_id
+        self._has_prefill = has_prefill
+        self._deadline = math.inf if deadline is None else deadline
+        self._patience = patience or Patience()
+        self._held: list[TokenDelta] = []
+        self._first_token_seen = False
+        self._handed_off = False
+        self._is_started = False
+        self._is_finished = False
+        self._orphan_deadline = math.inf
+        self._progress_at = now
+
+    @property
+    def state(self) -> SequenceState:
+        if self._is_finished:
+            return SequenceState.FINISHED
+        if self._is_started:
+            return SequenceState.STARTED
+        return SequenceState.PREFILLED if self._first_token_seen else SequenceState.SUBMITTED
+
+    @property
+    def is_finished(self) -> bool:
+        return self._is_finished
+
+    # ---- from the prefill node -----------------------------------------------------------
+
+    def prefill_delta(self, delta: TokenDelta, now: float) -> Instructions:
+        if self._is_finished or not self._has_prefill:
+            return []
+        self._handed_off = self._handed_off or delta.handed_off
+        if delta.error is not None:
+            if self._is_started and self._first_token_seen:
+                return []  # the decode node runs it, whatever becomes of the prefill node
+            return self.fail(delta.error)
+        if not delta.token_ids:
+            return self._ended(delta) if delta.finish_reason is not None else []
+        if self._first_token_seen or len(delta.token_ids) != 1:
+            return self.fail(InternalError("The prefill node sent more than the first token."))
+        return self._take_first_token(delta, now)
+
+    def _take_first_token(self, delta: TokenDelta, now: float) -> Instructions:
+        if delta.finish_reason is not None:
+            # Nothing was handed off; a decode node that says otherwise must stop.
+            return self._ended(delta) + ([CancelDecode()] if self._is_started else [])
+        self._first_token_seen = True
+        self._progress_at = now
+        instructions: Instructions = [Deliver(delta)]
+        held, self._held = self._held, []
+        for later in held:
+            instructions += self._take_decoded(later, now)
+        return instructions
+
+    def prefill_lost(self, now: float) -> Instructions:
+        if self._is_finished or not self._has_prefill:
+            return []
+        self._handed_off = True  # nothing is left there to cancel
+        if not self._first_token_seen:
+            return self.fail(_lost("prefill"))
+        if self._is_started:
+            return []
+        self._orphan_deadline = now + ORPHAN_SECONDS
+        return [AskDecode()]
+
+    # ---- from the decode node ------------------------------------------------------------
+
+    def decode_delta(self, delta: TokenDelta, now: float) -> Instructions:
+        if self._is_finished:
+            return []
+        if delta.started or delta.token_ids:
+            self._is_started = True
+            self._orphan_deadline = math.inf
+        if delta.error is not None:
+            return self.fail(delta.error)
+        if self._has_prefill and not self._first_token_seen:
+            self._held.append(delta)
+            return []
+        return self._take_decoded(delta, now)
+
+    def _take_decoded(self, delta: TokenDelta, now: float) -> Instructions:
+        if self._is_finished:
+            return []
+        self._progress_at = now
+        if delta.finish_reason is not None:
+            return self._ended(delta)
+        if not delta.token_ids and delta.num_cached_tokens is None:
+            return []
+        return [Deliver(delta)]
+
+    def decode_lost(self, now: float) -> Instructions:
+        return [] if self._is_finished else self.fail(_lost("decode"))
+
+    # ---- from this side ------------------------------------------------------------------
+
+    def cancel(self) -> Instructions:
+        """The client is gone, or has all it wants: nothing more is delivered."""
+        if self._is_finished:
+            return []
+        self._is_finished = True
+        return self._cancel_nodes()
+
+    def fail(self, error: ServingError) -> Instructions:
+        """End with `error`, whoever it comes from."""
+        if self._is_finished:
+            return []
+        self._is_finished = True
+        ending = TokenDelta(sequence_id=self._sequence_id, error=error)
+        return [Deliver(ending), *self._cancel_nodes()]
+
+    def tick(self, now: float) -> Instructions:
+        """To be called a few times a second; ends what has run out of time."""
+        if self._is_finished:
+            return []
+        if now >= self._deadline:
+            return self.fail(DeadlineExceeded("The request's deadline passed."))
+        if now >= self._orphan_deadline:
+            return self.fail(_lost("prefill"))
+        has_token = self._first_token_seen or (self._is_started and not self._has_prefill)
+        patience = self._patience.between_tokens if has_token else self._patience.first_token
+        if now - self._progress_at >= patience:
+            return self.fail(DeadlineExceeded("The nodes took too long to produce a token."))
+        return []
+
+    # ---- endings -------------------------------------------------------------------------
+
+    def _ended(self, delta: TokenDelta) -> Instructions:
+        if delta.finish_reason is FinishReason.ABORT:
+            return self.fail(Cancelled("The request was cancelled.", reason="node"))
+        self._is_finished = True
+        return [Deliver(delta)]
+
+    def _cancel_nodes(self) -> Instructions:
+        instructions: Instructions = [CancelDecode()]
+        if self._has_prefill and not self._handed_off:
+            instructions.insert(0, CancelPrefill())
+        return instructions
+
+
+def _lost(role: str) -> NodeLost:
+    return NodeLost(
+        f"The {role} node that worked on this request was lost.",
+        reason=f"{role}_lost",
+        retry_after_seconds=_RETRY_SECONDS,
+    )

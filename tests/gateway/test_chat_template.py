@@ -1,0 +1,111 @@
+"""Templates render as Hugging Face renders them, and cannot do what they may not."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from cluster.errors import ConfigError, InvalidRequest, Unsupported
+from gateway.chat_template import ChatTemplate, Message
+from tests.gateway.model_folder import CHAT_TEMPLATE, write_model_folder
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+TALK: list[Message] = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Hi there"},
+]
+
+
+def template(source: str = CHAT_TEMPLATE) -> ChatTemplate:
+    return ChatTemplate(source, {"bos_token": "<bos>"})
+
+
+def test_special_tokens_and_the_generation_prompt_are_written_by_the_template() -> None:
+    text = template().render(TALK)
+    assert text == "<bos><|system|>Be brief.<|end|><|user|>Hi there<|end|><|assistant|>"
+
+
+def test_the_generation_prompt_can_be_left_out() -> None:
+    assert template().render(TALK, add_generation_prompt=False).endswith("<|end|>")
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        CHAT_TEMPLATE,
+        "{%- for m in messages -%}\n  [{{ m['content'] | trim }}]\n{%- endfor %}",
+        "{% for m in messages %}{% if loop.index > 5 %}{% break %}{% endif %}{{ m | tojson }}"
+        "{% endfor %}",
+        "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}",
+        "{% set ns = namespace(a=1) %}{{ ns.a }}{{ messages[0]['content'].upper() }}",
+    ],
+)
+def test_the_text_equals_hugging_faces(source: str) -> None:
+    utilities = pytest.importorskip("transformers.utils.chat_template_utils")
+    expected = utilities.render_jinja_template(
+        conversations=[TALK],
+        chat_template=source,
+        add_generation_prompt=True,
+        bos_token="<bos>",
+    )[0]
+    assert template(source).render(TALK) == expected[0]
+
+
+@pytest.mark.parametrize("content", ["I think", "I think  ", "  and so"])
+@pytest.mark.parametrize(
+    "source", [CHAT_TEMPLATE, CHAT_TEMPLATE.replace("content", "content|trim")]
+)
+def test_a_final_message_is_continued_as_hugging_face_does(source: str, content: str) -> None:
+    utilities = pytest.importorskip("transformers.utils.chat_template_utils")
+    talk: list[Message] = [*TALK, {"role": "assistant", "content": content}]
+    expected = utilities.render_jinja_template(
+        conversations=[[dict(m) for m in talk]],
+        chat_template=source,
+        continue_final_message=True,
+        bos_token="<bos>",
+    )[0]
+    text = template(source).render(talk, add_generation_prompt=False, continue_final_message=True)
+    assert text == expected[0]
+
+
+def test_a_refusal_by_the_template_reaches_the_client_in_its_words() -> None:
+    with pytest.raises(InvalidRequest, match="roles must alternate"):
+        template("{{ raise_exception('roles must alternate') }}").render(TALK)
+
+
+def test_messages_that_break_the_template_are_the_clients_fault_without_details() -> None:
+    with pytest.raises(InvalidRequest) as raised:
+        template("{{ messages[0]['content'] + 1 }}").render(TALK)
+    assert "str" not in raised.value.message
+
+
+def test_a_template_cannot_reach_out_of_its_sandbox() -> None:
+    with pytest.raises(Unsupported):
+        template("{{ ''.__class__.__mro__[1].__subclasses__() }}").render(TALK)
+
+
+def test_a_developer_is_the_system_where_the_template_knows_no_developer() -> None:
+    talk = [{"role": "developer", "content": "x"}]
+    assert "<|system|>x" in template().render(talk)
+    knows = CHAT_TEMPLATE + "{# developer #}"
+    assert "<|developer|>x" in template(knows).render(talk)
+
+
+def test_the_jinja_file_comes_before_the_tokenizer_settings(tmp_path: Path) -> None:
+    folder = write_model_folder(tmp_path)
+    (folder / "chat_template.jinja").write_text("from the file")
+    found = ChatTemplate.from_folder(folder, {})
+    assert found is not None
+    assert found.render(TALK) == "from the file"
+
+
+def test_a_model_without_template_has_none(tmp_path: Path) -> None:
+    assert ChatTemplate.from_folder(write_model_folder(tmp_path, chat_template=None), {}) is None
+
+
+def test_a_broken_template_stops_the_start() -> None:
+    with pytest.raises(ConfigError):
+        template("{% if %}")

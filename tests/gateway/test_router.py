@@ -1,0 +1,120 @@
+"""Placements follow load and cached prefixes, among nodes that may exchange KV."""
+
+from __future__ import annotations
+
+import pytest
+
+from cluster.errors import NodeUnavailable
+from cluster.node import Incarnation, NodeId, NodeInfo, NodeLoad, NodeName, NodeRole, NodeState
+from gateway.router import Candidate, Demand, Placement, choose
+
+DEMAND = Demand(num_prompt_tokens=1000, num_tokens=1500)
+
+
+def node(name: str, **changes: object) -> NodeInfo:
+    fields: dict[str, object] = {
+        "id": NodeId(NodeName(name), Incarnation(1)),
+        "role": NodeRole.PREFILL if name.startswith("p") else NodeRole.DECODE,
+        "state": NodeState.READY,
+        "grpc_address": "127.0.0.1:1",
+        "metrics_address": "",
+        "model_name": "m",
+        "compatibility_hash": "h",
+        "block_size": 16,
+        "max_model_len": 4096,
+        "load": NodeLoad(num_blocks=1000, num_free_blocks=1000),
+    }
+    return NodeInfo(**{**fields, **changes})  # type: ignore[arg-type]
+
+
+def candidate(
+    name: str, *, node_changes: dict[str, object] | None = None, **changes: object
+) -> Candidate:
+    fields: dict[str, object] = {
+        "node": node(name, **(node_changes or {})),
+        "is_connected": True,
+        "queued_tokens": 0,
+        "num_sequences": 0,
+        "reserved_tokens": 0,
+    }
+    return Candidate(**{**fields, **changes})  # type: ignore[arg-type]
+
+
+def names(placement: Placement) -> tuple[str | None, str]:
+    prefill = placement.prefill.id.name if placement.prefill else None
+    return prefill, placement.decode.id.name
+
+
+def test_the_shorter_queue_and_the_smaller_batch_win() -> None:
+    placement = choose(
+        [
+            candidate("p1", queued_tokens=5000),
+            candidate("p2", queued_tokens=100),
+            candidate("d1", num_sequences=3),
+            candidate("d2", num_sequences=40),
+        ],
+        DEMAND,
+    )
+    assert names(placement) == ("p2", "d1")
+
+
+def test_a_cached_prefix_wins_until_its_queue_costs_more() -> None:
+    others = [candidate("p2"), candidate("d1")]
+    warm = candidate("p1", num_cached_tokens=960, queued_tokens=900)
+    assert names(choose([warm, *others], DEMAND))[0] == "p1"
+    saturated = candidate("p1", num_cached_tokens=960, queued_tokens=1100)
+    assert names(choose([saturated, *others], DEMAND))[0] == "p2"
+
+
+@pytest.mark.parametrize("state", [state for state in NodeState if state is not NodeState.READY])
+def test_only_ready_nodes_take_work(state: NodeState) -> None:
+    with pytest.raises(NodeUnavailable) as raised:
+        choose([candidate("p1", node_changes={"state": state}), candidate("d1")], DEMAND)
+    assert raised.value.retry_after_seconds is not None
+
+
+def test_a_node_that_is_not_connected_takes_no_work() -> None:
+    with pytest.raises(NodeUnavailable):
+        choose([candidate("p1"), candidate("d1", is_connected=False)], DEMAND)
+
+
+def test_only_nodes_of_equal_compatibility_are_paired() -> None:
+    foreign = {"compatibility_hash": "other"}
+    with pytest.raises(NodeUnavailable):
+        choose([candidate("p1"), candidate("d1", node_changes=foreign)], DEMAND)
+    placement = choose(
+        [
+            candidate("p1", queued_tokens=10**6),
+            candidate("d1"),
+            candidate("p2", node_changes=foreign),
+        ],
+        DEMAND,
+    )
+    assert names(placement) == ("p1", "d1")
+
+
+def test_a_short_uncached_part_is_prefilled_where_it_decodes() -> None:
+    nodes = [candidate("p1"), candidate("d1", num_cached_tokens=900)]
+    assert names(choose(nodes, DEMAND, local_prefill_tokens=100)) == (None, "d1")
+    assert names(choose(nodes, DEMAND, local_prefill_tokens=99)) == ("p1", "d1")
+    assert names(choose(nodes, DEMAND)) == ("p1", "d1")
+
+
+def test_a_decode_node_whose_memory_would_run_full_is_avoided() -> None:
+    full = {"load": NodeLoad(num_blocks=1000, num_free_blocks=60)}
+    nodes = [
+        candidate("p1"),
+        candidate("d1", node_changes=full),
+        candidate("d2", num_sequences=100),
+    ]
+    assert names(choose(nodes, DEMAND))[1] == "d2"
+
+
+def test_own_debits_count_before_the_next_heartbeat() -> None:
+    nodes = [candidate("p1"), candidate("d1", reserved_tokens=15_000), candidate("d2")]
+    assert names(choose(nodes, DEMAND))[1] == "d2"
+
+
+def test_every_candidate_is_kept_with_its_cost() -> None:
+    placement = choose([candidate("p1"), candidate("p2"), candidate("d1")], DEMAND)
+    assert sorted(cost.name for cost in placement.costs) == ["d1", "p1", "p2"]

@@ -1,0 +1,273 @@
+"""Whatever order events come in, a sequence has one ending and its tokens come in order."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+
+import pytest
+
+from cluster.errors import (
+    Cancelled,
+    DeadlineExceeded,
+    InternalError,
+    NodeLost,
+    ServingError,
+    TransferFailed,
+)
+from cluster.request import FinishReason, TokenDelta
+from gateway.sequence_machine import (
+    ORPHAN_SECONDS,
+    AskDecode,
+    CancelDecode,
+    CancelPrefill,
+    Deliver,
+    Instruction,
+    Patience,
+    SequenceMachine,
+    SequenceState,
+)
+
+
+def delta(*token_ids: int, **fields: object) -> TokenDelta:
+    return TokenDelta(sequence_id="s", token_ids=token_ids, **fields)  # type: ignore[arg-type]
+
+
+def machine(*, has_prefill: bool = True, **fields: object) -> SequenceMachine:
+    return SequenceMachine("s", has_prefill=has_prefill, now=0.0, **fields)  # type: ignore[arg-type]
+
+
+def tokens(instructions: list[Instruction]) -> list[int]:
+    return [t for i in instructions if isinstance(i, Deliver) for t in i.delta.token_ids]
+
+
+def endings(instructions: list[Instruction]) -> list[FinishReason | ServingError]:
+    found: list[FinishReason | ServingError] = []
+    for instruction in instructions:
+        if isinstance(instruction, Deliver):
+            ending = instruction.delta.error or instruction.delta.finish_reason
+            if ending is not None:
+                found.append(ending)
+    return found
+
+
+FIRST = delta(1, num_cached_tokens=16)
+HANDED_OFF = delta(handed_off=True)
+STARTED = delta(started=True, num_cached_tokens=0)
+SECOND = delta(2)
+LAST = delta(3, finish_reason=FinishReason.LENGTH)
+
+Event = Callable[[SequenceMachine], list[Instruction]]
+EVENTS: dict[str, Event] = {
+    "P first": lambda m: m.prefill_delta(FIRST, 1.0),
+    "P handed off": lambda m: m.prefill_delta(HANDED_OFF, 1.0),
+    "P error": lambda m: m.prefill_delta(delta(error=TransferFailed("x")), 1.0),
+    "P lost": lambda m: m.prefill_lost(1.0),
+    "D started": lambda m: m.decode_delta(STARTED, 1.0),
+    "D second": lambda m: m.decode_delta(SECOND, 1.0),
+    "D last": lambda m: m.decode_delta(LAST, 1.0),
+    "D error": lambda m: m.decode_delta(delta(error=TransferFailed("y")), 1.0),
+    "D lost": lambda m: m.decode_lost(1.0),
+    "cancel": lambda m: m.cancel(),
+    "tick": lambda m: m.tick(1.0),
+}
+# What each node sends comes in its own order; the two may interleave in any way.
+PREFILL_ORDERS = [
+    ["P first", "P handed off"],
+    ["P first", "P error"],
+    ["P first", "P lost"],
+    ["P first", "P handed off", "P lost"],
+    ["P error"],
+    ["P lost"],
+]
+DECODE_ORDERS = [
+    ["D started", "D second", "D last"],
+    ["D started", "D second", "D lost"],
+    ["D started", "D error"],
+    ["D error"],
+    ["D lost"],
+    [],
+]
+OURS = [[], ["cancel"], ["tick"]]
+
+
+def interleavings(*lanes: list[str]) -> list[tuple[str, ...]]:
+    marks = [index for index, lane in enumerate(lanes) for _ in lane]
+    found = set()
+    for order in set(itertools.permutations(marks)):
+        positions = [iter(lane) for lane in lanes]
+        found.add(tuple(next(positions[index]) for index in order))
+    return sorted(found)
+
+
+CASES = [
+    case
+    for lanes in itertools.product(PREFILL_ORDERS, DECODE_ORDERS, OURS)
+    for case in interleavings(*lanes)
+]
+
+
+def test_every_order_of_events_has_at_most_one_ending_and_tokens_in_order() -> None:
+    for case in CASES:
+        subject = machine()
+        seen: list[Instruction] = []
+        for name in case:
+            was_finished = subject.is_finished
+            fresh = EVENTS[name](subject)
+            assert not (was_finished and fresh), case
+            seen += fresh
+        seen += subject.tick(1.0 + ORPHAN_SECONDS)
+        assert tokens(seen) == [1, 2, 3][: len(tokens(seen))], case
+        num_endings = len(endings(seen))
+        is_silent = "cancel" in case and num_endings == 0
+        assert num_endings == (0 if is_silent else int(subject.is_finished)), case
+        if "P lost" in case or "D lost" in case or "P error" in case or "D error" in case:
+            assert subject.is_finished or "D started" in case, case
+
+
+def test_an_undisturbed_sequence_ends_well_in_every_order() -> None:
+    lanes = (["P first", "P handed off"], ["D started", "D second", "D last"])
+    for case in interleavings(*lanes):
+        subject = machine()
+        seen = [i for name in case for i in EVENTS[name](subject)]
+        assert tokens(seen) == [1, 2, 3], case
+        assert endings(seen) == [FinishReason.LENGTH], case
+
+
+def test_losing_either_node_always_reaches_the_other_or_the_client() -> None:
+    for case in CASES:
+        subject = machine()
+        seen: list[Instruction] = []
+        for name in case:
+            before = subject.state
+            fresh = EVENTS[name](subject)
+            seen += fresh
+            if name == "D lost" and before is not SequenceState.FINISHED:
+                assert isinstance(endings(fresh)[0], NodeLost), case
+            if name == "P lost" and before is SequenceState.SUBMITTED:
+                assert isinstance(endings(fresh)[0], NodeLost), case
+                assert CancelDecode() in fresh, case
+            if name == "P lost" and before is SequenceState.PREFILLED:
+                assert fresh == [AskDecode()], case
+
+
+def test_what_the_decode_node_sends_waits_for_the_first_token() -> None:
+    subject = machine()
+    assert subject.decode_delta(STARTED, 1.0) == []
+    assert subject.decode_delta(SECOND, 1.0) == []
+    assert tokens(subject.prefill_delta(FIRST, 2.0)) == [1, 2]
+
+
+def test_a_prefill_node_lost_after_start_costs_nothing() -> None:
+    subject = machine()
+    subject.prefill_delta(FIRST, 1.0)
+    subject.decode_delta(STARTED, 1.0)
+    assert subject.prefill_lost(2.0) == []
+    assert endings(subject.decode_delta(LAST, 3.0)) == [FinishReason.LENGTH]
+
+
+def test_a_prefill_error_after_start_costs_nothing() -> None:
+    subject = machine()
+    subject.prefill_delta(FIRST, 1.0)
+    subject.decode_delta(STARTED, 1.0)
+    assert subject.prefill_delta(delta(error=TransferFailed("late")), 2.0) == []
+    assert not subject.is_finished
+
+
+def test_a_first_token_lost_with_its_node_ends_the_sequence_even_when_decode_started() -> None:
+    subject = machine()
+    subject.decode_delta(STARTED, 1.0)
+    seen = subject.prefill_lost(2.0)
+    assert isinstance(endings(seen)[0], NodeLost)
+    assert CancelDecode() in seen
+
+
+def test_an_orphan_that_decode_answers_for_goes_on() -> None:
+    subject = machine()
+    subject.prefill_delta(FIRST, 1.0)
+    assert subject.prefill_lost(2.0) == [AskDecode()]
+    subject.decode_delta(STARTED, 2.0 + ORPHAN_SECONDS - 0.1)
+    assert subject.tick(2.0 + ORPHAN_SECONDS + 60.0) == []
+
+
+def test_an_orphan_without_an_answer_ends_in_time() -> None:
+    subject = machine()
+    subject.prefill_delta(FIRST, 1.0)
+    subject.prefill_lost(2.0)
+    assert subject.tick(2.0 + ORPHAN_SECONDS - 0.01) == []
+    seen = subject.tick(2.0 + ORPHAN_SECONDS)
+    assert isinstance(endings(seen)[0], NodeLost)
+    assert CancelDecode() in seen
+
+
+def test_an_orphan_that_decode_refuses_ends_with_its_error() -> None:
+    subject = machine()
+    subject.prefill_delta(FIRST, 1.0)
+    subject.prefill_lost(2.0)
+    seen = subject.decode_delta(delta(error=TransferFailed("no KV")), 2.5)
+    assert isinstance(endings(seen)[0], TransferFailed)
+
+
+def test_a_decode_error_stops_a_prefill_that_still_runs() -> None:
+    seen = machine().decode_delta(delta(error=TransferFailed("digest")), 1.0)
+    assert CancelPrefill() in seen
+
+
+def test_a_first_token_that_ends_the_sequence_needs_no_decode_node() -> None:
+    subject = machine()
+    seen = subject.prefill_delta(delta(1, finish_reason=FinishReason.STOP, stop_token_id=1), 1.0)
+    assert endings(seen) == [FinishReason.STOP]
+    assert subject.decode_lost(2.0) == []
+
+
+def test_a_second_token_from_the_prefill_node_is_refused() -> None:
+    subject = machine()
+    subject.prefill_delta(FIRST, 1.0)
+    assert isinstance(endings(subject.prefill_delta(SECOND, 1.0))[0], InternalError)
+
+
+def test_cancel_reaches_both_nodes_before_the_hand_off_and_one_after() -> None:
+    subject = machine()
+    assert subject.cancel() == [CancelPrefill(), CancelDecode()]
+    subject = machine()
+    subject.prefill_delta(FIRST, 1.0)
+    subject.prefill_delta(HANDED_OFF, 1.0)
+    assert subject.cancel() == [CancelDecode()]
+
+
+def test_nothing_is_delivered_after_a_cancel() -> None:
+    subject = machine()
+    subject.cancel()
+    for event in EVENTS.values():
+        assert event(subject) == []
+
+
+def test_an_abort_by_the_node_is_a_typed_error() -> None:
+    subject = machine(has_prefill=False)
+    seen = subject.decode_delta(delta(finish_reason=FinishReason.ABORT), 1.0)
+    assert isinstance(endings(seen)[0], Cancelled)
+
+
+def test_a_local_sequence_takes_every_token_from_the_decode_node() -> None:
+    subject = machine(has_prefill=False)
+    seen = subject.decode_delta(delta(1, started=True, num_cached_tokens=0), 1.0)
+    seen += subject.decode_delta(SECOND, 1.0) + subject.decode_delta(LAST, 1.0)
+    assert tokens(seen) == [1, 2, 3]
+    assert subject.prefill_lost(2.0) == []
+
+
+def test_a_deadline_ends_the_sequence_on_both_nodes() -> None:
+    subject = machine(deadline=5.0)
+    assert subject.tick(4.9) == []
+    seen = subject.tick(5.0)
+    assert isinstance(endings(seen)[0], DeadlineExceeded)
+    assert seen[1:] == [CancelPrefill(), CancelDecode()]
+
+
+@pytest.mark.parametrize(("token_seen", "limit"), [(False, 10.0), (True, 3.0)])
+def test_silence_ends_the_sequence(token_seen: bool, limit: float) -> None:
+    subject = machine(patience=Patience(first_token=10.0, between_tokens=3.0))
+    if token_seen:
+        subject.prefill_delta(FIRST, 0.0)
+    assert subject.tick(limit - 0.1) == []
+    assert isinstance(endings(subject.tick(limit))[0], DeadlineExceeded)
