@@ -1,0 +1,192 @@
+"""Calls to Redis that cannot hurt: each is bounded in time, and a dead Redis is left alone.
+
+1. `Store.call` runs one operation under a timeout.
+2. Several failures in a row open the breaker: calls are refused at once, without waiting.
+3. After a pause one call is let through as a probe. Its success closes the breaker, its
+   failure starts the next, longer pause.
+
+Every failure is a `StoreUnavailable`; what to do without the answer is the caller's decision.
+A cancelled or timed-out call drops its connection, so that its late reply is never taken for
+the reply to another call.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import TYPE_CHECKING, TypeVar
+from urllib.parse import urlsplit
+
+import redis.asyncio as aioredis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import RedisError
+
+from cluster import clock as clocks
+from cluster.errors import ConfigError, InternalError
+from cluster.metrics import StoreMetrics
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from cluster.clock import Clock
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+DEFAULT_TIMEOUT_SECONDS = 1.0
+CONNECT_TIMEOUT_SECONDS = 1.0
+MAX_CONNECTIONS = 32
+
+
+class StoreUnavailable(InternalError):
+    """Redis did not answer in time, refused, or was not asked. Never seen by clients."""
+
+
+class Breaker:
+    """Pure. Opens after `threshold` failures in a row; pauses double up to `max_pause_seconds`."""
+
+    def __init__(
+        self,
+        *,
+        threshold: int = 3,
+        first_pause_seconds: float = 0.5,
+        max_pause_seconds: float = 5.0,
+    ) -> None:
+        self._threshold = threshold
+        self._first_pause = first_pause_seconds
+        self._max_pause = max_pause_seconds
+        self._num_failures = 0
+        self._pause = first_pause_seconds
+        self._closed_until: float | None = None
+        self._is_probing = False
+
+    @property
+    def is_open(self) -> bool:
+        return self._closed_until is not None
+
+    def allows(self, now: float) -> bool:
+        """True when a call may be made; while open, true once per pause: that call is the probe."""
+        if self._closed_until is None:
+            return True
+        if self._is_probing or now < self._closed_until:
+            return False
+        self._is_probing = True
+        return True
+
+    def succeeded(self) -> None:
+        self._num_failures = 0
+        self._pause = self._first_pause
+        self._closed_until = None
+        self._is_probing = False
+
+    def failed(self, now: float) -> None:
+        self._num_failures += 1
+        if self._num_failures < self._threshold:
+            return
+        if self._closed_until is not None and self._is_probing:
+            self._pause = min(self._pause * 2, self._max_pause)
+        self._closed_until = now + self._pause
+        self._is_probing = False
+
+    def abandoned(self) -> None:
+        """A call was cancelled: it says nothing about Redis, another may probe."""
+        self._is_probing = False
+
+
+class Store:
+    """One connection pool and one breaker. `name` labels metrics and log lines.
+
+    Registry and prefix index have a store each: a slow index must not blind the registry.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        name: str,
+        timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS,
+        metrics: StoreMetrics | None = None,
+        breaker: Breaker | None = None,
+        clock: Clock = clocks.monotonic,
+    ) -> None:
+        self.name = name
+        self.metrics = StoreMetrics() if metrics is None else metrics
+        self._timeout_seconds = timeout_seconds
+        self._breaker = Breaker() if breaker is None else breaker
+        self._clock = clock
+        self._client = _connect_lazily(url)
+        self.metrics.is_up.labels(name).set(1)
+
+    @property
+    def is_up(self) -> bool:
+        return not self._breaker.is_open
+
+    async def call(
+        self,
+        operation: Callable[[aioredis.Redis], Awaitable[T]],
+        *,
+        timeout_seconds: float | None = None,
+    ) -> T:
+        """The result of `operation` on the client, or `StoreUnavailable` within the timeout."""
+        if not self._breaker.allows(self._clock()):
+            self._count("refused")
+            raise StoreUnavailable("The store is not answering; it is tried again soon.")
+        limit = self._timeout_seconds if timeout_seconds is None else timeout_seconds
+        try:
+            async with asyncio.timeout(limit):
+                result = await operation(self._client)
+        except TimeoutError as error:
+            self._failed("timeout", f"no answer within {limit} s")
+            raise StoreUnavailable("The store did not answer in time.") from error
+        except (RedisError, OSError) as error:
+            self._failed("error", type(error).__name__)
+            raise StoreUnavailable("The store refused or dropped a call.") from error
+        except asyncio.CancelledError:
+            self._breaker.abandoned()
+            raise
+        self._succeeded()
+        return result
+
+    async def close(self) -> None:
+        await self._client.aclose()
+
+    def _succeeded(self) -> None:
+        if self._breaker.is_open:
+            logger.info("%s: the store answers again", self.name)
+        self._breaker.succeeded()
+        self._count("ok")
+        self.metrics.is_up.labels(self.name).set(1)
+
+    def _failed(self, outcome: str, cause: str) -> None:
+        was_open = self._breaker.is_open
+        self._breaker.failed(self._clock())
+        self._count(outcome)
+        if self._breaker.is_open and not was_open:
+            logger.warning("%s: the store is not answering (%s)", self.name, cause)
+            self.metrics.is_up.labels(self.name).set(0)
+
+    def _count(self, outcome: str) -> None:
+        self.metrics.calls.labels(self.name, outcome).inc()
+
+
+def check_redis_url(url: str) -> None:
+    """Raises `ConfigError` with param "redis_url" when the URL is of no known form."""
+    _connect_lazily(url)
+
+
+def _connect_lazily(url: str) -> aioredis.Redis:
+    if urlsplit(url).scheme not in ("redis", "rediss", "unix"):
+        raise ConfigError("must start with redis://, rediss:// or unix://", param="redis_url")
+    try:
+        return aioredis.Redis.from_url(
+            url,
+            protocol=2,
+            max_connections=MAX_CONNECTIONS,
+            socket_connect_timeout=CONNECT_TIMEOUT_SECONDS,
+            socket_keepalive=True,
+            retry=Retry(NoBackoff(), 0),  # the breaker decides when to try again
+        )
+    except ValueError as error:
+        raise ConfigError("is not a Redis URL", param="redis_url") from error
