@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -24,6 +24,8 @@ from cluster.errors import ConfigError, InvalidRequest
 from cluster.node import NodeInfo, NodeLoad, NodeState
 from cluster.options import option
 from cluster.proto import node_pb2 as pb
+from cluster.redis_client import StoreUnavailable
+from cluster.registry import HEARTBEAT_SECONDS, Heartbeat
 from cluster.version import VERSION
 
 if TYPE_CHECKING:
@@ -32,11 +34,10 @@ if TYPE_CHECKING:
     from cluster.registry import Registry
 
 logger = logging.getLogger(__name__)
-HEARTBEAT_SECONDS = 1.0
 DRAIN_POLL_SECONDS = 0.05
 
 # Hashes stored (parents first) and removed (leaves first) since the last call.
-CacheChanges = Callable[[], tuple[list["BlockHash"], list["BlockHash"]]]
+CacheChanges = Callable[[], Awaitable[tuple[Sequence["BlockHash"], Sequence["BlockHash"]]]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,6 +88,7 @@ class Member:
         transports: Callable[[], tuple[str, ...]],
         cache_changes: CacheChanges,
         is_idle: Callable[[], bool],
+        on_replaced: Callable[[], None],
     ) -> None:
         self._info = info
         self._registry = registry
@@ -95,6 +97,7 @@ class Member:
         self._transports = transports
         self._cache_changes = cache_changes
         self._is_idle = is_idle
+        self._on_replaced = on_replaced
         self._changed = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._drain_task: asyncio.Task[None] | None = None
@@ -163,7 +166,8 @@ class Member:
                 task.cancel()
                 with contextlib.suppress(asyncio.CancelledError):
                     await task
-        await self._registry.withdraw(self._info.id)
+        with contextlib.suppress(StoreUnavailable):
+            await self._registry.withdraw(self._info.id)
 
     def _uncordon(self) -> None:
         if self.state not in (NodeState.READY, NodeState.STARTING):
@@ -183,11 +187,28 @@ class Member:
         self._move_to(NodeState.DRAINED)
 
     async def _beat(self) -> None:
+        is_announced = False
         while True:
             self._changed.clear()
-            await self._registry.heartbeat(self.info)
-            stored, removed = self._cache_changes()
-            if stored or removed:
-                await self._index.publish(self._info.id, stored, removed)
+            try:
+                if not is_announced:
+                    await self._registry.announce(self.info)
+                    is_announced = True
+                elif await self._registry.heartbeat(self.info) is Heartbeat.REPLACED:
+                    self._replaced()
+                    return
+                await self._publish_cache_changes()
+            except StoreUnavailable as error:
+                logger.warning("the registry does not answer: %s", error.message)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._changed.wait(), HEARTBEAT_SECONDS)
+
+    async def _publish_cache_changes(self) -> None:
+        stored, removed = await self._cache_changes()
+        if stored or removed:
+            await self._index.publish(self._info.id, stored, removed)
+
+    def _replaced(self) -> None:
+        """Another process has this name now: a node that slept too long must not go on."""
+        logger.error("another incarnation of %s has registered; this one ends", self._info.id.name)
+        self._on_replaced()

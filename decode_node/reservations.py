@@ -100,10 +100,8 @@ class Reservations:
         if reserved is None:
             raise TransferFailed("The reservation is gone.", reason="reservation_gone")
         sequence = reserved.sequence
-        reserved.reservation.attach(sequence)
-        sequence.num_computed_tokens = sequence.num_prompt_tokens
-        self._block_manager.mark_computed(sequence)
         sequence.append_token(first_token_id)
+        reserved.reservation.attach(sequence)
         return sequence
 
     def cancel(self, sequence_id: str) -> None:

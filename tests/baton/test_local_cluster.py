@@ -1,0 +1,54 @@
+"""Where the nodes of a local cluster run, and what each of them is given."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from baton.local_cluster import node_engine_config, place_nodes
+from engine.config import EngineConfig
+
+
+def test_without_a_gpu_all_nodes_share_the_processor() -> None:
+    placements = place_nodes(1, 1, "auto", 0)
+    assert [(p.name, p.device, p.num_sharing) for p in placements] == [
+        ("prefill-0", "cpu", 2),
+        ("decode-0", "cpu", 2),
+    ]
+
+
+def test_each_node_gets_a_gpu_of_its_own_when_there_are_enough() -> None:
+    placements = place_nodes(1, 1, "auto", 2)
+    assert [p.device for p in placements] == ["cuda:0", "cuda:1"]
+    assert all(p.num_sharing == 1 for p in placements)
+
+
+def test_more_nodes_than_gpus_share_evenly() -> None:
+    placements = place_nodes(1, 2, "auto", 2)
+    assert [(p.device, p.num_sharing) for p in placements] == [
+        ("cuda:0", 2),
+        ("cuda:1", 1),
+        ("cuda:0", 2),
+    ]
+
+
+def test_a_gpu_that_is_asked_for_is_used_by_all() -> None:
+    assert {p.device for p in place_nodes(1, 1, "cuda:1", 2)} == {"cuda:1"}
+
+
+@pytest.mark.parametrize(("is_explicit", "expected"), [(False, 0.45), (True, 0.9)])
+def test_nodes_on_one_gpu_share_its_memory_unless_told_otherwise(
+    is_explicit: bool, expected: float
+) -> None:
+    placement = place_nodes(1, 1, "auto", 1)[0]
+    config = EngineConfig(model=Path("m"))
+    given = node_engine_config(config, placement, is_memory_explicit=is_explicit, num_cores=2)
+    assert given.gpu_memory_utilization == pytest.approx(expected)
+
+
+def test_nodes_on_one_processor_share_its_cores() -> None:
+    placement = place_nodes(1, 1, "auto", 0)[0]
+    config = EngineConfig(model=Path("m"))
+    given = node_engine_config(config, placement, is_memory_explicit=False, num_cores=8)
+    assert given.num_threads == 4

@@ -1,0 +1,100 @@
+"""Blocks promised to hand-offs: first come first served, and all of them come back."""
+
+from __future__ import annotations
+
+import pytest
+
+from cluster.errors import Cancelled, ContextLengthExceeded, TransferFailed
+from cluster.prefix_hash import root_hash
+from cluster.request import SamplingParams, SequenceRequest
+from decode_node.reservations import Reservations
+from engine.block_manager import BlockManager
+from engine.sequence import Sequence
+
+BLOCK = 4
+
+
+def make_sequence(name: str, num_tokens: int, first: int = 1) -> Sequence:
+    request = SequenceRequest(
+        sequence_id=name,
+        request_id=name,
+        prompt_token_ids=tuple(range(first, first + num_tokens)),
+        sampling=SamplingParams(max_tokens=4, seed=0),
+    )
+    return Sequence(request, block_size=BLOCK, root=root_hash("m", b""))
+
+
+def make(num_blocks: int, num_running: int = 0) -> tuple[BlockManager, Reservations]:
+    manager = BlockManager(num_blocks, BLOCK)
+    return manager, Reservations(manager, num_running=lambda: num_running)
+
+
+def test_a_prompt_gets_a_block_for_each_started_position() -> None:
+    _, reservations = make(8)
+    reserved = reservations.ask(make_sequence("a", 9)).result(0)
+    assert len(reserved.block_ids) == 3
+    assert reserved.num_held_blocks == 0
+
+
+def test_who_finds_no_room_waits_and_is_served_in_order() -> None:
+    manager, reservations = make(4)
+    first = reservations.ask(make_sequence("a", 12, first=100))
+    second = reservations.ask(make_sequence("b", 12, first=200))
+    third = reservations.ask(make_sequence("c", 1, first=300))
+    assert first.done()
+    assert not second.done()
+    assert not third.done(), "the third must not overtake the second"
+    reservations.cancel("a")
+    assert second.done()
+    assert third.done()
+    for name in ("b", "c"):
+        reservations.cancel(name)
+    assert manager.num_free_blocks == 4
+    manager.check_integrity()
+
+
+def test_a_block_per_running_sequence_stays_free() -> None:
+    _, reservations = make(4, num_running=2)
+    assert not reservations.ask(make_sequence("a", 9)).done()
+    assert reservations.num_waiting == 1
+    assert reservations.queued_tokens == 9
+
+
+def test_a_prompt_that_can_never_fit_is_refused_at_once() -> None:
+    _, reservations = make(2)
+    with pytest.raises(ContextLengthExceeded):
+        reservations.ask(make_sequence("a", 9))
+
+
+def test_a_started_sequence_owns_its_blocks_and_others_hit_its_prompt() -> None:
+    manager, reservations = make(8)
+    reservations.ask(make_sequence("a", 8)).result(0)
+    sequence = reservations.start("a", first_token_id=77)
+    assert sequence.num_computed_tokens == 8
+    assert sequence.token_ids[-1] == 77
+    again = reservations.ask(make_sequence("b", 8)).result(0)
+    assert again.num_held_blocks == 2
+    assert list(again.block_ids[:2]) == sequence.block_table[:2]
+    reservations.cancel("b")
+    manager.free(sequence)
+    assert manager.num_free_blocks == 8
+    manager.check_integrity()
+
+
+def test_a_start_after_cancel_is_refused_and_cancel_twice_is_harmless() -> None:
+    manager, reservations = make(8)
+    reservations.ask(make_sequence("a", 8))
+    reservations.cancel("a")
+    reservations.cancel("a")
+    with pytest.raises(TransferFailed):
+        reservations.start("a", 1)
+    assert manager.num_free_blocks == 8
+
+
+def test_a_waiting_one_that_is_cancelled_hears_of_it() -> None:
+    _, reservations = make(4)
+    reservations.ask(make_sequence("a", 12))
+    waiting = reservations.ask(make_sequence("b", 12))
+    reservations.cancel("b")
+    with pytest.raises(Cancelled):
+        waiting.result(0)

@@ -1,0 +1,158 @@
+"""The engine thread: commands between steps, and bad steps that hurt only their own."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence as SequenceOf
+from concurrent.futures import CancelledError
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from cluster.prefix_hash import root_hash
+from cluster.request import SamplingParams, SequenceRequest, TokenDelta
+from engine.loop import MAX_FAILED_STEPS, EngineLoop
+from engine.schedule import ScheduledChunk, ScheduleDecision
+from engine.sequence import Sequence
+
+
+def make_sequence(name: str) -> Sequence:
+    request = SequenceRequest(
+        sequence_id=name,
+        request_id=name,
+        prompt_token_ids=(1, 2, 3),
+        sampling=SamplingParams(max_tokens=4, seed=0),
+    )
+    return Sequence(request, block_size=16, root=root_hash("m", b""))
+
+
+class OneStepEach:
+    """A scheduler whose sequences are done after one step, one sequence per step."""
+
+    def __init__(self) -> None:
+        self.queue: list[Sequence] = []
+        self.aborted: list[str] = []
+
+    def add(self, sequence: Sequence) -> None:
+        self.queue.append(sequence)
+
+    def abort(self, sequence_id: str) -> Sequence | None:
+        self.aborted.append(sequence_id)
+        self.queue = [s for s in self.queue if s.sequence_id != sequence_id]
+        return None
+
+    def schedule(self) -> ScheduleDecision:
+        return ScheduleDecision((ScheduledChunk(self.queue[0], 3),))
+
+    def update(self, output: Any) -> list[Sequence]:
+        return [self.queue.pop(0)]
+
+    def has_work(self) -> bool:
+        return bool(self.queue)
+
+
+class Recorder:
+    def __init__(self) -> None:
+        self.deltas: list[TokenDelta] = []
+        self.settled_once = threading.Semaphore(0)
+
+    def before_step(self, decision: ScheduleDecision) -> None: ...
+    def after_step(self, decision: ScheduleDecision, output: Any) -> None: ...
+
+    def settled(self, deltas: SequenceOf[TokenDelta]) -> None:
+        self.deltas.extend(deltas)
+        self.settled_once.release()
+
+
+class ScriptedEngine:
+    """Fails the steps of sequences whose name begins with "bad"."""
+
+    def step(self, decision: ScheduleDecision) -> Any:
+        name = decision.chunks[0].sequence.sequence_id
+        if name.startswith("bad"):
+            raise RuntimeError("the device is unhappy")
+        delta = TokenDelta(sequence_id=name, token_ids=(5,))
+        return SimpleNamespace(deltas=[delta], sampled_sequences=[], done=None)
+
+
+class Harness:
+    def __init__(self) -> None:
+        self.scheduler, self.recorder = OneStepEach(), Recorder()
+        self.fatal: list[BaseException] = []
+        self.fatal_event = threading.Event()
+        self.loop = EngineLoop(
+            ScriptedEngine(), self.scheduler, self.recorder, on_fatal=self._on_fatal
+        )
+
+    def _on_fatal(self, error: BaseException) -> None:
+        self.fatal.append(error)
+        self.fatal_event.set()
+
+    def add(self, *names: str) -> None:
+        def run() -> None:
+            for name in names:
+                self.scheduler.add(make_sequence(name))
+
+        self.loop.call(run).result(10)
+
+    def wait_for_steps(self, count: int) -> None:
+        for _ in range(count):
+            assert self.recorder.settled_once.acquire(timeout=10)
+
+
+def test_commands_run_in_order_on_one_thread() -> None:
+    harness = Harness()
+    harness.loop.start()
+    order: list[tuple[int, int]] = []
+    futures = [
+        harness.loop.call(lambda i=i: order.append((i, threading.get_ident()))) for i in range(20)
+    ]
+    for future in futures:
+        future.result(10)
+    harness.loop.stop()
+    assert [number for number, _ in order] == list(range(20))
+    assert len({thread for _, thread in order}) == 1
+    assert order[0][1] != threading.get_ident()
+
+
+def test_an_error_of_a_command_is_its_callers_and_the_thread_goes_on() -> None:
+    harness = Harness()
+    harness.loop.start()
+    with pytest.raises(ZeroDivisionError):
+        harness.loop.call(lambda: 1 // 0).result(10)
+    assert harness.loop.call(lambda: 7).result(10) == 7
+    harness.loop.stop()
+
+
+def test_a_bad_step_ends_its_sequence_typed_and_the_others_go_on() -> None:
+    harness = Harness()
+    harness.loop.start()
+    harness.add("bad", "good")
+    harness.wait_for_steps(2)
+    harness.loop.stop()
+    assert harness.scheduler.aborted == ["bad"]
+    failed, good = harness.recorder.deltas
+    assert failed.sequence_id == "bad"
+    assert failed.error is not None
+    assert failed.error.code == "internal"
+    assert good.token_ids == (5,)
+    assert not harness.fatal
+
+
+def test_an_engine_that_only_fails_is_fatal() -> None:
+    harness = Harness()
+    harness.loop.start()
+    harness.add(*(f"bad{i}" for i in range(MAX_FAILED_STEPS)))
+    assert harness.fatal_event.wait(10)
+    assert isinstance(harness.fatal[0], RuntimeError)
+    assert len(harness.recorder.deltas) == MAX_FAILED_STEPS
+    harness.loop.stop()
+
+
+def test_stop_cancels_what_is_still_queued() -> None:
+    harness = Harness()
+    queued = harness.loop.call(lambda: None)  # the thread never started
+    harness.loop.stop()
+    with pytest.raises(CancelledError):
+        queued.result(0)
