@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from cluster.errors import ServingError
     from cluster.prefix_hash import BlockHash
     from cluster.request import FinishReason, SamplingParams, SequenceRequest
+    from engine.sampling_plan import SamplingRow
 
 
 class SequenceStatus(StrEnum):
@@ -93,7 +94,7 @@ class Sequence:
         self.arrival = 0
         self.num_registered_blocks = 0
         self.is_cacheable = True
-        self.sampling_row: object | None = None
+        self.sampling_row: SamplingRow | None = None
         self.extend_block_hashes()
 
     def __repr__(self) -> str:

@@ -1,0 +1,120 @@
+"""What changes logits before a draw: penalties, biases, and bans of tokens that would end it.
+
+All three touch few tokens of a row, so they are lists of (row, token id, value), gathered,
+computed and scattered; no [n, vocab] table of counts exists anywhere.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from collections.abc import Sequence as SequenceOf
+
+    import numpy.typing as npt
+
+_MIN_CAPACITY = 64
+
+
+class TokenCounts:
+    """The distinct tokens of one sequence and how often its output has each, kept up to date.
+
+    `includes_prompt`: prompt tokens are listed too, with count 0 until they are put out.
+    """
+
+    __slots__ = ("_counts", "_ids", "_index", "_num_seen")
+
+    def __init__(
+        self, token_ids: SequenceOf[int], num_prompt_tokens: int, *, includes_prompt: bool
+    ) -> None:
+        prompt = np.array(token_ids[:num_prompt_tokens] if includes_prompt else (), np.int64)
+        distinct = np.unique(prompt)
+        self._index = {token_id: place for place, token_id in enumerate(distinct.tolist())}
+        capacity = max(_MIN_CAPACITY, 2 * len(distinct))
+        self._ids = np.zeros(capacity, np.int64)
+        self._counts = np.zeros(capacity, np.int64)
+        self._ids[: len(distinct)] = distinct
+        self._num_seen = num_prompt_tokens
+
+    def update(self, token_ids: SequenceOf[int]) -> None:
+        """Count the tokens put out since the last call. O(new tokens)."""
+        for token_id in token_ids[self._num_seen :]:
+            place = self._index.setdefault(token_id, len(self._index))
+            if place == len(self._ids):
+                self._ids = np.concatenate([self._ids, np.zeros_like(self._ids)])
+                self._counts = np.concatenate([self._counts, np.zeros_like(self._counts)])
+            self._ids[place] = token_id
+            self._counts[place] += 1
+        self._num_seen = len(token_ids)
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    @property
+    def ids(self) -> npt.NDArray[np.int64]:
+        return self._ids[: len(self._index)]
+
+    @property
+    def counts(self) -> npt.NDArray[np.int64]:
+        return self._counts[: len(self._index)]
+
+
+def apply_penalties(
+    logits: torch.Tensor,
+    rows: SequenceOf[int],
+    counts: SequenceOf[TokenCounts],
+    strengths: torch.Tensor,
+) -> None:
+    """Change `logits` [n, vocab] in place at the counted tokens of `rows`.
+
+    `strengths` float32 [3, len(rows)]: repetition (divides what is positive, multiplies what
+    is negative), frequency (times the count), presence (once).
+    """
+    lengths = [len(count) for count in counts]
+    index = np.stack(
+        [
+            np.repeat(np.array(rows, np.int64), lengths),
+            np.concatenate([count.ids for count in counts]),
+            np.concatenate([count.counts for count in counts]),
+            np.repeat(np.arange(len(rows), dtype=np.int64), lengths),
+        ]
+    )
+    row, token_id, count, place = torch.from_numpy(index).to(logits.device)
+    repetition, frequency, presence = strengths[:, place]
+    value = logits[row, token_id]
+    value = torch.where(value > 0, value / repetition, value * repetition)
+    value -= frequency * count
+    value -= presence * (count > 0)
+    logits[row, token_id] = value
+
+
+class TokenEdits:
+    """(row, token id) pairs with values, on the device."""
+
+    __slots__ = ("_index", "_values")
+
+    def __init__(
+        self, edits: Iterable[tuple[int, Iterable[tuple[int, float]]]], device: torch.device
+    ) -> None:
+        """`edits` gives for a row its (token id, value) pairs; a later pair of an id wins."""
+        triples = [
+            (row, token_id, value)
+            for row, pairs in edits
+            for token_id, value in dict(pairs).items()
+        ]
+        index = np.array([(row, token_id) for row, token_id, _ in triples], np.int64)
+        values = np.array([value for _, _, value in triples], np.float32)
+        self._index = torch.from_numpy(index.reshape(-1, 2).T.copy()).to(device)
+        self._values = torch.from_numpy(values).to(device)
+
+    def add_to(self, logits: torch.Tensor) -> None:
+        row, token_id = self._index
+        logits[row, token_id] += self._values
+
+    def replace_in(self, logits: torch.Tensor) -> None:
+        row, token_id = self._index
+        logits[row, token_id] = self._values
