@@ -1,0 +1,5 @@
+"""The load-testing harness behind `baton bench`: traffic, measurement and reports.
+
+It speaks to a server only through the public HTTP API, so any OpenAI-compatible server can
+be measured. Never imports a server room, nor torch.
+"""

@@ -1,0 +1,64 @@
+"""`baton bench`: measure any OpenAI-compatible server.
+
+Exit codes: 0 measured, 1 no request succeeded, 2 usage, 3 configuration, 4 server not ready.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import TYPE_CHECKING
+
+from cluster.config import load_config, render_config
+from cluster.errors import UsageError
+from loadtest.client import ServerNotReady
+from loadtest.config import BenchConfig
+from loadtest.report import render_notes, render_table, save
+from loadtest.run import run
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+EXIT_NOTHING_SUCCEEDED = 1
+EXIT_USAGE = 2
+EXIT_NOT_READY = 4
+_USAGE = "usage: baton bench run [options]\n\nMeasure an OpenAI-compatible server."
+
+
+def main(argv: Sequence[str]) -> int:
+    """Raises `ConfigError` for options that cannot work; the caller prints it."""
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_USAGE)
+        return 0 if argv else EXIT_USAGE
+    if argv[0] != "run":
+        raise UsageError(f"baton bench: there is no command {argv[0]!r}; there is: run.")
+    return bench_run(argv[1:])
+
+
+def bench_run(argv: Sequence[str]) -> int:
+    loaded = load_config(
+        "baton bench run",
+        (BenchConfig,),
+        argv,
+        os.environ,
+        description="Send requests to a server and measure its answers.",
+    )
+    if loaded.show_config:
+        print(render_config(loaded), end="")
+        return 0
+    config = loaded[BenchConfig]
+    try:
+        result = run(config)
+    except ServerNotReady as error:
+        print(f"baton bench run: {error.message}", file=sys.stderr)
+        return EXIT_NOT_READY
+    print(render_table(result))
+    if notes := render_notes(result):
+        print(notes)
+    if config.save_result:
+        print(f"Saved {save(result)}")
+    return 0 if result.summary.completed else EXIT_NOTHING_SUCCEEDED
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

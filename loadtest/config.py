@@ -1,0 +1,180 @@
+"""What one measurement is asked to do: the options of `baton bench run`.
+
+Names and meanings are those of `vllm bench serve`, so a command line can be carried over.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+from cluster.config import option
+from cluster.errors import ConfigError
+
+Backend = Literal["openai", "openai-chat"]
+METRICS = ("ttft", "tpot", "itl", "e2el")
+SLO_METRICS = ("ttft", "tpot", "e2el")
+
+
+@dataclass(frozen=True, slots=True)
+class BenchConfig:
+    backend: Backend = option(
+        "openai", help="Route to measure: completions or chat completions.", group="Target"
+    )
+    base_url: str = option("http://127.0.0.1:8000", help="Where the server is.", group="Target")
+    model: str | None = option(
+        None, help="Model name to ask for; without it the server's first.", group="Target"
+    )
+    tokenizer: str | None = option(
+        None, help="Tokenizer.json or its folder; prompts are then text.", group="Target"
+    )
+    api_key: str = option("", help="Bearer key.", group="Target", secret=True)
+    extra_body: str = option(
+        "", help="JSON object merged into every request.", group="Target", metavar="JSON"
+    )
+    temperature: float | None = option(
+        None, help="Sampling temperature; without it the server's default.", group="Target"
+    )
+    ignore_eos: bool = option(
+        True,
+        help="Generate the whole output length; an extension of vLLM and Baton.",
+        group="Target",
+    )
+
+    dataset_name: Literal["random"] = option("random", help="Kind of prompts.", group="Workload")
+    num_prompts: int = option(1000, help="Number of requests.", group="Workload")
+    random_input_len: int = option(
+        1024, help="Prompt tokens, without the prefix.", group="Workload", aliases=("--input-len",)
+    )
+    random_output_len: int = option(
+        128, help="Tokens to generate.", group="Workload", aliases=("--output-len",)
+    )
+    random_range_ratio: float = option(
+        0.0, help="Lengths are uniform in [L(1-r), L(1+r)].", group="Workload"
+    )
+    random_prefix_len: int = option(0, help="Tokens that all prompts begin with.", group="Workload")
+    random_vocab_size: int = option(
+        1000, help="Token ids are drawn below this when there is no tokenizer.", group="Workload"
+    )
+    seed: int = option(0, help="Seed of prompts, lengths and arrivals.", group="Workload")
+
+    request_rate: float | str = option(
+        "inf", help="Arrivals per second; inf sends all at once.", group="Traffic", metavar="RPS"
+    )
+    burstiness: float = option(
+        1.0, help="Shape of the gaps: 1 Poisson, below burstier, inf constant.", group="Traffic"
+    )
+    max_concurrency: int | None = option(None, help="Requests in flight at most.", group="Traffic")
+    num_warmups: int = option(0, help="Requests sent before measuring.", group="Traffic")
+    request_timeout: float = option(
+        21600.0, help="Seconds a request may take.", group="Traffic", metavar="SECONDS"
+    )
+
+    percentile_metrics: str = option(
+        "ttft,tpot,itl", help="Metrics in the table: ttft, tpot, itl, e2el.", group="Report"
+    )
+    metric_percentiles: str = option("50,90,99", help="Percentiles of each.", group="Report")
+    goodput: tuple[str, ...] = option(
+        (), help="Limits in ms a good request keeps: ttft:MS tpot:MS e2el:MS.", group="Report"
+    )
+    save_result: bool = option(False, help="Write a JSON file.", group="Report")
+    save_detailed: bool = option(False, help="With every request in it.", group="Report")
+    result_dir: str = option(".", help="Folder of the file.", group="Report", metavar="DIR")
+    result_filename: str | None = option(None, help="Name of the file.", group="Report")
+    label: str | None = option(None, help="Name of this run in the file.", group="Report")
+
+    def __post_init__(self) -> None:
+        self._check_target()
+        self._check_numbers()
+        _ = self.selected_metrics, self.percentiles, self.slo_seconds
+
+    @property
+    def requests_per_second(self) -> float:
+        """Infinite when all requests are sent at once."""
+        return float(self.request_rate)
+
+    @property
+    def selected_metrics(self) -> tuple[str, ...]:
+        names = tuple(name.strip() for name in self.percentile_metrics.split(",") if name.strip())
+        for name in names:
+            if name not in METRICS:
+                raise ConfigError(
+                    f"there is no metric {name!r}; choose from {', '.join(METRICS)}",
+                    param="percentile_metrics",
+                )
+        return names
+
+    @property
+    def percentiles(self) -> tuple[float, ...]:
+        """Each in [0, 100]."""
+        try:
+            values = tuple(float(text) for text in self.metric_percentiles.split(","))
+        except ValueError:
+            values = (math.nan,)
+        if not all(0.0 <= value <= 100.0 for value in values):
+            raise ConfigError(
+                "must be numbers from 0 to 100 with commas between", param="metric_percentiles"
+            )
+        return values
+
+    @property
+    def slo_seconds(self) -> dict[str, float]:
+        """Limit by metric name, in seconds; empty when no goodput is asked for."""
+        limits: dict[str, float] = {}
+        for text in self.goodput:
+            name, _, value = text.partition(":")
+            if name not in SLO_METRICS:
+                raise ConfigError(
+                    f"{text!r} must be one of {', '.join(SLO_METRICS)}, a colon, and milliseconds",
+                    param="goodput",
+                )
+            limits[name] = self._positive_number(value, "goodput") / 1e3
+        return limits
+
+    @property
+    def extra_fields(self) -> dict[str, Any]:
+        if not self.extra_body:
+            return {}
+        try:
+            fields = json.loads(self.extra_body)
+        except json.JSONDecodeError:
+            fields = None
+        if not isinstance(fields, dict):
+            raise ConfigError("must be a JSON object", param="extra_body")
+        return fields
+
+    def _check_target(self) -> None:
+        parts = urlsplit(self.base_url)
+        if parts.scheme not in ("http", "https") or not parts.netloc:
+            raise ConfigError("must be an http:// or https:// URL", param="base_url")
+        _ = self.extra_fields
+
+    def _check_numbers(self) -> None:
+        self._positive_number(self.request_rate, "request_rate")
+        for name in ("num_prompts", "random_input_len", "random_output_len", "request_timeout"):
+            if getattr(self, name) <= 0:
+                raise ConfigError("must be positive", param=name)
+        for name in ("random_prefix_len", "num_warmups", "seed"):
+            if getattr(self, name) < 0:
+                raise ConfigError("must not be negative", param=name)
+        if not 0.0 <= self.random_range_ratio < 1.0:
+            raise ConfigError("must be in [0, 1)", param="random_range_ratio")
+        if self.random_vocab_size < 2:
+            raise ConfigError("must be at least 2", param="random_vocab_size")
+        if self.burstiness <= 0.0:
+            raise ConfigError("must be positive", param="burstiness")
+        if self.max_concurrency is not None and self.max_concurrency < 1:
+            raise ConfigError("must be at least 1", param="max_concurrency")
+
+    @staticmethod
+    def _positive_number(value: float | str, param: str) -> float:
+        try:
+            number = float(value)
+        except ValueError:
+            number = math.nan
+        if not number > 0.0:
+            raise ConfigError(f"{value!r} is not a positive number", param=param)
+        return number
