@@ -1,0 +1,226 @@
+"""What all gRPC ends share: options, servers, channels, and errors across the border.
+
+An error crosses once in each direction. A handler raises a `ServingError`; the interceptor turns
+it into a status with the whole error in trailing metadata; the caller's `error_from_rpc` gives
+the same class back. Anything else a handler raises becomes an `InternalError` without details.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from typing import TYPE_CHECKING, Any
+
+import grpc
+import grpc.aio
+from google.protobuf.message import DecodeError
+
+from cluster.codec import decode_error, encode_error
+from cluster.errors import (
+    Cancelled,
+    ConfigError,
+    DeadlineExceeded,
+    InternalError,
+    NodeLost,
+    Overloaded,
+    ServingError,
+)
+from cluster.proto import node_pb2 as pb
+from cluster.session_hub import Session, SessionHub
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+
+__all__ = [
+    "ErrorInterceptor",
+    "Session",
+    "SessionHub",
+    "bind",
+    "channel_options",
+    "create_server",
+    "error_from_rpc",
+    "open_channel",
+    "server_options",
+]
+
+logger = logging.getLogger(__name__)
+
+# A prompt of a million tokens is 3 MiB of varints.
+MAX_MESSAGE_BYTES = 4 * 2**20
+KEEPALIVE_SECONDS = 10.0
+KEEPALIVE_TIMEOUT_SECONDS = 3.0
+MAX_CONCURRENT_STREAMS = 256
+
+_ERROR_KEY = "baton-error-bin"
+_RECONNECT_MS = 200
+_MAX_RECONNECT_MS = 2000
+
+Options = list[tuple[str, int]]
+
+
+def _common_options() -> Options:
+    return [
+        ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+        ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+        ("grpc.keepalive_time_ms", int(KEEPALIVE_SECONDS * 1000)),
+        ("grpc.keepalive_timeout_ms", int(KEEPALIVE_TIMEOUT_SECONDS * 1000)),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.max_pings_without_data", 0),
+    ]
+
+
+def channel_options() -> Options:
+    """A silent peer is found out within keepalive time and timeout; reconnects are quick."""
+    return [
+        *_common_options(),
+        ("grpc.enable_retries", 0),  # the gateway alone decides about retries
+        ("grpc.enable_http_proxy", 0),
+        ("grpc.initial_reconnect_backoff_ms", _RECONNECT_MS),
+        ("grpc.min_reconnect_backoff_ms", _RECONNECT_MS),
+        ("grpc.max_reconnect_backoff_ms", _MAX_RECONNECT_MS),
+        # Each node or peer has a connection of its own: one's stall is not another's.
+        ("grpc.use_local_subchannel_pool", 1),
+    ]
+
+
+def server_options() -> Options:
+    """Accepts the channels' pings; refuses a port that another process has."""
+    return [
+        *_common_options(),
+        ("grpc.http2.min_ping_interval_without_data_ms", int(KEEPALIVE_SECONDS * 500)),
+        ("grpc.max_concurrent_streams", MAX_CONCURRENT_STREAMS),
+        ("grpc.so_reuseport", 0),
+    ]
+
+
+def open_channel(
+    address: str, *, credentials: grpc.ChannelCredentials | None = None
+) -> grpc.aio.Channel:
+    """A channel to `host:port`; it connects with the first call. Plain text unless told."""
+    if credentials is None:
+        return grpc.aio.insecure_channel(address, options=channel_options())
+    return grpc.aio.secure_channel(address, credentials, options=channel_options())
+
+
+def create_server() -> grpc.aio.Server:
+    """A server that translates errors. Add services, `bind`, then start it."""
+    return grpc.aio.server(interceptors=[ErrorInterceptor()], options=server_options())
+
+
+def bind(
+    server: grpc.aio.Server,
+    host: str,
+    port: int,
+    *,
+    credentials: grpc.ServerCredentials | None = None,
+) -> int:
+    """Listen on `host:port`, 0 for a free port; the port in use. `ConfigError` when taken."""
+    where = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    try:
+        if credentials is None:
+            bound: int = server.add_insecure_port(where)
+        else:
+            bound = server.add_secure_port(where, credentials)
+    except RuntimeError as error:
+        raise ConfigError(f"cannot listen on {where}; is it in use?", param="port") from error
+    if bound == 0:
+        raise ConfigError(f"cannot listen on {where}; is it in use?", param="port")
+    return bound
+
+
+# ---- errors ------------------------------------------------------------------------------
+
+
+class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
+    """Ends a call whose handler raised with that error's status and details."""
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler:
+        handler = await continuation(handler_call_details)
+        if handler is None:
+            return None
+        if handler.stream_stream is not None:
+            return grpc.stream_stream_rpc_method_handler(
+                _translating_stream(handler.stream_stream),
+                request_deserializer=handler.request_deserializer,
+                response_serializer=handler.response_serializer,
+            )
+        if handler.unary_unary is not None:
+            return grpc.unary_unary_rpc_method_handler(
+                _translating_unary(handler.unary_unary),
+                request_deserializer=handler.request_deserializer,
+                response_serializer=handler.response_serializer,
+            )
+        return handler  # the control plane has no calls of another shape
+
+
+def _translating_unary(behavior: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+    async def call(request: Any, context: grpc.aio.ServicerContext) -> Any:
+        try:
+            return await behavior(request, context)
+        except ServingError as error:
+            await abort(context, error)
+        except grpc.aio.AbortError:
+            raise
+        except Exception:
+            logger.exception("a call failed")
+            await abort(context, InternalError("The node failed to answer this call."))
+
+    return call
+
+
+def _translating_stream(
+    behavior: Callable[..., AsyncGenerator[Any]],
+) -> Callable[..., AsyncGenerator[Any]]:
+    async def call(request: Any, context: grpc.aio.ServicerContext) -> AsyncGenerator[Any]:
+        try:
+            # Closed here and now: the clean-up of a stream must not wait for the collector.
+            async with contextlib.aclosing(behavior(request, context)) as messages:
+                async for message in messages:
+                    yield message
+        except ServingError as error:
+            await abort(context, error)
+        except grpc.aio.AbortError:
+            raise
+        except Exception:
+            logger.exception("a stream failed")
+            await abort(context, InternalError("The node failed to serve this stream."))
+
+    return call
+
+
+async def abort(context: grpc.aio.ServicerContext, error: ServingError) -> None:
+    """End the call with `error`; does not return."""
+    details = ((_ERROR_KEY, encode_error(error).SerializeToString()),)
+    await context.abort(grpc.StatusCode[error.grpc_code], error.message, details)
+
+
+def error_from_rpc(error: grpc.aio.AioRpcError) -> ServingError:
+    """The error the peer raised, or what the status says when the peer said nothing."""
+    carried = _carried_error(error.trailing_metadata() or ())
+    if carried is not None:
+        return carried
+    match error.code():
+        case grpc.StatusCode.DEADLINE_EXCEEDED:
+            return DeadlineExceeded("The node did not answer in time.")
+        case grpc.StatusCode.CANCELLED:
+            return Cancelled("The call was cancelled.")
+        case grpc.StatusCode.RESOURCE_EXHAUSTED:
+            return Overloaded("The node refused the call.", reason="resource_exhausted")
+        case grpc.StatusCode.UNAVAILABLE:
+            return NodeLost("The node cannot be reached.")
+        case _:
+            return InternalError("The node failed to answer.", reason=error.code().name.lower())
+
+
+def _carried_error(metadata: Sequence[tuple[str, str | bytes]]) -> ServingError | None:
+    for key, value in metadata:
+        if key == _ERROR_KEY and isinstance(value, bytes):
+            try:
+                return decode_error(pb.Error.FromString(value))
+            except DecodeError:
+                return None
+    return None
