@@ -6,7 +6,8 @@ One pass
        of their sequences, and transforms. `on_layer(i)` is told when layer i's KV is written:
        from then on it may be sent elsewhere while later layers compute.
     3. In the last layer only the rows that are sampled go on: for a prompt that is one row.
-    4. The sampled rows become logits `[num_samples, vocab_size]`.
+    4. `logits` turns them into `[num_samples, vocab_size]`: apart, so that a captured graph
+       holds no logits of padding rows.
 
 Families differ only in `ModelConfig`. Norm, rotation, storage and attention are kernels.
 """
@@ -92,7 +93,7 @@ class DecoderLayer:
             normed, residual = rms_norm(hidden, self.input_norm, self._eps, residual=residual)
         num_tokens = hidden.shape[0]
         heads = self.qkv(normed).view(num_tokens, sum(self._heads), -1)
-        query, key, value = heads.split(self._heads, dim=1)
+        query, key, value = torch.split_with_sizes(heads, self._heads, dim=1)
         if self.q_norm is not None and self.k_norm is not None:
             query = rms_norm(query, self.q_norm, self._eps)
             key = rms_norm(key, self.k_norm, self._eps)
@@ -204,7 +205,7 @@ class Decoder:
         kv_layers: SequenceOf[torch.Tensor],
         on_layer: Callable[[int], None] | None = None,
     ) -> torch.Tensor | None:
-        """Logits `[num_samples, vocab_size]` of the sampled rows, None when there are none.
+        """Normed hidden states `[num_samples, hidden_size]`; None when no row is sampled.
 
         `kv_layers[i]`: `[num_blocks, 2, num_kv_heads, block_size, head_size]`, written to.
         """
@@ -225,6 +226,10 @@ class Decoder:
                     residual = residual.index_select(0, batch.sample_indices)
             hidden, residual = layer.transform(attended, residual)
         normed, _ = rms_norm(hidden, self._norm, self.config.rms_norm_eps, residual=residual)
+        return normed
+
+    def logits(self, normed: torch.Tensor) -> torch.Tensor:
+        """`[num_rows, hidden_size]` -> `[num_rows, vocab_size]`, in the model's type."""
         return self._lm_head(normed)
 
 

@@ -16,7 +16,7 @@ _PACKED_FOR_ROWS = 16
 
 # The overload itself: resolving it at each call costs as much as a small matrix.
 _linear_packed: Callable[..., torch.Tensor] = (
-    torch.ops.mkldnn._linear_pointwise.default if torch.backends.mkldnn.is_available() else linear
+    torch.ops.mkldnn._linear_pointwise.default if torch._C._has_mkldnn else linear
 )
 
 
@@ -62,7 +62,7 @@ class Linear:
 
 
 def can_pack(dtype: torch.dtype, device: torch.device) -> bool:
-    if device.type != "cpu" or not torch.backends.mkldnn.is_available():
+    if device.type != "cpu" or not torch._C._has_mkldnn:
         return False
     if dtype == torch.float32:
         return True

@@ -1,0 +1,243 @@
+"""One model, one paged cache, one step.
+
+Life of an engine
+    1. `Engine.create` reads the checkpoint's facts, decides what the configuration left open,
+       loads the weights, measures what a full step needs, gives the rest to the KV pool, and
+       on a GPU captures the decode graphs. Whatever cannot work is a `ConfigError` here.
+    2. `step(decision)` computes the chunks a scheduler decided on, draws the next tokens and
+       advances the sequences. A scheduler above decides; blocks are freed there.
+
+The engine knows no role and no network, and belongs to one thread at a time.
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from cluster.request import TokenDelta
+from engine import memory, warm_up, weights
+from engine.block_manager import BlockManager
+from engine.kv_cache import KVCache, KVLayout
+from engine.limits import EngineLimits, Machine, resolve
+from engine.model_runner import ModelRunner
+from engine.models.config import CONFIG_FILE, ModelConfig
+from engine.models.decoder import Decoder
+from engine.sampler import Sampler
+from engine.stopping import check_finished
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from cluster.startup import StartupReport
+    from engine.config import EngineConfig
+    from engine.sampler import SampledToken
+    from engine.schedule import ScheduleDecision
+    from engine.sequence import Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutput:
+    """What a step did.
+
+    `deltas[i]` is of `sampled_sequences[i]`, whose next token was drawn; finished ones have
+    their status set and still hold their blocks. `done` (GPU) is recorded when all KV of the
+    step is written; None means it is.
+    """
+
+    deltas: tuple[TokenDelta, ...]
+    sampled_sequences: tuple[Sequence, ...]
+    done: torch.cuda.Event | None = None
+
+
+class Engine:
+    """`block_manager` and `kv_cache` are for the thread that steps; the facts are for all."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        model_config: ModelConfig,
+        limits: EngineLimits,
+        runner: ModelRunner,
+        kv_cache: KVCache,
+        weights_fingerprint: str,
+    ) -> None:
+        self.config = config
+        self.model_config = model_config
+        self.limits = limits
+        self.kv_cache = kv_cache
+        self.weights_fingerprint = weights_fingerprint
+        self.eos_token_ids = frozenset(model_config.eos_token_ids)
+        self.block_manager = BlockManager(
+            kv_cache.num_blocks,
+            config.block_size,
+            enable_prefix_caching=config.enable_prefix_caching,
+        )
+        self._runner = runner
+        self._sampler = Sampler(
+            model_config.vocab_size, limits.device, eos_token_ids=self.eos_token_ids
+        )
+        self._thread: int | None = None
+
+    @property
+    def max_model_len(self) -> int:
+        return self.limits.max_model_len
+
+    @property
+    def max_num_seqs(self) -> int:
+        return self.limits.max_num_seqs
+
+    @property
+    def max_num_batched_tokens(self) -> int:
+        return self.limits.max_num_batched_tokens
+
+    @classmethod
+    def create(cls, config: EngineConfig, *, progress: StartupReport) -> Engine:
+        """Raises `ConfigError`, in one line, for whatever would keep it from serving."""
+        model_config = ModelConfig.from_folder(config.model)
+        limits = resolve(config, model_config, Machine.here())
+        _enter_thread(config, limits)
+        decoder, fingerprint = _load(config, model_config, limits, progress)
+        layout = KVLayout(
+            num_layers=model_config.num_layers,
+            block_size=config.block_size,
+            num_kv_heads=model_config.num_kv_heads,
+            head_size=model_config.head_size,
+            dtype=limits.dtype,
+        )
+        with progress.phase("allocate KV"):
+            kv_cache = _allocate_kv(config, limits, layout, decoder)
+        runner = ModelRunner(decoder, kv_cache, limits)
+        with torch.inference_mode():
+            with progress.phase("warm up"):
+                warm_up.warm_up(decoder, kv_cache.layers, limits)
+            if limits.on_gpu and not config.enforce_eager:
+                runner.capture_graphs(progress)
+        return cls(config, model_config, limits, runner, kv_cache, fingerprint)
+
+    def step(
+        self, decision: ScheduleDecision, *, on_layer: Callable[[int], None] | None = None
+    ) -> StepOutput:
+        """Compute the chunks, draw the tokens of those that end there, advance all of them.
+
+        `on_layer(i)` is called when the KV of layer i is written, before later layers are
+        computed (GPU: queued on the current stream). Raises only what ends the whole step.
+        """
+        if self._thread != threading.get_ident():
+            self._thread = threading.get_ident()
+            _enter_thread(self.config, self.limits)
+        sampled = tuple(chunk.sequence for chunk in decision.chunks if chunk.samples)
+        with torch.inference_mode():
+            logits = self._runner.run(decision, on_layer)
+            done = _record_done(self.limits)
+            tokens = [] if logits is None else self._sampler.sample(logits, sampled)
+        for chunk in decision.chunks:
+            chunk.sequence.num_computed_tokens += chunk.num_scheduled_tokens
+            self.block_manager.mark_computed(chunk.sequence)
+        deltas = tuple(map(self._advance, sampled, tokens))
+        return StepOutput(deltas, sampled, done)
+
+    def _advance(self, sequence: Sequence, token: SampledToken) -> TokenDelta:
+        """Append the token, or end the sequence; say so."""
+        if token.error is not None:
+            sequence.fail(token.error)
+            return TokenDelta(sequence_id=sequence.sequence_id, error=token.error)
+        sequence.append_token(token.token_id)
+        finish = check_finished(
+            sequence, eos_token_ids=self.eos_token_ids, max_model_len=self.max_model_len
+        )
+        if finish is not None:
+            sequence.finish(finish.reason, finish.stop_token_id)
+        is_first = sequence.num_output_tokens == 1
+        return TokenDelta(
+            sequence_id=sequence.sequence_id,
+            token_ids=(token.token_id,),
+            logprobs=() if token.logprobs is None else (token.logprobs,),
+            finish_reason=None if finish is None else finish.reason,
+            stop_token_id=None if finish is None else finish.stop_token_id,
+            num_cached_tokens=sequence.num_cached_tokens if is_first else None,
+        )
+
+
+def _enter_thread(config: EngineConfig, limits: EngineLimits) -> None:
+    """Both settings are per thread: the device that launches go to, and OpenMP's team."""
+    if limits.on_gpu:
+        torch.cuda.set_device(limits.device)
+    if config.num_threads is not None:
+        torch.set_num_threads(config.num_threads)
+
+
+def _record_done(limits: EngineLimits) -> torch.cuda.Event | None:
+    if not limits.on_gpu:
+        return None
+    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    event.record()
+    return event
+
+
+def _load(
+    config: EngineConfig,
+    model_config: ModelConfig,
+    limits: EngineLimits,
+    progress: StartupReport,
+) -> tuple[Decoder, str]:
+    """The decoder with its weights in place, and their fingerprint."""
+    is_dummy = config.load_format == "dummy"
+    checkpoint = None if is_dummy else weights.open_checkpoint(config.model)
+    weights_bytes = model_config.num_parameters * limits.dtype.itemsize
+    if limits.on_gpu:
+        free, where = torch.cuda.mem_get_info(limits.device)[0], "the GPU"
+    else:
+        free, where = memory.available_main_memory(), "this machine"
+    memory.check_weights_fit(weights_bytes, free, where)
+    decoder = Decoder(
+        model_config,
+        max_model_len=limits.max_model_len,
+        dtype=limits.dtype,
+        device=limits.device,
+    )
+    views = decoder.checkpoint_views()
+    total = sum(map(weights.num_bytes, views.values()))
+    with progress.phase("load weights", total=total) as phase:
+        if checkpoint is None:
+            weights.fill_dummy(views, config.seed, phase)
+            config_text = (config.model / CONFIG_FILE).read_bytes()
+            fingerprint = weights.dummy_fingerprint(config_text, config.seed)
+        else:
+            weights.load_weights(checkpoint, views, phase)
+            fingerprint = weights.fingerprint(checkpoint)
+        views.clear()
+        decoder.pack()
+    return decoder, fingerprint
+
+
+def _allocate_kv(
+    config: EngineConfig, limits: EngineLimits, layout: KVLayout, decoder: Decoder
+) -> KVCache:
+    need = memory.KVNeed(
+        block_bytes=layout.block_bytes,
+        block_size=layout.block_size,
+        max_model_len=limits.max_model_len,
+        max_num_seqs=limits.max_num_seqs,
+    )
+    if not limits.on_gpu:
+        num_blocks = memory.num_blocks_on_cpu(
+            config, need, available_bytes=memory.available_main_memory()
+        )
+        return KVCache.allocate(layout, num_blocks, limits.device)
+    device = limits.device
+    weights_bytes = torch.cuda.memory_allocated(device)
+    one_block = KVCache.allocate(layout, 1, device)
+    with torch.inference_mode():
+        workspace = warm_up.measure_workspace(decoder, one_block.layers[0], limits)
+    del one_block
+    free, total = torch.cuda.mem_get_info(device)
+    num_blocks = memory.num_blocks_on_gpu(
+        config,
+        need,
+        memory.GpuMemory(total=total, free=free, weights=weights_bytes, workspace=workspace),
+    )
+    return KVCache.allocate(layout, num_blocks, device)

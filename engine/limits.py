@@ -1,0 +1,107 @@
+"""What "auto" and None mean for one model on one machine.
+
+Pure: the facts of the machine are arguments, so each choice can be tested without it. The same
+configuration on two like machines gives the same limits, which nodes that exchange KV rely on.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from cluster.errors import ConfigError
+from engine.models.linear import can_pack
+
+if TYPE_CHECKING:
+    from engine.config import EngineConfig
+    from engine.models.config import ModelConfig
+
+_DTYPES = {
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+}
+_GPU_BATCHED_TOKENS = 8192
+# A chunk of a small model takes about as long as a person notices; larger ones gain nothing.
+_CPU_BATCHED_TOKENS = 512
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What this process can compute on."""
+
+    num_gpus: int
+    cpu_is_fast_at_bfloat16: bool
+
+    @classmethod
+    def here(cls) -> Machine:
+        # Instructions, not a timing: two nodes on like machines must choose alike.
+        fast = can_pack(torch.bfloat16, torch.device("cpu")) and (
+            torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        )
+        return cls(torch.cuda.device_count() if torch.cuda.is_available() else 0, fast)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineLimits:
+    """Everything the configuration left open, decided."""
+
+    device: torch.device
+    dtype: torch.dtype
+    max_model_len: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.device.type == "cuda"
+
+
+def resolve(config: EngineConfig, model: ModelConfig, machine: Machine) -> EngineLimits:
+    """Raises `ConfigError` when the machine or the model cannot do what is asked."""
+    device = _device(config.device, machine)
+    on_gpu = device.type == "cuda"
+    return EngineLimits(
+        device=device,
+        dtype=_dtype(config.dtype, model, machine, on_gpu=on_gpu),
+        max_model_len=_max_model_len(config, model),
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens
+        or (_GPU_BATCHED_TOKENS if on_gpu else _CPU_BATCHED_TOKENS),
+    )
+
+
+def _device(name: str, machine: Machine) -> torch.device:
+    if name == "auto":
+        name = "cuda" if machine.num_gpus else "cpu"
+    device = torch.device(name)
+    if device.type != "cuda":
+        return device
+    index = device.index or 0
+    if index >= machine.num_gpus:
+        raise ConfigError(
+            f"--device {name}: this process sees {machine.num_gpus} GPUs.", param="device"
+        )
+    return torch.device("cuda", index)
+
+
+def _dtype(name: str, model: ModelConfig, machine: Machine, *, on_gpu: bool) -> torch.dtype:
+    if name != "auto":
+        return _DTYPES[name]
+    stored = _DTYPES[model.torch_dtype]
+    if on_gpu or (stored == torch.bfloat16 and machine.cpu_is_fast_at_bfloat16):
+        return stored
+    return torch.float32
+
+
+def _max_model_len(config: EngineConfig, model: ModelConfig) -> int:
+    longest = model.longest_context
+    asked = config.max_model_len or longest
+    if asked > longest:
+        raise ConfigError(
+            f"--max-model-len {asked} exceeds the {longest} tokens this model was built for.",
+            param="max_model_len",
+        )
+    return asked

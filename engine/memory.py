@@ -1,0 +1,166 @@
+"""How many KV blocks fit, with the arithmetic when one sequence does not.
+
+On a GPU, `--gpu-memory-utilization` of its memory is this engine's share, whoever else is on
+it: weights, the workspace a full step needs (measured), what lives outside torch's allocator,
+and the KV pool, which gets the rest. On a CPU there is no such share: the pool is small by
+default and grows to what one sequence needs.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cluster.errors import ConfigError
+
+if TYPE_CHECKING:
+    from engine.config import EngineConfig
+
+GIB = 1 << 30
+DEFAULT_CPU_POOL_BYTES = 256 << 20
+# CUDA context, cuBLAS and kernel images, and the captured graphs: about 0.6 GiB on an H200.
+OUTSIDE_ALLOCATOR_BYTES = 768 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KVNeed:
+    """What the pool must hold at least, one sequence of `max_model_len`; and at most."""
+
+    block_bytes: int
+    block_size: int
+    max_model_len: int
+    max_num_seqs: int
+
+    @property
+    def blocks_of_one(self) -> int:
+        return -(-self.max_model_len // self.block_size)
+
+    @property
+    def bytes_of_one(self) -> int:
+        return self.blocks_of_one * self.block_bytes
+
+    @property
+    def bytes_of_all(self) -> int:
+        return self.max_num_seqs * self.bytes_of_one
+
+    def longest_within(self, pool_bytes: int) -> int:
+        """Tokens of the longest sequence that a pool of this size holds."""
+        return max(0, pool_bytes // self.block_bytes * self.block_size)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GpuMemory:
+    """Bytes of one GPU as this engine sees them after its weights are loaded and a full step
+    was measured."""
+
+    total: int
+    free: int  # now, with the weights in place
+    weights: int
+    workspace: int
+
+
+def num_blocks_on_gpu(config: EngineConfig, need: KVNeed, memory: GpuMemory) -> int:
+    if config.num_gpu_blocks_override is not None:
+        return config.num_gpu_blocks_override
+    if config.kv_cache_memory_bytes is not None:
+        return _blocks_of_given_pool(config.kv_cache_memory_bytes, need)
+    share = int(memory.total * config.gpu_memory_utilization)
+    beside = memory.workspace + OUTSIDE_ALLOCATOR_BYTES
+    pool = share - memory.weights - beside
+    if pool < need.bytes_of_one:
+        raise _does_not_fit(config, need, memory, beside, pool)
+    if pool > memory.free - memory.workspace:
+        raise ConfigError(
+            f"--gpu-memory-utilization {config.gpu_memory_utilization} asks for {gib(pool)} of KV "
+            f"beside {gib(memory.weights)} of weights, but only {gib(memory.free)} of the GPU's "
+            f"{gib(memory.total)} are free: lower it, or stop what else uses this GPU.",
+            param="gpu_memory_utilization",
+        )
+    return pool // need.block_bytes
+
+
+def num_blocks_on_cpu(config: EngineConfig, need: KVNeed, *, available_bytes: int) -> int:
+    """`available_bytes`: main memory that is free once the weights are loaded."""
+    if config.num_gpu_blocks_override is not None:
+        return config.num_gpu_blocks_override
+    if config.kv_cache_memory_bytes is not None:
+        return _blocks_of_given_pool(config.kv_cache_memory_bytes, need)
+    wanted = max(min(DEFAULT_CPU_POOL_BYTES, need.bytes_of_all), need.bytes_of_one)
+    if wanted > available_bytes // 2:
+        raise ConfigError(
+            f"The KV of one sequence of {need.max_model_len} tokens takes "
+            f"{gib(need.bytes_of_one)}, more than half of the {gib(available_bytes)} of memory "
+            f"that is free. Lower --max-model-len to at most "
+            f"{need.longest_within(available_bytes // 2)}, or set --kv-cache-memory-bytes.",
+            param="max_model_len",
+        )
+    return wanted // need.block_bytes
+
+
+def check_weights_fit(weights_bytes: int, free_bytes: int, where: str) -> None:
+    """Before loading: half an answer now instead of a crash minutes later."""
+    if weights_bytes > free_bytes:
+        raise ConfigError(
+            f"The weights take {gib(weights_bytes)}, but {where} has {gib(free_bytes)} free.",
+            param="model",
+        )
+
+
+def available_main_memory() -> int:
+    """Bytes that can be had without swapping, bounded by this process's control group."""
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    meminfo = Path("/proc/meminfo")
+    if meminfo.is_file():
+        for line in meminfo.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                free = int(line.split()[1]) * 1024
+    limit, used = (_control_group(name) for name in ("memory.max", "memory.current"))
+    return free if limit is None or used is None else max(0, min(free, limit - used))
+
+
+def gib(num_bytes: int) -> str:
+    return f"{num_bytes / GIB:.2f} GiB"
+
+
+def _control_group(name: str) -> int | None:
+    path = Path("/sys/fs/cgroup") / name
+    text = path.read_text().strip() if path.is_file() else ""
+    return int(text) if text.isdecimal() else None
+
+
+def _blocks_of_given_pool(pool_bytes: int, need: KVNeed) -> int:
+    if pool_bytes < need.bytes_of_one:
+        longest = need.longest_within(pool_bytes)
+        lower = f"lower --max-model-len to at most {longest}, or " if longest else ""
+        raise ConfigError(
+            f"--kv-cache-memory-bytes is {gib(pool_bytes)}, but the KV of one sequence of "
+            f"{need.max_model_len} tokens takes {gib(need.bytes_of_one)}: {lower}raise it to at "
+            f"least {need.bytes_of_one}.",
+            param="kv_cache_memory_bytes",
+        )
+    return pool_bytes // need.block_bytes
+
+
+def _does_not_fit(
+    config: EngineConfig, need: KVNeed, memory: GpuMemory, beside: int, pool: int
+) -> ConfigError:
+    wanted = memory.weights + beside + need.bytes_of_one
+    share = wanted - need.bytes_of_one + pool
+    remedies = []
+    longest = need.longest_within(pool)
+    if longest:
+        remedies.append(f"lower --max-model-len to at most {longest}")
+    least = wanted / memory.total
+    if least <= 1:
+        remedies.append(f"raise --gpu-memory-utilization to at least {least + 0.005:.2f}")
+    if not remedies:
+        remedies.append("use a GPU with more memory or a smaller model")
+    return ConfigError(
+        f"Weights {gib(memory.weights)} + workspace {gib(beside)} + KV of one sequence of "
+        f"{need.max_model_len} tokens {gib(need.bytes_of_one)} = {gib(wanted)}, but "
+        f"--gpu-memory-utilization {config.gpu_memory_utilization} of {gib(memory.total)} is "
+        f"{gib(share)}: {', or '.join(remedies)}.",
+        param="max_model_len",
+    )

@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from cluster.errors import ConfigError
+from engine.config import EngineConfig
+from engine.limits import Machine, resolve
+from engine.models.config import ModelConfig
+
+SLOW_CPU = Machine(num_gpus=0, cpu_is_fast_at_bfloat16=False)
+FAST_CPU = Machine(num_gpus=0, cpu_is_fast_at_bfloat16=True)
+TWO_GPUS = Machine(num_gpus=2, cpu_is_fast_at_bfloat16=True)
+
+
+@pytest.fixture
+def limits(tmp_path):
+    def limits(machine, stored="bfloat16", **options):
+        facts = {
+            "architectures": ["LlamaForCausalLM"],
+            "hidden_size": 64,
+            "intermediate_size": 64,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 4,
+            "vocab_size": 64,
+            "max_position_embeddings": 2048,
+            "torch_dtype": stored,
+        }
+        (tmp_path / "config.json").write_text(json.dumps(facts))
+        model = ModelConfig.from_folder(tmp_path)
+        return resolve(EngineConfig(model=tmp_path, **options), model, machine)
+
+    return limits
+
+
+@pytest.mark.parametrize(
+    ("machine", "stored", "dtype"),
+    [
+        (TWO_GPUS, "bfloat16", torch.bfloat16),
+        (TWO_GPUS, "float16", torch.float16),
+        (TWO_GPUS, "float32", torch.float32),
+        (FAST_CPU, "bfloat16", torch.bfloat16),
+        (FAST_CPU, "float16", torch.float32),
+        (SLOW_CPU, "bfloat16", torch.float32),
+        (SLOW_CPU, "float32", torch.float32),
+    ],
+)
+def test_auto_keeps_the_checkpoints_type_where_the_processor_is_fast_at_it(
+    limits, machine, stored, dtype
+):
+    assert limits(machine, stored).dtype == dtype
+
+
+def test_a_given_type_wins(limits):
+    assert limits(SLOW_CPU, "float32", dtype="bfloat16").dtype == torch.bfloat16
+
+
+def test_auto_takes_a_gpu_when_there_is_one(limits):
+    assert limits(TWO_GPUS).device == torch.device("cuda", 0)
+    assert limits(FAST_CPU).device == torch.device("cpu")
+    assert limits(TWO_GPUS, device="cpu").device == torch.device("cpu")
+    assert limits(TWO_GPUS, device="cuda:1").device == torch.device("cuda", 1)
+
+
+def test_a_gpu_that_is_not_there_is_refused(limits):
+    with pytest.raises(ConfigError, match="this process sees 2 GPUs"):
+        limits(TWO_GPUS, device="cuda:2")
+
+
+def test_a_step_is_smaller_on_a_cpu_unless_told_otherwise(limits):
+    assert limits(TWO_GPUS).max_num_batched_tokens == 8192
+    assert limits(FAST_CPU).max_num_batched_tokens == 512
+    assert limits(FAST_CPU, max_num_batched_tokens=64).max_num_batched_tokens == 64
+
+
+def test_the_context_is_the_models_unless_a_shorter_one_is_asked(limits):
+    assert limits(FAST_CPU).max_model_len == 2048
+    assert limits(FAST_CPU, max_model_len=100).max_model_len == 100
+    with pytest.raises(ConfigError, match="--max-model-len 4096 exceeds the 2048 tokens"):
+        limits(FAST_CPU, max_model_len=4096)
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"device": "tpu"}, "--device must be auto, cpu, cuda or cuda:N, not 'tpu'"),
+        ({"device": "cuda:x"}, "--device must be"),
+        ({"gpu_memory_utilization": 1.5}, r"--gpu-memory-utilization must be in \(0, 1\]"),
+        ({"block_size": 12}, "--block-size must be 8, 16, 32, 64 or 128"),
+        ({"max_num_seqs": 0}, "--max-num-seqs must be at least 1"),
+        ({"max_model_len": 0}, "--max-model-len must be at least 1"),
+    ],
+)
+def test_an_option_out_of_range_is_refused(option, message):
+    with pytest.raises(ConfigError, match=message):
+        EngineConfig(model=Path("model"), **option)

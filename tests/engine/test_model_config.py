@@ -1,0 +1,155 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from cluster.errors import ConfigError
+from engine.models.config import ModelConfig, RopeScaling
+
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-05,
+    "rope_theta": 500000.0,
+    "rope_scaling": {
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+        "rope_type": "llama3",
+    },
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "eos_token_id": [128001, 128008, 128009],
+}
+QWEN2 = LLAMA | {"architectures": ["Qwen2ForCausalLM"], "rope_scaling": None}
+
+
+@pytest.fixture
+def read(tmp_path):
+    def read(config, generation_config=None):
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        if generation_config is not None:
+            (tmp_path / "generation_config.json").write_text(json.dumps(generation_config))
+        return ModelConfig.from_folder(tmp_path)
+
+    return read
+
+
+def test_llama_3_1_is_read_with_its_rope_scaling(read):
+    config = read(LLAMA)
+    assert config.head_size == 128
+    assert config.num_kv_heads == 8
+    assert config.rope_scaling == RopeScaling(
+        kind="llama3",
+        factor=8.0,
+        original_max_position_embeddings=8192,
+        low_freq_factor=1.0,
+        high_freq_factor=4.0,
+    )
+    assert config.longest_context == 131072
+    assert config.eos_token_ids == (128001, 128008, 128009)
+    assert config.torch_dtype == "bfloat16"
+    assert not config.attention_bias
+    assert config.layer_windows == (None,) * 32
+    assert config.num_parameters == 8_030_261_248
+
+
+def test_older_and_newer_spelling_of_the_same_model_are_equal(read):
+    newer = {key: value for key, value in LLAMA.items() if key not in ("rope_theta", "torch_dtype")}
+    newer["rope_parameters"] = newer.pop("rope_scaling") | {"rope_theta": 500000.0}
+    newer["dtype"] = "bfloat16"
+    assert read(newer) == read(LLAMA)
+
+
+def test_qwen2_has_biases_on_q_k_v_only(read):
+    config = read(QWEN2)
+    assert config.attention_bias
+    assert not config.output_bias
+
+
+def test_qwen3_has_qk_norm_and_its_own_head_size(read):
+    config = read(QWEN2 | {"architectures": ["Qwen3ForCausalLM"], "head_dim": 64})
+    assert config.qk_norm
+    assert config.head_size == 64
+    assert not config.attention_bias
+
+
+def test_a_window_holds_for_every_layer_of_mistral(read):
+    mistral = QWEN2 | {"architectures": ["MistralForCausalLM"], "sliding_window": 4096}
+    assert read(mistral).layer_windows == (4096,) * 32
+    assert read(mistral | {"sliding_window": None}).layer_windows == (None,) * 32
+
+
+def test_a_window_of_qwen_counts_only_when_switched_on_and_from_its_layer_on(read):
+    windowed = QWEN2 | {"sliding_window": 1024, "max_window_layers": 30}
+    assert read(windowed).layer_windows == (None,) * 32
+    switched_on = read(windowed | {"use_sliding_window": True})
+    assert switched_on.layer_windows == (None,) * 30 + (1024,) * 2
+
+
+def test_yarn_lengthens_the_context(read):
+    yarn = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+    config = read(QWEN2 | {"max_position_embeddings": 32768, "rope_scaling": yarn})
+    assert config.longest_context == 131072
+
+
+def test_end_tokens_of_generation_config_count_too(read):
+    config = read(QWEN2 | {"eos_token_id": 7}, {"eos_token_id": [9, 7]})
+    assert config.eos_token_ids == (9, 7)
+
+
+def test_end_tokens_beyond_the_vocabulary_are_left_out(read):
+    assert read(QWEN2 | {"eos_token_id": [7, 999_999]}).eos_token_ids == (7,)
+
+
+def test_a_missing_folder_is_named(tmp_path):
+    with pytest.raises(ConfigError, match="no model folder at .*nowhere"):
+        ModelConfig.from_folder(tmp_path / "nowhere")
+
+
+def test_a_folder_without_config_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"holds no config\.json"):
+        ModelConfig.from_folder(tmp_path)
+
+
+def test_a_config_that_is_no_json_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        ModelConfig.from_folder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"architectures": ["GPT2LMHeadModel"]}, "names GPT2LMHeadModel; supported are Llama"),
+        ({"architectures": None}, "names no architecture"),
+        ({"hidden_size": None}, "lacks hidden_size"),
+        ({"hidden_size": "big"}, "hidden_size must be an integer"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers must be a positive integer"),
+        ({"num_key_value_heads": 5}, "do not divide into 5 key/value heads"),
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported"),
+        ({"quantization_config": {"bits": 4}}, "quantized checkpoints are not supported"),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "'dynamic' is not supported"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "lacks low_freq_factor"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 0}}, "factor must be positive"),
+        ({"rope_scaling": 3}, "rope_scaling must be an object"),
+        ({"rope_theta": float("nan")}, "rope_theta must be a finite number"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is not supported"),
+        ({"torch_dtype": "float8_e4m3fn"}, "dtype 'float8_e4m3fn' is not supported"),
+        ({"tie_word_embeddings": "no"}, "tie_word_embeddings must be true or false"),
+        ({"eos_token_id": "</s>"}, "eos_token_id must be an integer or a list"),
+        ({"head_dim": 33}, "odd head size"),
+    ],
+)
+def test_what_cannot_be_computed_is_refused_by_name(read, change, message):
+    with pytest.raises(ConfigError, match=message):
+        read(LLAMA | change)
