@@ -6,7 +6,10 @@
     |  |- Unsupported            400 unsupported
     |  |- ModelNotFound          404 model_not_found
     |  |- RouteNotFound          404 not_found
-    |  `- RequestTooLarge        413 request_too_large
+    |  |- MethodNotAllowed       405 method_not_allowed
+    |  |- RequestTimeout         408 request_timeout
+    |  |- RequestTooLarge        413 request_too_large
+    |  `- UnsupportedMediaType   415 unsupported_media_type
     |- AuthenticationFailed      401 invalid_api_key
     |- PermissionDenied          403 permission_denied
     |- RateLimited               429 rate_limit_exceeded
@@ -87,9 +90,27 @@ class RouteNotFound(InvalidRequest):
     openai_type = "not_found_error"
 
 
+class MethodNotAllowed(InvalidRequest):
+    code = "method_not_allowed"
+    http_status = 405
+
+
+class RequestTimeout(InvalidRequest):
+    """The client was too slow to send its request."""
+
+    code = "request_timeout"
+    http_status = 408
+    retryable = True
+
+
 class RequestTooLarge(InvalidRequest):
     code = "request_too_large"
     http_status = 413
+
+
+class UnsupportedMediaType(InvalidRequest):
+    code = "unsupported_media_type"
+    http_status = 415
 
 
 class AuthenticationFailed(ServingError):
