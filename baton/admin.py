@@ -1,0 +1,174 @@
+"""`baton admin`: look at a running cluster and steer it, over the gateway's admin API.
+
+Each command is one call. Tables are for people; `--output json` is the API's own answer.
+Exit codes: 0 done, 1 refused, 2 usage, 4 not reachable.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import os
+import sys
+from enum import StrEnum
+from typing import TYPE_CHECKING, Annotated, Any
+from urllib.parse import urlsplit
+
+import typer
+
+from baton.admin_client import AdminClient, AdminRefused, AdminUnreachable
+from baton.admin_tables import LEASES, NODES, REQUESTS, Column, render_policy, render_rows
+from baton.admin_token import read_admin_token
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+EXIT_REFUSED = 1
+EXIT_NOT_READY = 4
+DEFAULT_URL = "http://127.0.0.1:8001"
+DEFAULT_PORT = 8001
+
+
+class Output(StrEnum):
+    TABLE = "table"
+    JSON = "json"
+
+
+# What every command takes, after its name as people write it.
+Url = Annotated[
+    str,
+    typer.Option("--admin-url", envvar="BATON_ADMIN_URL", help="Where the gateway's admin API is."),
+]
+Token = Annotated[
+    str | None,
+    typer.Option(
+        "--admin-token",
+        envvar="BATON_ADMIN_TOKEN",
+        help="Its token. Default: what `baton serve` left for this user.",
+    ),
+]
+Form = Annotated[Output, typer.Option("--output", "-o", help="How the answer is printed.")]
+
+app = typer.Typer(
+    help="Look at a running cluster and steer it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+policy_app = typer.Typer(help="Read and change the live policy.", no_args_is_help=True)
+app.add_typer(policy_app, name="policy")
+
+
+def main(argv: Sequence[str]) -> int:
+    try:
+        app(args=list(argv), prog_name="baton admin")
+    except SystemExit as ended:  # how typer ends, with its own exit code
+        return ended.code if isinstance(ended.code, int) else EXIT_REFUSED
+    except AdminUnreachable as error:
+        print(f"baton admin: {error.message}", file=sys.stderr)
+        return EXIT_NOT_READY
+    except AdminRefused as error:
+        print(f"baton admin: {error.message}", file=sys.stderr)
+        return EXIT_REFUSED
+    return 0
+
+
+def _add_listing(collection: str, columns: Sequence[Column], summary: str) -> None:
+    def show(url: Url = DEFAULT_URL, token: Token = None, form: Form = Output.TABLE) -> None:
+        document = connect(url, token).get(f"/{collection}")
+        if form is Output.JSON:
+            _print_json(document)
+            return
+        rows = document.get(collection)
+        if not isinstance(rows, list):
+            raise AdminUnreachable(f"{url} answers, but not as a Baton admin API.")
+        render_rows(rows, columns, empty=f"No {collection}.")
+
+    app.command(collection, help=summary)(show)
+
+
+def _add_action(verb: str, collection: str, summary: str) -> None:
+    def act(
+        target: Annotated[str, typer.Argument(metavar="ID")],
+        url: Url = DEFAULT_URL,
+        token: Token = None,
+        form: Form = Output.TABLE,
+    ) -> None:
+        document = connect(url, token).act(collection, target, verb)
+        if form is Output.JSON:
+            _print_json(document)
+        else:
+            print(f"{verb} {target}: accepted")
+
+    app.command(verb, help=summary)(act)
+
+
+_add_listing("nodes", NODES, "List the nodes: role, state, load.")
+_add_listing("requests", REQUESTS, "List the requests that run now.")
+_add_listing("leases", LEASES, "List the KV leases that nodes hold.")
+_add_action("cordon", "nodes", "Give a node no new work.")
+_add_action("uncordon", "nodes", "Give a cordoned node new work again.")
+_add_action("drain", "nodes", "Cordon a node and let its work come to an end.")
+_add_action("cancel", "requests", "End a request.")
+
+
+@policy_app.command("get")
+def policy_get(url: Url = DEFAULT_URL, token: Token = None, form: Form = Output.TABLE) -> None:
+    """Show the live policy."""
+    _show_policy(connect(url, token).get("/policy"), form)
+
+
+@policy_app.command("set")
+def policy_set(
+    settings: Annotated[list[str], typer.Argument(metavar="KEY=VALUE...")],
+    url: Url = DEFAULT_URL,
+    token: Token = None,
+    form: Form = Output.TABLE,
+) -> None:
+    """Change the policy; all settings take effect together, or none."""
+    changes = dict(parse_setting(text) for text in settings)
+    _show_policy(connect(url, token).patch("/policy", changes), form)
+
+
+def connect(url: str, token: str | None) -> AdminClient:
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise typer.BadParameter("must be an http:// or https:// URL", param_hint="--admin-url")
+    return AdminClient(url, token or local_token(parts.hostname, parts.port or DEFAULT_PORT))
+
+
+def local_token(host: str, port: int) -> str | None:
+    """The token a local `baton serve` left. Never for another host: it would be given away."""
+    if host != "localhost":
+        try:
+            if not ipaddress.ip_address(host).is_loopback:
+                return None
+        except ValueError:
+            return None
+    return read_admin_token(port, os.environ)
+
+
+def parse_setting(text: str) -> tuple[str, object]:
+    """`a=1` -> ("a", 1): the value is JSON where it is JSON, else a string."""
+    key, equals, value = text.partition("=")
+    if not key or not equals:
+        raise typer.BadParameter(f"{text!r} is not KEY=VALUE")
+    try:
+        return key, json.loads(value)
+    except ValueError:
+        return key, value
+
+
+def _show_policy(document: dict[str, Any], form: Output) -> None:
+    if form is Output.JSON:
+        _print_json(document)
+    else:
+        render_policy(document)
+
+
+def _print_json(document: dict[str, Any]) -> None:
+    print(json.dumps(document, indent=2, ensure_ascii=False))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,109 @@
+"""The admin API of a gateway, from the outside: one call, one JSON object or one typed error.
+
+The token is sent to no address but the one that was asked for: proxies are not used and
+redirects are not followed.
+"""
+
+from __future__ import annotations
+
+import json
+import urllib.error
+import urllib.request
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
+
+from cluster.errors import NodeUnavailable, ServingError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from email.message import Message
+    from http.client import HTTPResponse
+
+TIMEOUT_SECONDS = 30.0
+_PREFIX = "/admin/v1"
+
+
+class AdminUnreachable(NodeUnavailable):
+    """Nothing answers at the admin URL, or it is not an admin API."""
+
+
+class AdminRefused(ServingError):
+    """The admin API answered with an error; the message is its own, or tells what to do."""
+
+
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+    def redirect_request(
+        self, req: urllib.request.Request, fp: Any, code: int, msg: str, headers: Message, url: str
+    ) -> None:
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class AdminClient:
+    """`url` without a path; `token` None sends no credentials."""
+
+    url: str
+    token: str | None
+
+    def get(self, path: str) -> dict[str, Any]:
+        """GET `/admin/v1` + path. Raises `AdminUnreachable` and `AdminRefused`."""
+        return self._call("GET", path, None)
+
+    def patch(self, path: str, changes: Mapping[str, object]) -> dict[str, Any]:
+        return self._call("PATCH", path, changes)
+
+    def act(self, collection: str, name: str, verb: str) -> dict[str, Any]:
+        """POST `/admin/v1/{collection}/{name}:{verb}`."""
+        return self._call("POST", f"/{collection}/{quote(name, safe='')}:{verb}", {})
+
+    def _call(self, method: str, path: str, body: Mapping[str, object] | None) -> dict[str, Any]:
+        request = urllib.request.Request(self.url.rstrip("/") + _PREFIX + path, method=method)
+        request.add_header("Accept", "application/json")
+        if self.token is not None:
+            request.add_header("Authorization", f"Bearer {self.token}")
+        if body is not None:
+            request.data = json.dumps(body).encode()
+            request.add_header("Content-Type", "application/json")
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), _NoRedirects())
+        try:
+            with opener.open(request, timeout=TIMEOUT_SECONDS) as response:
+                return self._document(response)
+        except urllib.error.HTTPError as error:
+            raise self._refusal(error, path) from error
+        except (urllib.error.URLError, OSError) as error:
+            reason = getattr(error, "reason", error)
+            detail = getattr(reason, "strerror", None) or reason
+            raise AdminUnreachable(f"No admin API answers at {self.url}: {detail}.") from error
+
+    def _document(self, response: HTTPResponse) -> dict[str, Any]:
+        text = response.read()
+        try:
+            document = json.loads(text) if text else {}
+        except ValueError:
+            document = None
+        if not isinstance(document, dict):
+            raise AdminUnreachable(f"{self.url} answers, but not as a Baton admin API.")
+        return document
+
+    def _refusal(self, error: urllib.error.HTTPError, path: str) -> AdminRefused:
+        told = _told_message(error.read())
+        if error.code == 401:
+            hint = "pass --admin-token or set BATON_ADMIN_TOKEN"
+            what = "does not accept this token" if self.token else "wants a token"
+            return AdminRefused(f"{self.url} {what}; {hint}.")
+        if error.code == 403:
+            return AdminRefused(told or f"This token may not do that at {self.url}.")
+        if error.code == 404:
+            return AdminRefused(told or f"{self.url} knows no {_PREFIX}{path}.")
+        return AdminRefused(f"{told or error.reason} (HTTP {error.code}).")
+
+
+def _told_message(body: bytes) -> str:
+    """The message inside `{"error": {"message": ...}}`; empty when the body is another."""
+    try:
+        document = json.loads(body)
+    except ValueError:
+        return ""
+    error = document.get("error") if isinstance(document, dict) else None
+    return str(error.get("message") or "") if isinstance(error, dict) else ""

@@ -1,0 +1,311 @@
+"""`baton admin` against a real HTTP server that answers as the admin API does."""
+
+from __future__ import annotations
+
+import json
+import stat
+import threading
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from rich.console import Console
+
+from baton.admin import EXIT_NOT_READY, EXIT_REFUSED, local_token, main
+from baton.admin_tables import NODES, render_rows, shown
+from baton.admin_token import (
+    admin_token_path,
+    read_admin_token,
+    remove_admin_token,
+    write_admin_token,
+)
+from cluster.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+NODE = {
+    "name": "decode-0",
+    "incarnation": 2**62 + 1,
+    "role": "decode",
+    "state": "cordoned",
+    "model": "pocket",
+    "load": {
+        "num_running": 3,
+        "num_waiting": 1,
+        "queued_tokens": 77,
+        "num_blocks": 200,
+        "num_free_blocks": 150,
+        "num_transfers": 2,
+    },
+    "grpc_address": "127.0.0.1:9101",
+    "transports": ["shm", "tcp"],
+    "age_seconds": 0.44,
+}
+
+
+@dataclass
+class AdminServer:
+    """Answers by (method, path); remembers what it was sent."""
+
+    answers: dict[tuple[str, str], tuple[int, Any]] = field(default_factory=dict)
+    token: str | None = None
+    seen: list[tuple[str, str, Any]] = field(default_factory=list)
+    tokens_seen: list[str | None] = field(default_factory=list)
+    url: str = ""
+    port: int = 0
+
+    def answer(self, method: str, path: str, body: Any, token: str | None) -> tuple[int, Any]:
+        self.seen.append((method, path, body))
+        self.tokens_seen.append(token)
+        if self.token is not None and token != f"Bearer {self.token}":
+            return 401, {"error": {"message": "no", "code": "invalid_api_key"}}
+        not_found = {"error": {"message": f"There is no {path}.", "code": "not_found"}}
+        return self.answers.get((method, path), (404, not_found))
+
+
+@pytest.fixture
+def server() -> Iterator[AdminServer]:
+    admin = AdminServer()
+
+    class Handler(BaseHTTPRequestHandler):
+        def handle_any(self) -> None:
+            length = int(self.headers.get("Content-Length") or 0)
+            body = json.loads(self.rfile.read(length)) if length else None
+            token = self.headers.get("Authorization")
+            status, document = admin.answer(self.command, self.path, body, token)
+            if status == 307:
+                self.send_response(status)
+                self.send_header("Location", document)
+                self.end_headers()
+                return
+            text = document if isinstance(document, bytes) else json.dumps(document).encode()
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(text)))
+            self.end_headers()
+            self.wfile.write(text)
+
+        do_GET = do_POST = do_PATCH = handle_any
+
+        def log_message(self, format: str, *arguments: Any) -> None:
+            """Quiet."""
+
+    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    admin.port = http.server_address[1]
+    admin.url = f"http://127.0.0.1:{admin.port}"
+    thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    yield admin
+    http.shutdown()
+    http.server_close()
+    thread.join()
+
+
+@pytest.fixture(autouse=True)
+def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("XDG_RUNTIME_DIR", "BATON_ADMIN_URL", "BATON_ADMIN_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")  # must not be used
+
+
+@pytest.fixture
+def admin(server: AdminServer) -> Callable[..., int]:
+    return lambda *arguments: main([*arguments, "--admin-url", server.url])
+
+
+def test_nodes_are_shown_with_role_state_and_load(
+    server: AdminServer, admin: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.answers["GET", "/admin/v1/nodes"] = 200, {"nodes": [NODE]}
+    assert admin("nodes") == 0
+    heading, row = capsys.readouterr().out.splitlines()
+    assert heading.split()[:3] == ["NODE", "ROLE", "STATE"]
+    assert " ".join(row.split()) == (
+        "decode-0 decode cordoned pocket 3 1 77 25% 2 shm,tcp 127.0.0.1:9101 0.4 s"
+    )
+
+
+def test_json_output_is_the_answer_of_the_api(
+    server: AdminServer, admin: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.answers["GET", "/admin/v1/nodes"] = 200, {"nodes": [NODE]}
+    assert admin("nodes", "--output", "json") == 0
+    assert json.loads(capsys.readouterr().out) == {"nodes": [NODE]}
+
+
+def test_a_terminal_gets_a_table_with_colours() -> None:
+    console = Console(force_terminal=True, width=200, color_system="standard")
+    with console.capture() as captured:
+        render_rows([NODE], NODES, empty="none", console=console)
+    assert "\x1b[33mcordoned" in captured.get()
+
+
+def test_what_the_server_sends_cannot_steer_the_terminal() -> None:
+    assert "\x1b" not in shown("evil\x1b[2J\nname")
+    assert "\n" not in shown("evil\x1b[2J\nname")
+    console = Console(force_terminal=True, width=300)
+    with console.capture() as captured:
+        render_rows([NODE | {"name": "[red]x[/red]"}], NODES, empty="none", console=console)
+    assert "[red]x[/red]" in captured.get()
+
+
+def test_an_empty_list_is_said_in_words(
+    server: AdminServer, admin: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.answers["GET", "/admin/v1/leases"] = 200, {"leases": []}
+    assert admin("leases") == 0
+    assert capsys.readouterr().out == "No leases.\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "path"),
+    [
+        (("cordon", "decode-0"), "/admin/v1/nodes/decode-0:cordon"),
+        (("uncordon", "decode-0"), "/admin/v1/nodes/decode-0:uncordon"),
+        (("drain", "a/b"), "/admin/v1/nodes/a%2Fb:drain"),
+        (("cancel", "chatcmpl-1"), "/admin/v1/requests/chatcmpl-1:cancel"),
+    ],
+)
+def test_actions_post_to_the_thing_they_name(
+    server: AdminServer, admin: Callable[..., int], arguments: tuple[str, ...], path: str
+) -> None:
+    server.answers["POST", path] = 200, {}
+    assert admin(*arguments) == 0
+    assert server.seen == [("POST", path, {})]
+
+
+def test_policy_settings_are_typed_and_sent_together(
+    server: AdminServer, admin: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.answers["PATCH", "/admin/v1/policy"] = 200, {"b": "recompute", "a": 5}
+    assert admin("policy", "set", "a=5", "b=recompute", "c=true", "d=null") == 0
+    changes = {"a": 5, "b": "recompute", "c": True, "d": None}
+    assert server.seen == [("PATCH", "/admin/v1/policy", changes)]
+    assert capsys.readouterr().out == "a = 5\nb = recompute\n"
+
+
+def test_a_setting_without_a_value_is_a_usage_error(
+    server: AdminServer, admin: Callable[..., int]
+) -> None:
+    assert admin("policy", "set", "a") == 2
+    assert server.seen == []
+
+
+def test_errors_are_one_line_that_says_what_to_do(
+    server: AdminServer, admin: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert admin("cordon", "ghost") == EXIT_REFUSED
+    assert capsys.readouterr().err == "baton admin: There is no /admin/v1/nodes/ghost:cordon.\n"
+    server.token = "right"
+    assert admin("nodes") == EXIT_REFUSED
+    assert "wants a token; pass --admin-token" in capsys.readouterr().err
+    assert admin("nodes", "--admin-token", "wrong") == EXIT_REFUSED
+    assert "does not accept this token" in capsys.readouterr().err
+
+
+def test_a_refusal_is_shown_in_the_words_of_the_server(
+    server: AdminServer, admin: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    error = {"error": {"message": "x must be positive.", "code": "invalid_value"}}
+    server.answers["PATCH", "/admin/v1/policy"] = 400, error
+    assert admin("policy", "set", "x=-1") == EXIT_REFUSED
+    assert "x must be positive. (HTTP 400)" in capsys.readouterr().err
+
+
+def test_an_address_where_nothing_listens_is_not_ready(
+    server: AdminServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["nodes", "--admin-url", "http://127.0.0.1:1"]) == EXIT_NOT_READY
+    assert "No admin API answers at http://127.0.0.1:1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("body", [b"<html>", b"[]", b'{"nodes": 3}'])
+def test_another_server_at_that_address_is_recognised(
+    server: AdminServer,
+    admin: Callable[..., int],
+    body: bytes,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    server.answers["GET", "/admin/v1/nodes"] = 200, body
+    assert admin("nodes") == EXIT_NOT_READY
+    assert "not as a Baton admin API" in capsys.readouterr().err
+
+
+def test_a_url_that_is_none_is_a_usage_error() -> None:
+    assert main(["nodes", "--admin-url", "127.0.0.1:8001"]) == 2
+
+
+def test_the_token_of_a_local_cluster_is_found_by_its_port(
+    server: AdminServer, admin: Callable[..., int]
+) -> None:
+    server.token = "left-by-serve"
+    server.answers["GET", "/admin/v1/nodes"] = 200, {"nodes": []}
+    write_admin_token(server.port, "left-by-serve")
+    assert admin("nodes") == 0
+    remove_admin_token(server.port)
+    assert admin("nodes") == EXIT_REFUSED
+
+
+def test_a_given_token_beats_the_one_that_was_left(
+    server: AdminServer, admin: Callable[..., int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_admin_token(server.port, "left")
+    server.answers["GET", "/admin/v1/nodes"] = 200, {"nodes": []}
+    monkeypatch.setenv("BATON_ADMIN_TOKEN", "from-environment")
+    admin("nodes")
+    admin("nodes", "--admin-token", "from-flag")
+    assert server.tokens_seen == ["Bearer from-environment", "Bearer from-flag"]
+
+
+def test_the_local_token_is_never_meant_for_another_host() -> None:
+    write_admin_token(8001, "secret")
+    assert local_token("127.0.0.1", 8001) == "secret"
+    assert local_token("::1", 8001) == "secret"
+    assert local_token("localhost", 8001) == "secret"
+    assert local_token("example.com", 8001) is None
+    assert local_token("10.0.0.5", 8001) is None
+
+
+def test_redirects_do_not_carry_the_token_elsewhere(
+    server: AdminServer, admin: Callable[..., int]
+) -> None:
+    server.answers["GET", "/admin/v1/nodes"] = 307, f"{server.url}/stolen"
+    assert admin("nodes", "--admin-token", "t") == EXIT_REFUSED
+    assert [path for _, path, _ in server.seen] == ["/admin/v1/nodes"]
+
+
+def test_only_the_owner_can_read_the_token_file(tmp_path: Path) -> None:
+    env = {"HOME": str(tmp_path / "home")}
+    path = write_admin_token(8001, "one", env)
+    path.chmod(0o644)
+    write_admin_token(8001, "two", env)
+    assert read_admin_token(8001, env) == "two"
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
+
+
+def test_a_link_in_the_place_of_the_token_file_is_replaced_not_followed(tmp_path: Path) -> None:
+    env = {"HOME": str(tmp_path)}
+    path = write_admin_token(8001, "one", env)
+    elsewhere = tmp_path / "elsewhere"
+    path.unlink()
+    path.symlink_to(elsewhere)
+    write_admin_token(8001, "two", env)
+    assert not elsewhere.exists()
+    assert not path.is_symlink()
+
+
+def test_the_runtime_folder_is_preferred_when_there_is_one(tmp_path: Path) -> None:
+    env = {"HOME": "/home/me", "XDG_RUNTIME_DIR": str(tmp_path)}
+    assert admin_token_path(8001, env) == tmp_path / "baton" / "admin-token-8001"
+    gone = env | {"XDG_RUNTIME_DIR": str(tmp_path / "gone")}
+    assert admin_token_path(8002, gone) == Path("/home/me/.baton/admin-token-8002")
+
+
+def test_a_folder_that_cannot_be_written_is_a_config_error(tmp_path: Path) -> None:
+    (tmp_path / ".baton").write_text("a file in the way")
+    with pytest.raises(ConfigError, match="cannot write the admin token"):
+        write_admin_token(8001, "x", {"HOME": str(tmp_path)})
