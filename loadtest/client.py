@@ -49,7 +49,7 @@ class BenchClient:
         self._url = urljoin(self._base_url, _ROUTES[config.backend])
         self._headers = {"Content-Type": "application/json"}
         if config.api_key:
-            self._headers["Authorization"] = f"Bearer {config.api_key}"
+            self._headers["Authorization"] = f"Bearer {config.api_key[0]}"
         self._timeout = aiohttp.ClientTimeout(total=config.request_timeout)
         self._clock = clock
         self._count_tokens = count_tokens

@@ -31,7 +31,13 @@ class BenchConfig:
     tokenizer: str | None = option(
         None, help="Tokenizer.json or its folder; prompts are then text.", group="Target"
     )
-    api_key: str = option("", help="Bearer key.", group="Target", secret=True)
+    api_key: tuple[str, ...] = option(
+        (),
+        help="Bearer key; of several, as a gateway takes them, the first.",
+        group="Target",
+        secret=True,
+        metavar="KEY",
+    )
     extra_body: str = option(
         "", help="JSON object merged into every request.", group="Target", metavar="JSON"
     )

@@ -22,7 +22,7 @@ Measured = Callable[..., Any]
 
 
 def test_counts_come_from_the_server_and_requests_carry_the_key(measured: Measured) -> None:
-    result, server = measured(num_prompts=5, num_warmups=2, api_key="k", temperature=0.0)
+    result, server = measured(num_prompts=5, num_warmups=2, api_key=("k", "other"), temperature=0.0)
     summary = result.summary
     assert (summary.completed, summary.failed) == (5, 0)
     assert (summary.total_input_tokens, summary.total_output_tokens) == (25, 20)
