@@ -177,15 +177,17 @@ def check_redis_url(url: str) -> None:
 
 
 def _connect_lazily(url: str) -> aioredis.Redis:
-    if urlsplit(url).scheme not in ("redis", "rediss", "unix"):
+    scheme = urlsplit(url).scheme
+    if scheme not in ("redis", "rediss", "unix"):
         raise ConfigError("must start with redis://, rediss:// or unix://", param="redis_url")
+    network = {} if scheme == "unix" else {"socket_keepalive": True}
     try:
         return aioredis.Redis.from_url(
             url,
             protocol=2,
             max_connections=MAX_CONNECTIONS,
             socket_connect_timeout=CONNECT_TIMEOUT_SECONDS,
-            socket_keepalive=True,
+            **network,
             retry=Retry(NoBackoff(), 0),  # the breaker decides when to try again
         )
     except ValueError as error:
