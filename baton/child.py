@@ -19,12 +19,14 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cluster.startup import PROGRESS_FD_VARIABLE
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
 
 PR_SET_PDEATHSIG = 1
 Facts = dict[str, Any]
@@ -88,7 +90,7 @@ class Child:
                 stdout=asyncio.subprocess.PIPE,
                 stderr=asyncio.subprocess.STDOUT,
                 start_new_session=True,
-                preexec_fn=die_with_parent,  # noqa: PLW1509 - no thread of ours holds a lock here
+                preexec_fn=die_with_parent,
             )
         finally:
             os.close(writer)

@@ -17,9 +17,9 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
@@ -27,6 +27,9 @@ from rich.table import Table
 from baton.embedded_redis import find_redis_server
 from cluster.errors import ConfigError
 from loadtest.metadata import collect_metadata
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
 
 EXIT_NOT_READY = 4
 PROBE_SECONDS = 60.0

@@ -1,9 +1,9 @@
-"""How `baton serve` shows its start: a row per process on a terminal, a line per phase elsewhere."""
+"""How `baton serve` shows its start: a row per process, or a line per phase off a terminal."""
 
 from __future__ import annotations
 
 import time
-from types import TracebackType
+from typing import TYPE_CHECKING
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -11,7 +11,10 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from baton.child import Child, Facts
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from baton.child import Child, Facts
 
 BAR_WIDTH = 24
 

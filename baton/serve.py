@@ -15,7 +15,6 @@ import asyncio
 import os
 import signal
 import sys
-from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
@@ -32,6 +31,8 @@ from gateway.config import GatewayConfig
 from kv_transfer.config import KVTransferConfig
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from cluster.config import LoadedConfig
 
 EXIT_NOT_READY = 4

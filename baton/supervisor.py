@@ -15,11 +15,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from baton.child import Child, ChildSpec, ChildState, Facts
 from cluster.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
 
 FIRST_PAUSE_SECONDS = 0.5
 MAX_PAUSE_SECONDS = 30.0
@@ -46,7 +49,7 @@ class StartFailed(ConfigError):
 
 
 class Supervisor:
-    """Owns the children. `stop_order` is the order of `specs` reversed: last started, first ended."""
+    """Owns the children. The last of `specs` is the first to be stopped."""
 
     def __init__(
         self,

@@ -15,14 +15,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from cluster.codec import encode_description, encode_load
-from cluster.errors import ConfigError, InvalidRequest
+from cluster.errors import InvalidRequest
 from cluster.node import NodeInfo, NodeLoad, NodeState
-from cluster.options import option
+from cluster.prefix_index import ENTRY_TTL_SECONDS
 from cluster.proto import node_pb2 as pb
 from cluster.redis_client import StoreUnavailable
 from cluster.registry import HEARTBEAT_SECONDS, Heartbeat
@@ -36,71 +37,40 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 DRAIN_POLL_SECONDS = 0.05
 
-# Hashes stored (parents first) and removed (leaves first) since the last call.
-CacheChanges = Callable[[], Awaitable[tuple[Sequence["BlockHash"], Sequence["BlockHash"]]]]
+# Half of an index entry's life: what is still cached is published again before it expires.
+REPUBLISH_SECONDS = ENTRY_TTL_SECONDS / 2
+
+# Hashes stored (parents first) and removed (leaves first) since the last call; given True, all
+# that are cached now.
+CacheChanges = Callable[[bool], Awaitable[tuple[Sequence["BlockHash"], Sequence["BlockHash"]]]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class MemberConfig:
-    """How a node takes part in a cluster."""
+class MemberSources:
+    """Where a member gets what it tells the cluster. Called on the event loop."""
 
-    node_name: str = option(
-        "", help="Name in the registry, kept over restarts. Default: role, host and port."
-    )
-    host: str = option("127.0.0.1", help="Address the node's control plane (gRPC) listens on.")
-    port: int = option(9100, help="Port of the control plane; 0 takes a free one.")
-    advertise_host: str = option(
-        "", help="Address at which others reach this node. Default: --host.", advanced=True
-    )
-    metrics_port: int = option(9400, help="Port of Prometheus metrics; 0 takes a free one.")
-    redis_url: str = option(
-        "redis://127.0.0.1:6379/0", help="Redis with the registry and prefix index.", secret=True
-    )
-    shutdown_timeout: float = option(
-        60.0, help="Seconds that SIGTERM gives running requests before they are ended."
-    )
-    log_level: str = option(
-        "info", help="Least severe log line shown.", choices=("debug", "info", "warning", "error")
-    )
-
-    def __post_init__(self) -> None:
-        for name in ("port", "metrics_port"):
-            if not 0 <= getattr(self, name) <= 65535:
-                raise ConfigError("must be a port number", param=name)
-        if self.shutdown_timeout < 0:
-            raise ConfigError("must not be negative", param="shutdown_timeout")
-
-    @property
-    def reachable_host(self) -> str:
-        return self.advertise_host or self.host
+    load: Callable[[], NodeLoad]
+    transports: Callable[[], tuple[str, ...]]
+    cache_changes: CacheChanges
+    is_idle: Callable[[], bool]
+    on_replaced: Callable[[], None]
 
 
 class Member:
     """Announces one node and keeps the announcement true. Lives on the event loop."""
 
     def __init__(
-        self,
-        info: NodeInfo,
-        registry: Registry,
-        index: PrefixIndex,
-        *,
-        load: Callable[[], NodeLoad],
-        transports: Callable[[], tuple[str, ...]],
-        cache_changes: CacheChanges,
-        is_idle: Callable[[], bool],
-        on_replaced: Callable[[], None],
+        self, info: NodeInfo, registry: Registry, index: PrefixIndex, sources: MemberSources
     ) -> None:
         self._info = info
         self._registry = registry
         self._index = index
-        self._load = load
-        self._transports = transports
-        self._cache_changes = cache_changes
-        self._is_idle = is_idle
-        self._on_replaced = on_replaced
+        self._sources = sources
         self._changed = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._drain_task: asyncio.Task[None] | None = None
+        self._needs_all = False
+        self._published_all_at = time.monotonic()
 
     @property
     def state(self) -> NodeState:
@@ -114,13 +84,13 @@ class Member:
     @property
     def info(self) -> NodeInfo:
         """The entry as it is now, load and transports included."""
-        return replace(self._info, load=self._load(), transports=self._transports())
+        return replace(self._info, load=self._sources.load(), transports=self._sources.transports())
 
     def description(self) -> pb.NodeDescription:
         return encode_description(self.info, version=VERSION)
 
     def load_message(self) -> pb.NodeLoad:
-        return encode_load(self._load())
+        return encode_load(self._sources.load())
 
     def start(self, grpc_address: str, metrics_address: str) -> None:
         """The node serves at these addresses: let the cluster know."""
@@ -182,7 +152,7 @@ class Member:
         self._changed.set()
 
     async def _until_idle(self) -> None:
-        while not self._is_idle():
+        while not self._sources.is_idle():  # noqa: ASYNC110 - what it asks has no event
             await asyncio.sleep(DRAIN_POLL_SECONDS)
         self._move_to(NodeState.DRAINED)
 
@@ -194,8 +164,7 @@ class Member:
                 if not is_announced:
                     await self._registry.announce(self.info)
                     is_announced = True
-                elif await self._registry.heartbeat(self.info) is Heartbeat.REPLACED:
-                    self._replaced()
+                elif not await self._renew():
                     return
                 await self._publish_cache_changes()
             except StoreUnavailable as error:
@@ -203,12 +172,29 @@ class Member:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._changed.wait(), HEARTBEAT_SECONDS)
 
+    async def _renew(self) -> bool:
+        """One heartbeat; False when this process has been replaced."""
+        match await self._registry.heartbeat(self.info):
+            case Heartbeat.REPLACED:
+                self._replaced()
+                return False
+            case Heartbeat.RESTORED:
+                self._needs_all = True
+            case Heartbeat.RENEWED:
+                pass
+        return True
+
     async def _publish_cache_changes(self) -> None:
-        stored, removed = await self._cache_changes()
-        if stored or removed:
-            await self._index.publish(self._info.id, stored, removed)
+        """Tell the index what changed; all of it after a loss, and before entries expire."""
+        is_due = time.monotonic() - self._published_all_at >= REPUBLISH_SECONDS
+        everything = self._needs_all or is_due
+        stored, removed = await self._sources.cache_changes(everything)
+        if everything:
+            self._published_all_at = time.monotonic()
+        if stored or removed or everything:
+            self._needs_all = not await self._index.publish(self._info.id, stored, removed)
 
     def _replaced(self) -> None:
         """Another process has this name now: a node that slept too long must not go on."""
         logger.error("another incarnation of %s has registered; this one ends", self._info.id.name)
-        self._on_replaced()
+        self._sources.on_replaced()

@@ -15,17 +15,20 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
-from typing import Any, Protocol
-
-import grpc
+from typing import TYPE_CHECKING, Any, Protocol
 
 from cluster.codec import PROTOCOL_VERSION, decode_handoff, decode_sequence, encode_error
 from cluster.errors import HandshakeMismatch, InvalidRequest, ServingError
 from cluster.proto import node_pb2 as pb
 from cluster.proto import node_pb2_grpc
 from cluster.request import Handoff, SequenceRequest, TokenDelta
-from cluster.rpc import SessionHub
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    import grpc
+
+    from cluster.rpc import SessionHub
 
 logger = logging.getLogger(__name__)
 
@@ -34,9 +37,7 @@ class Handler(Protocol):
     """What a role does with the frames. Called on the event loop; must not block."""
 
     def description(self) -> pb.NodeDescription: ...
-    def submit(
-        self, gateway_id: str, sequence: SequenceRequest, handoff: Handoff | None
-    ) -> None:
+    def submit(self, gateway_id: str, sequence: SequenceRequest, handoff: Handoff | None) -> None:
         """Take the sequence, or raise a `ServingError` that becomes its last delta."""
 
     def cancel(self, sequence_id: str) -> None: ...

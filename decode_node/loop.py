@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from cluster.request import TokenDelta
-
 if TYPE_CHECKING:
+    import asyncio
+    from collections.abc import Callable, Sequence
+
+    from cluster.request import TokenDelta
     from decode_node.reservations import Reservations
     from engine.engine import StepOutput
     from engine.schedule import ScheduleDecision

@@ -13,7 +13,6 @@ hand-off does not make the next step preempt.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -22,6 +21,8 @@ from cluster.errors import Cancelled, ContextLengthExceeded, TransferFailed
 from engine.sequence import Sequence, SequenceStatus
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from engine.block_manager import BlockManager, Reservation
 
 

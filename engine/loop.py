@@ -20,7 +20,6 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, TypeVar
@@ -29,6 +28,7 @@ from cluster.errors import InternalError
 from cluster.request import FinishReason, TokenDelta
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from collections.abc import Sequence as SequenceOf
 
     from engine.engine import StepOutput
@@ -125,7 +125,7 @@ class EngineLoop:
         self._cancel_queued()
 
     def call(self, run: Callable[[], T]) -> Future[T]:
-        """Run `run` on the engine's thread between two steps; its result or error is the future's."""
+        """Run `run` on the engine's thread between two steps; the future gets what it gives."""
         future: Future[T] = Future()
         self._commands.put(_Command(run, future))  # type: ignore[arg-type]
         return future

@@ -10,14 +10,14 @@ Life of a prompt, as this thread sees it
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from cluster.request import TokenDelta
-
 if TYPE_CHECKING:
+    import asyncio
+    from collections.abc import Callable, Sequence
+
+    from cluster.request import TokenDelta
     from engine.block_manager import BlockManager, Hold
     from engine.engine import StepOutput
     from engine.schedule import ScheduleDecision

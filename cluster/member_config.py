@@ -1,0 +1,48 @@
+"""The options of a node as a member of a cluster."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cluster.errors import ConfigError
+from cluster.node import Incarnation, NodeId, NodeName, NodeRole
+from cluster.options import option
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemberConfig:
+    """How a node takes part in a cluster."""
+
+    node_name: str = option(
+        "", help="Name in the registry, kept over restarts. Default: role, host and port."
+    )
+    host: str = option("127.0.0.1", help="Address the node's control plane (gRPC) listens on.")
+    port: int = option(9100, help="Port of the control plane; 0 takes a free one.")
+    advertise_host: str = option(
+        "", help="Address at which others reach this node. Default: --host.", advanced=True
+    )
+    metrics_port: int = option(9400, help="Port of Prometheus metrics; 0 takes a free one.")
+    redis_url: str = option(
+        "redis://127.0.0.1:6379/0", help="Redis with the registry and prefix index.", secret=True
+    )
+    shutdown_timeout: float = option(
+        60.0, help="Seconds that SIGTERM gives running requests before they are ended."
+    )
+    log_level: str = option(
+        "info", help="Least severe log line shown.", choices=("debug", "info", "warning", "error")
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("port", "metrics_port"):
+            if not 0 <= getattr(self, name) <= 65535:
+                raise ConfigError("must be a port number", param=name)
+        if self.shutdown_timeout < 0:
+            raise ConfigError("must not be negative", param="shutdown_timeout")
+
+    @property
+    def reachable_host(self) -> str:
+        return self.advertise_host or self.host
+
+    def node_id(self, role: NodeRole, incarnation: Incarnation) -> NodeId:
+        name = self.node_name or f"{role}-{self.reachable_host}-{self.port}"
+        return NodeId(NodeName(name), incarnation)

@@ -1,0 +1,138 @@
+"""A node's process around its role: ports, membership, signals, and the order of its end.
+
+Life of a node's process
+    1. The role builds its engine and its services; nothing listens yet.
+    2. `NodeProcess.start` binds gRPC and metrics, announces the node, and reports ready.
+    3. `run_until_stopped` waits for SIGTERM or SIGINT, for a fatal error, or for the name to
+       be taken by another incarnation.
+    4. The end, in this order: take no new work, let what runs finish within the shutdown
+       timeout, withdraw from the registry, end the streams, close the role's parts, exit.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import sys
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TYPE_CHECKING
+
+from cluster.config import LoadedConfig, load_config, render_config
+from cluster.errors import ConfigError, InternalError
+from cluster.logging import setup_logging
+from cluster.member_config import MemberConfig
+from cluster.metrics import MetricsServer, start_metrics_server
+from cluster.rpc import bind, create_server
+from cluster.startup import StartupReport
+
+if TYPE_CHECKING:
+    import grpc
+    from prometheus_client import CollectorRegistry
+
+    from cluster.member import Member
+    from cluster.node import NodeRole
+    from cluster.rpc import SessionHub
+
+logger = logging.getLogger(__name__)
+CLOSE_GRACE_SECONDS = 1.0
+EXIT_FAILED = 1
+# The engine's thread and the event loop share the interpreter; a token must not wait 5 ms for it.
+SWITCH_INTERVAL_SECONDS = 0.0005
+
+
+class NodeProcess:
+    """Runs one node. `server` is there for the role to add its services before `start`."""
+
+    def __init__(self, config: MemberConfig, hub: SessionHub, registry: CollectorRegistry) -> None:
+        sys.setswitchinterval(SWITCH_INTERVAL_SECONDS)
+        self.server: grpc.aio.Server = create_server()
+        self._config = config
+        self._hub = hub
+        self._registry = registry
+        self._stop = asyncio.Event()
+        self._failure: ConfigError | InternalError | None = None
+        self._metrics: MetricsServer | None = None
+        self._event_loop = asyncio.get_running_loop()
+
+    async def start(self, member: Member, report: StartupReport) -> None:
+        """Serve and announce. Raises `ConfigError` when a port is taken."""
+        config = self._config
+        port = bind(self.server, config.host, config.port)
+        self._metrics = start_metrics_server(self._registry, config.host, config.metrics_port)
+        await self.server.start()
+        address = f"{config.reachable_host}:{port}"
+        metrics_address = f"{config.reachable_host}:{self._metrics.port}"
+        member.start(address, metrics_address)
+        report.ready(name=str(member.info.id.name), grpc=address, metrics=metrics_address)
+
+    def fail(self, message: str) -> None:
+        """End the process with this message; may be called from any thread."""
+        self._event_loop.call_soon_threadsafe(self._fail, message)
+
+    async def run_until_stopped(
+        self, member: Member, *, close: Callable[[], Awaitable[None]]
+    ) -> None:
+        """Returns after an orderly end; raises `InternalError` after a fatal one."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._event_loop.add_signal_handler(number, self._stop.set)
+        await self._stop.wait()
+        if self._failure is None and not await member.drained(self._config.shutdown_timeout):
+            logger.warning("requests still ran at the end of the shutdown timeout")
+        await member.stop()
+        self._hub.close_all()
+        await self.server.stop(CLOSE_GRACE_SECONDS)
+        await close()
+        if self._metrics is not None:
+            self._metrics.close()
+        if self._failure is not None:
+            raise self._failure
+
+    def _fail(self, message: str) -> None:
+        self._failure = self._failure or InternalError(message)
+        self._stop.set()
+
+
+NodeBody = Callable[["LoadedConfig", "StartupReport"], Awaitable[None]]
+
+
+def node_main(
+    role: NodeRole,
+    sections: Sequence[type],
+    argv: Sequence[str],
+    load_body: Callable[[], NodeBody],
+) -> int:
+    """The `main` of a node's program; its exit code.
+
+    `load_body` imports what runs the node, so that help and a wrong flag need not wait for it.
+    """
+    loaded = load_config(
+        f"baton {role}",
+        (MemberConfig, *sections),
+        argv,
+        os.environ,
+        positional="model",
+        description=f"Run one {role} node.",
+    )
+    if loaded.show_config:
+        print(render_config(loaded), end="")
+        return 0
+    member = loaded[MemberConfig]
+    setup_logging(member.log_level, role=role.value, node_id=member.node_name or role.value)
+    report = StartupReport()
+    try:
+        with report.phase("load programs"):
+            body = load_body()
+        asyncio.run(_awaited(body(loaded, report)))
+    except ConfigError as error:
+        report.failed(error.message)
+        raise
+    except InternalError as error:
+        logger.error("%s", error.message)
+        return EXIT_FAILED
+    return 0
+
+
+async def _awaited(running: Awaitable[None]) -> None:
+    await running

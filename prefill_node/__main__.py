@@ -1,0 +1,28 @@
+"""`baton prefill`: start one prefill node."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+from cluster.node import NodeRole
+from cluster.node_process import NodeBody, node_main
+from engine.config import EngineConfig
+from kv_transfer.config import KVTransferConfig
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+def load_body() -> NodeBody:
+    from prefill_node.node import run_prefill_node
+
+    return run_prefill_node
+
+
+def main(argv: Sequence[str]) -> int:
+    return node_main(NodeRole.PREFILL, (EngineConfig, KVTransferConfig), argv, load_body)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
