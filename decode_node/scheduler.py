@@ -125,6 +125,8 @@ class DecodeScheduler:
         """Free the sequences that the step finished. Returns them."""
         finished = [sequence for sequence in self._active if sequence.is_finished]
         for sequence in finished:
+            if sequence.error is not None:
+                self._block_manager.forget(sequence)
             self._remove(sequence)
         return finished
 

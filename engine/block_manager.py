@@ -193,6 +193,19 @@ class BlockManager:
             reservation.is_cacheable = False
         return num_forgotten
 
+    def forget(self, sequence: Sequence) -> None:
+        """The KV of this sequence cannot be trusted: nobody hits any of its blocks, or what
+        extends them, again. Costs a walk over all owners; for failures only."""
+        suspects = set(sequence.block_table)
+        hashes = sequence.block_hashes[: len(sequence.block_table)]
+        self._free.extend(self._cache.forget(hashes))
+        for other in self._sequences:
+            if not suspects.isdisjoint(other.block_table):
+                other.is_cacheable = False
+        for reservation in self._reservations:
+            if not suspects.isdisjoint(reservation.block_ids):
+                reservation.is_cacheable = False
+
     # ---- integrity ----------------------------------------------------------------------
 
     def owners(self) -> list[str]:
@@ -285,10 +298,10 @@ class BlockManager:
                 self._cache.unpark(block)
             block.ref_count += 1
 
-    def _release(self, block_ids: SequenceOf[int]) -> None:
-        """Drop one reference each, last block first: leaves before their parents."""
+    def _release(self, block_ids: Iterable[int]) -> None:
+        """Drop one reference each."""
         self._num_releases += 1
-        for block_id in reversed(block_ids):
+        for block_id in block_ids:
             block = self._blocks[block_id]
             block.ref_count -= 1
             if block.ref_count == 0:

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
     from collections.abc import Sequence as SequenceOf
 
     from cluster.prefix_hash import BlockHash
@@ -127,6 +127,15 @@ class PrefixCache:
             return [block]
         return self._unregister_tree(next(iter(self._inner)))
 
+    def forget(self, block_hashes: Iterable[BlockHash]) -> list[Block]:
+        """Forget these blocks and all that extend them. Returns the parked ones, now free."""
+        free = []
+        for block_hash in block_hashes:
+            block = self._blocks.get(block_hash)
+            if block is not None:
+                free += self._unregister_tree(block)
+        return free
+
     def clear(self) -> list[Block]:
         """Forget everything. Returns the parked blocks, now free."""
         free = [*self._leaves, *self._inner]
@@ -180,7 +189,7 @@ class PrefixCache:
             self._join_leaves(parent, after=block)
 
     def _unregister_tree(self, root: Block) -> list[Block]:
-        """Forget a parked block and all below it, children first."""
+        """Forget a block and all below it, children first. Returns the parked ones."""
         below = [root]
         for block in below:
             below.extend(block.children)

@@ -109,6 +109,8 @@ class PrefillScheduler:
             sequence for sequence in self._running if sequence.is_finished or sequence in sampled
         ]
         for sequence in leaving:
+            if sequence.error is not None:
+                self._block_manager.forget(sequence)
             self._remove(sequence)
         return leaving
 
