@@ -24,22 +24,25 @@ MAX_MODEL_LEN = 1 << 20
 _names = count()
 
 
-def make_sequence(
-    prompt: Iterable[int],
-    *,
-    block_size: int = BLOCK_SIZE,
-    priority: int = 0,
-    output: Iterable[int] = (),
-    **sampling: Any,
-) -> Sequence:
+def make_request(prompt: Iterable[int], *, priority: int = 0, **sampling: Any) -> SequenceRequest:
     name = f"s{next(_names)}"
-    request = SequenceRequest(
+    return SequenceRequest(
         sequence_id=name,
         request_id=name,
         prompt_token_ids=tuple(prompt),
         sampling=SamplingParams(**{"max_tokens": 8, "seed": 0, **sampling}),
         priority=priority,
     )
+
+
+def make_sequence(
+    prompt: Iterable[int],
+    *,
+    block_size: int = BLOCK_SIZE,
+    output: Iterable[int] = (),
+    **options: Any,
+) -> Sequence:
+    request = make_request(prompt, **options)
     return Sequence(request, block_size=block_size, root=ROOT, output_token_ids=output)
 
 
