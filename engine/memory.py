@@ -73,9 +73,9 @@ def num_blocks_on_gpu(config: EngineConfig, need: KVNeed, memory: GpuMemory) -> 
         raise _does_not_fit(config, need, memory, beside, pool)
     if pool > memory.free - memory.workspace:
         raise ConfigError(
-            f"--gpu-memory-utilization {config.gpu_memory_utilization} asks for {gib(pool)} of KV "
-            f"beside {gib(memory.weights)} of weights, but only {gib(memory.free)} of the GPU's "
-            f"{gib(memory.total)} are free: lower it, or stop what else uses this GPU.",
+            f"--gpu-memory-utilization {config.gpu_memory_utilization} asks for {readable(pool)} of KV "
+            f"beside {readable(memory.weights)} of weights, but only {readable(memory.free)} of the GPU's "
+            f"{readable(memory.total)} are free: lower it, or stop what else uses this GPU.",
             param="gpu_memory_utilization",
         )
     return pool // need.block_bytes
@@ -91,7 +91,7 @@ def num_blocks_on_cpu(config: EngineConfig, need: KVNeed, *, available_bytes: in
     if wanted > available_bytes // 2:
         raise ConfigError(
             f"The KV of one sequence of {need.max_model_len} tokens takes "
-            f"{gib(need.bytes_of_one)}, more than half of the {gib(available_bytes)} of memory "
+            f"{readable(need.bytes_of_one)}, more than half of the {readable(available_bytes)} of memory "
             f"that is free. Lower --max-model-len to at most "
             f"{need.longest_within(available_bytes // 2)}, or set --kv-cache-memory-bytes.",
             param="max_model_len",
@@ -103,7 +103,7 @@ def check_weights_fit(weights_bytes: int, free_bytes: int, where: str) -> None:
     """Before loading: half an answer now instead of a crash minutes later."""
     if weights_bytes > free_bytes:
         raise ConfigError(
-            f"The weights take {gib(weights_bytes)}, but {where} has {gib(free_bytes)} free.",
+            f"The weights take {readable(weights_bytes)}, but {where} has {readable(free_bytes)} free.",
             param="model",
         )
 
@@ -120,8 +120,12 @@ def available_main_memory() -> int:
     return free if limit is None or used is None else max(0, min(free, limit - used))
 
 
-def gib(num_bytes: int) -> str:
-    return f"{num_bytes / GIB:.2f} GiB"
+def readable(num_bytes: int) -> str:
+    if num_bytes >= GIB:
+        return f"{num_bytes / GIB:.2f} GiB"
+    if num_bytes >= 1 << 20:
+        return f"{num_bytes / (1 << 20):.1f} MiB"
+    return f"{num_bytes / 1024:.1f} KiB"
 
 
 def _control_group(name: str) -> int | None:
@@ -135,8 +139,8 @@ def _blocks_of_given_pool(pool_bytes: int, need: KVNeed) -> int:
         longest = need.longest_within(pool_bytes)
         lower = f"lower --max-model-len to at most {longest}, or " if longest else ""
         raise ConfigError(
-            f"--kv-cache-memory-bytes is {gib(pool_bytes)}, but the KV of one sequence of "
-            f"{need.max_model_len} tokens takes {gib(need.bytes_of_one)}: {lower}raise it to at "
+            f"--kv-cache-memory-bytes is {readable(pool_bytes)}, but the KV of one sequence of "
+            f"{need.max_model_len} tokens takes {readable(need.bytes_of_one)}: {lower}raise it to at "
             f"least {need.bytes_of_one}.",
             param="kv_cache_memory_bytes",
         )
@@ -158,9 +162,9 @@ def _does_not_fit(
     if not remedies:
         remedies.append("use a GPU with more memory or a smaller model")
     return ConfigError(
-        f"Weights {gib(memory.weights)} + workspace {gib(beside)} + KV of one sequence of "
-        f"{need.max_model_len} tokens {gib(need.bytes_of_one)} = {gib(wanted)}, but "
-        f"--gpu-memory-utilization {config.gpu_memory_utilization} of {gib(memory.total)} is "
-        f"{gib(share)}: {', or '.join(remedies)}.",
+        f"Weights {readable(memory.weights)} + workspace {readable(beside)} + KV of one sequence of "
+        f"{need.max_model_len} tokens {readable(need.bytes_of_one)} = {readable(wanted)}, but "
+        f"--gpu-memory-utilization {config.gpu_memory_utilization} of {readable(memory.total)} is "
+        f"{readable(share)}: {', or '.join(remedies)}.",
         param="max_model_len",
     )

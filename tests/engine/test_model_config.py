@@ -112,7 +112,7 @@ def test_end_tokens_beyond_the_vocabulary_are_left_out(read):
 
 
 def test_a_missing_folder_is_named(tmp_path):
-    with pytest.raises(ConfigError, match="no model folder at .*nowhere"):
+    with pytest.raises(ConfigError, match=r"no model folder at .*nowhere"):
         ModelConfig.from_folder(tmp_path / "nowhere")
 
 

@@ -1,0 +1,131 @@
+"""The input tensors of a step say exactly what the sequences and their block tables say."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from cluster.prefix_hash import root_hash
+from cluster.request import SamplingParams, SequenceRequest
+from engine.batch import BatchBuilder
+from engine.schedule import ScheduledChunk
+from engine.sequence import Sequence
+
+BLOCK_SIZE = 4
+
+
+@pytest.fixture
+def builder():
+    return BatchBuilder(
+        block_size=BLOCK_SIZE,
+        max_num_seqs=4,
+        max_num_batched_tokens=32,
+        max_model_len=32,
+        device=torch.device("cpu"),
+    )
+
+
+def sequence(name, num_tokens, *, computed=0, table=()):
+    made = Sequence(
+        SequenceRequest(
+            sequence_id=name,
+            request_id=name,
+            prompt_token_ids=tuple(range(100, 100 + num_tokens)),
+            sampling=SamplingParams(max_tokens=8, seed=0),
+        ),
+        block_size=BLOCK_SIZE,
+        root=root_hash("test", b""),
+    )
+    made.num_computed_tokens = computed
+    made.block_table = list(table)
+    return made
+
+
+def decode(sequence):
+    return ScheduledChunk(sequence, 1)
+
+
+def test_a_prefill_batch_lays_chunks_one_after_the_other(builder):
+    first = sequence("a", 6, table=[7, 3])
+    second = sequence("b", 9, computed=4, table=[1, 0, 5])
+    batch = builder.build_prefill([ScheduledChunk(first, 6), ScheduledChunk(second, 3)])
+    assert batch.token_ids.tolist() == [100, 101, 102, 103, 104, 105, 104, 105, 106]
+    assert batch.positions.tolist() == [0, 1, 2, 3, 4, 5, 4, 5, 6]
+    assert batch.slot_mapping.tolist() == [28, 29, 30, 31, 12, 13, 0, 1, 2]
+    assert batch.cu_seqlens_q.tolist() == [0, 6, 9]
+    assert batch.seq_lens.tolist() == [6, 7]
+    assert batch.block_tables.tolist() == [[7, 3], [1, 0]]
+    assert batch.max_seqlen_q == 6
+    assert batch.sample_indices.tolist() == [5]  # the second stops short of its last token
+    assert batch.num_samples == 1
+    assert not batch.is_decode
+
+
+def test_a_decode_batch_is_the_last_token_of_each_sequence(builder):
+    batch = builder.build_decode(
+        [
+            decode(sequence("a", 6, computed=5, table=[7, 3])),
+            decode(sequence("b", 9, computed=8, table=[1, 0, 5])),
+        ]
+    )
+    assert batch.token_ids.tolist() == [105, 108]
+    assert batch.positions.tolist() == [5, 8]
+    assert batch.slot_mapping.tolist() == [13, 20]
+    assert batch.seq_lens.tolist() == [6, 9]
+    assert batch.block_tables[1].tolist() == [1, 0, 5]
+    assert batch.block_tables[0, :2].tolist() == [7, 3]
+    assert batch.sample_indices is None
+    assert batch.num_samples == 2
+
+
+def test_padding_rows_read_and_write_nothing(builder):
+    batch = builder.build_decode([decode(sequence("a", 6, computed=5, table=[7, 3]))], num_rows=4)
+    assert batch.seq_lens.tolist() == [6, 0, 0, 0]
+    assert batch.slot_mapping.tolist() == [13, -1, -1, -1]
+    assert batch.token_ids.tolist() == [105, 0, 0, 0]
+    assert batch.block_tables[1:].tolist() == [[0, 0]] * 3
+
+
+def test_dtypes_are_those_the_kernels_take(builder):
+    batch = builder.build_decode([decode(sequence("a", 1, table=[2]))])
+    for tensor in (batch.token_ids, batch.positions, batch.slot_mapping):
+        assert tensor.dtype == torch.int64
+    for tensor in (batch.seq_lens, batch.block_tables, batch.cu_seqlens_q):
+        assert tensor.dtype == torch.int32
+
+
+def test_a_table_that_grew_is_seen(builder):
+    growing = sequence("a", 4, computed=3, table=[7])
+    builder.build_decode([decode(growing)])
+    growing.append_token(55)
+    growing.num_computed_tokens = 4
+    growing.block_table.append(2)
+    batch = builder.build_decode([decode(growing)])
+    assert batch.block_tables.tolist() == [[7, 2]]
+    assert batch.slot_mapping.tolist() == [8]
+
+
+def test_a_preempted_sequence_that_got_other_blocks_is_seen(builder):
+    moved = sequence("a", 6, computed=5, table=[7, 3])
+    builder.build_decode([decode(moved)])
+    moved.block_table = [1, 2]  # what free and allocate leave behind
+    assert builder.build_decode([decode(moved)]).block_tables.tolist() == [[1, 2]]
+
+
+def test_more_sequences_than_rows_take_turns(builder):
+    """Rows are twice `max_num_seqs`; nine sequences of which four run at a time need more."""
+    sequences = [sequence(f"s{i}", 2, computed=1, table=[10 + i]) for i in range(12)]
+    for _ in range(2):
+        for first in range(0, 12, 4):
+            running = sequences[first : first + 4]
+            batch = builder.build_decode([decode(each) for each in running])
+            assert batch.block_tables[:, 0].tolist() == [each.block_table[0] for each in running]
+
+
+def test_a_step_like_the_one_before_is_filled_anew(builder):
+    one, two = (sequence(n, 2, computed=1, table=[b]) for n, b in (("a", 3), ("b", 4)))
+    two.token_ids[-1] = 77
+    assert builder.build_decode([decode(one)]).token_ids.tolist() == [101]
+    batch = builder.build_decode([decode(two)])
+    assert batch.token_ids.tolist() == [77]
+    assert batch.slot_mapping.tolist() == [17]
