@@ -73,9 +73,10 @@ def num_blocks_on_gpu(config: EngineConfig, need: KVNeed, memory: GpuMemory) -> 
         raise _does_not_fit(config, need, memory, beside, pool)
     if pool > memory.free - memory.workspace:
         raise ConfigError(
-            f"--gpu-memory-utilization {config.gpu_memory_utilization} asks for {readable(pool)} of KV "
-            f"beside {readable(memory.weights)} of weights, but only {readable(memory.free)} of the GPU's "
-            f"{readable(memory.total)} are free: lower it, or stop what else uses this GPU.",
+            f"--gpu-memory-utilization {config.gpu_memory_utilization} asks for {shown(pool)} "
+            f"of KV beside {shown(memory.weights)} of weights, but only {shown(memory.free)} of "
+            f"the GPU's {shown(memory.total)} are free: lower it, or stop what else uses this "
+            f"GPU.",
             param="gpu_memory_utilization",
         )
     return pool // need.block_bytes
@@ -91,8 +92,8 @@ def num_blocks_on_cpu(config: EngineConfig, need: KVNeed, *, available_bytes: in
     if wanted > available_bytes // 2:
         raise ConfigError(
             f"The KV of one sequence of {need.max_model_len} tokens takes "
-            f"{readable(need.bytes_of_one)}, more than half of the {readable(available_bytes)} of memory "
-            f"that is free. Lower --max-model-len to at most "
+            f"{shown(need.bytes_of_one)}, more than half of the {shown(available_bytes)} of "
+            f"memory that is free. Lower --max-model-len to at most "
             f"{need.longest_within(available_bytes // 2)}, or set --kv-cache-memory-bytes.",
             param="max_model_len",
         )
@@ -103,7 +104,7 @@ def check_weights_fit(weights_bytes: int, free_bytes: int, where: str) -> None:
     """Before loading: half an answer now instead of a crash minutes later."""
     if weights_bytes > free_bytes:
         raise ConfigError(
-            f"The weights take {readable(weights_bytes)}, but {where} has {readable(free_bytes)} free.",
+            f"The weights take {shown(weights_bytes)}, but {where} has {shown(free_bytes)} free.",
             param="model",
         )
 
@@ -120,7 +121,7 @@ def available_main_memory() -> int:
     return free if limit is None or used is None else max(0, min(free, limit - used))
 
 
-def readable(num_bytes: int) -> str:
+def shown(num_bytes: int) -> str:
     if num_bytes >= GIB:
         return f"{num_bytes / GIB:.2f} GiB"
     if num_bytes >= 1 << 20:
@@ -139,8 +140,8 @@ def _blocks_of_given_pool(pool_bytes: int, need: KVNeed) -> int:
         longest = need.longest_within(pool_bytes)
         lower = f"lower --max-model-len to at most {longest}, or " if longest else ""
         raise ConfigError(
-            f"--kv-cache-memory-bytes is {readable(pool_bytes)}, but the KV of one sequence of "
-            f"{need.max_model_len} tokens takes {readable(need.bytes_of_one)}: {lower}raise it to at "
+            f"--kv-cache-memory-bytes is {shown(pool_bytes)}, but the KV of one sequence of "
+            f"{need.max_model_len} tokens takes {shown(need.bytes_of_one)}: {lower}raise it to at "
             f"least {need.bytes_of_one}.",
             param="kv_cache_memory_bytes",
         )
@@ -162,9 +163,9 @@ def _does_not_fit(
     if not remedies:
         remedies.append("use a GPU with more memory or a smaller model")
     return ConfigError(
-        f"Weights {readable(memory.weights)} + workspace {readable(beside)} + KV of one sequence of "
-        f"{need.max_model_len} tokens {readable(need.bytes_of_one)} = {readable(wanted)}, but "
-        f"--gpu-memory-utilization {config.gpu_memory_utilization} of {readable(memory.total)} is "
-        f"{readable(share)}: {', or '.join(remedies)}.",
+        f"Weights {shown(memory.weights)} + workspace {shown(beside)} + KV of one sequence of "
+        f"{need.max_model_len} tokens {shown(need.bytes_of_one)} = {shown(wanted)}, but "
+        f"--gpu-memory-utilization {config.gpu_memory_utilization} of {shown(memory.total)} is "
+        f"{shown(share)}: {', or '.join(remedies)}.",
         param="max_model_len",
     )
