@@ -1,0 +1,261 @@
+"""`make bench`: the bundled pocket model on this machine's CPU, against `transformers.generate`.
+
+    1. Start `baton serve` a few times; the time to its first healthy answer is "ready".
+    2. In rounds, alternating so that a change of the machine's mood meets both: transformers one
+       prompt at a time, Baton at concurrency 1, transformers in a batch of 16, Baton at 16. Both
+       get the same prompts of the same round; no prompt comes twice, so no cache helps.
+    3. Short chats, one at a time, for the first-token time.
+    4. Medians over the rounds. `--write` puts them into benchmarks/RESULTS.md.
+
+Rates are output tokens over the whole time, prompts included, on both sides.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.serve_process import ROOT, ServeProcess
+from loadtest.config import BenchConfig
+from loadtest.metadata import collect_metadata
+from loadtest.run import run
+from loadtest.workload import PlainVocabulary, plan_requests
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from loadtest.report import BenchResult
+
+POCKET_MODEL = ROOT / "baton" / "pocket_model"
+RESULTS = Path(__file__).parent / "RESULTS.md"
+BEGIN, END = "<!-- pocket: begin -->", "<!-- pocket: end -->"
+INPUT_LEN, OUTPUT_LEN, BATCH = 64, 128, 16
+CHAT_INPUT_LEN, CHAT_OUTPUT_LEN, NUM_CHATS = 8, 16, 10
+# Numbers of prompts in one round, one at a time and for each of the 16 streams.
+SEQUENTIAL_PROMPTS, PROMPTS_PER_STREAM = 4, 3
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One line of the table: medians, and what ours is a multiple of."""
+
+    name: str
+    unit: str
+    ours: float
+    reference: float | None = None
+
+    def cells(self) -> tuple[str, str, str, str]:
+        if self.reference is None:
+            return (f"{self.name} ({self.unit})", f"{self.ours:.2f}", "", "")
+        ratio = f"{self.ours / self.reference:.2f}x"
+        return (f"{self.name} ({self.unit})", f"{self.ours:.1f}", f"{self.reference:.1f}", ratio)
+
+
+class Reference:
+    """The process of `transformers_reference.py`; `facts` are what it says of itself."""
+
+    def __init__(self, dtype: str) -> None:
+        self._folder = tempfile.TemporaryDirectory()
+        script = Path(__file__).with_name("transformers_reference.py")
+        self._process = subprocess.Popen(
+            [sys.executable, "-S", "-P", str(script), str(POCKET_MODEL), dtype],
+            cwd=self._folder.name,
+            env={"PYTHONPATH": sysconfig.get_paths()["purelib"], "HF_HUB_OFFLINE": "1"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self.facts = self._answer()
+
+    def __enter__(self) -> Reference:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.communicate()
+        self._folder.cleanup()
+
+    def tokens_per_second(self, prompts: Sequence[Sequence[int]], batch: int) -> float:
+        """All prompts, `batch` of them together at a time."""
+        seconds, num_tokens = 0.0, 0
+        for first in range(0, len(prompts), batch):
+            job = {"prompts": prompts[first : first + batch], "num_tokens": OUTPUT_LEN}
+            print(json.dumps(job), file=self._process.stdin, flush=True)
+            answer = self._answer()
+            seconds += answer["seconds"]
+            num_tokens += answer["num_tokens"]
+        return num_tokens / seconds
+
+    def _answer(self) -> dict[str, Any]:
+        line = self._process.stdout.readline() if self._process.stdout is not None else ""
+        if not line:
+            raise RuntimeError("the reference process ended; its error stands above")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = parse(argv)
+    ready = measure_ready(arguments.rounds)
+    with Reference(arguments.reference_dtype) as reference, ServeProcess() as cluster:
+        cluster.wait_until_ready()
+        samples = measure_rounds(reference, cluster.url, arguments.rounds, arguments.seed)
+        samples["first token"] = [
+            1e3 * value for value in measure_first_tokens(cluster.url, arguments.seed)
+        ]
+    rows = to_rows(samples, ready)
+    text = render(rows, reference.facts, arguments)
+    print(text)
+    if arguments.write:
+        write_section(RESULTS, text)
+        print(f"\nWrote {RESULTS.relative_to(ROOT)}.")
+    return 0
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser("python -m benchmarks.pocket", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--rounds", type=int, default=3, help="at least 3 for a published figure")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--reference-dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--write", action="store_true", help="update benchmarks/RESULTS.md")
+    return parser.parse_args(argv)
+
+
+def measure_ready(starts: int) -> list[float]:
+    seconds = []
+    for _ in range(starts):
+        with ServeProcess() as cluster:
+            seconds.append(cluster.wait_until_ready())
+    return seconds
+
+
+def measure_rounds(
+    reference: Reference, url: str, rounds: int, seed: int
+) -> dict[str, list[float]]:
+    """Output tokens per second of each arm, one sample per round. Round 0 warms up."""
+    samples: dict[str, list[float]] = {"ours 1": [], "ours 16": [], "ref 1": [], "ref 16": []}
+    for number in range(rounds + 1):
+        one = completion_config(url, 1, SEQUENTIAL_PROMPTS, seed + 2 * number)
+        many = completion_config(url, BATCH, BATCH * PROMPTS_PER_STREAM, seed + 2 * number + 1)
+        measured = {
+            "ref 1": reference.tokens_per_second(prompts_of(one), 1),
+            "ours 1": run_whole(one).summary.output_throughput,
+            "ref 16": reference.tokens_per_second(prompts_of(many), BATCH),
+            "ours 16": run_whole(many).summary.output_throughput,
+        }
+        if number > 0:
+            for name, value in measured.items():
+                samples[name].append(value)
+    return samples
+
+
+def measure_first_tokens(url: str, seed: int) -> list[float]:
+    """Seconds to the first token of short chats, one after the other."""
+    config = BenchConfig(
+        backend="openai-chat",
+        base_url=url,
+        num_prompts=NUM_CHATS,
+        num_warmups=2,
+        random_input_len=CHAT_INPUT_LEN,
+        random_output_len=CHAT_OUTPUT_LEN,
+        max_concurrency=1,
+        temperature=0.0,
+        seed=seed,
+    )
+    return [record.time_to_first_token for record in run_whole(config).records]
+
+
+def completion_config(url: str, concurrency: int, num_prompts: int, seed: int) -> BenchConfig:
+    vocab_size = json.loads((POCKET_MODEL / "config.json").read_text())["vocab_size"]
+    return BenchConfig(
+        base_url=url,
+        num_prompts=num_prompts,
+        random_input_len=INPUT_LEN,
+        random_output_len=OUTPUT_LEN,
+        random_vocab_size=vocab_size,
+        max_concurrency=concurrency,
+        temperature=0.0,
+        seed=seed,
+    )
+
+
+def prompts_of(config: BenchConfig) -> list[list[int]]:
+    """The very prompts that the load client sends for this configuration."""
+    requests, _ = plan_requests(config, "", PlainVocabulary(config.random_vocab_size))
+    return [json.loads(request.body)["prompt"] for request in requests]
+
+
+def run_whole(config: BenchConfig) -> BenchResult:
+    """Measure; a figure from a run with failures would be no figure."""
+    result = run(config)
+    summary = result.summary
+    if summary.failed or summary.num_uncounted:
+        raise RuntimeError(f"not every answer was whole: {dict(summary.failures_by_class)}")
+    return result
+
+
+def to_rows(samples: dict[str, list[float]], ready: list[float]) -> list[Row]:
+    middle = {name: statistics.median(values) for name, values in samples.items()}
+    return [
+        Row("decode, 1 stream", "tok/s", middle["ours 1"], middle["ref 1"]),
+        Row(
+            "decode, 16 streams, reference in a batch", "tok/s", middle["ours 16"], middle["ref 16"]
+        ),
+        Row("decode, 16 streams, reference in turn", "tok/s", middle["ours 16"], middle["ref 1"]),
+        Row("first token of a short chat", "ms", middle["first token"]),
+        Row("`baton serve` ready", "s", statistics.median(ready)),
+    ]
+
+
+def render(rows: Sequence[Row], facts: dict[str, Any], arguments: argparse.Namespace) -> str:
+    metadata = collect_metadata()
+    heading = ("pocket model on the CPU", "Baton", "transformers", "ratio")
+    lines = [list(heading), ["---", "---:", "---:", "---:"], *(list(r.cells()) for r in rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(heading))]
+    table = [
+        "| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) + " |"
+        for line in lines
+    ]
+    versions = ", ".join(f"{name} {value}" for name, value in metadata.packages.items())
+    flags = f"--rounds {arguments.rounds} --seed {arguments.seed}"
+    return "\n".join(
+        [
+            *table,
+            "",
+            f"Medians of {arguments.rounds} rounds; "
+            f"{INPUT_LEN} tokens in, {OUTPUT_LEN} out, greedy.",
+            "",
+            f"- command: `python -m benchmarks.pocket {flags} "
+            f"--reference-dtype {arguments.reference_dtype}`",
+            f"- date: {metadata.date}, commit {metadata.git_commit or 'unknown'}",
+            f"- machine: {metadata.cpu_model}, {metadata.num_cores} cores, "
+            f"{metadata.memory_bytes / 2**30:.0f} GiB, {metadata.platform}",
+            f"- Python {metadata.python}; {versions}",
+            f"- reference: transformers {facts['transformers']}, {facts['dtype']}, "
+            f"{facts['num_threads']} threads",
+        ]
+    )
+
+
+def write_section(path: Path, text: str) -> None:
+    """Replace what stands between the markers; without markers a section is added at the end."""
+    before = path.read_text() if path.exists() else "# Results\n"
+    section = f"{BEGIN}\n{text}\n{END}"
+    if BEGIN in before and END in before:
+        head, _, rest = before.partition(BEGIN)
+        after = head + section + rest.partition(END)[2]
+    else:
+        after = before.rstrip("\n") + f"\n\n## Pocket model, CPU (`make bench`)\n\n{section}\n"
+    path.write_text(after)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
