@@ -1,0 +1,226 @@
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+import pytest
+
+from cluster.codec import decode_delta
+from cluster.errors import NodeLost, NodeUnavailable
+from cluster.request import FinishReason, TokenDelta, TokenLogprobs
+from cluster.session_hub import MAX_FRAME_BYTES, Session, SessionHub
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+
+def run(scenario: Callable[[], Awaitable[None]]) -> None:
+    async def main() -> None:
+        await scenario()
+
+    asyncio.run(main())
+
+
+def tokens(sequence_id: str, *token_ids: int, finish: FinishReason | None = None) -> TokenDelta:
+    return TokenDelta(sequence_id=sequence_id, token_ids=token_ids, finish_reason=finish)
+
+
+async def take(session: Session) -> list[TokenDelta]:
+    step = await anext(session)
+    return [decode_delta(delta) for delta in step.deltas]
+
+
+def test_the_deltas_of_a_step_travel_in_one_frame_per_gateway() -> None:
+    async def scenario() -> None:
+        hub = SessionHub()
+        first, second = hub.open("g1"), hub.open("g2")
+        hub.publish("g1", [tokens("a", 1), tokens("b", 2)])
+        hub.publish("g2", [tokens("c", 3)])
+        assert await take(first) == [tokens("a", 1), tokens("b", 2)]
+        assert await take(second) == [tokens("c", 3)]
+
+    run(scenario)
+
+
+def test_what_gathers_while_the_stream_is_slow_is_merged_in_order() -> None:
+    async def scenario() -> None:
+        hub = SessionHub()
+        session = hub.open("g")
+        hub.publish("g", [tokens("a", 1), tokens("b", 9)])
+        hub.publish("g", [tokens("a", 2)])
+        hub.publish("g", [tokens("a", 3, finish=FinishReason.STOP)])
+        merged = tokens("a", 1, 2, 3, finish=FinishReason.STOP)
+        assert await take(session) == [merged, tokens("b", 9)]
+
+    run(scenario)
+
+
+def test_merging_keeps_every_fact() -> None:
+    async def scenario() -> None:
+        hub = SessionHub()
+        session = hub.open("g")
+        one, two = TokenLogprobs(-1.0, ((1, -1.0),)), TokenLogprobs(-2.0)
+        lost = NodeLost("Gone.")
+        deltas = [
+            TokenDelta(sequence_id="a", started=True),
+            TokenDelta(sequence_id="a", token_ids=(1,), logprobs=(one,), num_cached_tokens=4),
+            TokenDelta(sequence_id="a", token_ids=(2,), logprobs=(two,)),
+            TokenDelta(sequence_id="b", token_ids=(5,)),
+            TokenDelta(sequence_id="b", error=lost),
+            TokenDelta(sequence_id="c", token_ids=(6,)),
+            TokenDelta(sequence_id="c", handed_off=True),
+        ]
+        hub.publish("g", deltas)
+        got = await take(session)
+        assert [(d.sequence_id, d.token_ids) for d in got] == [
+            ("a", ()),
+            ("a", (1, 2)),
+            ("b", (5,)),
+            ("c", (6,)),
+            ("c", ()),
+        ]
+        assert got[0].started
+        assert got[1].logprobs == (one, two)
+        assert got[1].num_cached_tokens == 4
+        assert isinstance(got[2].error, NodeLost)
+        assert got[4].handed_off
+
+    run(scenario)
+
+
+def test_nothing_joins_a_delta_that_has_been_sent_or_has_ended() -> None:
+    async def scenario() -> None:
+        hub = SessionHub()
+        session = hub.open("g")
+        hub.publish("g", [tokens("a", 1)])
+        assert await take(session) == [tokens("a", 1)]
+        hub.publish("g", [tokens("a", 2, finish=FinishReason.STOP), tokens("a", 3)])
+        assert await take(session) == [tokens("a", 2, finish=FinishReason.STOP), tokens("a", 3)]
+
+    run(scenario)
+
+
+def test_a_waiting_consumer_is_woken_and_ends_with_the_session() -> None:
+    async def scenario() -> None:
+        hub = SessionHub()
+        session = hub.open("g")
+        first = asyncio.create_task(take(session))
+        await asyncio.sleep(0)
+        hub.publish("g", [tokens("a", 1)])
+        assert await first == [tokens("a", 1)]
+        second = asyncio.create_task(take(session))
+        await asyncio.sleep(0)
+        session.close()
+        with pytest.raises(StopAsyncIteration):
+            await second
+
+    run(scenario)
+
+
+def test_frames_stay_small_and_lose_nothing() -> None:
+    async def scenario() -> None:
+        hub = SessionHub()
+        session = hub.open("g")
+        for token in range(3000):
+            top = tuple((i, -1.0) for i in range(20))
+            delta = TokenDelta(
+                sequence_id=f"s{token % 2}",
+                token_ids=(token,),
+                logprobs=(TokenLogprobs(-1.0, top),),
+            )
+            for _ in range(5):
+                hub.publish("g", [delta])
+        received: dict[str, list[int]] = {"s0": [], "s1": []}
+        num_frames = 0
+        while sum(len(ids) for ids in received.values()) < 15_000:
+            step = await anext(session)
+            num_frames += 1
+            assert step.ByteSize() <= MAX_FRAME_BYTES
+            for delta in (decode_delta(message) for message in step.deltas):
+                received[delta.sequence_id] += delta.token_ids
+        assert num_frames > 1
+        for parity, ids in enumerate(received.values()):
+            assert ids == [t for t in range(3000) if t % 2 == parity for _ in range(5)]
+
+    run(scenario)
+
+
+def test_a_gateway_that_does_not_read_is_dropped_others_are_not() -> None:
+    async def scenario() -> None:
+        dropped: list[str] = []
+        hub = SessionHub(max_pending_bytes=10_000, on_drop=dropped.append)
+        interrupted = asyncio.Event()
+
+        async def serve_slowly() -> None:
+            session = hub.open("slow")
+            try:
+                await asyncio.Event().wait()  # a write that never completes
+            except asyncio.CancelledError:
+                interrupted.set()
+                assert hub.close(session)
+                raise
+
+        serving = asyncio.create_task(serve_slowly())
+        other = hub.open("other")
+        await asyncio.sleep(0)
+        for token in range(5_000):
+            hub.publish("slow", [tokens("a", token)])
+        hub.publish("other", [tokens("b", 1)])
+        assert dropped == ["slow"]
+        assert not hub.is_open("slow")
+        await asyncio.gather(serving, return_exceptions=True)
+        assert interrupted.is_set()
+        assert await take(other) == [tokens("b", 1)]
+        assert hub.gateway_ids == ["other"]
+
+    run(scenario)
+
+
+def test_draining_makes_room_again() -> None:
+    async def scenario() -> None:
+        hub = SessionHub(max_pending_bytes=1_000)
+        session = hub.open("g")
+        for token in range(1_000):
+            hub.publish("g", [tokens("a", token)])
+            assert await take(session) == [tokens("a", token)]
+        assert hub.is_open("g")
+
+    run(scenario)
+
+
+def test_a_second_stream_of_a_gateway_waits_until_the_first_has_ended() -> None:
+    async def scenario() -> None:
+        hub = SessionHub()
+
+        async def serve() -> None:
+            session = hub.open("g")
+            try:
+                await anext(session)
+            finally:
+                assert hub.close(session)
+                assert not hub.close(session)
+
+        first = asyncio.create_task(serve())
+        await asyncio.sleep(0)
+        with pytest.raises(NodeUnavailable):
+            hub.open("g")
+        await asyncio.gather(first, return_exceptions=True)
+        again = hub.open("g")
+        hub.publish("g", [tokens("a", 1)])
+        assert await take(again) == [tokens("a", 1)]
+
+    run(scenario)
+
+
+def test_deltas_for_nobody_are_dropped_silently() -> None:
+    async def scenario() -> None:
+        hub = SessionHub()
+        hub.publish("nobody", [tokens("a", 1)])
+        session = hub.open("g")
+        session.close()
+        hub.publish("g", [tokens("a", 1)])
+        assert not hub.is_open("g")
+        with pytest.raises(StopAsyncIteration):
+            await anext(session)
+
+    run(scenario)
