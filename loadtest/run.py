@@ -139,4 +139,3 @@ def _progress(total: int) -> Iterator[Callable[[], None]]:
     with Progress(*columns, console=console, transient=True, refresh_per_second=2) as bar:
         task = bar.add_task("requests", total=total)
         yield lambda: bar.advance(task)
-
