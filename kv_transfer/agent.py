@@ -1,0 +1,79 @@
+"""What one process needs to move KV: a transport, staging slots, the pool, counters.
+
+Life of an agent
+    1. Created at start, on the event loop: staging is allocated, the transport opened.
+    2. A receiver listens, a sender connects; both use the slots and the pool from here.
+    3. `close`, after every transfer has ended: endpoints, listener, then the pool's thread.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from kv_transfer.handshake import check_transport
+from kv_transfer.pool import TransferPool
+from kv_transfer.protocol import FrameLimits
+from kv_transfer.staging import Staging
+from kv_transfer.stats import TransferStats
+from kv_transfer.transports.ucx import UcxTransport
+
+if TYPE_CHECKING:
+    from kv_transfer.config import KVTransferConfig
+    from kv_transfer.transports.base import Endpoint, Transport
+
+
+class TransferAgent:
+    """One per process."""
+
+    def __init__(self, pool: torch.Tensor, config: KVTransferConfig, transport: Transport) -> None:
+        """`pool` is uint8 `[num_layers, num_blocks, unit_bytes]`. Raises `ConfigError` when a
+        staging slot is too small for one unit."""
+        self.config = config
+        self.transport = transport
+        self.pool = TransferPool(pool)
+        self.stats = TransferStats()
+        slot_bytes = config.slot_bytes_for(pool.device.type)
+        self.limits = FrameLimits(self.pool.num_layers, self.pool.unit_bytes, slot_bytes)
+        self.staging = Staging(
+            slot_bytes=slot_bytes,
+            num_slots=config.num_staging_slots,
+            limits=self.limits,
+            device=pool.device,
+        )
+        self._in_use: dict[Endpoint, str] = {}
+
+    @classmethod
+    def create(cls, pool: torch.Tensor, config: KVTransferConfig) -> TransferAgent:
+        """Over UCX. The event loop's thread is bound to the pool's device."""
+        if pool.device.type == "cuda":
+            torch.cuda.set_device(pool.device)
+            torch.cuda.synchronize(pool.device)
+        transport = UcxTransport(
+            ucx_tls=config.ucx_tls,
+            moves_device_memory=pool.device.type == "cuda",
+            connect_seconds=config.pairing_seconds,
+        )
+        return cls(pool, config, transport)
+
+    @property
+    def transports_in_use(self) -> tuple[str, ...]:
+        """What carries payloads to and from the peers connected now."""
+        return tuple(sorted(set(self._in_use.values())))
+
+    def admit(self, endpoint: Endpoint) -> str:
+        """The transport of a new connection. Raises `TransferFailed` when the operator
+        requires another kind."""
+        name = endpoint.transport_name
+        check_transport(self.config.require_transport, name)
+        self._in_use[endpoint] = name
+        endpoint.on_close(lambda: self._forget(endpoint))
+        return name
+
+    def _forget(self, endpoint: Endpoint) -> None:
+        self._in_use.pop(endpoint, None)
+
+    async def close(self) -> None:
+        await self.transport.close()
+        self.pool.close()

@@ -1,0 +1,83 @@
+"""The options of KV transfer, the same on both kinds of node."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from cluster.config import option
+from cluster.errors import ConfigError
+
+RequiredTransport = Literal["any", "nvlink", "rdma"]
+
+_TRANSFER = "KV transfer"
+_MIB = 1 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KVTransferConfig:
+    """How KV moves between nodes. Sizes are bytes, durations seconds."""
+
+    kv_host: str = option(
+        "127.0.0.1",
+        help="Address that prefill nodes reach this node's KV listener at. 0.0.0.0: the address "
+        "they reach its control plane at.",
+        group=_TRANSFER,
+    )
+    kv_port: int = option(
+        9200, help="Port of this node's KV listener; 0: any free one.", group=_TRANSFER
+    )
+    require_transport: RequiredTransport = option(
+        "any",
+        help="Refuse a pair of nodes that UCX cannot connect over this kind of transport.",
+        group=_TRANSFER,
+    )
+    ucx_tls: str | None = option(
+        None, help="Transports UCX may use (UCX_TLS). Default: all it finds.", group=_TRANSFER
+    )
+    staging_slot_bytes: int | None = option(
+        None,
+        help="Size of one staging slot, which is the largest frame. Default: 16 MiB on a GPU, "
+        "2 MiB on a CPU.",
+        group=_TRANSFER,
+        advanced=True,
+    )
+    num_staging_slots: int = option(
+        8, help="Staging slots of this node.", group=_TRANSFER, advanced=True
+    )
+    lease_seconds: float = option(
+        30.0,
+        help="How long blocks in transfer are kept for a peer that says nothing.",
+        group=_TRANSFER,
+        advanced=True,
+    )
+    drain_seconds: float = option(
+        1.0,
+        help="How long an aborted transfer may drain before its connection is cut.",
+        group=_TRANSFER,
+        advanced=True,
+    )
+    pairing_seconds: float = option(
+        5.0, help="How long two nodes may take to connect.", group=_TRANSFER, advanced=True
+    )
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.kv_port < 65536:
+            raise _refused("kv_port", "must be in [0, 65535]")
+        if self.staging_slot_bytes is not None and self.staging_slot_bytes < 4096:
+            raise _refused("staging_slot_bytes", "must be at least 4096")
+        if self.num_staging_slots < 2:
+            raise _refused("num_staging_slots", "must be at least 2")
+        for name in ("lease_seconds", "drain_seconds", "pairing_seconds"):
+            if not 0.0 < getattr(self, name) < 86400.0:
+                raise _refused(name, "must be in (0, 86400)")
+
+    def slot_bytes_for(self, device_type: str) -> int:
+        """Bytes of a staging slot on a device of this type ("cpu", "cuda")."""
+        if self.staging_slot_bytes is not None:
+            return self.staging_slot_bytes
+        return 2 * _MIB if device_type == "cpu" else 16 * _MIB
+
+
+def _refused(name: str, problem: str) -> ConfigError:
+    return ConfigError(f"--{name.replace('_', '-')} {problem}.", param=name)

@@ -1,0 +1,57 @@
+"""Digests that fit one place of one transfer only.
+
+`kernels.block_digest` gives a 64-bit digest of each unit (one layer of one block). Sealing
+mixes it with what the unit is meant to be: the transfer, the tenant's salt, the position, the
+layer and the layout. A unit that is flipped, swapped, stale, misplaced or another tenant's
+fails the comparison. It is no MAC: an untrusted wire needs encryption.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+LAYOUT_VERSION = 1
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_POSITION = np.uint64(0xD6E8FEB86659FD93)
+_LAYER = np.uint64(0xA0761D6478BD642F)
+
+
+def digest_seed(transfer_id: bytes, salt: bytes) -> int:
+    """64 bits of (transfer, salt, layout version); fields are length-prefixed, so none can
+    run into the next."""
+    fields = (LAYOUT_VERSION.to_bytes(4, "little"), transfer_id, salt)
+    message = b"".join(len(field).to_bytes(4, "little") + field for field in fields)
+    digest = hashlib.blake2b(message, digest_size=8, person=b"baton-kv").digest()
+    return int.from_bytes(digest, "little")
+
+
+def seal_digests(
+    unit_digests: NDArray[np.uint64], *, seed: int, layer_start: int, positions: Sequence[int]
+) -> NDArray[np.uint64]:
+    """`unit_digests` `[num_layers, len(positions)]` -> sealed digests of the same shape.
+
+    For a fixed place the map is a bijection: two contents seal alike only if their unit
+    digests are equal.
+    """
+    layers = np.arange(layer_start, layer_start + unit_digests.shape[0], dtype=np.uint64)
+    places = np.asarray(positions, dtype=np.uint64)
+    layer_seeds = _mix(np.uint64(seed) ^ (layers * _LAYER))
+    place_seeds = _mix(layer_seeds[:, None] ^ (places * _POSITION)[None, :])
+    return _mix(unit_digests ^ place_seeds)
+
+
+def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """The finalizer of splitmix64: bijective on 64 bits."""
+    x = x + _GOLDEN
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))

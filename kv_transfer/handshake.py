@@ -1,0 +1,43 @@
+"""Agree before anything is sent: compare first, read the rest after.
+
+A mismatch concerns one pair of nodes. It is refused with `HandshakeMismatch` on both sides;
+each goes on serving its other peers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cluster.errors import HandshakeMismatch
+from kv_transfer.failures import FailureReason, failure
+
+_SATISFIES = {
+    "any": frozenset({"cuda_ipc", "rdma", "shm", "tcp", "loopback", "unknown"}),
+    "nvlink": frozenset({"cuda_ipc"}),
+    "rdma": frozenset({"rdma"}),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Compatibility:
+    """What must be equal on two nodes before they may exchange KV."""
+
+    protocol_version: int
+    compatibility_hash: str
+
+    def check(self, theirs: Compatibility) -> None:
+        """Raises `HandshakeMismatch` that says which fact differs."""
+        if self.protocol_version != theirs.protocol_version:
+            raise HandshakeMismatch(
+                f"The nodes speak protocol versions {self.protocol_version} and "
+                f"{theirs.protocol_version}.",
+                reason=FailureReason.LAYOUT_MISMATCH.value,
+            )
+        if self.compatibility_hash != theirs.compatibility_hash:
+            raise failure(FailureReason.LAYOUT_MISMATCH)
+
+
+def check_transport(required: str, in_use: str) -> None:
+    """Raises `TransferFailed` when a pair fell back to a transport that the operator refuses."""
+    if in_use not in _SATISFIES[required]:
+        raise failure(FailureReason.TRANSPORT_REFUSED)

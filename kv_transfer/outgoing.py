@@ -1,0 +1,292 @@
+"""The sending end of one transfer: a pure machine, events in, instructions out.
+
+Life of an outgoing transfer
+    1. PENDING      `Reserve` was sent. Chunks may be computed already; nothing is sent.
+    2. ACTIVE       the ticket came. Computed blocks that the receiver lacks become frames:
+                    `next_frame` -> packed by the shell -> `posted` -> `settled`.
+    3. COMMITTING   the first token is known and every frame is posted: `SendCommit`.
+    4. DONE         the receiver committed.
+    Any failure, from either end or from the link, ends the transfer at once for the node
+    (`ReportFailed`) and for the peer (`SendAbort`); no frame is posted any more.
+    5. QUARANTINED  until every posted send and every pack has ended. Then the peer's abort is
+                    acknowledged with the exact number of frames to drain.
+    6. FAILED
+
+`FreeSources` comes exactly once, in DONE or FAILED, when nothing reads the source blocks any
+more. Exactly one of `ReportCommitted`, `ReportFailed` and silence (the node withdrew it) tells
+the node how it ended, before that.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from kv_transfer.failures import FailureReason, failure
+from kv_transfer.transfer import TransferState
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from cluster.errors import ServingError
+    from kv_transfer.transfer import Ticket
+
+
+@dataclass(frozen=True, slots=True)
+class SendCommit:
+    num_frames: int
+    first_token_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class SendAbort:
+    """`error` None: the KV is not needed any more, nobody failed."""
+
+    num_frames_posted: int
+    error: ServingError | None
+
+
+@dataclass(frozen=True, slots=True)
+class SendAbortAck:
+    epoch: int
+    num_frames_posted: int
+
+
+@dataclass(frozen=True, slots=True)
+class ReportCommitted:
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class ReportFailed:
+    error: ServingError
+
+
+@dataclass(frozen=True, slots=True)
+class FreeSources:
+    pass
+
+
+Instruction = SendCommit | SendAbort | SendAbortAck | ReportCommitted | ReportFailed | FreeSources
+
+
+@dataclass(frozen=True, slots=True)
+class FramePlan:
+    """Which layers of which blocks go into one frame. `after`: when they are computed."""
+
+    layer_start: int
+    num_layers: int
+    positions: tuple[int, ...]
+    block_ids: tuple[int, ...]
+    after: Any
+
+
+@dataclass(frozen=True, slots=True)
+class _Computed:
+    block_id: int
+    after: Any
+
+
+class OutgoingTransfer:
+    """See the module. `num_blocks` is that of the whole prompt, its last block maybe partial."""
+
+    def __init__(self, *, num_layers: int, num_blocks: int) -> None:
+        self.state = TransferState.PENDING
+        self.ticket: Ticket | None = None
+        self.num_posted = 0
+        self._num_layers = num_layers
+        self._num_blocks = num_blocks
+        self._computed: list[_Computed] = []
+        self._missing: frozenset[int] = frozenset()
+        self._ready: deque[int] = deque()
+        self._next_layer = 0
+        self._num_unplanned = 0
+        self._num_packing = 0
+        self._num_in_flight = 0
+        self._first_token_id: int | None = None
+        self._ack_epoch: int | None = None
+        self._is_freed = False
+
+    @property
+    def num_blocks(self) -> int:
+        return self._num_blocks
+
+    @property
+    def may_post(self) -> bool:
+        return self.state in (TransferState.ACTIVE, TransferState.COMMITTING)
+
+    @property
+    def is_over(self) -> bool:
+        """Nothing is left to do: the sources are free."""
+        return self._is_freed
+
+    @property
+    def has_frame(self) -> bool:
+        return self.may_post and bool(self._ready)
+
+    # ---- what the node says -------------------------------------------------------------
+
+    def chunk_computed(self, num_blocks: int, block_table: Sequence[int], after: Any) -> None:
+        """The first `num_blocks` blocks of the prompt are complete once `after` happened."""
+        for position in range(len(self._computed), min(num_blocks, self._num_blocks)):
+            self._computed.append(_Computed(block_table[position], after))
+            if position in self._missing:
+                self._ready.append(position)
+
+    def commit_asked(self, first_token_id: int) -> list[Instruction]:
+        if self.state is not TransferState.PENDING and not self.may_post:
+            return []
+        self._first_token_id = first_token_id
+        return self._commit_if_sent()
+
+    def withdrawn(self) -> list[Instruction]:
+        """The node needs the transfer no more. Idempotent; nothing once it has ended."""
+        return self._end(None, tells_node=False, tells_peer=True)
+
+    # ---- what the shell did ---------------------------------------------------------------
+
+    def next_frame(self, max_units: int) -> FramePlan | None:
+        """The next frame of at most `max_units` layers of blocks; the shell packs it now."""
+        if not self.has_frame:
+            return None
+        if max_units >= self._num_layers:
+            layer_start, num_layers = 0, self._num_layers
+            count = min(len(self._ready), max_units // self._num_layers)
+        else:
+            layer_start, count = self._next_layer, 1
+            num_layers = min(max_units, self._num_layers - layer_start)
+        positions = tuple(self._ready[index] for index in range(count))
+        self._advance(count, layer_start + num_layers)
+        self._num_packing += 1
+        return FramePlan(
+            layer_start=layer_start,
+            num_layers=num_layers,
+            positions=positions,
+            block_ids=tuple(self._computed[position].block_id for position in positions),
+            after=self._computed[positions[-1]].after,
+        )
+
+    def posted(self) -> tuple[int, list[Instruction]]:
+        """A planned frame goes out now; returns its `seq`. Only while `may_post`."""
+        seq = self.num_posted
+        self.num_posted += 1
+        self._num_packing -= 1
+        self._num_in_flight += 1
+        return seq, self._commit_if_sent()
+
+    def dropped(self, error: ServingError | None = None) -> list[Instruction]:
+        """A planned frame will not go out: the transfer ended meanwhile, or packing failed."""
+        self._num_packing -= 1
+        if error is not None:
+            return self._end(error, tells_node=True, tells_peer=True)
+        return self._settle()
+
+    def settled(self, error: ServingError | None = None) -> list[Instruction]:
+        """A posted send has ended; its slot is free."""
+        self._num_in_flight -= 1
+        if error is not None and not self.state.is_final:
+            return self._end(error, tells_node=True, tells_peer=True)
+        return self._settle()
+
+    # ---- what the peer says -----------------------------------------------------------------
+
+    def ticketed(self, ticket: Ticket) -> list[Instruction]:
+        if self.state is not TransferState.PENDING:
+            return []
+        positions = ticket.missing_positions
+        ascending = all(a < b for a, b in itertools.pairwise(positions))
+        if positions and not (ascending and positions[-1] < self._num_blocks):
+            error = failure(FailureReason.TICKET_INVALID)
+            return self._end(error, tells_node=True, tells_peer=True)
+        self.state = TransferState.ACTIVE
+        self.ticket = ticket
+        self._missing = frozenset(positions)
+        self._num_unplanned = len(positions)
+        self._ready.extend(p for p in range(len(self._computed)) if p in self._missing)
+        return self._commit_if_sent()
+
+    def refused(self, error: ServingError) -> list[Instruction]:
+        """The receiver has no place for it; it forgot the transfer already."""
+        if self.state is not TransferState.PENDING:
+            return []
+        return self._end(error, tells_node=True, tells_peer=False)
+
+    def committed(self, error: ServingError | None) -> list[Instruction]:
+        if self.state is not TransferState.COMMITTING:
+            return []
+        if error is not None:
+            return self._end(error, tells_node=True, tells_peer=False)
+        self.state = TransferState.DONE
+        return [ReportCommitted(), *self._settle()]
+
+    def abort_asked(self, epoch: int, error: ServingError) -> list[Instruction]:
+        """The receiver gave up. Acknowledged once nothing is in flight; again if repeated."""
+        if self.state.is_final:
+            return [SendAbortAck(epoch, self.num_posted)]
+        self._ack_epoch = epoch
+        return self._end(error, tells_node=True, tells_peer=False)
+
+    def peer_lost(self, error: ServingError) -> list[Instruction]:
+        """The session ended. In-flight sends end too, by `settled`."""
+        self._ack_epoch = None
+        if self.state is TransferState.COMMITTING:
+            error = failure(FailureReason.COMMIT_UNKNOWN)
+        return self._end(error, tells_node=True, tells_peer=False)
+
+    def expired(self, error: ServingError) -> list[Instruction]:
+        """Its lease or deadline passed."""
+        return self._end(error, tells_node=True, tells_peer=True)
+
+    # ---- endings --------------------------------------------------------------------------
+
+    def _end(
+        self, error: ServingError | None, *, tells_node: bool, tells_peer: bool
+    ) -> list[Instruction]:
+        instructions: list[Instruction] = []
+        if not self.state.is_final and self.state is not TransferState.QUARANTINED:
+            self.state = TransferState.QUARANTINED
+            self._ready.clear()
+            if tells_peer:
+                instructions.append(SendAbort(self.num_posted, error))
+            if tells_node and error is not None:
+                instructions.append(ReportFailed(error))
+        return instructions + self._settle()
+
+    def _settle(self) -> list[Instruction]:
+        """Move on from QUARANTINED, and free the sources, once nothing is in flight."""
+        if self._num_packing or self._num_in_flight:
+            return []
+        instructions: list[Instruction] = []
+        if self.state is TransferState.QUARANTINED:
+            self.state = TransferState.FAILED
+            if self._ack_epoch is not None:
+                instructions.append(SendAbortAck(self._ack_epoch, self.num_posted))
+        if self.state.is_final and not self._is_freed:
+            self._is_freed = True
+            instructions.append(FreeSources())
+        return instructions
+
+    def _commit_if_sent(self) -> list[Instruction]:
+        """`SendCommit` when the first token is known and every missing block was posted."""
+        first_token_id = self._first_token_id
+        if self.state is not TransferState.ACTIVE or first_token_id is None:
+            return []
+        if self._ready or self._num_packing:
+            return []
+        if self._num_unplanned:
+            error = failure(FailureReason.INCOMPLETE)
+            return self._end(error, tells_node=True, tells_peer=True)
+        self.state = TransferState.COMMITTING
+        return [SendCommit(self.num_posted, first_token_id)]
+
+    def _advance(self, num_positions: int, next_layer: int) -> None:
+        """Take planned work off the queue; a block cut by layers stays until its last layer."""
+        if next_layer < self._num_layers:
+            self._next_layer = next_layer
+            return
+        self._next_layer = 0
+        for _ in range(num_positions):
+            self._ready.popleft()
+        self._num_unplanned -= num_positions

@@ -1,0 +1,173 @@
+"""The frame: a header message in host memory, then a payload message, of one transfer.
+
+    header   fixed fields, positions uint32 [num_positions],
+             sealed digests uint64 [num_layers, num_positions]
+    payload  uint8 [num_layers, num_positions, unit_bytes], straight from a staging slot
+
+The header says which layers of which block positions the payload holds, so a frame may carry
+any rectangle of them: whole blocks of a chunk today, single layers when they are streamed as
+they finish. Headers of a session travel under the session's tag and arrive in the order they
+were posted; a payload travels under the nonce of its ticket. Both were drawn by the receiver,
+so no other peer can know them.
+
+A header is parsed before anything is allocated or received for it, and everything in it is
+checked against what was agreed at the handshake.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from cluster.errors import TransferFailed
+from kv_transfer.failures import FailureReason
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+MAGIC = b"BTKV"
+FRAME_VERSION = 1
+TRANSFER_ID_BYTES = 16
+MAX_UNITS_PER_FRAME = 4096
+
+# magic, version, num_layers, layer_start, num_positions, epoch, seq, transfer_id, incarnation,
+# nonce, payload_bytes; then the checksum of all other bytes of the header.
+_FIXED = struct.Struct("<4sHHHHII16sQQQ")
+_CHECKSUM_BYTES = 8
+_PREFIX_BYTES = _FIXED.size + _CHECKSUM_BYTES
+
+
+class FrameMalformed(TransferFailed):
+    """The header cannot be read, so neither can the stream behind it: the link must be cut."""
+
+    def __init__(self, problem: str) -> None:
+        super().__init__(
+            f"A KV frame could not be read: {problem}.", reason=FailureReason.FRAME_MALFORMED.value
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class FrameHeader:
+    """One frame. `seq` counts the frames of a transfer from 0.
+
+    `digests` is uint64 `[num_layers, len(positions)]`; `positions` are block positions in the
+    prompt, strictly ascending; layers are `layer_start .. layer_start + num_layers`.
+    """
+
+    transfer_id: bytes
+    incarnation: int  # of the receiver
+    epoch: int
+    nonce: int
+    seq: int
+    layer_start: int
+    num_layers: int
+    positions: tuple[int, ...]
+    payload_bytes: int
+    digests: NDArray[np.uint64]
+
+
+@dataclass(frozen=True, slots=True)
+class FrameLimits:
+    """What both ends know before any frame. `max_payload_bytes` is one staging slot."""
+
+    num_layers: int
+    unit_bytes: int
+    max_payload_bytes: int
+
+    @property
+    def max_units(self) -> int:
+        """Units (layers of blocks) that one frame may carry."""
+        return min(self.max_payload_bytes // self.unit_bytes, MAX_UNITS_PER_FRAME)
+
+    @property
+    def max_header_bytes(self) -> int:
+        return _PREFIX_BYTES + self.max_units * (4 + 8)
+
+
+def pack_header(header: FrameHeader, out: memoryview) -> int:
+    """Write the header to the start of `out`; returns its length in bytes."""
+    fixed = _FIXED.pack(
+        MAGIC,
+        FRAME_VERSION,
+        header.num_layers,
+        header.layer_start,
+        len(header.positions),
+        header.epoch,
+        header.seq,
+        header.transfer_id,
+        header.incarnation,
+        header.nonce,
+        header.payload_bytes,
+    )
+    arrays = (
+        np.asarray(header.positions, dtype="<u4").tobytes()
+        + header.digests.astype("<u8", copy=False).tobytes()
+    )
+    message = fixed + _checksum(fixed, arrays) + arrays
+    out[: len(message)] = message
+    return len(message)
+
+
+def parse_header(data: memoryview, limits: FrameLimits) -> FrameHeader:
+    """The header at the start of `data`; bytes after it are ignored.
+
+    Raises `FrameMalformed`. Every count is checked before it is used as a length.
+    """
+    if len(data) < _PREFIX_BYTES:
+        raise FrameMalformed("it is too short")
+    fixed = bytes(data[: _FIXED.size])
+    fields = _FIXED.unpack(fixed)
+    magic, version, num_layers, _layer_start, num_positions = fields[:5]
+    if magic != MAGIC or version != FRAME_VERSION:
+        raise FrameMalformed("its magic or version is wrong")
+    num_units = num_layers * num_positions
+    if not 0 < num_units <= limits.max_units:
+        raise FrameMalformed("its size is out of range")
+    num_array_bytes = 4 * num_positions + 8 * num_units
+    if len(data) < _PREFIX_BYTES + num_array_bytes:
+        raise FrameMalformed("it is too short")
+    arrays = bytes(data[_PREFIX_BYTES : _PREFIX_BYTES + num_array_bytes])
+    if bytes(data[_FIXED.size : _PREFIX_BYTES]) != _checksum(fixed, arrays):
+        raise FrameMalformed("its checksum is wrong")
+    header = _build(fields, arrays)
+    _check_map(header, limits)
+    return header
+
+
+def _build(fields: tuple[int | bytes, ...], arrays: bytes) -> FrameHeader:
+    _, _, num_layers, layer_start, num_positions, epoch, seq, transfer_id = fields[:8]
+    incarnation, nonce, payload_bytes = fields[8:]
+    positions = np.frombuffer(arrays, dtype="<u4", count=int(num_positions))
+    digests = np.frombuffer(arrays, dtype="<u8", offset=4 * int(num_positions))
+    return FrameHeader(
+        transfer_id=bytes(transfer_id),
+        incarnation=int(incarnation),
+        epoch=int(epoch),
+        nonce=int(nonce),
+        seq=int(seq),
+        layer_start=int(layer_start),
+        num_layers=int(num_layers),
+        positions=tuple(positions.tolist()),
+        payload_bytes=int(payload_bytes),
+        digests=digests.astype(np.uint64).reshape(int(num_layers), int(num_positions)),
+    )
+
+
+def _check_map(header: FrameHeader, limits: FrameLimits) -> None:
+    if header.layer_start + header.num_layers > limits.num_layers:
+        raise FrameMalformed("its layers are out of range")
+    ascending = zip(header.positions, header.positions[1:], strict=False)
+    if any(earlier >= later for earlier, later in ascending):
+        raise FrameMalformed("its positions are not ascending")
+    num_units = header.num_layers * len(header.positions)
+    if header.payload_bytes != num_units * limits.unit_bytes:
+        raise FrameMalformed("its payload does not fit its map")
+
+
+def _checksum(fixed: bytes, arrays: bytes) -> bytes:
+    message = fixed + arrays
+    return hashlib.blake2b(message, digest_size=_CHECKSUM_BYTES, person=b"baton-frame").digest()

@@ -1,0 +1,136 @@
+"""The staging slots of one node: the only memory that a transport reads or writes.
+
+Life of a slot
+    1. Allocated once at start, on the device of the KV pool.
+    2. `acquire`: one frame owns it, from before its bytes are packed or received until nobody
+       can touch it any more. Who asks first is served first, but one owner (one peer) gets no
+       more than its share, so that a peer that hangs cannot stop the others.
+    3. `release`: free for the next frame. Or `retire`: an operation on it did not end even
+       though its connection was cut; it is never used again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter, deque
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from cluster.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Hashable
+
+    from kv_transfer.protocol import FrameLimits
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StagingSlot:
+    """`payload` is uint8 `[slot_bytes]` on the pool's device, `header` uint8 in host memory."""
+
+    index: int
+    payload: torch.Tensor
+    header: torch.Tensor
+
+
+@dataclass(slots=True, eq=False)
+class _Waiter:
+    owner: Hashable
+    future: asyncio.Future[StagingSlot]
+
+
+class Staging:
+    """A fixed set of slots. One event loop uses it; nothing here blocks a thread."""
+
+    def __init__(
+        self, *, slot_bytes: int, num_slots: int, limits: FrameLimits, device: torch.device
+    ) -> None:
+        """Raises `ConfigError` when a slot cannot hold one layer of one block."""
+        if slot_bytes < limits.unit_bytes:
+            raise ConfigError(
+                f"--staging-slot-bytes must be at least {limits.unit_bytes}, "
+                "one layer of one KV block.",
+                param="staging_slot_bytes",
+            )
+        self.slot_bytes = slot_bytes
+        self.num_slots = num_slots
+        self.device = device
+        memory = torch.empty((num_slots, slot_bytes), dtype=torch.uint8, device=device)
+        headers = torch.zeros((num_slots, limits.max_header_bytes), dtype=torch.uint8)
+        self._free = deque(
+            StagingSlot(index, memory[index], headers[index]) for index in range(num_slots)
+        )
+        self._share = max(1, num_slots // 2)
+        self._owners: dict[StagingSlot, Hashable] = {}
+        self._num_owned: Counter[Hashable] = Counter()
+        self._num_retired = 0
+        self._scratch: torch.Tensor | None = None
+        self._waiters: deque[_Waiter] = deque()
+
+    @property
+    def num_free(self) -> int:
+        return len(self._free)
+
+    @property
+    def num_retired(self) -> int:
+        return self._num_retired
+
+    @property
+    def scratch(self) -> torch.Tensor:
+        """Memory of one slot's size for payloads that nobody wants; shared by all of them."""
+        if self._scratch is None:
+            self._scratch = torch.empty(self.slot_bytes, dtype=torch.uint8, device=self.device)
+        return self._scratch
+
+    async def acquire(self, owner: Hashable) -> StagingSlot:
+        """Wait for a slot. Cancelling the wait leaves nothing behind."""
+        waiter = _Waiter(owner, asyncio.get_running_loop().create_future())
+        self._waiters.append(waiter)
+        self._serve()
+        try:
+            return await waiter.future
+        except asyncio.CancelledError:
+            self._forget(waiter)
+            raise
+
+    def release(self, slot: StagingSlot) -> None:
+        self._disown(slot)
+        self._free.append(slot)
+        self._serve()
+
+    def retire(self, slot: StagingSlot) -> None:
+        self._disown(slot)
+        self._num_retired += 1
+
+    def check_integrity(self) -> None:
+        """Raises `AssertionError` when slots were lost or counted twice."""
+        if len(self._free) + len(self._owners) + self._num_retired != self.num_slots:
+            raise AssertionError("staging slots do not add up")
+        if sum(self._num_owned.values()) != len(self._owners):
+            raise AssertionError("owners of staging slots do not add up")
+
+    def _serve(self) -> None:
+        for waiter in list(self._waiters):
+            if not self._free:
+                return
+            if waiter.future.done() or self._num_owned[waiter.owner] >= self._share:
+                continue
+            self._waiters.remove(waiter)
+            slot = self._free.popleft()
+            self._owners[slot] = waiter.owner
+            self._num_owned[waiter.owner] += 1
+            waiter.future.set_result(slot)
+
+    def _forget(self, waiter: _Waiter) -> None:
+        if waiter in self._waiters:
+            self._waiters.remove(waiter)
+        elif waiter.future.done() and not waiter.future.cancelled():
+            self.release(waiter.future.result())
+
+    def _disown(self, slot: StagingSlot) -> None:
+        owner = self._owners.pop(slot)
+        self._num_owned[owner] -= 1
+        if not self._num_owned[owner]:
+            del self._num_owned[owner]

@@ -1,0 +1,30 @@
+"""What transfers did, as plain counters; the node turns them into metrics."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+
+@dataclass(slots=True)
+class TransferStats:
+    """Counters since start, except `num_*` gauges. Labels are few: transports, reasons, peers."""
+
+    bytes_by_transport: Counter[str] = field(default_factory=Counter)  # payload moved
+    seconds_by_transport: dict[str, float] = field(default_factory=dict)  # in flight, summed
+    frames: int = 0
+    transfers_done: int = 0
+    transfer_seconds: float = 0.0  # reserve to commit, summed over transfers done
+    failures: Counter[str] = field(default_factory=Counter)  # by reason
+    frames_dropped: Counter[str] = field(default_factory=Counter)  # by reason
+    corrupt_frames_by_peer: Counter[str] = field(default_factory=Counter)
+    handshakes_refused: int = 0
+    pairings: int = 0
+    revocations: int = 0
+
+    def moved(self, transport: str, num_bytes: int, seconds: float) -> None:
+        """One frame has moved."""
+        self.frames += 1
+        self.bytes_by_transport[transport] += num_bytes
+        spent = self.seconds_by_transport.get(transport, 0.0)
+        self.seconds_by_transport[transport] = spent + seconds

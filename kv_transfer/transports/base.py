@@ -1,0 +1,64 @@
+"""What a transport must do: move tagged messages between memories it was given.
+
+Life of an endpoint
+    1. A node `listen`s; a peer `connect`s with the session id it was told over the control
+       plane. Both get an `Endpoint`; the listener checks the id before it trusts it.
+    2. `send` and `recv` post at once, in the order of the calls, and return a future that is
+       done when the buffer may be reused. Messages match by tag; messages of one endpoint
+       under one tag match in the order they were posted. Nothing can be cancelled: to stop a
+       receive, close the endpoint.
+    3. The connection breaks, or either side closes: every posted operation ends, with
+       `TransferFailed` where it did not complete, and `on_close` is called once.
+
+All methods are called on the event loop that created the transport.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    import asyncio
+
+    import torch
+
+
+class Endpoint(Protocol):
+    """One connection to one peer. Buffers are contiguous uint8 tensors, host or device."""
+
+    @property
+    def transport_name(self) -> str:
+        """What carries the payload: "loopback", "tcp", "shm", "rdma", "cuda_ipc"."""
+
+    def send(self, buffer: torch.Tensor, tag: int) -> asyncio.Future[None]: ...
+
+    def recv(self, buffer: torch.Tensor, tag: int) -> asyncio.Future[None]:
+        """A shorter message fills the front of `buffer`; a longer one fails the receive."""
+
+    def on_close(self, callback: Callable[[], None]) -> None:
+        """Call `callback` once when the connection ends, whoever ended it; at once if it has."""
+
+    async def close(self) -> bool:
+        """Cut the connection. True when no posted operation can touch memory any more; False
+        when one did not end in time, so that its buffer must never be reused. Idempotent."""
+
+
+Accept = Callable[[int, Endpoint], None]
+"""Called with the session id a peer named and its endpoint; closes it if the id is unknown."""
+
+
+class Transport(Protocol):
+    """The connections of one process."""
+
+    @property
+    def name(self) -> str: ...
+
+    async def listen(self, host: str, port: int, accept: Accept) -> int:
+        """Start to accept; returns the port, which matters when 0 was asked for."""
+
+    async def connect(self, host: str, port: int, session_id: int) -> Endpoint:
+        """Raises `TransferFailed` when the peer cannot be reached in time."""
+
+    async def close(self) -> None:
+        """Close the endpoints, then the listener."""
