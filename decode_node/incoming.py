@@ -1,0 +1,150 @@
+"""One incoming transfer as the intake sees it: what was promised, what has arrived."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from cluster.request import KVLoadFailurePolicy, SequenceRequest
+from kv_transfer.digests import digest_seed
+from kv_transfer.failures import FailureReason
+from kv_transfer.transfer import TransferState
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from cluster.errors import ServingError
+    from kv_transfer.protocol import FrameHeader
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IncomingSequence:
+    """What a `Reserve` asks for."""
+
+    transfer_id: bytes
+    attempt: int
+    request: SequenceRequest
+    gateway_id: str
+    kv_load_failure_policy: KVLoadFailurePolicy = KVLoadFailurePolicy.FAIL
+
+    @property
+    def sequence_id(self) -> str:
+        return self.request.sequence_id
+
+
+@dataclass(slots=True)
+class BlockProgress:
+    """Which layers of which missing block positions have been announced and verified."""
+
+    num_layers: int
+    num_units: int  # to receive in all
+    announced: dict[int, int]  # position -> bit set of its layers
+    num_verified: int = 0
+
+    @classmethod
+    def of(cls, positions: Sequence[int], num_layers: int) -> BlockProgress:
+        return cls(num_layers, num_layers * len(positions), dict.fromkeys(positions, 0))
+
+    def announce(self, header: FrameHeader) -> bool:
+        """False when the frame holds what was not asked for, or what came before."""
+        layers = ((1 << header.num_layers) - 1) << header.layer_start
+        for position in header.positions:
+            if self.announced.get(position, layers) & layers:
+                return False
+        for position in header.positions:
+            self.announced[position] |= layers
+        return True
+
+    @property
+    def is_complete(self) -> bool:
+        return self.num_verified == self.num_units
+
+
+@dataclass(slots=True)
+class IncomingTransfer:
+    """State of one transfer. Only `Intake` changes it.
+
+    A frame is `landing` from the moment its payload may be written into a slot until it was
+    scattered into the blocks or dropped: while any is, the blocks must not be freed.
+    """
+
+    sequence: IncomingSequence
+    session_id: int
+    epoch: int
+    nonce: int
+    began_at: float
+    deadline: float | None
+    digest_seed: int
+    state: TransferState = TransferState.PENDING
+    block_ids: tuple[int, ...] = ()
+    progress: BlockProgress = field(default_factory=lambda: BlockProgress.of((), 0))
+    error: ServingError | None = None
+    is_asking: bool = False  # the block source has not answered yet
+    is_starting: bool = False
+    num_arrived: int = 0  # frames whose header came
+    num_landing: int = 0
+    num_verified: int = 0
+    num_committed: int | None = None  # frames, says Commit
+    first_token_id: int = 0
+    num_to_drain: int | None = None  # frames the peer posted in all, says its ack or abort
+    drain_deadline: float | None = None
+    forget_at: float | None = None
+    is_cut: bool = False  # its connection was revoked: nothing posted on it is left
+    is_waiting_for: set[bytes] = field(default_factory=set)  # older attempts not yet freed
+
+    @classmethod
+    def begin(
+        cls, sequence: IncomingSequence, session_id: int, *, epoch: int, nonce: int, now: float
+    ) -> IncomingTransfer:
+        seconds = sequence.request.deadline_seconds
+        return cls(
+            sequence=sequence,
+            session_id=session_id,
+            epoch=epoch,
+            nonce=nonce,
+            began_at=now,
+            deadline=None if seconds is None else now + seconds,
+            digest_seed=digest_seed(sequence.transfer_id, sequence.request.cache_salt),
+        )
+
+    @property
+    def transfer_id(self) -> bytes:
+        return self.sequence.transfer_id
+
+    @property
+    def is_receiving(self) -> bool:
+        """Its frames are wanted."""
+        return self.state in (TransferState.ACTIVE, TransferState.COMMITTING) and (
+            not self.is_starting
+        )
+
+    @property
+    def is_quiescent(self) -> bool:
+        """Nothing writes into its blocks, now or later: every frame the peer posted has come
+        and gone, or the connection that could bring one is cut."""
+        if self.is_asking or self.num_landing:
+            return False
+        return self.is_cut or (
+            self.num_to_drain is not None and self.num_arrived >= self.num_to_drain
+        )
+
+    def why_not_ours(self, header: FrameHeader, incarnation: int) -> FailureReason | None:
+        """Why a frame that names this transfer is none of its own; None when it is."""
+        if self.state.is_final:
+            return FailureReason.ABORTED
+        ticket = (header.incarnation, header.epoch, header.nonce)
+        if ticket != (incarnation, self.epoch, self.nonce):
+            return FailureReason.TICKET_INVALID
+        return FailureReason.FRAME_DUPLICATE if header.seq < self.num_arrived else None
+
+    def announce(self, header: FrameHeader) -> FailureReason | None:
+        """Count one of its own frames as landing; why it is not what the ticket allows."""
+        is_next = header.seq == self.num_arrived
+        self.num_arrived += 1
+        self.num_landing += 1
+        if not is_next:
+            return FailureReason.FRAME_LOST
+        is_late = self.num_committed is not None and self.num_arrived > self.num_committed
+        if is_late or not self.progress.announce(header):
+            return FailureReason.FRAME_UNEXPECTED
+        return None

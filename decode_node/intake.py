@@ -1,0 +1,456 @@
+"""The receiving end of every transfer of one decode node: a pure machine.
+
+Events come in as method calls, time as an argument; a list of instructions goes out. The shell
+(`receiver.py`) does what they say and reports back.
+
+Life of an incoming transfer
+    1. PENDING      `Reserve` came: `AskBlocks`. An older attempt of the same sequence is
+                    aborted first and must be freed before the new one asks.
+    2. ACTIVE       blocks are set aside, the ticket is out. Each frame: `frame_arrived` says
+                    land or drop; a landed one is verified against its digests and scattered.
+    3. COMMITTING   `Commit` came. When every announced frame is verified and no block is
+                    missing: `Start`, once.
+    4. DONE         the sequence runs; the blocks are its own.
+    Abort, from either end, lease, deadline, a bad frame, the loss of the peer:
+    5. QUARANTINED  the epoch moves on, so nothing more lands. The peer is told, stops, and
+                    says how many frames it had posted; that many are drained. If it does not
+                    say so in time, or is lost, its connection is cut (`Revoke`) and everything
+                    posted on it has ended (`session_revoked`).
+    6. FAILED       only now `Free`. Never on a bare timeout.
+
+A final transfer is remembered as long as a late message could still name it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from decode_node.incoming import BlockProgress, IncomingSequence, IncomingTransfer
+from decode_node.intake_instructions import (
+    AskBlocks,
+    Dropping,
+    Free,
+    Instruction,
+    Landing,
+    ReportFailed,
+    ReportWithdrawn,
+    Revoke,
+    SendAbort,
+    SendCommitted,
+    SendRefused,
+    SendRenew,
+    SendTicket,
+    Start,
+    StopAsking,
+)
+from kv_transfer.failures import FailureReason, failure
+from kv_transfer.lease import LeaseTable
+from kv_transfer.transfer import Ticket, TransferState
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from cluster.errors import ServingError
+    from kv_transfer.protocol import FrameHeader
+
+TOMBSTONE_LEASES = 2
+_EPOCH_MASK = 0xFFFFFFFF
+
+
+class Intake:
+    """See the module. `draw_nonce` gives unpredictable 64-bit numbers."""
+
+    def __init__(
+        self,
+        *,
+        incarnation: int,
+        num_layers: int,
+        lease_seconds: float,
+        drain_seconds: float,
+        draw_nonce: Callable[[], int],
+    ) -> None:
+        self._incarnation = incarnation
+        self._num_layers = num_layers
+        self._drain_seconds = drain_seconds
+        self._draw_nonce = draw_nonce
+        self._leases = LeaseTable(lease_seconds)
+        self._transfers: dict[bytes, IncomingTransfer] = {}
+        self._latest: dict[str, bytes] = {}  # sequence_id -> its newest transfer
+        self._open_sessions: set[int] = set()
+        self._epoch = 0
+
+    @property
+    def transfers(self) -> Iterator[IncomingTransfer]:
+        """All that are remembered, tombstones included."""
+        return iter(self._transfers.values())
+
+    @property
+    def num_active(self) -> int:
+        return sum(not transfer.state.is_final for transfer in self.transfers)
+
+    @property
+    def num_quarantined_blocks(self) -> int:
+        quarantined = (t for t in self.transfers if t.state is TransferState.QUARANTINED)
+        return sum(len(transfer.block_ids) for transfer in quarantined)
+
+    def remaining_seconds(self, transfer_id: bytes, now: float) -> float:
+        return self._leases.remaining_seconds(transfer_id, now)
+
+    def age_seconds(self, transfer_id: bytes, now: float) -> float:
+        """Since its `Reserve` came."""
+        return now - self._transfers[transfer_id].began_at
+
+    # ---- sessions -------------------------------------------------------------------------
+
+    def session_opened(self, session_id: int) -> None:
+        self._open_sessions.add(session_id)
+
+    def session_lost(
+        self, session_id: int, now: float, reason: FailureReason = FailureReason.SENDER_LOST
+    ) -> list[Instruction]:
+        """Nothing more will come from this peer, and what was posted must be ended."""
+        if session_id not in self._open_sessions:
+            return []
+        self._open_sessions.remove(session_id)
+        instructions: list[Instruction] = []
+        for transfer in self._of_session(session_id):
+            instructions += self._abort(transfer, failure(reason), now)
+        return [*instructions, Revoke(session_id)]
+
+    def session_revoked(self, session_id: int, now: float) -> list[Instruction]:
+        """The session's connection is cut and every operation posted on it has ended."""
+        instructions: list[Instruction] = []
+        for transfer in self._of_session(session_id):
+            transfer.is_cut = True
+            instructions += self._settle(transfer, now)
+        return instructions
+
+    # ---- reserving ------------------------------------------------------------------------
+
+    def reserve_asked(
+        self, session_id: int, sequence: IncomingSequence, now: float
+    ) -> list[Instruction]:
+        if session_id not in self._open_sessions:
+            return []
+        refused = self._why_refused(sequence)
+        if refused is not None:
+            return [SendRefused(session_id, sequence.transfer_id, failure(refused))]
+        older = [
+            transfer
+            for transfer in self.transfers
+            if transfer.sequence.sequence_id == sequence.sequence_id and not transfer.state.is_final
+        ]
+        transfer = IncomingTransfer.begin(
+            sequence, session_id, epoch=self._next_epoch(), nonce=self._draw_nonce(), now=now
+        )
+        self._transfers[sequence.transfer_id] = transfer
+        self._latest[sequence.sequence_id] = sequence.transfer_id
+        self._leases.grant(sequence.transfer_id, now)
+        transfer.is_waiting_for = {other.transfer_id for other in older}
+        instructions: list[Instruction] = []
+        for other in older:
+            error = failure(FailureReason.SUPERSEDED)
+            instructions += self._abort(other, error, now, report=ReportWithdrawn(other.sequence))
+        return instructions + self._ask_if_first(transfer)
+
+    def reserved(
+        self, transfer_id: bytes, block_ids: tuple[int, ...], num_held_blocks: int, now: float
+    ) -> list[Instruction]:
+        transfer = self._transfers[transfer_id]
+        transfer.is_asking = False
+        transfer.block_ids = block_ids
+        if transfer.state is not TransferState.PENDING:
+            return self._settle(transfer, now)
+        missing = tuple(range(num_held_blocks, len(block_ids)))
+        transfer.progress = BlockProgress.of(missing, self._num_layers)
+        transfer.state = TransferState.ACTIVE
+        ticket = Ticket(
+            transfer_id=transfer_id,
+            incarnation=self._incarnation,
+            epoch=transfer.epoch,
+            nonce=transfer.nonce,
+            expires_in_seconds=self._leases.remaining_seconds(transfer_id, now),
+            missing_positions=missing,
+        )
+        return [SendTicket(transfer.session_id, ticket)]
+
+    def reserve_failed(
+        self, transfer_id: bytes, error: ServingError, now: float
+    ) -> list[Instruction]:
+        """The block source has no place, ever, or was told to stop asking."""
+        transfer = self._transfers[transfer_id]
+        transfer.is_asking = False
+        if transfer.state is not TransferState.PENDING:
+            return self._settle(transfer, now)
+        transfer.error = error
+        refused = SendRefused(transfer.session_id, transfer_id, error)
+        return [refused, *self._finish(transfer, TransferState.FAILED, now)]
+
+    # ---- frames ---------------------------------------------------------------------------
+
+    def frame_arrived(
+        self, session_id: int, header: FrameHeader, now: float
+    ) -> tuple[Landing | Dropping, list[Instruction]]:
+        """What to do with the payload behind this header. It is received in any case."""
+        transfer = self._transfers.get(header.transfer_id)
+        if transfer is None or transfer.session_id != session_id:
+            invalid = FailureReason.TICKET_INVALID
+            return Dropping(header.transfer_id, invalid, is_counted=False), []
+        reason = transfer.why_not_ours(header, self._incarnation)
+        if reason is not None:
+            return Dropping(header.transfer_id, reason, is_counted=False), []
+        problem = transfer.announce(header)
+        if not transfer.is_receiving:
+            return Dropping(header.transfer_id, FailureReason.ABORTED, is_counted=True), []
+        if problem is not None:
+            dropping = Dropping(header.transfer_id, problem, is_counted=True)
+            return dropping, self._abort(transfer, failure(problem), now)
+        block_ids = tuple(transfer.block_ids[position] for position in header.positions)
+        return Landing(header.transfer_id, header.seq, block_ids, transfer.digest_seed), []
+
+    def may_scatter(self, transfer_id: bytes) -> bool:
+        """Whether a landed payload is still wanted; asked right before it is scattered."""
+        transfer = self._transfers.get(transfer_id)
+        return transfer is not None and transfer.is_receiving
+
+    def frame_ended(
+        self, transfer_id: bytes, error: ServingError | None, num_units: int, now: float
+    ) -> list[Instruction]:
+        """A landing frame was verified and scattered (`num_units` of it), or dropped (0)."""
+        transfer = self._transfers.get(transfer_id)
+        if transfer is None:
+            return []
+        transfer.num_landing -= 1
+        if not transfer.is_receiving:
+            return self._settle(transfer, now)
+        if error is not None:
+            return self._abort(transfer, error, now)
+        transfer.progress.num_verified += num_units
+        transfer.num_verified += 1
+        return self._start_if_complete(transfer, now)
+
+    # ---- committing -----------------------------------------------------------------------
+
+    def commit_asked(
+        self,
+        session_id: int,
+        transfer_id: bytes,
+        *,
+        nonce: int,
+        epoch: int,
+        num_frames: int,
+        first_token_id: int,
+        now: float,
+    ) -> list[Instruction]:
+        """Idempotent: asked again, the stored result is sent again."""
+        transfer = self._transfers.get(transfer_id)
+        if transfer is None or (transfer.session_id, transfer.nonce, transfer.epoch) != (
+            session_id,
+            nonce,
+            epoch,
+        ):
+            error = failure(FailureReason.TICKET_INVALID)
+            return [SendCommitted(session_id, transfer_id, error)]
+        if transfer.state is TransferState.DONE:
+            return [SendCommitted(session_id, transfer_id, None)]
+        if transfer.state is TransferState.ACTIVE:
+            transfer.state = TransferState.COMMITTING
+            transfer.num_committed = num_frames
+            transfer.first_token_id = first_token_id
+            return self._start_if_complete(transfer, now)
+        if transfer.state is TransferState.COMMITTING:
+            return []
+        error = transfer.error or failure(FailureReason.TICKET_INVALID)
+        return [SendCommitted(session_id, transfer_id, error)]
+
+    def started(self, transfer_id: bytes, now: float) -> list[Instruction]:
+        transfer = self._transfers[transfer_id]
+        transfer.is_starting = False
+        committed = SendCommitted(transfer.session_id, transfer_id, None)
+        return [committed, *self._finish(transfer, TransferState.DONE, now)]
+
+    def start_failed(
+        self, transfer_id: bytes, error: ServingError, now: float
+    ) -> list[Instruction]:
+        """The node could not take the sequence over; the blocks are still the transfer's."""
+        transfer = self._transfers[transfer_id]
+        transfer.is_starting = False
+        transfer.error = error
+        return [
+            SendCommitted(transfer.session_id, transfer_id, error),
+            ReportFailed(transfer.sequence, error),
+            Free(transfer.sequence),
+            *self._finish(transfer, TransferState.FAILED, now),
+        ]
+
+    # ---- aborting -------------------------------------------------------------------------
+
+    def sender_aborted(
+        self,
+        session_id: int,
+        transfer_id: bytes,
+        num_frames_posted: int,
+        error: ServingError | None,
+        now: float,
+    ) -> list[Instruction]:
+        """`error` None: the prefill node needs the transfer no more."""
+        transfer = self._transfers.get(transfer_id)
+        if transfer is None or transfer.session_id != session_id or transfer.state.is_final:
+            return []
+        transfer.num_to_drain = num_frames_posted
+        if transfer.state is TransferState.QUARANTINED:
+            return self._settle(transfer, now)
+        report = ReportWithdrawn(transfer.sequence) if error is None else None
+        reported = error or failure(FailureReason.WITHDRAWN)
+        return self._abort(transfer, reported, now, report=report, tells_peer=False)
+
+    def abort_acked(
+        self, session_id: int, transfer_id: bytes, epoch: int, num_frames_posted: int, now: float
+    ) -> list[Instruction]:
+        transfer = self._transfers.get(transfer_id)
+        if transfer is None or transfer.session_id != session_id:
+            return []
+        if transfer.state is not TransferState.QUARANTINED or epoch != self._next(transfer.epoch):
+            return []
+        transfer.num_to_drain = num_frames_posted
+        return self._settle(transfer, now)
+
+    def cancelled(self, sequence_id: str, error: ServingError, now: float) -> list[Instruction]:
+        """The node wants the sequence no more. Nothing when it runs or was never reserved."""
+        transfer = self._transfers.get(self._latest.get(sequence_id, b""))
+        if transfer is None:
+            return []
+        return self._abort(transfer, error, now, report=ReportWithdrawn(transfer.sequence))
+
+    def renewed(
+        self, session_id: int, transfer_id: bytes, extend_seconds: float, now: float
+    ) -> None:
+        transfer = self._transfers.get(transfer_id)
+        if transfer is not None and transfer.session_id == session_id:
+            self._leases.renew(transfer_id, extend_seconds, now)
+
+    def ticked(self, now: float) -> list[Instruction]:
+        """Sweep everything: leases, deadlines, drains that take too long, tombstones."""
+        instructions: list[Instruction] = []
+        for transfer_id in self._leases.expire(now):
+            error = failure(FailureReason.LEASE_EXPIRED)
+            instructions += self._abort(self._transfers[transfer_id], error, now)
+        for transfer in list(self.transfers):
+            if transfer.deadline is not None and now >= transfer.deadline:
+                instructions += self._abort(transfer, failure(FailureReason.DEADLINE), now)
+            if transfer.drain_deadline is not None and now >= transfer.drain_deadline:
+                lost = FailureReason.LINK_LOST
+                instructions += self.session_lost(transfer.session_id, now, lost)
+            if transfer.forget_at is not None and now >= transfer.forget_at:
+                self._forget(transfer)
+        for transfer_id in self._leases.due_renewals(now):
+            session_id = self._transfers[transfer_id].session_id
+            extension = self._leases.extension_seconds
+            instructions.append(SendRenew(session_id, transfer_id, extension))
+        return instructions
+
+    # ---- steps ----------------------------------------------------------------------------
+
+    def _abort(
+        self,
+        transfer: IncomingTransfer,
+        error: ServingError,
+        now: float,
+        *,
+        report: ReportWithdrawn | None = None,
+        tells_peer: bool = True,
+    ) -> list[Instruction]:
+        """Quarantine it. Nothing when it is over, ending, or on the way to the engine."""
+        state = transfer.state
+        if state.is_final or state is TransferState.QUARANTINED or transfer.is_starting:
+            return []
+        transfer.state = TransferState.QUARANTINED
+        transfer.error = error
+        self._leases.release(transfer.transfer_id)
+        instructions: list[Instruction] = [report or ReportFailed(transfer.sequence, error)]
+        if state is TransferState.PENDING:
+            transfer.num_to_drain = 0  # no ticket, no frames
+            if transfer.is_asking:
+                instructions.append(StopAsking(transfer.transfer_id))
+            if tells_peer:
+                refused = SendRefused(transfer.session_id, transfer.transfer_id, error)
+                instructions.append(refused)
+        else:
+            transfer.drain_deadline = now + self._drain_seconds
+            if tells_peer:
+                epoch = self._next(transfer.epoch)
+                abort = SendAbort(transfer.session_id, transfer.transfer_id, epoch, error)
+                instructions.append(abort)
+        return instructions + self._settle(transfer, now)
+
+    def _settle(self, transfer: IncomingTransfer, now: float) -> list[Instruction]:
+        """Free a quarantined transfer once nothing can write into its blocks."""
+        if transfer.state is not TransferState.QUARANTINED:
+            return []
+        if not transfer.is_quiescent:
+            return []
+        freed = [Free(transfer.sequence)] if transfer.block_ids else []
+        return [*freed, *self._finish(transfer, TransferState.FAILED, now)]
+
+    def _finish(
+        self, transfer: IncomingTransfer, state: TransferState, now: float
+    ) -> list[Instruction]:
+        """It is over; a newer attempt of its sequence may ask for blocks now."""
+        transfer.state = state
+        transfer.drain_deadline = None
+        transfer.deadline = None
+        transfer.forget_at = now + TOMBSTONE_LEASES * self._leases.duration_seconds
+        self._leases.release(transfer.transfer_id)
+        instructions: list[Instruction] = []
+        for other in self.transfers:
+            if transfer.transfer_id in other.is_waiting_for:
+                other.is_waiting_for.discard(transfer.transfer_id)
+                instructions += self._ask_if_first(other)
+        return instructions
+
+    def _ask_if_first(self, transfer: IncomingTransfer) -> list[Instruction]:
+        if transfer.state is not TransferState.PENDING or transfer.is_waiting_for:
+            return []
+        transfer.is_asking = True
+        return [AskBlocks(transfer.sequence)]
+
+    def _start_if_complete(self, transfer: IncomingTransfer, now: float) -> list[Instruction]:
+        num_committed = transfer.num_committed
+        if num_committed is None or transfer.num_verified < num_committed:
+            return []
+        if transfer.num_arrived > num_committed:
+            return self._abort(transfer, failure(FailureReason.FRAME_UNEXPECTED), now)
+        if not transfer.progress.is_complete:
+            return self._abort(transfer, failure(FailureReason.INCOMPLETE), now)
+        transfer.is_starting = True
+        self._leases.release(transfer.transfer_id)
+        return [Start(transfer.sequence, transfer.first_token_id)]
+
+    # ---- questions ------------------------------------------------------------------------
+
+    def _why_refused(self, sequence: IncomingSequence) -> FailureReason | None:
+        if sequence.transfer_id in self._transfers:
+            return FailureReason.TICKET_INVALID
+        latest = self._transfers.get(self._latest.get(sequence.sequence_id, b""))
+        if latest is None:
+            return None
+        if latest.state is TransferState.DONE or latest.is_starting:
+            return FailureReason.ALREADY_STARTED
+        is_newer = latest.state.is_final or sequence.attempt > latest.sequence.attempt
+        return None if is_newer else FailureReason.SUPERSEDED
+
+    def _of_session(self, session_id: int) -> list[IncomingTransfer]:
+        return [transfer for transfer in self.transfers if transfer.session_id == session_id]
+
+    def _next_epoch(self) -> int:
+        self._epoch = self._next(self._next(self._epoch))
+        return self._epoch
+
+    @staticmethod
+    def _next(epoch: int) -> int:
+        return (epoch + 1) & _EPOCH_MASK
+
+    def _forget(self, transfer: IncomingTransfer) -> None:
+        del self._transfers[transfer.transfer_id]
+        if self._latest.get(transfer.sequence.sequence_id) == transfer.transfer_id:
+            del self._latest[transfer.sequence.sequence_id]

@@ -1,0 +1,374 @@
+"""The shell around `Intake`: sessions, tasks, timers and the node's blocks.
+
+Life of a receiver
+    1. `start`: the transport listens; a sweep runs every fraction of a lease.
+    2. Each prefill node opens a session (`open_session`, called by the gRPC service), then its
+       data endpoint. Control messages and frames become events of the intake, and what it
+       answers is done here.
+    3. A session ends with its stream, its endpoint or a drain that took too long: `revoke`,
+       and only when everything of it has ended is the intake told, which frees the blocks.
+    4. `close`: every session is revoked.
+
+Nothing here decides: the rules are in `intake.py`. All methods run on the event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+from typing import TYPE_CHECKING, Protocol
+
+from cluster.clock import Clock, monotonic
+from cluster.errors import Cancelled, InternalError, ServingError
+from cluster.proto import node_pb2 as pb
+from decode_node.intake import Intake
+from decode_node.intake_instructions import (
+    AskBlocks,
+    Dropping,
+    Free,
+    Instruction,
+    Landing,
+    ReportFailed,
+    ReportWithdrawn,
+    Revoke,
+    SendAbort,
+    SendCommitted,
+    SendRefused,
+    SendRenew,
+    SendTicket,
+    Start,
+    StopAsking,
+)
+from decode_node.receiver_session import ReceiverSession
+from kv_transfer.failures import FailureReason
+
+if TYPE_CHECKING:
+    from collections.abc import Coroutine, Sequence
+    from typing import Any
+
+    from cluster.node import NodeId
+    from cluster.request import SequenceRequest
+    from decode_node.incoming import IncomingSequence
+    from kv_transfer.agent import TransferAgent
+    from kv_transfer.handshake import Compatibility
+    from kv_transfer.protocol import FrameHeader
+    from kv_transfer.transports.base import Endpoint
+
+logger = logging.getLogger(__name__)
+
+MAX_SWEEP_SECONDS = 0.25
+
+
+class ReservedBlocks(Protocol):
+    """All block ids of a prompt, by position; the first `num_held_blocks` need no transfer."""
+
+    @property
+    def block_ids(self) -> tuple[int, ...]: ...
+    @property
+    def num_held_blocks(self) -> int: ...
+
+
+class BlockSource(Protocol):
+    """The node that owns the blocks. Calls for one sequence never overlap: an attempt asks
+    only after the one before it was released."""
+
+    async def reserve(self, request: SequenceRequest, gateway_id: str) -> ReservedBlocks:
+        """Waits for room. Raises `ServingError`; cancelled when it is not wanted any more."""
+
+    async def start(self, sequence_id: str, first_token_id: int) -> None:
+        """Take the blocks over and run. When it raises, `release` follows."""
+
+    def release(self, sequence_id: str) -> None:
+        """Nothing writes into the reserved blocks any more; they were not started."""
+
+    def on_transfer_failed(self, sequence_id: str, error: ServingError) -> None:
+        """The sequence will not start. At once, maybe before `release`."""
+
+    def on_transfer_withdrawn(self, sequence_id: str) -> None:
+        """The sequence is not needed here any more and nobody failed: it ended on the prefill
+        node, was cancelled here, or a newer attempt of it follows."""
+
+
+class KVReceiver:
+    """One per decode node."""
+
+    def __init__(
+        self,
+        *,
+        node_id: NodeId,
+        compatibility: Compatibility,
+        agent: TransferAgent,
+        source: BlockSource,
+        clock: Clock = monotonic,
+    ) -> None:
+        self.node_id = node_id
+        self.agent = agent
+        self.data_port = 0
+        self._compatibility = compatibility
+        self._source = source
+        self._clock = clock
+        self._sessions: dict[int, ReceiverSession] = {}
+        self._asking: dict[bytes, asyncio.Task[None]] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._sweeping: asyncio.Task[None] | None = None
+        config = agent.config
+        self._intake = Intake(
+            incarnation=node_id.incarnation,
+            num_layers=agent.pool.num_layers,
+            lease_seconds=config.lease_seconds,
+            drain_seconds=config.drain_seconds,
+            draw_nonce=_draw_nonce,
+        )
+
+    @property
+    def num_transfers(self) -> int:
+        return self._intake.num_active
+
+    @property
+    def num_quarantined_blocks(self) -> int:
+        return self._intake.num_quarantined_blocks
+
+    @property
+    def num_sessions(self) -> int:
+        return len(self._sessions)
+
+    async def start(self) -> None:
+        config = self.agent.config
+        self.data_port = await self.agent.transport.listen(
+            config.kv_host, config.kv_port, self._on_endpoint
+        )
+        self._sweeping = asyncio.create_task(self._sweep_forever())
+
+    async def close(self) -> None:
+        if self._sweeping is not None:
+            self._sweeping.cancel()
+        for session_id in list(self._sessions):
+            self.link_lost(session_id, FailureReason.SENDER_LOST)
+        while self._tasks:
+            await asyncio.wait(self._tasks)
+
+    # ---- what the node asks -----------------------------------------------------------------
+
+    def cancel(self, sequence_id: str) -> None:
+        """Stop receiving for it. Nothing when it runs already or was never reserved."""
+        error = Cancelled("The request was cancelled.", reason=FailureReason.ABORTED.value)
+        self._execute(self._intake.cancelled(sequence_id, error, self._clock()))
+
+    def leases(self) -> list[pb.LeaseInfo]:
+        now = self._clock()
+        return [
+            pb.LeaseInfo(
+                transfer_id=transfer.transfer_id,
+                sequence_id=transfer.sequence.sequence_id,
+                peer=self._peer_name(transfer.session_id),
+                state=transfer.state.value,
+                num_blocks=len(transfer.block_ids),
+                expires_in_seconds=self._intake.remaining_seconds(transfer.transfer_id, now),
+            )
+            for transfer in self._intake.transfers
+            if not transfer.state.is_final
+        ]
+
+    def sweep(self) -> None:
+        """Act on what time alone has changed. Runs on a timer; tests call it."""
+        self._execute(self._intake.ticked(self._clock()))
+
+    # ---- what a peer says (through the gRPC service) ----------------------------------------
+
+    def open_session(self, peer: NodeId, theirs: Compatibility) -> ReceiverSession:
+        """Raises `HandshakeMismatch`. An older session of the same node name is ended: that
+        process is gone, or has given it up."""
+        try:
+            self._compatibility.check(theirs)
+        except ServingError as error:
+            self.agent.stats.handshakes_refused += 1
+            logger.warning("refused prefill node %s: %s", peer.name, error.message)
+            raise
+        for session in list(self._sessions.values()):
+            if session.peer.name == peer.name:
+                self.link_lost(session.id, FailureReason.SENDER_LOST)
+        session = ReceiverSession(_draw_nonce(), peer, self.agent, self)
+        self._sessions[session.id] = session
+        self._intake.session_opened(session.id)
+        return session
+
+    def close_session(self, session: ReceiverSession) -> None:
+        """Its control stream ended. Idempotent."""
+        self.link_lost(session.id, FailureReason.SENDER_LOST)
+
+    def reserve_asked(self, session: ReceiverSession, sequence: IncomingSequence) -> None:
+        self._execute(self._intake.reserve_asked(session.id, sequence, self._clock()))
+
+    def commit_asked(self, session: ReceiverSession, commit: pb.Commit) -> None:
+        self._execute(
+            self._intake.commit_asked(
+                session.id,
+                commit.transfer_id,
+                nonce=commit.nonce,
+                epoch=commit.epoch,
+                num_frames=commit.num_frames,
+                first_token_id=commit.first_token_id,
+                now=self._clock(),
+            )
+        )
+
+    def sender_aborted(
+        self,
+        session: ReceiverSession,
+        transfer_id: bytes,
+        num_frames_posted: int,
+        error: ServingError | None,
+    ) -> None:
+        self._execute(
+            self._intake.sender_aborted(
+                session.id, transfer_id, num_frames_posted, error, self._clock()
+            )
+        )
+
+    def abort_acked(self, session: ReceiverSession, ack: pb.AbortAck) -> None:
+        self._execute(
+            self._intake.abort_acked(
+                session.id, ack.transfer_id, ack.epoch, ack.num_frames_posted, self._clock()
+            )
+        )
+
+    def renewed(self, session: ReceiverSession, renew: pb.Renew) -> None:
+        self._intake.renewed(session.id, renew.transfer_id, renew.extend_seconds, self._clock())
+
+    # ---- what a session's frames say ----------------------------------------------------------
+
+    def frame_arrived(self, session_id: int, header: FrameHeader) -> Landing | Dropping:
+        fate, instructions = self._intake.frame_arrived(session_id, header, self._clock())
+        self._execute(instructions)
+        return fate
+
+    def may_scatter(self, transfer_id: bytes) -> bool:
+        return self._intake.may_scatter(transfer_id)
+
+    def frame_ended(self, transfer_id: bytes, error: ServingError | None, num_units: int) -> None:
+        self._execute(self._intake.frame_ended(transfer_id, error, num_units, self._clock()))
+
+    def link_lost(self, session_id: int, reason: FailureReason) -> None:
+        """Idempotent."""
+        self._execute(self._intake.session_lost(session_id, self._clock(), reason))
+
+    # ---- doing what the intake says -------------------------------------------------------------
+
+    def _execute(self, instructions: Sequence[Instruction]) -> None:
+        for instruction in instructions:
+            match instruction:
+                case AskBlocks(sequence):
+                    self._asking[sequence.transfer_id] = self._spawn(self._ask(sequence))
+                case StopAsking(transfer_id):
+                    self._asking[transfer_id].cancel()
+                case Start(sequence, first_token_id):
+                    self._spawn(self._start(sequence, first_token_id))
+                case Revoke(session_id):
+                    self._spawn(self._revoke(session_id))
+                case Free(sequence):
+                    self._source.release(sequence.sequence_id)
+                case ReportFailed(sequence, error):
+                    self.agent.stats.failures[error.reason or error.code] += 1
+                    self._source.on_transfer_failed(sequence.sequence_id, error)
+                case ReportWithdrawn(sequence):
+                    self._source.on_transfer_withdrawn(sequence.sequence_id)
+                case SendTicket() | SendRefused() | SendCommitted() | SendAbort() | SendRenew():
+                    self._send(instruction)
+
+    def _send(
+        self, instruction: SendTicket | SendRefused | SendCommitted | SendAbort | SendRenew
+    ) -> None:
+        session = self._sessions.get(instruction.session_id)
+        if session is not None:
+            session.send(instruction)
+
+    async def _ask(self, sequence: IncomingSequence) -> None:
+        transfer_id = sequence.transfer_id
+        try:
+            blocks = await self._source.reserve(sequence.request, sequence.gateway_id)
+        except asyncio.CancelledError:
+            error: ServingError = Cancelled("The reservation is not wanted any more.")
+            instructions = self._intake.reserve_failed(transfer_id, error, self._clock())
+        except ServingError as refused:
+            instructions = self._intake.reserve_failed(transfer_id, refused, self._clock())
+        except Exception:
+            logger.exception("blocks could not be reserved")
+            error = InternalError("The decode node could not reserve blocks.")
+            instructions = self._intake.reserve_failed(transfer_id, error, self._clock())
+        else:
+            instructions = self._intake.reserved(
+                transfer_id, tuple(blocks.block_ids), blocks.num_held_blocks, self._clock()
+            )
+        del self._asking[transfer_id]
+        self._execute(instructions)
+
+    async def _start(self, sequence: IncomingSequence, first_token_id: int) -> None:
+        transfer_id = sequence.transfer_id
+        try:
+            await self._source.start(sequence.sequence_id, first_token_id)
+        except ServingError as error:
+            instructions = self._intake.start_failed(transfer_id, error, self._clock())
+        except Exception:
+            logger.exception("a sequence could not be started")
+            failed = InternalError("The decode node could not start the sequence.")
+            instructions = self._intake.start_failed(transfer_id, failed, self._clock())
+        else:
+            self.agent.stats.transfers_done += 1
+            self.agent.stats.transfer_seconds += self._intake.age_seconds(
+                transfer_id, self._clock()
+            )
+            instructions = self._intake.started(transfer_id, self._clock())
+        self._execute(instructions)
+
+    async def _revoke(self, session_id: int) -> None:
+        session = self._sessions.pop(session_id)
+        self.agent.stats.revocations += 1
+        if await session.revoke():
+            self._execute(self._intake.session_revoked(session_id, self._clock()))
+        else:
+            logger.error(
+                "receives from %s did not end: their slots and blocks stay quarantined",
+                session.peer.name,
+            )
+
+    # ---- helpers --------------------------------------------------------------------------------
+
+    def _on_endpoint(self, session_id: int, endpoint: Endpoint) -> None:
+        session = self._sessions.get(session_id)
+        if session is None or session.is_connected:
+            logger.warning("closed a KV connection that names no session")
+            self._spawn(_close(endpoint))
+            return
+        try:
+            session.connected(endpoint)
+        except ServingError as error:
+            logger.warning("refused prefill node %s: %s", session.peer.name, error.message)
+            self._spawn(_close(endpoint))
+            self.link_lost(session_id, FailureReason.TRANSPORT_REFUSED)
+        else:
+            self.agent.stats.pairings += 1
+
+    def _peer_name(self, session_id: int) -> str:
+        session = self._sessions.get(session_id)
+        return "" if session is None else session.peer.name
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    async def _sweep_forever(self) -> None:
+        interval = min(MAX_SWEEP_SECONDS, self.agent.config.lease_seconds / 12)
+        while True:
+            await asyncio.sleep(interval)
+            self.sweep()
+
+
+async def _close(endpoint: Endpoint) -> None:
+    await endpoint.close()
+
+
+def _draw_nonce() -> int:
+    return secrets.randbits(64)
