@@ -1,0 +1,370 @@
+"""The sending side of every hand-off of one prefill node.
+
+Life of a hand-off
+    1. `open` when the prompt is first scheduled: `Reserve` goes to its decode node, which is
+       paired with first if need be.
+    2. `chunk_computed` after each chunk: blocks it completed, and that the decode node lacks,
+       are packed and sent while the next chunk computes.
+    3. `commit` with the first token: the last blocks, then `Commit`.
+    4. `on_committed`, or `on_failed` with a typed error; or nothing, after `abort`.
+    5. `on_sources_free`, once, when no send reads the prompt's blocks any more.
+
+The rules are in `kv_transfer/outgoing.py`; this is its shell. All methods and callbacks run on
+the event loop. Leases: the source blocks are granted to the decode node, which renews them; a
+lease that ran out ends the transfer, and is looked at again before each frame is posted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+import grpc
+
+from cluster.clock import Clock, monotonic
+from cluster.codec import decode_error
+from cluster.errors import InternalError, ServingError
+from cluster.proto import node_pb2 as pb
+from cluster.rpc import open_channel
+from kv_transfer.digests import digest_seed
+from kv_transfer.failures import FailureReason, failure
+from kv_transfer.lease import LeaseTable
+from kv_transfer.outgoing import (
+    FreeSources,
+    Instruction,
+    OutgoingTransfer,
+    ReportCommitted,
+    ReportFailed,
+    SendAbort,
+    SendAbortAck,
+    SendCommit,
+)
+from prefill_node.kv_session import (
+    decode_ticket,
+    encode_instruction,
+    renew_frame,
+    reserve_frame,
+)
+from prefill_node.peer import Peer
+
+if TYPE_CHECKING:
+    from cluster.node import NodeId
+    from cluster.request import Handoff, SequenceRequest
+    from kv_transfer.agent import TransferAgent
+    from kv_transfer.handshake import Compatibility
+
+logger = logging.getLogger(__name__)
+
+MAX_SWEEP_SECONDS = 0.25
+TOMBSTONE_LEASES = 2
+
+
+class SenderEvents(Protocol):
+    """The node that owns the source blocks."""
+
+    def on_committed(self, sequence_id: str) -> None: ...
+    def on_failed(self, sequence_id: str, error: ServingError) -> None: ...
+    def on_sources_free(self, sequence_id: str) -> None: ...
+
+
+@dataclass(slots=True)
+class Sending:
+    """One hand-off under way."""
+
+    request: SequenceRequest
+    handoff: Handoff
+    machine: OutgoingTransfer
+    digest_seed: int
+    peer: Peer
+    began_at: float = field(default_factory=time.monotonic)
+
+    @property
+    def transfer_id(self) -> bytes:
+        return self.handoff.transfer_id
+
+    @property
+    def sequence_id(self) -> str:
+        return self.request.sequence_id
+
+
+@dataclass(frozen=True, slots=True)
+class _Tombstone:
+    num_frames_posted: int
+    forget_at: float
+
+
+ChannelFactory = Callable[[str], grpc.aio.Channel]
+
+
+class KVSender:
+    """One per prefill node."""
+
+    def __init__(
+        self,
+        *,
+        node_id: NodeId,
+        compatibility: Compatibility,
+        agent: TransferAgent,
+        block_size: int,
+        events: SenderEvents,
+        open_channel: ChannelFactory = open_channel,
+        clock: Clock = monotonic,
+    ) -> None:
+        self._node_id = node_id
+        self._compatibility = compatibility
+        self.agent = agent
+        self._block_size = block_size
+        self._events = events
+        self._open_channel = open_channel
+        self._clock = clock
+        self._leases = LeaseTable(agent.config.lease_seconds)
+        self._sendings: dict[str, Sending] = {}  # by sequence_id
+        self._by_transfer: dict[bytes, Sending] = {}
+        self._tombstones: dict[bytes, _Tombstone] = {}
+        self._peers: dict[NodeId, Peer] = {}
+        self._closing: set[Peer] = set()
+        self._sweeping: asyncio.Task[None] | None = None
+
+    @property
+    def num_transfers(self) -> int:
+        """Those whose source blocks are still held."""
+        return len(self._sendings)
+
+    @property
+    def num_peers(self) -> int:
+        return len(self._peers)
+
+    async def start(self) -> None:
+        self._sweeping = asyncio.create_task(self._sweep_forever())
+
+    async def close(self) -> None:
+        """End every hand-off and every pairing; sources are free when it returns."""
+        if self._sweeping is not None:
+            self._sweeping.cancel()
+        for peer in list(self._peers.values()):
+            await peer.close()
+
+    # ---- what the node says -----------------------------------------------------------------
+
+    def pair(self, decode: NodeId, address: str) -> None:
+        """Connect before there is traffic. A failure shows when a hand-off needs the pair."""
+        self._peer_for(decode, address)
+
+    def open(self, request: SequenceRequest, handoff: Handoff) -> None:
+        """Ask the decode node for blocks. Raises `ValueError` for a sequence whose earlier
+        hand-off still holds sources."""
+        if request.sequence_id in self._sendings:
+            raise ValueError("the sequence is being handed off already")
+        num_blocks = -(-len(request.prompt_token_ids) // self._block_size)
+        sending = Sending(
+            request=request,
+            handoff=handoff,
+            machine=OutgoingTransfer(num_layers=self.agent.pool.num_layers, num_blocks=num_blocks),
+            digest_seed=digest_seed(handoff.transfer_id, request.cache_salt),
+            peer=self._peer_for(handoff.decode, handoff.decode_address),
+        )
+        self._sendings[request.sequence_id] = sending
+        self._by_transfer[handoff.transfer_id] = sending
+        self._leases.grant(handoff.transfer_id, self._clock())
+        if sending.peer.is_ready:
+            sending.peer.send(reserve_frame(request, handoff))
+
+    def chunk_computed(
+        self, sequence_id: str, num_computed_tokens: int, block_table: Sequence[int], done: Any
+    ) -> None:
+        """The KV of the first `num_computed_tokens` tokens is in the blocks once `done` (a CUDA
+        event, None on the CPU) has happened. Nothing for a hand-off that has ended."""
+        sending = self._sendings.get(sequence_id)
+        if sending is None:
+            return
+        num_prompt_tokens = len(sending.request.prompt_token_ids)
+        num_blocks = num_computed_tokens // self._block_size
+        if num_computed_tokens >= num_prompt_tokens:
+            num_blocks = sending.machine.num_blocks
+        sending.machine.chunk_computed(num_blocks, block_table, done)
+        self._wake(sending)
+
+    def commit(self, sequence_id: str, first_token_id: int) -> None:
+        """The whole prompt is computed and this is its first token."""
+        sending = self._sendings.get(sequence_id)
+        if sending is not None:
+            self.did(sending, sending.machine.commit_asked(first_token_id))
+
+    def abort(self, sequence_id: str, *, finished: bool = False) -> None:
+        """The KV is not needed on the decode node any more: cancelled, or `finished` with its
+        first token. No callback but `on_sources_free`. Idempotent."""
+        sending = self._sendings.get(sequence_id)
+        if sending is not None:
+            logger.debug("hand-off of %s withdrawn, finished: %s", sequence_id, finished)
+            self.did(sending, sending.machine.withdrawn())
+
+    def leases(self) -> list[pb.LeaseInfo]:
+        now = self._clock()
+        return [
+            pb.LeaseInfo(
+                transfer_id=sending.transfer_id,
+                sequence_id=sending.sequence_id,
+                peer=sending.handoff.decode.name,
+                state=sending.machine.state.value,
+                num_blocks=sending.machine.num_blocks,
+                expires_in_seconds=self._leases.remaining_seconds(sending.transfer_id, now),
+            )
+            for sending in self._sendings.values()
+        ]
+
+    def sweep(self) -> None:
+        """Act on what time alone has changed. Runs on a timer; tests call it."""
+        now = self._clock()
+        for transfer_id in self._leases.expire(now):
+            self._expire(self._by_transfer[transfer_id])
+        for transfer_id in self._leases.due_renewals(now):
+            sending = self._by_transfer[transfer_id]
+            sending.peer.send(renew_frame(transfer_id, self._leases.extension_seconds))
+        for transfer_id, tombstone in list(self._tombstones.items()):
+            if now >= tombstone.forget_at:
+                del self._tombstones[transfer_id]
+
+    # ---- what a peer says (`PeerEvents`) ------------------------------------------------------
+
+    def paired(self, peer: Peer) -> None:
+        for sending in self._of(peer):
+            peer.send(reserve_frame(sending.request, sending.handoff))
+
+    def received(self, peer: Peer, frame: pb.ReceiverFrame) -> None:
+        match frame.WhichOneof("frame"):
+            case "ticket":
+                self._on_ticket(peer, frame.ticket)
+            case "refused":
+                self._on_refused(peer, frame.refused)
+            case "committed":
+                self._on_committed(peer, frame.committed)
+            case "abort":
+                self._on_abort(peer, frame.abort)
+            case "renew":
+                renew = frame.renew
+                self._leases.renew(renew.transfer_id, renew.extend_seconds, self._clock())
+            case other:
+                raise InternalError(f"The decode node sent {other} out of turn.")
+
+    def lost(self, peer: Peer, error: ServingError) -> None:
+        if self._peers.get(peer.node_id) is peer:
+            del self._peers[peer.node_id]
+        for sending in self._of(peer):
+            self.did(sending, sending.machine.peer_lost(error))
+
+    def next_shipment(self, peer: Peer) -> Sending | None:
+        """The oldest hand-off to this peer that has something to ship."""
+        ready = (sending for sending in self._of(peer) if sending.machine.has_frame)
+        return next(ready, None)
+
+    def may_post(self, shipment: Sending) -> bool:
+        """Looked at right before a frame is posted: its sources must still be leased."""
+        if not shipment.machine.may_post:
+            return False
+        if self._leases.is_live(shipment.transfer_id, self._clock()):
+            return True
+        self._expire(shipment)
+        return False
+
+    def did(self, shipment: Sending, instructions: list[Instruction]) -> None:
+        """Carry out what the machine of a hand-off says."""
+        for instruction in instructions:
+            match instruction:
+                case SendCommit() | SendAbort() | SendAbortAck():
+                    ticket = shipment.machine.ticket
+                    frame = encode_instruction(instruction, shipment.transfer_id, ticket)
+                    shipment.peer.send(frame)
+                case ReportCommitted():
+                    self._count_done(shipment)
+                    self._events.on_committed(shipment.sequence_id)
+                case ReportFailed(error):
+                    self.agent.stats.failures[error.reason or error.code] += 1
+                    self._events.on_failed(shipment.sequence_id, error)
+                case FreeSources():
+                    self._forget(shipment)
+                    self._events.on_sources_free(shipment.sequence_id)
+
+    # ---- messages of a peer -------------------------------------------------------------------
+
+    def _on_ticket(self, peer: Peer, message: pb.Ticket) -> None:
+        ticket = decode_ticket(message)
+        sending = self._find(peer, ticket.transfer_id)
+        if sending is not None:
+            self.did(sending, sending.machine.ticketed(ticket))
+            self._wake(sending)
+
+    def _on_refused(self, peer: Peer, message: pb.Refused) -> None:
+        sending = self._find(peer, message.transfer_id)
+        if sending is not None:
+            self.did(sending, sending.machine.refused(decode_error(message.error)))
+
+    def _on_committed(self, peer: Peer, message: pb.Committed) -> None:
+        sending = self._find(peer, message.transfer_id)
+        if sending is not None:
+            error = decode_error(message.error) if message.HasField("error") else None
+            self.did(sending, sending.machine.committed(error))
+
+    def _on_abort(self, peer: Peer, message: pb.ReceiverAbort) -> None:
+        """Always answered, so that the receiver can free: also for what ended here long ago."""
+        sending = self._find(peer, message.transfer_id)
+        if sending is not None:
+            error = decode_error(message.error)
+            self.did(sending, sending.machine.abort_asked(message.epoch, error))
+            return
+        tombstone = self._tombstones.get(message.transfer_id)
+        if tombstone is not None:
+            ack = SendAbortAck(message.epoch, tombstone.num_frames_posted)
+            peer.send(encode_instruction(ack, message.transfer_id, None))
+
+    # ---- helpers ------------------------------------------------------------------------------
+
+    def _peer_for(self, decode: NodeId, address: str) -> Peer:
+        peer = self._peers.get(decode)
+        if peer is None:
+            peer = Peer(
+                decode,
+                address,
+                us=self._node_id,
+                ours=self._compatibility,
+                agent=self.agent,
+                channel=self._open_channel(address),
+                events=self,
+            )
+            self._peers[decode] = peer
+        return peer
+
+    def _of(self, peer: Peer) -> list[Sending]:
+        return [sending for sending in self._sendings.values() if sending.peer is peer]
+
+    def _find(self, peer: Peer, transfer_id: bytes) -> Sending | None:
+        sending = self._by_transfer.get(transfer_id)
+        return sending if sending is not None and sending.peer is peer else None
+
+    def _wake(self, sending: Sending) -> None:
+        if sending.machine.has_frame:
+            sending.peer.wake()
+
+    def _expire(self, sending: Sending) -> None:
+        self.did(sending, sending.machine.expired(failure(FailureReason.LEASE_EXPIRED)))
+
+    def _count_done(self, sending: Sending) -> None:
+        self.agent.stats.transfers_done += 1
+        self.agent.stats.transfer_seconds += time.monotonic() - sending.began_at
+
+    def _forget(self, sending: Sending) -> None:
+        """Its sources are free; only its count of frames is still remembered."""
+        del self._sendings[sending.sequence_id]
+        del self._by_transfer[sending.transfer_id]
+        self._leases.release(sending.transfer_id)
+        forget_at = self._clock() + TOMBSTONE_LEASES * self._leases.duration_seconds
+        self._tombstones[sending.transfer_id] = _Tombstone(sending.machine.num_posted, forget_at)
+
+    async def _sweep_forever(self) -> None:
+        interval = min(MAX_SWEEP_SECONDS, self.agent.config.lease_seconds / 12)
+        while True:
+            await asyncio.sleep(interval)
+            self.sweep()
