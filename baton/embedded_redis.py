@@ -24,6 +24,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 from cluster.errors import ConfigError
 
@@ -178,7 +180,9 @@ class EmbeddedRedis:
     def _wait_until_ready(self) -> None:
         folder = self._existing_folder()
         deadline = time.monotonic() + START_TIMEOUT_SECONDS
-        with contextlib.closing(redis.Redis.from_url(self.url, socket_timeout=1.0)) as client:
+        no_retry = Retry(NoBackoff(), 0)  # the client's own pauses are far longer than ours
+        client = redis.Redis.from_url(self.url, socket_timeout=1.0, retry=no_retry)
+        with contextlib.closing(client):
             while not _answers(client):
                 if not self.is_running or time.monotonic() > deadline:
                     raise ConfigError(

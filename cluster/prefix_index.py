@@ -13,7 +13,7 @@ Redis holds hints, never truth: a missing, stale or poisoned entry, or no Redis 
 cache hit. Nothing here raises because of Redis.
 
 The incarnation is part of the key and not a value, so that a lookup is one MGET per round trip:
-three of them take a third of the time of pipelined reads of a hash per block (ARCHITECTURE.md).
+three of them take a third of the time of pipelined reads of a hash per block.
 MGET also answers "nothing" for a key of another type, so poison is a miss by construction.
 """
 

@@ -10,6 +10,8 @@ from urllib.parse import urlsplit
 
 import pytest
 import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 from baton import embedded_redis
 from baton.embedded_redis import EmbeddedRedis, find_redis_server
@@ -46,7 +48,7 @@ def test_it_answers_only_to_the_password_in_a_folder_of_its_own() -> None:
             assert client.config_get("save")["save"] == ""
         path = folder / "redis.sock"
         with (
-            redis.Redis(unix_socket_path=str(path)) as stranger,
+            redis.Redis(unix_socket_path=str(path), retry=Retry(NoBackoff(), 0)) as stranger,
             pytest.raises(redis.AuthenticationError),
         ):
             stranger.get("k")

@@ -123,8 +123,8 @@ def test_a_status_without_details_still_has_a_class() -> None:
         assert isinstance(rpc.error_from_rpc(late.value), DeadlineExceeded)
         assert isinstance(rpc.error_from_rpc(unknown.value), InternalError)
         async with rpc.open_channel("127.0.0.1:1") as channel:
+            stub = node_pb2_grpc.NodeStub(channel)  # type: ignore[no-untyped-call]
             with pytest.raises(grpc.aio.AioRpcError) as unreachable:
-                stub = node_pb2_grpc.NodeStub(channel)  # type: ignore[no-untyped-call]
                 await stub.Describe(pb.DescribeRequest())
         assert isinstance(rpc.error_from_rpc(unreachable.value), NodeLost)
 
