@@ -1,0 +1,77 @@
+"""Writes the keys and values of new tokens into their slots of one layer's KV blocks."""
+
+from __future__ import annotations
+
+import torch
+
+from kernels.dispatch import jit, next_power_of_two, runs_triton, tl
+
+
+def store_kv(
+    key: torch.Tensor, value: torch.Tensor, kv_layer: torch.Tensor, slot_mapping: torch.Tensor
+) -> None:
+    """Stores token i at slot `slot_mapping[i]` = block_id * block_size + offset; -1 skips it.
+
+    key, value: `[num_tokens, num_kv_heads, head_size]`, last dimension contiguous (views into a qkv
+    projection are fine), in kv_layer's dtype. kv_layer: `[num_blocks, 2, num_kv_heads, block_size,
+    head_size]`, contiguous. slot_mapping: int32 or int64 `[num_tokens]`, no slot twice.
+    """
+    assert key.shape == value.shape
+    assert key.dtype == value.dtype == kv_layer.dtype
+    if runs_triton(kv_layer):
+        _store_kv_triton(key, value, kv_layer, slot_mapping)
+    else:
+        _store_kv_reference(key, value, kv_layer, slot_mapping)
+
+
+def _store_kv_reference(
+    key: torch.Tensor, value: torch.Tensor, kv_layer: torch.Tensor, slot_mapping: torch.Tensor
+) -> None:
+    new_kv = torch.stack((key, value), dim=1)
+    slots = slot_mapping.long()
+    kept = slots >= 0
+    if not kept.all():
+        new_kv, slots = new_kv[kept], slots[kept]
+    block_size = kv_layer.shape[3]
+    kv_layer[slots // block_size, :, :, slots % block_size] = new_kv
+
+
+def _store_kv_triton(
+    key: torch.Tensor, value: torch.Tensor, kv_layer: torch.Tensor, slot_mapping: torch.Tensor
+) -> None:
+    assert key.stride(2) == value.stride(2) == 1
+    assert kv_layer.is_contiguous()
+    num_tokens, num_kv_heads, head_size = key.shape
+    if num_tokens == 0:
+        return
+    _store_kv_kernel[(num_tokens,)](
+        key, value, kv_layer, slot_mapping,
+        key.stride(0), key.stride(1), value.stride(0), value.stride(1),
+        HEADS=num_kv_heads, HEAD_SIZE=head_size, BLOCK_SIZE=kv_layer.shape[3],
+        BLOCK_HEADS=next_power_of_two(num_kv_heads), BLOCK_HEAD_SIZE=next_power_of_two(head_size),
+        num_warps=4,
+    )  # fmt: skip
+
+
+@jit
+def _store_kv_kernel(
+    key_ptr: tl.tensor, value_ptr: tl.tensor, kv_ptr: tl.tensor, slots_ptr: tl.tensor,
+    key_stride: tl.tensor, key_head_stride: tl.tensor, value_stride: tl.tensor,
+    value_head_stride: tl.tensor, HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, BLOCK_HEADS: tl.constexpr, BLOCK_HEAD_SIZE: tl.constexpr,
+) -> None:  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    slot = tl.load(slots_ptr + token).to(tl.int64)
+    if slot < 0:
+        return
+    head = tl.arange(0, BLOCK_HEADS)[:, None]
+    column = tl.arange(0, BLOCK_HEAD_SIZE)[None, :]
+    mask = (head < HEADS) & (column < HEAD_SIZE)
+    block_offset = slot // BLOCK_SIZE * (2 * HEADS * BLOCK_SIZE * HEAD_SIZE)
+    target_ptr = (
+        kv_ptr + block_offset + (head * BLOCK_SIZE + slot % BLOCK_SIZE) * HEAD_SIZE + column
+    )
+    key = tl.load(key_ptr + token * key_stride + head * key_head_stride + column, mask=mask)
+    tl.store(target_ptr, key, mask=mask)
+    value = tl.load(value_ptr + token * value_stride + head * value_head_stride + column, mask=mask)
+    tl.store(target_ptr + HEADS * BLOCK_SIZE * HEAD_SIZE, value, mask=mask)
