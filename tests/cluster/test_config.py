@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import traceback
 from dataclasses import dataclass, is_dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -187,6 +188,13 @@ def test_a_file_that_cannot_be_read_is_a_config_error(tmp_path: Path) -> None:
 def test_a_wrong_environment_value_names_the_variable() -> None:
     with pytest.raises(ConfigError, match=r"--block-size: .* \(environment BATON_BLOCK_SIZE\)"):
         load("m", env={"BATON_BLOCK_SIZE": "many"})
+
+
+def test_a_secret_is_not_in_the_traceback_either(tmp_path: Path) -> None:
+    secret = str(123_456_789)
+    with pytest.raises(ConfigError) as raised:
+        load("m", "--config", write(tmp_path, f"api_key: [{secret}]"))
+    assert secret not in "".join(traceback.format_exception(raised.value))
 
 
 def test_empty_variables_are_unset_and_none_clears_an_optional() -> None:

@@ -158,7 +158,7 @@ def test_a_hanging_redis_costs_no_more_than_the_lookups_timeout(
     redis_url: str, embedded_redis: EmbeddedRedis
 ) -> None:
     async def scenario() -> None:
-        store = Store(redis_url, name="prefix_index")
+        store = Store(redis_url, name="prefix_index", timeout_seconds=3600.0)
         index = PrefixIndex(store, lookup_timeout_seconds=0.01)
         os.kill(embedded_redis.pid, signal.SIGSTOP)
         try:

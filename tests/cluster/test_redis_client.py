@@ -161,6 +161,27 @@ def test_cancelling_is_not_swallowed_nor_counted_as_a_failure(redis_url: str) ->
     asyncio.run(scenario())
 
 
+def test_a_cancelled_probe_leaves_the_store_open_to_the_next(
+    redis_url: str, raw_redis: redis.Redis, clock: ManualClock
+) -> None:
+    breaker = Breaker(threshold=1, first_pause_seconds=1.0)
+    store = Store(redis_url, name="registry", breaker=breaker, clock=clock)
+
+    async def scenario() -> None:
+        with pytest.raises(StoreUnavailable):
+            await store.call(lambda client: client.incr("text"))
+        clock.advance(1.0)
+        probe = asyncio.create_task(store.call(ping))
+        await asyncio.sleep(0)
+        probe.cancel()
+        await asyncio.gather(probe, return_exceptions=True)
+        assert await store.call(ping)
+        await store.close()
+
+    raw_redis.set("text", "not a number")
+    asyncio.run(scenario())
+
+
 @pytest.mark.parametrize("url", ["", "http://x", "localhost:6379", "redis://h:port/0"])
 def test_a_url_of_no_known_form_is_a_config_error(url: str) -> None:
     with pytest.raises(ConfigError) as raised:

@@ -154,7 +154,7 @@ def test_poisoned_entries_are_skipped_and_counted(
     async def scenario(registry: Registry, store: Store) -> None:
         await registry.announce(good)
         raw_redis.set("baton:node:text", "not json")
-        raw_redis.set("baton:node:long", entry.ljust(10**6))
+        raw_redis.set("baton:node:long", encode_entry(make_node("long")).ljust(10**6))
         raw_redis.hset("baton:node:typed", "a", "b")
         raw_redis.set("baton:node:other-name", entry)
         for name in ("text", "long", "typed", "other-name", "\udcff", "absent"):

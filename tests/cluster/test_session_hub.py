@@ -145,6 +145,21 @@ def test_frames_stay_small_and_lose_nothing() -> None:
     run(scenario)
 
 
+def test_one_long_backlog_of_one_sequence_is_split_too() -> None:
+    async def scenario() -> None:
+        hub = SessionHub()
+        session = hub.open("g")
+        for _ in range(100):
+            hub.publish("g", [tokens("a", *([2**31 - 1] * 10_000))])
+        num_tokens = 0
+        while num_tokens < 1_000_000:
+            step = await anext(session)
+            assert step.ByteSize() <= MAX_FRAME_BYTES
+            num_tokens += sum(len(delta.token_ids) for delta in step.deltas)
+
+    run(scenario)
+
+
 def test_a_gateway_that_does_not_read_is_dropped_others_are_not() -> None:
     async def scenario() -> None:
         dropped: list[str] = []
