@@ -186,6 +186,9 @@ def _connect_lazily(url: str) -> aioredis.Redis:
             url,
             protocol=2,
             max_connections=MAX_CONNECTIONS,
+            # `call` bounds the time. The client's own bound uses `asyncio.wait_for`, which before
+            # Python 3.12 may swallow a cancellation: a poller would then never end.
+            socket_timeout=None,
             socket_connect_timeout=CONNECT_TIMEOUT_SECONDS,
             **network,
             retry=Retry(NoBackoff(), 0),  # the breaker decides when to try again

@@ -161,6 +161,23 @@ def test_cancelling_is_not_swallowed_nor_counted_as_a_failure(redis_url: str) ->
     asyncio.run(scenario())
 
 
+@pytest.mark.parametrize("num_turns", range(6))
+def test_a_call_cancelled_before_its_end_never_goes_on(redis_url: str, num_turns: int) -> None:
+    store = Store(redis_url, name="registry")
+
+    async def scenario() -> None:
+        await store.call(ping)
+        task = asyncio.create_task(store.call(ping))
+        for _ in range(num_turns):
+            await asyncio.sleep(0)
+        was_pending = task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        assert task.cancelled() == was_pending
+        await store.close()
+
+    asyncio.run(scenario())
+
+
 def test_a_cancelled_probe_leaves_the_store_open_to_the_next(
     redis_url: str, raw_redis: redis.Redis, clock: ManualClock
 ) -> None:
@@ -175,6 +192,7 @@ def test_a_cancelled_probe_leaves_the_store_open_to_the_next(
         await asyncio.sleep(0)
         probe.cancel()
         await asyncio.gather(probe, return_exceptions=True)
+        assert probe.cancelled()
         assert await store.call(ping)
         await store.close()
 
