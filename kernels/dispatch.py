@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 __all__ = ["interpreted", "jit", "next_power_of_two", "num_multiprocessors", "runs_triton", "tl"]
 
+# Triton decides at its import; kernels decorated then stay what they are.
+_can_interpret = triton is not None and bool(triton.knobs.runtime.interpret)
 _interpreted: ContextVar[bool] = ContextVar("interpreted", default=False)
 
 # What the interpreter pretends to run on: enough to make splitting happen, few enough to be quick.
@@ -50,7 +52,7 @@ def runs_triton(tensor: torch.Tensor) -> bool:
 @contextmanager
 def interpreted() -> Iterator[None]:
     """Sends CPU tensors through Triton's interpreter; needs TRITON_INTERPRET=1 since start-up."""
-    if triton is None or not triton.knobs.runtime.interpret:
+    if not _can_interpret:
         raise RuntimeError("set TRITON_INTERPRET=1 before triton is imported")
     token = _interpreted.set(True)
     try:

@@ -1,5 +1,7 @@
 """Attention over paged KV on the CPU: what both attention kernels' references are made of.
 
+A step is planned once and run in every layer; what a plan holds is the same in all of them.
+
 1. Sequences are grouped so that padding at most doubles a group's work and its gathered keys and
    values stay in cache; a long sequence is a group of its own.
 2. A group's blocks are gathered into dense keys and values `[members * num_kv_heads, keys,
@@ -12,6 +14,7 @@
 5. bfloat16 products are compiled by oneDNN for every new shape, which takes milliseconds, and a
    decode step has a new number of keys each time. So their extents are rounded up a little: fewer
    than ten shapes per doubling. Their scores are rounded to bfloat16, as everywhere in that dtype.
+   Small groups are computed in float32 instead, where a call costs a third as much.
 
 Decode is the case of one query token per sequence.
 """
@@ -22,12 +25,15 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-__all__ = ["gathered_attention"]
+    from numpy.typing import NDArray
+
+__all__ = ["AttentionPlan", "gathered_attention", "plan_decode", "plan_prefill"]
 
 _QUERY_STEP = 64
 # Score elements of one step: bounds the scratch of a long or large group (32 MiB of float32).
@@ -37,6 +43,23 @@ _QUERY_GRAIN = 16
 _KEY_GRAIN = 16
 # Gathered bytes of one group of several sequences: about a share of the last-level cache.
 _MAX_GATHERED_BYTES = 4 << 20
+# Gathered elements up to which a decode group in bfloat16 is computed in float32.
+_MAX_WIDENED = 1 << 17
+
+
+@dataclass(frozen=True, slots=True)
+class _Pool:
+    """What a plan needs to know of the KV pool and the queries."""
+
+    num_heads: int
+    num_kv_heads: int
+    block_size: int
+    head_size: int
+    dtype: torch.dtype
+
+    @property
+    def block_elements(self) -> int:
+        return 2 * self.num_kv_heads * self.block_size * self.head_size
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,28 +76,157 @@ class _Span:
     first_position: int
 
 
+@dataclass(frozen=True, slots=True)
+class _QueryStep:
+    """Query tokens that share matrix products: int64 `[members, queries]`, or a slice where they
+    lie one after the other, which makes views of what would be copies.
+
+    `hidden`: bool `[members, 1, queries, num_keys - seen]`, what must not be seen of the keys from
+    number `seen` on; None if all of them may be.
+    """
+
+    tokens: slice | torch.Tensor
+    num_queries: int
+    num_keys: int
+    seen: int
+    hidden: torch.Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """Sequences that are computed together.
+
+    `rows`: int64, rows of the pool `[.., block_size * head_size]` to gather, ordered [side, member,
+    head, block]. `tails`: int64, rows of the gathered values `[.., head_size]` to zero.
+    """
+
+    members: int
+    rows: torch.Tensor
+    tails: torch.Tensor | None
+    in_float: bool
+    steps: list[_QueryStep]
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionPlan:
+    """One step's attention, for every layer whose pool has the same shape and the same window.
+
+    `empty_rows`: int64, decode rows of length 0, whose output is zero.
+    """
+
+    groups: list[_Group]
+    empty_rows: torch.Tensor | None = None
+
+
+def plan_decode(
+    block_tables: torch.Tensor,
+    seq_lens: torch.Tensor,
+    kv_layer: torch.Tensor,
+    *,
+    num_heads: int,
+    sliding_window: int | None,
+) -> AttentionPlan:
+    """Plans `paged_attention` of CPU tensors; shapes as there. Any layer's pool will do."""
+    lengths = seq_lens.tolist()
+    empty = [row for row, length in enumerate(lengths) if length == 0]
+    groups = _plan(
+        block_tables, range(len(lengths) + 1), lengths, _pool(kv_layer, num_heads), sliding_window
+    )
+    return AttentionPlan(groups, torch.tensor(empty) if empty else None)
+
+
+def plan_prefill(
+    block_tables: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    seq_lens: torch.Tensor,
+    kv_layer: torch.Tensor,
+    *,
+    num_heads: int,
+    sliding_window: int | None,
+) -> AttentionPlan:
+    """Plans `prefill_attention` of CPU tensors; shapes as there. Any layer's pool will do."""
+    pool = _pool(kv_layer, num_heads)
+    first_tokens = cu_seqlens_q.tolist()
+    return AttentionPlan(_plan(block_tables, first_tokens, seq_lens.tolist(), pool, sliding_window))
+
+
 def gathered_attention(
     query: torch.Tensor,
     kv_layer: torch.Tensor,
-    block_tables: torch.Tensor,
-    first_tokens: Sequence[int],
-    seq_lens: Sequence[int],
+    plan: AttentionPlan,
     *,
     scale: float,
     out: torch.Tensor,
-    sliding_window: int | None,
 ) -> None:
     """Causal attention of the last query tokens of every sequence, written to `out`.
 
-    Sequence s owns the query tokens first_tokens[s] up to first_tokens[s + 1] (one entry more than
-    sequences); they sit at its last positions. Sequences without a query token or with seq_len 0
-    are skipped. Tensors as in `prefill_attention`.
+    Tensors as in `prefill_attention`. What no planned sequence owns is left as it was.
     """
-    block_size = kv_layer.shape[3]
-    spans = _spans(first_tokens, seq_lens, block_size, sliding_window)
-    for group in _groups(spans, kv_layer[:1].nbytes):
-        key, value = _gather(kv_layer, block_tables, group)
-        _attend(query, key, value, group, scale=scale, out=out, sliding_window=sliding_window)
+    if plan.empty_rows is not None:
+        out[plan.empty_rows] = 0
+    _, _, num_kv_heads, block_size, head_size = kv_layer.shape
+    blocks = kv_layer.view(-1, block_size * head_size)
+    for group in plan.groups:
+        gathered = blocks.index_select(0, group.rows)
+        key, value = gathered.view(2, group.members * num_kv_heads, -1, head_size).unbind(0)
+        if group.tails is not None:
+            value.view(-1, head_size).index_fill_(0, group.tails, 0)
+        if group.in_float:
+            key, value = key.float(), value.float()
+        for step in group.steps:
+            _attend(query, key, value, group.members, step, scale, out)
+
+
+def _attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    members: int,
+    step: _QueryStep,
+    scale: float,
+    out: torch.Tensor,
+) -> None:
+    products, _, head_size = key.shape
+    shape = (members, step.num_queries, products // members, -1, head_size)
+    # [members, queries, kv heads, group, size] -> [members * kv heads, group * queries, size]
+    packed = query[step.tokens].view(shape).permute(0, 2, 3, 1, 4).to(key.dtype)
+    packed = packed.reshape(products, -1, head_size)
+    scores = packed.new_empty(1).expand(products, packed.shape[1], step.num_keys)
+    scores = torch.baddbmm(scores, packed, key[:, : step.num_keys].mT, beta=0, alpha=scale)
+    if step.hidden is not None:
+        by_member = scores.view(members, -1, step.num_queries, step.num_keys)
+        by_member[..., step.seen :].masked_fill_(step.hidden, -math.inf)
+    result = torch.bmm(torch.softmax(scores, dim=-1), value[:, : step.num_keys])
+    result = result.view(members, shape[2], -1, step.num_queries, head_size)
+    result = result.permute(0, 3, 1, 2, 4)
+    if isinstance(step.tokens, slice):
+        out[step.tokens].view(shape).copy_(result)
+    else:
+        flat = result.reshape(*step.tokens.shape, out.shape[1], head_size)
+        out[step.tokens] = flat.to(out.dtype)
+
+
+def _pool(kv_layer: torch.Tensor, num_heads: int) -> _Pool:
+    _, _, num_kv_heads, block_size, head_size = kv_layer.shape
+    return _Pool(num_heads, num_kv_heads, block_size, head_size, kv_layer.dtype)
+
+
+def _plan(
+    block_tables: torch.Tensor,
+    first_tokens: Sequence[int],
+    seq_lens: Sequence[int],
+    pool: _Pool,
+    sliding_window: int | None,
+) -> list[_Group]:
+    """Sequence s owns the query tokens first_tokens[s] up to first_tokens[s + 1] (one entry more
+    than sequences). Sequences without a query token or with seq_len 0 are left out."""
+    tables = block_tables.numpy()
+    spans = _spans(first_tokens, seq_lens, pool.block_size, sliding_window)
+    bytes_per_block = pool.block_elements * pool.dtype.itemsize
+    return [
+        _plan_group(tables, spans_of_group, pool, sliding_window)
+        for spans_of_group in _groups(spans, bytes_per_block)
+    ]
 
 
 def _spans(
@@ -103,40 +255,42 @@ def _spans(
 def _groups(spans: list[_Span], bytes_per_block: int) -> Iterable[list[_Span]]:
     """Spans of similar extent together, each group in the order of its rows."""
     group: list[_Span] = []
+    most = least = 0
     for span in sorted(spans, key=lambda s: (s.query_len, s.num_blocks), reverse=True):
         if group:
-            most = max(span.num_blocks, max(s.num_blocks for s in group))
-            least = min(span.num_blocks, min(s.num_blocks for s in group))
-            gathered = (len(group) + 1) * most * bytes_per_block
-            # Less than double: one-block sequences stay among themselves, see `_block_ids`.
-            similar = most < 2 * least and group[0].query_len <= 2 * span.query_len
-            if not similar or gathered > _MAX_GATHERED_BYTES:
-                yield sorted(group, key=lambda s: s.row)
-                group = []
-        group.append(span)
+            new_most, new_least = max(most, span.num_blocks), min(least, span.num_blocks)
+            gathered = (len(group) + 1) * new_most * bytes_per_block
+            # Less than double: one-block sequences stay among themselves, see `_gathered_rows`.
+            similar = new_most < 2 * new_least and group[0].query_len <= 2 * span.query_len
+            if similar and gathered <= _MAX_GATHERED_BYTES:
+                most, least = new_most, new_least
+                group.append(span)
+                continue
+            yield sorted(group, key=lambda s: s.row)
+        group, most, least = [span], span.num_blocks, span.num_blocks
     if group:
         yield sorted(group, key=lambda s: s.row)
 
 
-def _gather(
-    kv_layer: torch.Tensor, block_tables: torch.Tensor, group: list[_Span]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Dense keys and values of a group, each `[members * num_kv_heads, keys, head_size]`."""
-    _, _, num_kv_heads, block_size, head_size = kv_layer.shape
+def _plan_group(
+    tables: NDArray[np.int32], group: list[_Span], pool: _Pool, sliding_window: int | None
+) -> _Group:
     num_blocks = max(span.num_blocks for span in group)
-    rounds = kv_layer.dtype == torch.bfloat16
+    most_queries = max(span.query_len for span in group)
+    elements = len(group) * num_blocks * pool.block_elements
+    # A float16 matrix product on the CPU is several times slower than the detour.
+    in_float = pool.dtype == torch.float16 or (
+        pool.dtype == torch.bfloat16 and most_queries == 1 and elements <= _MAX_WIDENED
+    )
+    rounds = pool.dtype == torch.bfloat16 and not in_float
     if rounds:
         num_blocks = _round_up(num_blocks)
-    block_ids = _block_ids(block_tables, group, num_blocks)
-    members = len(group)
-    # Pool rows of one (block, side, head), ordered [side, member, head, block].
-    rows = torch.arange(2 * num_kv_heads).view(2, 1, num_kv_heads, 1)
-    rows = rows + (block_ids * (2 * num_kv_heads)).unsqueeze(1)
-    gathered = kv_layer.view(-1, block_size * head_size).index_select(0, rows.view(-1))
-    if members > 1 or rounds:
-        _clear_tails(gathered.view(2, members, num_kv_heads, num_blocks, block_size, -1)[1], group)
-    key, value = gathered.view(2, members * num_kv_heads, num_blocks * block_size, head_size)
-    return key, value
+    steps = _plan_steps(group, pool, num_blocks * pool.block_size, rounds, sliding_window)
+    rows = _gathered_rows(tables, group, num_blocks, pool.num_kv_heads)
+    tails = None
+    if len(group) > 1 or rounds:
+        tails = _tail_rows(group, num_blocks, pool)
+    return _Group(len(group), torch.from_numpy(rows), tails, in_float, steps)
 
 
 def _round_up(n: int) -> int:
@@ -145,73 +299,55 @@ def _round_up(n: int) -> int:
     return -(-n // grain) * grain
 
 
-def _block_ids(block_tables: torch.Tensor, group: list[_Span], num_blocks: int) -> torch.Tensor:
-    """int64 `[members, num_blocks]`; past its last block a sequence repeats its first one.
-
-    That one is full of the sequence's own tokens: where blocks are missing, it is not the last.
-    """
-    if len(group) == 1 and num_blocks == group[0].num_blocks:
-        first = group[0].first_block
-        return block_tables[group[0].row, first : first + num_blocks].long().unsqueeze(0)
-    place = torch.arange(num_blocks)
-    count = torch.tensor([[span.num_blocks] for span in group])
-    first_block = torch.tensor([[span.first_block] for span in group])
-    columns = torch.where(place < count, place, 0).add_(first_block)
-    tables = block_tables
-    if len(group) < len(block_tables):
-        tables = block_tables[[span.row for span in group]]
-    return tables.gather(1, columns).long()
+def _gathered_rows(
+    tables: NDArray[np.int32], group: list[_Span], num_blocks: int, num_kv_heads: int
+) -> NDArray[np.int64]:
+    """Rows of the pool by [side, member, head, block]; past its last block a sequence repeats its
+    first one. That one is full of the sequence's own tokens: where blocks are missing, it is not
+    the last."""
+    place = np.arange(num_blocks)
+    count = np.array([[span.num_blocks] for span in group])
+    first_block = np.array([[span.first_block] for span in group])
+    columns = np.where(place < count, place, 0) + first_block
+    block_ids = tables[np.array([[span.row] for span in group]), columns].astype(np.int64)
+    sides = np.arange(2 * num_kv_heads).reshape(2, 1, num_kv_heads, 1)
+    rows: NDArray[np.int64] = sides + (block_ids * (2 * num_kv_heads))[:, None]
+    return rows.reshape(-1)
 
 
-def _clear_tails(value: torch.Tensor, group: list[_Span]) -> None:
-    """Zeroes what `[members, heads, blocks, block_size, head_size]` holds past each seq_len."""
-    block_size = value.shape[3]
-    member = torch.arange(len(group))
-    last_block = torch.tensor([span.num_blocks - 1 for span in group])
-    filled = torch.tensor([[(span.seq_len - 1) % block_size + 1] for span in group])
-    beyond = (torch.arange(block_size) >= filled)[:, None, :, None]
-    value[member, :, last_block] = value[member, :, last_block].masked_fill_(beyond, 0)
+def _tail_rows(group: list[_Span], num_blocks: int, pool: _Pool) -> torch.Tensor | None:
+    """Rows of the gathered values by [member, head, key]: what lies past a sequence's end in its
+    last block. None if all last blocks are full."""
+    num_keys = num_blocks * pool.block_size
+    key = np.arange(num_keys)
+    end = np.array([[s.first_position + s.query_len] for s in group])
+    filled = np.array([[s.num_blocks * pool.block_size] for s in group])
+    member, token = np.nonzero((key >= end) & (key < filled))
+    if not len(member):
+        return None
+    head = np.arange(pool.num_kv_heads)
+    rows = (member[:, None] * pool.num_kv_heads + head) * num_keys + token[:, None]
+    return torch.from_numpy(rows.reshape(-1))
 
 
-def _attend(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    group: list[_Span],
-    *,
-    scale: float,
-    out: torch.Tensor,
-    sliding_window: int | None,
-) -> None:
-    if query.dtype == torch.float16:  # a float16 matrix product on the CPU is several times slower
-        key, value = key.float(), value.float()
-    rounds = query.dtype == torch.bfloat16
-    members, (_, num_heads, head_size) = len(group), query.shape
+def _plan_steps(
+    group: list[_Span], pool: _Pool, num_gathered: int, rounds: bool, sliding_window: int | None
+) -> list[_QueryStep]:
     most_queries = max(span.query_len for span in group)
-    fit = _MAX_SCORES // (members * num_heads * key.shape[1])
-    step = min(_QUERY_STEP, max(_QUERY_GRAIN, fit // _QUERY_GRAIN * _QUERY_GRAIN))
-    for start in range(0, most_queries, step):
-        stop = min(start + step, most_queries)
+    fit = _MAX_SCORES // (len(group) * pool.num_heads * num_gathered)
+    size = min(_QUERY_STEP, max(_QUERY_GRAIN, fit // _QUERY_GRAIN * _QUERY_GRAIN))
+    steps = []
+    for start in range(0, most_queries, size):
+        stop = min(start + size, most_queries)
         num_keys = max(_position(span, stop - 1) for span in group) + 1
         if rounds and most_queries > 1:
             stop = start - (start - stop) // _QUERY_GRAIN * _QUERY_GRAIN
         if rounds:
-            num_keys = min(key.shape[1], _round_up(-(-num_keys // _KEY_GRAIN)) * _KEY_GRAIN)
+            num_keys = min(num_gathered, _round_up(-(-num_keys // _KEY_GRAIN)) * _KEY_GRAIN)
         tokens = _tokens(group, start, stop)
-        shape = (members, stop - start, len(key) // members, -1, head_size)
-        # [members, queries, kv heads, group, size] -> [members * kv heads, group * queries, size]
-        packed = query[tokens].view(shape).permute(0, 2, 3, 1, 4).to(key.dtype)
-        packed = packed.reshape(len(key), -1, head_size)
-        scores = packed.new_empty(1).expand(len(key), packed.shape[1], num_keys)
-        scores = torch.baddbmm(scores, packed, key[:, :num_keys].mT, beta=0, alpha=scale)
-        by_member = scores.view(members, -1, stop - start, num_keys)
-        _mask(by_member, group, start, stop, sliding_window)
-        result = torch.bmm(torch.softmax(scores, dim=-1), value[:, :num_keys])
-        result = result.view(members, shape[2], -1, stop - start, head_size).permute(0, 3, 1, 2, 4)
-        if isinstance(tokens, slice):
-            out[tokens].view(shape).copy_(result)
-        else:
-            out[tokens] = result.reshape(*tokens.shape, num_heads, head_size).to(out.dtype)
+        seen, hidden = _hidden(group, start, stop, num_keys, sliding_window)
+        steps.append(_QueryStep(tokens, stop - start, num_keys, seen, hidden))
+    return steps
 
 
 def _position(span: _Span, query: int) -> int:
@@ -223,10 +359,7 @@ def _position(span: _Span, query: int) -> int:
 
 
 def _tokens(group: list[_Span], start: int, stop: int) -> slice | torch.Tensor:
-    """Which query tokens are number `start` up to `stop` of each span: int64 `[members, queries]`.
-
-    A slice where they lie one after the other, which makes views of what would be copies.
-    """
+    """Which query tokens are number `start` up to `stop` of each span."""
     first = group[0].first_token
     if len(group) == 1 and stop <= group[0].query_len:
         return slice(first + start, first + stop)
@@ -237,22 +370,21 @@ def _tokens(group: list[_Span], start: int, stop: int) -> slice | torch.Tensor:
     return torch.arange(start, stop).minimum(last) + begin
 
 
-def _mask(
-    scores: torch.Tensor, group: list[_Span], start: int, stop: int, sliding_window: int | None
-) -> None:
-    """Sets `[members, heads, queries, keys]` to -inf where a query must not see a key."""
-    num_keys = scores.shape[3]
+def _hidden(
+    group: list[_Span], start: int, stop: int, num_keys: int, sliding_window: int | None
+) -> tuple[int, torch.Tensor | None]:
+    """How many leading keys all queries see, and which of the others each must not see."""
     # Before this key nothing is hidden, unless a window hides it.
     seen = min(_position(span, start) for span in group) + 1
     if sliding_window is not None:
         seen = 0
     if seen >= num_keys:
-        return
-    first = torch.tensor([[span.first_position] for span in group])
-    last = torch.tensor([[span.query_len - 1] for span in group])
-    position = (torch.arange(start, stop).minimum(last) + first).unsqueeze(-1)
-    keys = torch.arange(seen, num_keys)
+        return num_keys, None
+    first = np.array([[span.first_position] for span in group])
+    last = np.array([[span.query_len - 1] for span in group])
+    position = (np.minimum(np.arange(start, stop), last) + first)[..., None]
+    keys = np.arange(seen, num_keys)
     hidden = keys > position
     if sliding_window is not None:
         hidden |= keys <= position - sliding_window
-    scores[..., seen:].masked_fill_(hidden.unsqueeze(1), -math.inf)
+    return seen, torch.from_numpy(hidden[:, None])

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from kernels.dispatch import jit, next_power_of_two, num_multiprocessors, runs_triton, tl
-from kernels.gathered_attention import gathered_attention
+from kernels.gathered_attention import AttentionPlan, gathered_attention, plan_decode
 
 # Tensor cores take no fewer rows; smaller groups of query heads are padded.
 _MIN_ROWS = 16
@@ -37,6 +37,7 @@ def paged_attention(
     scale: float,
     out: torch.Tensor | None = None,
     sliding_window: int | None = None,
+    plan: AttentionPlan | None = None,
 ) -> torch.Tensor:
     """Attention of each sequence's newest token, whose key and value are already stored.
 
@@ -45,7 +46,8 @@ def paged_attention(
     block_tables: int32 `[num_seqs, max_blocks]`; entries past a sequence's last block are not
     read. seq_lens: int32 `[num_seqs]`, the current token included; a row of length 0 (padding)
     gives zeros. With a sliding_window of w a token sees itself and the w - 1 before it.
-    Returns out, `[num_seqs, num_heads, head_size]` contiguous.
+    plan: what `plan_decode` made of the same tables, lengths and window; spares the CPU to make it
+    anew in each layer. Returns out, `[num_seqs, num_heads, head_size]` contiguous.
     """
     if out is None:
         out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
@@ -55,14 +57,12 @@ def paged_attention(
     if runs_triton(query):
         _paged_attention_triton(query, kv_layer, block_tables, seq_lens, scale, out, sliding_window)
         return out
-    lengths = seq_lens.tolist()
-    if 0 in lengths:
-        out[seq_lens == 0] = 0
-    first_tokens = range(len(lengths) + 1)
-    gathered_attention(
-        query, kv_layer, block_tables, first_tokens, lengths,
-        scale=scale, out=out, sliding_window=sliding_window,
-    )  # fmt: skip
+    if plan is None:
+        plan = plan_decode(
+            block_tables, seq_lens, kv_layer,
+            num_heads=query.shape[1], sliding_window=sliding_window,
+        )  # fmt: skip
+    gathered_attention(query, kv_layer, plan, scale=scale, out=out)
     return out
 
 

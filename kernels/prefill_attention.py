@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from kernels.dispatch import jit, next_power_of_two, runs_triton, tl
-from kernels.gathered_attention import gathered_attention
+from kernels.gathered_attention import AttentionPlan, gathered_attention, plan_prefill
 
 
 def prefill_attention(
@@ -31,6 +31,7 @@ def prefill_attention(
     scale: float,
     out: torch.Tensor | None = None,
     sliding_window: int | None = None,
+    plan: AttentionPlan | None = None,
 ) -> torch.Tensor:
     """Causal attention of the newest tokens of each sequence, whose KV is already stored.
 
@@ -41,8 +42,9 @@ def prefill_attention(
     `[num_seqs + 1]`, from 0. seq_lens: int32 `[num_seqs]`, cached prefix and new tokens together;
     a padding sequence has no query tokens. max_seqlen_q: the most tokens of one sequence. With a
     sliding_window of w a token sees itself and the w - 1 before it.
-    Returns out, `[num_tokens, num_heads, head_size]` contiguous; tokens that no sequence owns are
-    left as they were.
+    plan: what `plan_prefill` made of the same tables, lengths and window; spares the CPU to make it
+    anew in each layer. Returns out, `[num_tokens, num_heads, head_size]` contiguous; tokens that no
+    sequence owns are left as they were.
     """
     if out is None:
         out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
@@ -54,11 +56,13 @@ def prefill_attention(
             query, kv_layer, block_tables, cu_seqlens_q, seq_lens, max_seqlen_q, scale, out,
             sliding_window,
         )  # fmt: skip
-    else:
-        gathered_attention(
-            query, kv_layer, block_tables, cu_seqlens_q.tolist(), seq_lens.tolist(),
-            scale=scale, out=out, sliding_window=sliding_window,
+        return out
+    if plan is None:
+        plan = plan_prefill(
+            block_tables, cu_seqlens_q, seq_lens, kv_layer,
+            num_heads=query.shape[1], sliding_window=sliding_window,
         )  # fmt: skip
+    gathered_attention(query, kv_layer, plan, scale=scale, out=out)
     return out
 
 
