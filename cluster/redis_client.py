@@ -4,6 +4,8 @@
 2. Several failures in a row open the breaker: calls are refused at once, without waiting.
 3. After a pause one call is let through as a probe. Its success closes the breaker, its
    failure starts the next, longer pause.
+4. A call with a short timeout of its own that ran out leaves behind a task that connects in its
+   place, with the store's full timeout: else a slow handshake would cost every such call.
 
 Every failure is a `StoreUnavailable`; what to do without the answer is the caller's decision.
 A cancelled or timed-out call drops its connection, so that its late reply is never taken for
@@ -13,6 +15,7 @@ the reply to another call.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import urlsplit
@@ -117,6 +120,7 @@ class Store:
         self._breaker = Breaker() if breaker is None else breaker
         self._clock = clock
         self._client = _connect_lazily(url)
+        self._warming: asyncio.Task[None] | None = None
         self.metrics.is_up.labels(name).set(1)
 
     @property
@@ -139,6 +143,8 @@ class Store:
                 result = await operation(self._client)
         except TimeoutError as error:
             self._failed("timeout", f"no answer within {limit} s")
+            if limit < self._timeout_seconds:
+                self._warm_up()
             raise StoreUnavailable("The store did not answer in time.") from error
         except (RedisError, OSError) as error:
             self._failed("error", type(error).__name__)
@@ -150,7 +156,20 @@ class Store:
         return result
 
     async def close(self) -> None:
+        if self._warming is not None:
+            self._warming.cancel()
+            await asyncio.gather(self._warming, return_exceptions=True)
         await self._client.aclose()
+
+    def _warm_up(self) -> None:
+        if self._warming is None or self._warming.done():
+            self._warming = asyncio.create_task(self._connect(), name=f"connect {self.name}")
+
+    async def _connect(self) -> None:
+        """Leaves a connection in the pool. Its failure is no news: the next call meets it too."""
+        with contextlib.suppress(TimeoutError, RedisError, OSError):
+            async with asyncio.timeout(self._timeout_seconds):
+                await self._client.ping()
 
     def _succeeded(self) -> None:
         if self._breaker.is_open:

@@ -6,12 +6,18 @@ from typing import TYPE_CHECKING
 
 import pytest
 import redis
+from hypothesis import settings
 
 from baton.embedded_redis import EmbeddedRedis
 from cluster.node import Incarnation, NodeId, NodeInfo, NodeLoad, NodeName, NodeRole, NodeState
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+
+# A busy machine must not turn a test of results into one of speed.
+settings.register_profile("no deadline", deadline=None)
+settings.load_profile("no deadline")
 
 
 class ManualClock:

@@ -4,6 +4,7 @@ import asyncio
 import os
 import signal
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 import pytest
 from hypothesis import given
@@ -22,6 +23,7 @@ from cluster.redis_client import Breaker, Store
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
+    from pathlib import Path
 
     import redis
 
@@ -168,6 +170,45 @@ def test_a_hanging_redis_costs_no_more_than_the_lookups_timeout(
         finally:
             os.kill(embedded_redis.pid, signal.SIGCONT)
         await store.close()
+
+    asyncio.run(scenario())
+
+
+def test_a_slow_handshake_does_not_cost_every_lookup(redis_url: str, tmp_path: Path) -> None:
+    hashes = chain(3)
+    real = urlsplit(redis_url)
+
+    async def scenario() -> None:
+        writer = Store(redis_url, name="prefix_index")
+        await PrefixIndex(writer).publish(D0, hashes, [])
+        await writer.close()
+        slow = tmp_path / "slow.sock"
+        connections: list[asyncio.Task[None]] = []
+
+        async def relay(near: asyncio.StreamReader, out: asyncio.StreamWriter) -> None:
+            await asyncio.sleep(0.4)  # the fault: longer than a lookup may take
+            far, into = await asyncio.open_unix_connection(real.path)
+            await asyncio.gather(pump(near, into), pump(far, out))
+
+        async def pump(source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
+            while data := await source.read(65536):
+                sink.write(data)
+            sink.close()
+
+        def accept(near: asyncio.StreamReader, out: asyncio.StreamWriter) -> None:
+            connections.append(asyncio.create_task(relay(near, out)))
+
+        server = await asyncio.start_unix_server(accept, slow)
+        store = Store(redis_url.replace(real.path, str(slow)), name="prefix_index")
+        index = PrefixIndex(store, lookup_timeout_seconds=0.2)
+        assert await index.match(hashes, BOTH) == {}
+        assert store._warming is not None
+        await store._warming
+        assert await index.match(hashes, BOTH) == {"d0": 3}
+        assert store.is_up
+        await store.close()
+        server.close()
+        await asyncio.gather(*connections, return_exceptions=True)
 
     asyncio.run(scenario())
 
