@@ -21,6 +21,7 @@ from torch.nn.functional import embedding
 
 from engine.models.linear import Linear
 from engine.models.rope import cos_sin_cache
+from kernels.gathered_attention import plan_decode, plan_prefill
 from kernels.paged_attention import paged_attention
 from kernels.prefill_attention import prefill_attention
 from kernels.rms_norm import rms_norm
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
     from engine.batch import Batch
     from engine.models.config import ModelConfig
+    from kernels.gathered_attention import AttentionPlan
 
 
 class DecoderLayer:
@@ -84,6 +86,7 @@ class DecoderLayer:
         batch: Batch,
         kv_layer: torch.Tensor,
         cos_sin: torch.Tensor,
+        plan: AttentionPlan | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Store these tokens' KV and attend: `[num_tokens, num_heads * head_size]`, residual."""
         if residual is None:
@@ -99,7 +102,7 @@ class DecoderLayer:
             key = rms_norm(key, self.k_norm, self._eps)
         apply_rotary(query, key, batch.positions, cos_sin)
         store_kv(key, value, kv_layer, batch.slot_mapping)
-        attended = self._attention(query, kv_layer, batch)
+        attended = self._attention(query, kv_layer, batch, plan)
         return attended.view(num_tokens, -1), residual
 
     def transform(
@@ -111,7 +114,13 @@ class DecoderLayer:
         )
         return self.down(silu_mul(self.gate_up(normed))), residual
 
-    def _attention(self, query: torch.Tensor, kv_layer: torch.Tensor, batch: Batch) -> torch.Tensor:
+    def _attention(
+        self,
+        query: torch.Tensor,
+        kv_layer: torch.Tensor,
+        batch: Batch,
+        plan: AttentionPlan | None,
+    ) -> torch.Tensor:
         if batch.is_decode:
             return paged_attention(
                 query,
@@ -120,6 +129,7 @@ class DecoderLayer:
                 batch.seq_lens,
                 scale=self._scale,
                 sliding_window=self._window,
+                plan=plan,
             )
         return prefill_attention(
             query,
@@ -130,6 +140,7 @@ class DecoderLayer:
             max_seqlen_q=batch.max_seqlen_q,
             scale=self._scale,
             sliding_window=self._window,
+            plan=plan,
         )
 
     def matrices(self) -> tuple[Linear, ...]:
@@ -151,6 +162,7 @@ class Decoder:
         device: torch.device,
     ) -> None:
         self.config = config
+        self._windows = frozenset(config.layer_windows)
         self._cos_sin = cos_sin_cache(config, max_model_len, device)
         self._embedding = torch.empty(
             config.vocab_size, config.hidden_size, dtype=dtype, device=device
@@ -211,10 +223,12 @@ class Decoder:
         """
         hidden = embedding(batch.token_ids, self._embedding)
         residual: torch.Tensor | None = None
+        plans = self._plans(batch, kv_layers[0])
         last = len(self._layers) - 1
         for index, layer in enumerate(self._layers):
+            plan = plans.get(self.config.layer_windows[index])
             attended, residual = layer.attend(
-                hidden, residual, batch, kv_layers[index], self._cos_sin
+                hidden, residual, batch, kv_layers[index], self._cos_sin, plan
             )
             if on_layer is not None:
                 on_layer(index)
@@ -227,6 +241,31 @@ class Decoder:
             hidden, residual = layer.transform(attended, residual)
         normed, _ = rms_norm(hidden, self._norm, self.config.rms_norm_eps, residual=residual)
         return normed
+
+    def _plans(self, batch: Batch, kv_layer: torch.Tensor) -> dict[int | None, AttentionPlan]:
+        """The attention plan of each window that a layer has; none on a GPU."""
+        if batch.seq_lens.is_cuda:
+            return {}
+        return {window: self._plan(batch, kv_layer, window) for window in self._windows}
+
+    def _plan(self, batch: Batch, kv_layer: torch.Tensor, window: int | None) -> AttentionPlan:
+        num_heads = self.config.num_heads
+        if batch.is_decode:
+            return plan_decode(
+                batch.block_tables,
+                batch.seq_lens,
+                kv_layer,
+                num_heads=num_heads,
+                sliding_window=window,
+            )
+        return plan_prefill(
+            batch.block_tables,
+            batch.cu_seqlens_q,
+            batch.seq_lens,
+            kv_layer,
+            num_heads=num_heads,
+            sliding_window=window,
+        )
 
     def logits(self, normed: torch.Tensor) -> torch.Tensor:
         """`[num_rows, hidden_size]` -> `[num_rows, vocab_size]`, in the model's type."""
