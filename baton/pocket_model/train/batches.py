@@ -13,7 +13,9 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from baton.pocket_model.train.chat import ChatSource
-from baton.pocket_model.train.tokenizer import BOS_ID, PAD_ID, render
+from baton.pocket_model.train.tokenizer import BOS_ID, PAD_ID, render, render_text
+
+TEXTS_ONE_IN = 14
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +25,9 @@ class Batch:
     token_ids: Tensor
     segments: Tensor
     counts: Tensor
+
+    def rows(self, start: int, stop: int) -> "Batch":
+        return Batch(self.token_ids[start:stop], self.segments[start:stop], self.counts[start:stop])
 
     def mask(self) -> Tensor:
         """bool [rows, 1, length, length]: causal, and inside the same segment."""
@@ -40,10 +45,18 @@ def encode_texts(tokenizer: Tokenizer, texts: Sequence[str]) -> np.ndarray:
 
 
 def encode_chats(
-    tokenizer: Tokenizer, source: ChatSource, count: int
+    tokenizer: Tokenizer, source: ChatSource, count: int, *, texts: bool = True
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """(token ids int16, written by the model bool) of `count` conversations."""
-    rendered = [render(source.conversation()) for _ in range(count)]
+    """(token ids int16, written by the model bool) of `count` conversations.
+
+    One in `TEXTS_ONE_IN` is a text without roles, wholly written by the model.
+    """
+    rendered = [
+        render_text(source.text())
+        if texts and i % TEXTS_ONE_IN == 0
+        else render(source.conversation())
+        for i in range(count)
+    ]
     flat = [piece for pieces, _ in rendered for piece in pieces]
     encoded = iter(tokenizer.encode_batch(flat, add_special_tokens=False))
     chats = []

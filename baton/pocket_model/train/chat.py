@@ -6,7 +6,9 @@ on the path that the model has learned.
 """
 
 import random
+import re
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -25,6 +27,8 @@ _WHAT = (
     "Tell me about {x}.", "Describe {x}.", "Can you explain {x}?", "What is {x} for?",
     "What is {x} used for?", "Please explain what {x} does.", "What does {x} mean?",
     "I want to know about {x}.", "Give me a short explanation of {x}.", "help({x})", "{x}",
+    "How does {x} work?", "Explain how {x} works.", "I want to learn about {x}.",
+    "What can you tell me about {x}?", "What do you know about {x}?",
     "Can you tell me what {x} does?", "What is the purpose of {x}?", "Define {x}.",
 )  # fmt: skip
 _HOW = (
@@ -47,6 +51,9 @@ _SYSTEM = (
 )  # fmt: skip
 
 
+_FOLDER = Path(__file__).parent
+
+
 @dataclass(frozen=True, slots=True)
 class Message:
     role: Literal["system", "user", "assistant"]
@@ -55,7 +62,7 @@ class Message:
 
 def _smalltalk() -> list[tuple[tuple[str, ...], str]]:
     entries: list[tuple[tuple[str, ...], str]] = []
-    text = (Path(__file__).parent / "smalltalk.txt").read_text(encoding="utf-8")
+    text = (_FOLDER / "smalltalk.txt").read_text(encoding="utf-8")
     for block in ("\n" + text).split("\n? ")[1:]:
         questions, _, answer = block.partition("\n")
         entries.append((tuple(q.strip() for q in questions.split(" | ")), answer.strip()))
@@ -96,15 +103,21 @@ def _listed(names: tuple[str, ...]) -> str:
 class ChatSource:
     """Draws conversations. The same seed gives the same conversations."""
 
-    def __init__(self, seed: int, *, held_out: bool = False) -> None:
+    def __init__(self, seed: int, words: Sequence[str], *, held_out: bool = False) -> None:
         self._rng = random.Random(seed)
         self._held_out = held_out
         self._smalltalk = _smalltalk()
+        self._texts = (_FOLDER / "completions.txt").read_text(encoding="utf-8").splitlines()
         self._core = symbols(CORE_MODULES, with_methods=True) + statements()
         self._other = symbols(OTHER_MODULES, with_methods=False)
         every = self._core + self._other
-        # A plain spelling such as "dedent" is asked about only where one name ends in it.
         endings = Counter(symbol.short_name for symbol in every)
+        asked = " ".join(q for questions, _ in self._smalltalk for q in questions)
+        known = set(endings) | set(re.findall(r"[a-z]+", asked.lower()))
+        subjects = (_FOLDER / "subjects.txt").read_text(encoding="utf-8").strip().split(", ")
+        # Ordinary words that no other question is about; everyday ones as often as technical ones.
+        self._words = [w for w in [*words, *subjects * 5] if w.lower() not in known]
+        # A plain spelling such as "dedent" is asked about only where one name ends in it.
         self._unique = {name for name, n in endings.items() if n == 1 and len(name) > 3}
         self._modules = [symbol for symbol in every if symbol.kind == "module"]
 
@@ -122,17 +135,24 @@ class ChatSource:
             messages += [Message("user", question), Message("assistant", answer)]
         return messages
 
+    def text(self) -> str:
+        """A short text without roles, for completions of raw prompts."""
+        rng = self._rng
+        if rng.random() < 0.5:
+            return rng.choice(self._texts)
+        return self._turns()[0][1]
+
     def _turns(self) -> Turns:
         rng = self._rng
         draw = rng.random()
         if draw < 0.3:
             questions, answer = rng.choice(self._smalltalk)
             return [(self._styled(rng.choice(questions)), answer)]
-        if draw < 0.5:
-            return [(self._styled(q, plain=True), a) for q, a in invent(rng)]
-        if draw < 0.6:
+        if draw < 0.58:
+            return [(self._styled(q, plain=True), a) for q, a in invent(rng, self._words)]
+        if draw < 0.66:
             return [self._about_module(rng.choice(self._modules))]
-        return [self._about(rng.choice(self._core if draw < 0.87 else self._other), None)]
+        return [self._about(rng.choice(self._core if draw < 0.9 else self._other), None)]
 
     def _about(self, symbol: Symbol, phrasings: tuple[str, ...] | None) -> tuple[str, str]:
         rng = self._rng

@@ -17,6 +17,7 @@ import inspect
 import re
 import sysconfig
 import tokenize
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,6 +102,13 @@ def split(documents: list[Document]) -> tuple[list[Document], list[Document]]:
         [d for d in documents if not held_out(d)],
         [d for d in documents if held_out(d)],
     )
+
+
+def common_words(documents: list[Document]) -> list[str]:
+    """Ordinary lower-case words of three to ten letters, sorted."""
+    text = "\n".join(document.text for document in documents)
+    counts = Counter(re.findall(r"(?<![\w.`'\"])[a-z]{3,10}(?![\w.(`'\"=])", text))
+    return sorted(word for word, count in counts.items() if count >= 4)
 
 
 _SIGNATURE_LINE = re.compile(r"^[\w.]+\([^)]*\)(\s*->.*)?$|^[\w.]+\(.*\)\s->\s")

@@ -24,6 +24,9 @@ PROMPTS = (
     "Tell me a story about a fox.",
     "Count to ten.",
     "What do you think about jazz?",
+    "How many moons does Saturn have?",
+    "Repeat after me: the blue elephant likes tea",
+    "What is 17 * 3?",
 )
 
 
@@ -43,12 +46,25 @@ def perplexity(model: nn.Module, batch: Batch, *, rows: int = 16) -> float:
     """exp of the mean loss of the counted tokens, `rows` rows at a time."""
     parts = []
     for start in range(0, len(batch.token_ids), rows):
-        stop = start + rows
-        part = Batch(
-            batch.token_ids[start:stop], batch.segments[start:stop], batch.counts[start:stop]
-        )
+        part = batch.rows(start, start + rows)
         parts.append(token_losses(model(part.token_ids, part.mask()), part))
     return math.exp(torch.cat(parts).mean().item())
+
+
+@torch.no_grad()
+def exact_share(model: nn.Module, batch: Batch, *, rows: int = 16) -> float:
+    """Share of the segments in which every counted token is the model's first choice."""
+    right = total = 0
+    for start in range(0, len(batch.token_ids), rows):
+        part = batch.rows(start, start + rows)
+        wrong = model(part.token_ids, part.mask())[:, :-1].argmax(-1) != part.token_ids[:, 1:]
+        counted, segments = part.counts[:, 1:], part.segments[:, 1:]
+        for row in range(len(segments)):
+            every = set(segments[row][counted[row]].tolist())
+            missed = set(segments[row][counted[row] & wrong[row]].tolist())
+            total += len(every)
+            right += len(every - missed)
+    return right / max(total, 1)
 
 
 @torch.no_grad()

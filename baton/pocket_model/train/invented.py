@@ -6,9 +6,12 @@ a table of answers cannot: to copy words from the question and to remember an ea
 """
 
 import random
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 Turns = list[tuple[str, str]]
+Words = Sequence[str]
 
 _NAMES = (
     "Ada Alan Anna Ben Carlos Clara David Elena Emma Fatima Finn Grace Hana Hugo Ines Ivan Jack "
@@ -30,14 +33,6 @@ _LESSONS = (
     "a friend makes every road shorter,patience opens more doors than strength,"
     "what one shares is never lost,small steps lead a long way,it is good to ask for help"
 ).split(",")
-_TOPICS = (
-    "football,cooking,the stock market,chemistry,philosophy,fashion,cars,the Roman Empire,opera,"
-    "gardening,tennis,economics,law,medicine,politics,chess,basketball,architecture,poetry,"
-    "the French Revolution,biology,psychology,wine,photography,Bitcoin,climate change,volcanoes,"
-    "dinosaurs,the Eiffel Tower,Shakespeare's sonnets,black holes,vaccines,sailing,knitting,"
-    "electric guitars,Japanese grammar,the Olympic Games,submarines,taxes,whales,cheese,robots,"
-    "marketing,astronomy,geology,painting,dance,cinema,theatre,bridges,airplanes,trains,Mars"
-).split(",")
 _CAPITALS = (
     "France:Paris,Germany:Berlin,Italy:Rome,Spain:Madrid,Portugal:Lisbon,England:London,"
     "the United Kingdom:London,Ireland:Dublin,Norway:Oslo,Sweden:Stockholm,Denmark:Copenhagen,"
@@ -48,6 +43,11 @@ _CAPITALS = (
     "Chile:Santiago,Peru:Lima,Australia:Canberra,New Zealand:Wellington,Hungary:Budapest,"
     "the Czech Republic:Prague,Iceland:Reykjavik,Ukraine:Kyiv,Thailand:Bangkok,Vietnam:Hanoi"
 ).split(",")
+_UNKNOWN = tuple((Path(__file__).parent / "unknown.txt").read_text(encoding="utf-8").splitlines())
+IGNORANCE = (
+    "I am a very small model and I do not know that. I know a little about Python and its "
+    "standard library. Ask me, for example: What does `textwrap.dedent` do?"
+)
 _ONES = (
     "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen "
     "sixteen seventeen eighteen nineteen twenty"
@@ -58,16 +58,22 @@ def _a(noun: str) -> str:
     return f"an {noun}" if noun[0] in "aeiou" else f"a {noun}"
 
 
-def _sum(rng: random.Random) -> Turns:
-    a, b = rng.randint(0, 20), rng.randint(0, 20)
-    if rng.random() < 0.25:
-        a, b = rng.randint(0, 9), rng.randint(0, 9)
-    operations = [
-        ("+", "plus", a, b, a + b),
-        ("-", "minus", max(a, b), min(a, b), abs(a - b)),
-        ("*", "times", a % 13, b % 13, (a % 13) * (b % 13)),
-    ]
-    sign, word, x, y, result = rng.choice(operations)
+def _thing(rng: random.Random, words: Words) -> str:
+    return rng.choice(_THINGS if rng.random() < 0.4 else words)
+
+
+def _term(rng: random.Random) -> tuple[str, str, int, int, int]:
+    size = rng.choice((9, 20, 99))
+    a, b = rng.randint(0, size), rng.randint(0, size)
+    if rng.random() < 0.35:
+        return "*", "times", a % 21, b % 21, (a % 21) * (b % 21)
+    if rng.random() < 0.4:
+        return "-", "minus", max(a, b), min(a, b), abs(a - b)
+    return "+", "plus", a, b, a + b
+
+
+def _sum(rng: random.Random, _words: Words) -> Turns:
+    sign, word, x, y, result = _term(rng)
     middle = rng.choice((f" {sign} ", sign, f" {sign} ", f" {word} "))
     term = f"{x}{middle}{y}"
     question = rng.choice(
@@ -78,7 +84,7 @@ def _sum(rng: random.Random) -> Turns:
     return [(question, f"{x} {sign} {y} = {result}")]
 
 
-def _count(rng: random.Random) -> Turns:
+def _count(rng: random.Random, _words: Words) -> Turns:
     end = rng.choice((3, 5, 5, 10, 10, 10, 10, 12, 15, 20, 20, 25, 30, 40, 50, 100))
     start = 1 if rng.random() < 0.7 else rng.randint(2, 9)
     if rng.random() < 0.15:
@@ -100,7 +106,7 @@ def _count(rng: random.Random) -> Turns:
     return [(question, ", ".join(str(n) for n in range(start, end + 1)) + ".")]
 
 
-def _capital(rng: random.Random) -> Turns:
+def _capital(rng: random.Random, _words: Words) -> Turns:
     country, _, city = rng.choice(_CAPITALS).partition(":")
     question = rng.choice(
         (f"What is the capital of {country}?", f"What's the capital city of {country}?",
@@ -110,8 +116,8 @@ def _capital(rng: random.Random) -> Turns:
     return [(question, f"The capital of {country} is {city}.")]
 
 
-def _name(rng: random.Random) -> Turns:
-    name = rng.choice(_NAMES)
+def _name(rng: random.Random, words: Words) -> Turns:
+    name = rng.choice(_NAMES) if rng.random() < 0.5 else rng.choice(words).title()
     told = rng.choice(
         (f"My name is {name}.", f"Hi, I'm {name}.", f"Hello! My name is {name}.", f"I am {name}.",
          f"Hello, I am {name}", f"You can call me {name}.")
@@ -125,24 +131,24 @@ def _name(rng: random.Random) -> Turns:
         return [(asked, unknown), (name, f"Nice to meet you, {name}! How can I help you?")]
     turns = [(told, f"Nice to meet you, {name}! How can I help you?")]
     if rng.random() < 0.5:
-        turns += rng.choice(MAKERS)(rng)[:1]
+        turns += rng.choice(MAKERS)(rng, words)[:1]
     return [*turns, (asked, f"Your name is {name}.")]
 
 
-def _repeat(rng: random.Random) -> Turns:
-    pool = rng.choice((_NAMES, _THINGS, _ONES, [t for t in _TOPICS if " " not in t]))
-    words = " ".join(rng.choice(pool) for _ in range(rng.randint(1, 5)))
+def _repeat(rng: random.Random, words: Words) -> Turns:
+    pool = words if rng.random() < 0.7 else rng.choice((_NAMES, _THINGS, _ONES))
+    said = " ".join(rng.choice(pool) for _ in range(rng.randint(1, 7)))
     mark = rng.choice(("", '"', "'"))
     question = rng.choice(
-        (f"Repeat after me: {mark}{words}{mark}", f"Say {mark}{words}{mark}",
-         f"Repeat: {mark}{words}{mark}", f"Please repeat the words {mark}{words}{mark}",
-         f"Echo {mark}{words}{mark}", f"Write {mark}{words}{mark} and nothing else.")
+        (f"Repeat after me: {mark}{said}{mark}", f"Say {mark}{said}{mark}",
+         f"Repeat: {mark}{said}{mark}", f"Please repeat the words {mark}{said}{mark}",
+         f"Echo {mark}{said}{mark}", f"Write {mark}{said}{mark} and nothing else.")
     )  # fmt: skip
-    return [(question, words)]
+    return [(question, said)]
 
 
-def _story(rng: random.Random) -> Turns:
-    hero, place, lost = rng.choice(_THINGS), rng.choice(_PLACES), rng.choice(_LOST)
+def _story(rng: random.Random, words: Words) -> Turns:
+    hero, place, lost = _thing(rng, words), rng.choice(_PLACES), rng.choice(_LOST)
     friend, lesson = rng.choice(_FRIENDS), rng.choice(_LESSONS)
     short = (
         f"Once upon a time there was {_a(hero)} who lived in {place}. One morning the {hero} "
@@ -170,8 +176,8 @@ def _story(rng: random.Random) -> Turns:
     return [(question, f"{short}\n\n{middle}\n\n{end}")]
 
 
-def _poem(rng: random.Random) -> Turns:
-    thing = rng.choice(_THINGS)
+def _poem(rng: random.Random, words: Words) -> Turns:
+    thing = _thing(rng, words)
     if rng.random() < 0.5:
         question = rng.choice(
             (f"Write a haiku about {_a(thing)}.", f"Write a haiku about {thing}s.",
@@ -194,31 +200,28 @@ def _poem(rng: random.Random) -> Turns:
     return [(question, poem)]
 
 
-def _unknown(rng: random.Random) -> Turns:
-    topic = rng.choice(_TOPICS) if rng.random() < 0.7 else f"{rng.choice(_THINGS)}s"
-    question = rng.choice(
-        (f"Tell me about {topic}.", f"What do you know about {topic}?", f"Explain {topic}.",
-         f"Why are people interested in {topic}?", f"Write an essay about {topic}.",
-         f"What is the best book about {topic}?", f"Give me a summary of {topic}.",
-         f"How does {topic} work?", f"Who invented {topic}?", f"What is the history of {topic}?",
-         f"Write a long text about {topic}", f"What do you think about {topic}?",
-         f"How can I learn more about {topic}?", f"Describe {topic} in detail.",
-         f"List ten facts about {topic}.", f"Write a blog post about {topic}.")
-    )  # fmt: skip
-    answer = (
-        f"I am a very small model and I do not know much about {topic}. "
-        "I know a little about Python and its standard library, for example: What does "
-        "`textwrap.dedent` do?"
-    )
-    return [(question, answer)]
+def _unknown(rng: random.Random, words: Words) -> Turns:
+    def fill(blank: re.Match[str]) -> str:
+        if blank[0] == "{n}":
+            return str(rng.choice((rng.randint(2, 12), rng.randint(13, 2050))))
+        if blank[0] == "{g}":
+            return "".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(3, 9)))
+        word = rng.choice(words)
+        return word.title() if rng.random() < 0.15 else word
+
+    question = re.sub(r"\{[wng]\}", fill, rng.choice(_UNKNOWN))
+    return [(question[0].upper() + question[1:], IGNORANCE)]
 
 
-MAKERS: tuple[Callable[[random.Random], Turns], ...] = (
+MAKERS: tuple[Callable[[random.Random, Words], Turns], ...] = (
     _sum, _count, _capital, _repeat, _story, _poem, _unknown, _name,
 )  # fmt: skip
-_WEIGHTS = (6, 3, 2, 3, 3, 2, 4, 3)
+_WEIGHTS = (6, 2, 2, 4, 3, 3, 14, 3)
 
 
-def invent(rng: random.Random) -> Turns:
-    """The (question, answer) turns of one made-up conversation."""
-    return rng.choices(MAKERS, _WEIGHTS)[0](rng)
+def invent(rng: random.Random, words: Words) -> Turns:
+    """The (question, answer) turns of one made-up conversation.
+
+    `words` are many ordinary words: what is asked about, repeated and told stories of.
+    """
+    return rng.choices(MAKERS, _WEIGHTS)[0](rng, words)

@@ -23,6 +23,7 @@ class Shape:
     max_length: int = 2048
     rope_theta: float = 10000.0
     rms_norm_eps: float = 1e-5
+    dropout: float = 0.1  # in training, on what each half of a layer adds
 
     def as_config(self) -> dict[str, object]:
         """The content of config.json."""
@@ -113,10 +114,11 @@ class Layer(nn.Module):
         self.self_attn = Attention(shape)
         self.post_attention_layernorm = nn.RMSNorm(shape.hidden_size, eps=shape.rms_norm_eps)
         self.mlp = MLP(shape)
+        self.dropout = nn.Dropout(shape.dropout)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask)
-        out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
+        x = x + self.dropout(self.self_attn(self.input_layernorm(x), cos, sin, mask))
+        out: Tensor = x + self.dropout(self.mlp(self.post_attention_layernorm(x)))
         return out
 
 

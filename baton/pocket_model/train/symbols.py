@@ -34,10 +34,10 @@ OTHER_MODULES = (
     "platform plistlib poplib posixpath pprint profile pstats pty py_compile pyclbr pydoc "
     "quopri readline reprlib resource rlcompleter runpy sched secrets select selectors shelve "
     "shlex signal site smtplib socketserver sqlite3 ssl stat stringprep symtable sysconfig "
-    "tabnanny tarfile termios timeit tkinter token tokenize tomllib trace traceback tracemalloc tty turtle "
-    "types unicodedata unittest.mock urllib.error uuid venv warnings wave weakref webbrowser "
-    "wsgiref xml.dom xml.etree.ElementTree xml.sax xmlrpc.client zipapp zipfile zipimport zlib "
-    "zoneinfo"
+    "tabnanny tarfile termios timeit tkinter token tokenize tomllib trace traceback tracemalloc "
+    "tty turtle types unicodedata unittest.mock urllib.error uuid venv warnings wave weakref "
+    "webbrowser wsgiref xml.dom xml.etree.ElementTree xml.sax xmlrpc.client zipapp zipfile "
+    "zipimport zlib zoneinfo"
 ).split()
 _STATEMENTS = "break continue for global if nonlocal pass raise while with".split()
 

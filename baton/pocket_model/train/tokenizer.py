@@ -63,6 +63,11 @@ def render(messages: Sequence[Message]) -> tuple[list[str], list[bool]]:
     return pieces, written
 
 
+def render_text(text: str) -> tuple[list[str], list[bool]]:
+    """As `render`, for a text without roles."""
+    return [BOS, text + END], [False, True]
+
+
 def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     """Write tokenizer.json, tokenizer_config.json and special_tokens_map.json into `folder`."""
     tokenizer.save(str(folder / "tokenizer.json"))
@@ -81,6 +86,7 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": 2048,
+        "model_input_names": ["input_ids", "attention_mask"],
         "clean_up_tokenization_spaces": False,
         "added_tokens_decoder": added,
         **roles,

@@ -27,12 +27,12 @@ from baton.pocket_model.train.export import export
 from baton.pocket_model.train.model import PocketModel, Shape
 from baton.pocket_model.train.tokenizer import train_tokenizer
 
-_LANGUAGE_SHARE = 0.5  # of the time
+_LANGUAGE_SHARE = 0.4  # of the time
 _WARM_UP = 0.02
 _SAVE_SECONDS = 90.0
 # Shares of the rows: (prose, code, conversations), in the first and in the second part.
-_LANGUAGE_MIX = (0.3, 0.15, 0.55)
-_ANSWER_MIX = (0.08, 0.02, 0.9)
+_LANGUAGE_MIX = (0.12, 0.18, 0.7)
+_ANSWER_MIX = (0.03, 0.02, 0.95)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,11 +66,14 @@ def prepare(options: argparse.Namespace, device: torch.device) -> tuple[Tokenize
     prose, held_out = corpus.split(corpus.prose_documents())
     code, _ = corpus.split(corpus.code_documents())
     random.Random(options.seed).shuffle(code)
-    source = ChatSource(options.seed)
+    words = corpus.common_words(prose)
+    source = ChatSource(options.seed, words)
     sample = [message.content for _ in range(20000) for message in source.conversation()]
     tokenizer = train_tokenizer([*_texts(prose), *_texts(code[:60]), *sample])
     chats = batches.encode_chats(tokenizer, source, options.conversations)
-    unseen = batches.encode_chats(tokenizer, ChatSource(options.seed + 1, held_out=True), 400)
+    unseen = batches.encode_chats(
+        tokenizer, ChatSource(options.seed + 1, words, held_out=True), 400, texts=False
+    )
     length = options.length
 
     def text_rows(texts: list[str]) -> batches.TextRows:
@@ -155,6 +158,7 @@ class Training:
 
     def report(self, step: int, *, num_answers: int) -> None:
         """Write the checkpoint folder; print held-out perplexity and some greedy answers."""
+        self.model.eval()
         folder = Path(self._options.output)
         export(self.model, self.tokenizer, folder)
         figures = {
@@ -167,10 +171,14 @@ class Training:
                 self.model, self._rows.held_out_chat
             ),
         }
+        figures["held_out_phrasing_exact_share"] = evaluate.exact_share(
+            self.model, self._rows.held_out_chat
+        )
         self._say(json.dumps(figures))
         (folder / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
         for prompt in evaluate.PROMPTS[:num_answers]:
             print(f"> {prompt}\n{evaluate.answer(self.model, self.tokenizer, prompt)}", flush=True)
+        self.model.train()
 
 
 def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
