@@ -223,8 +223,6 @@ class OutgoingTransfer:
 
     def abort_asked(self, epoch: int, error: ServingError) -> list[Instruction]:
         """The receiver gave up. Acknowledged once nothing is in flight; again if repeated."""
-        if self.state.is_final:
-            return [SendAbortAck(epoch, self.num_posted)]
         self._ack_epoch = epoch
         return self._end(error, tells_node=True, tells_peer=False)
 
@@ -261,8 +259,9 @@ class OutgoingTransfer:
         instructions: list[Instruction] = []
         if self.state is TransferState.QUARANTINED:
             self.state = TransferState.FAILED
-            if self._ack_epoch is not None:
-                instructions.append(SendAbortAck(self._ack_epoch, self.num_posted))
+        if self.state.is_final and self._ack_epoch is not None:
+            instructions.append(SendAbortAck(self._ack_epoch, self.num_posted))
+            self._ack_epoch = None
         if self.state.is_final and not self._is_freed:
             self._is_freed = True
             instructions.append(FreeSources())

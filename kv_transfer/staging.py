@@ -5,8 +5,8 @@ Life of a slot
     2. `acquire`: one frame owns it, from before its bytes are packed or received until nobody
        can touch it any more. Who asks first is served first, but one owner (one peer) gets no
        more than its share, so that a peer that hangs cannot stop the others.
-    3. `release`: free for the next frame. Or `retire`: an operation on it did not end even
-       though its connection was cut; it is never used again.
+    3. `release`: free for the next frame. A slot whose operation never ends, not even when its
+       connection is cut, is never released.
 """
 
 from __future__ import annotations
@@ -65,17 +65,12 @@ class Staging:
         self._share = max(1, num_slots // 2)
         self._owners: dict[StagingSlot, Hashable] = {}
         self._num_owned: Counter[Hashable] = Counter()
-        self._num_retired = 0
         self._scratch: torch.Tensor | None = None
         self._waiters: deque[_Waiter] = deque()
 
     @property
     def num_free(self) -> int:
         return len(self._free)
-
-    @property
-    def num_retired(self) -> int:
-        return self._num_retired
 
     @property
     def scratch(self) -> torch.Tensor:
@@ -100,13 +95,9 @@ class Staging:
         self._free.append(slot)
         self._serve()
 
-    def retire(self, slot: StagingSlot) -> None:
-        self._disown(slot)
-        self._num_retired += 1
-
     def check_integrity(self) -> None:
         """Raises `AssertionError` when slots were lost or counted twice."""
-        if len(self._free) + len(self._owners) + self._num_retired != self.num_slots:
+        if len(self._free) + len(self._owners) != self.num_slots:
             raise AssertionError("staging slots do not add up")
         if sum(self._num_owned.values()) != len(self._owners):
             raise AssertionError("owners of staging slots do not add up")

@@ -1,0 +1,63 @@
+"""Blocks to slots and back, with digests."""
+
+from __future__ import annotations
+
+import asyncio
+
+import numpy as np
+import torch
+
+from kv_transfer.pool import TransferPool
+from tests.kv_twins import NUM_LAYERS, UNIT_BYTES, make_pool
+
+
+def test_gathered_units_lie_layer_by_layer_in_the_slot() -> None:
+    async def scenario() -> None:
+        blocks = make_pool(1)
+        pool = TransferPool(blocks)
+        slot = torch.zeros(4096, dtype=torch.uint8)
+        await pool.gather(slot, layer_start=1, num_layers=2, block_ids=(7, 3), after=None)
+        packed = slot[: 4 * UNIT_BYTES].view(2, 2, UNIT_BYTES)
+        assert torch.equal(packed, blocks[1:3][:, [7, 3]])
+        pool.close()
+
+    asyncio.run(scenario())
+
+
+def test_scattering_what_was_gathered_copies_the_blocks_and_gives_the_same_digests() -> None:
+    async def scenario() -> None:
+        source, target = make_pool(1), make_pool(2)
+        one, other = TransferPool(source), TransferPool(target)
+        slot = torch.zeros(4096, dtype=torch.uint8)
+        whole = {"layer_start": 0, "num_layers": NUM_LAYERS}
+        digests = await one.gather(slot, **whole, block_ids=(5, 9), after=None)  # type: ignore[arg-type]
+        assert await other.scatter(
+            slot,
+            **whole,  # type: ignore[arg-type]
+            block_ids=(30, 2),
+            accepts=lambda found: np.array_equal(found, digests),
+        )
+        assert torch.equal(target[:, [30, 2]], source[:, [5, 9]])
+        one.close()
+        other.close()
+
+    asyncio.run(scenario())
+
+
+def test_a_slot_that_is_not_accepted_leaves_the_blocks_alone() -> None:
+    async def scenario() -> None:
+        target = make_pool(2)
+        before = target.clone()
+        pool = TransferPool(target)
+        slot = torch.zeros(4096, dtype=torch.uint8)
+        whole = {"layer_start": 0, "num_layers": NUM_LAYERS}
+        assert not await pool.scatter(
+            slot,
+            **whole,  # type: ignore[arg-type]
+            block_ids=(1,),
+            accepts=lambda _: False,
+        )
+        assert torch.equal(target, before)
+        pool.close()
+
+    asyncio.run(scenario())

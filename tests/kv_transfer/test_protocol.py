@@ -1,0 +1,106 @@
+"""Frame headers: what was packed is read, anything else is refused before it is used."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kv_transfer.protocol import (
+    FrameHeader,
+    FrameLimits,
+    FrameMalformed,
+    pack_header,
+    parse_header,
+)
+
+LIMITS = FrameLimits(num_layers=4, unit_bytes=32, max_payload_bytes=32 * 4 * 8)
+
+
+def make_header(
+    *, positions: tuple[int, ...] = (2, 3, 9), layer_start: int = 1, num_layers: int = 3
+) -> FrameHeader:
+    num_units = num_layers * len(positions)
+    return FrameHeader(
+        transfer_id=bytes(range(16)),
+        incarnation=2**63 - 1,
+        epoch=7,
+        nonce=2**64 - 1,
+        seq=5,
+        layer_start=layer_start,
+        num_layers=num_layers,
+        positions=positions,
+        payload_bytes=num_units * LIMITS.unit_bytes,
+        digests=np.arange(num_units, dtype=np.uint64).reshape(num_layers, -1),
+    )
+
+
+def packed(header: FrameHeader) -> bytearray:
+    buffer = bytearray(LIMITS.max_header_bytes)
+    del buffer[pack_header(header, memoryview(buffer)) :]
+    return buffer
+
+
+def test_a_header_is_read_as_it_was_written() -> None:
+    header = make_header()
+    read = parse_header(memoryview(packed(header)), LIMITS)
+    assert np.array_equal(read.digests, header.digests)
+    for name in FrameHeader.__slots__:
+        if name != "digests":
+            assert getattr(read, name) == getattr(header, name), name
+
+
+def test_what_an_earlier_header_left_in_the_buffer_is_ignored() -> None:
+    buffer = bytearray(b"\xff" * LIMITS.max_header_bytes)
+    pack_header(make_header(), memoryview(buffer))
+    assert parse_header(memoryview(buffer), LIMITS).seq == 5
+
+
+@given(st.integers(0), st.integers(0, 7))
+def test_any_flipped_bit_is_refused(place: int, bit: int) -> None:
+    data = packed(make_header())
+    data[place % len(data)] ^= 1 << bit
+    with pytest.raises(FrameMalformed):
+        parse_header(memoryview(data), LIMITS)
+
+
+@given(st.integers(0, 200))
+def test_a_truncated_header_is_refused(length: int) -> None:
+    data = packed(make_header())
+    with pytest.raises(FrameMalformed):
+        parse_header(memoryview(data[: length % len(data)]), LIMITS)
+
+
+@given(st.binary(max_size=400))
+def test_noise_is_refused(data: bytes) -> None:
+    with pytest.raises(FrameMalformed):
+        parse_header(memoryview(data), LIMITS)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        make_header(layer_start=2, num_layers=3),
+        make_header(positions=(3, 2)),
+        make_header(positions=(2, 2)),
+    ],
+    ids=["layers beyond the last", "positions descend", "a position twice"],
+)
+def test_a_map_that_cannot_be_is_refused(header: FrameHeader) -> None:
+    with pytest.raises(FrameMalformed):
+        parse_header(memoryview(packed(header)), LIMITS)
+
+
+def test_a_frame_larger_than_a_slot_is_refused_by_its_counts() -> None:
+    header = make_header(positions=tuple(range(11)), num_layers=3)
+    buffer = bytearray(10_000)
+    pack_header(header, memoryview(buffer))
+    with pytest.raises(FrameMalformed, match="size"):
+        parse_header(memoryview(buffer), LIMITS)
+
+
+def test_a_payload_length_that_does_not_fit_the_map_is_refused() -> None:
+    larger = FrameLimits(num_layers=4, unit_bytes=64, max_payload_bytes=1 << 20)
+    with pytest.raises(FrameMalformed, match="payload"):
+        parse_header(memoryview(packed(make_header())), larger)

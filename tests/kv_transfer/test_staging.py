@@ -1,0 +1,89 @@
+"""Staging slots: one owner at a time, fair between peers."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+import torch
+
+from cluster.errors import ConfigError
+from kv_transfer.protocol import FrameLimits
+from kv_transfer.staging import Staging
+
+
+def make_staging(num_slots: int = 4, slot_bytes: int = 256) -> Staging:
+    limits = FrameLimits(num_layers=2, unit_bytes=64, max_payload_bytes=slot_bytes)
+    return Staging(
+        slot_bytes=slot_bytes, num_slots=num_slots, limits=limits, device=torch.device("cpu")
+    )
+
+
+def test_a_slot_too_small_for_one_unit_is_a_configuration_error() -> None:
+    with pytest.raises(ConfigError, match="at least 64"):
+        make_staging(slot_bytes=63)
+
+
+def test_slots_are_distinct_memory_and_come_back() -> None:
+    async def scenario() -> None:
+        staging = make_staging()
+        slots = [await staging.acquire(owner) for owner in "abcd"]
+        assert len({slot.payload.data_ptr() for slot in slots}) == 4
+        for slot in slots:
+            staging.release(slot)
+        assert staging.num_free == 4
+        staging.check_integrity()
+
+    asyncio.run(scenario())
+
+
+def test_a_peer_that_hangs_leaves_slots_to_the_others() -> None:
+    async def scenario() -> None:
+        staging = make_staging()
+        await staging.acquire("hung")
+        await staging.acquire("hung")
+        third = asyncio.ensure_future(staging.acquire("hung"))
+        await asyncio.sleep(0)
+        assert not third.done()
+        staging.release(await staging.acquire("other"))
+        third.cancel()
+        await asyncio.wait([third])
+        staging.check_integrity()
+
+    asyncio.run(scenario())
+
+
+def test_who_asked_first_is_served_first() -> None:
+    async def scenario() -> None:
+        staging = make_staging(num_slots=2)
+        first, second = await staging.acquire("a"), await staging.acquire("b")
+        order: list[str] = []
+
+        async def ask(owner: str) -> None:
+            await staging.acquire(owner)
+            order.append(owner)
+
+        waiting = [asyncio.ensure_future(ask(owner)) for owner in "cd"]
+        await asyncio.sleep(0)
+        staging.release(first)
+        staging.release(second)
+        await asyncio.wait(waiting)
+        assert order == ["c", "d"]
+
+    asyncio.run(scenario())
+
+
+def test_a_cancelled_wait_loses_no_slot() -> None:
+    async def scenario() -> None:
+        staging = make_staging(num_slots=2)
+        held = await staging.acquire("a"), await staging.acquire("b")
+        waiting = asyncio.ensure_future(staging.acquire("c"))
+        await asyncio.sleep(0)
+        staging.release(held[0])  # given to the waiter in the same turn that cancels it
+        waiting.cancel()
+        await asyncio.wait([waiting])
+        staging.release(held[1])
+        assert staging.num_free == 2
+        staging.check_integrity()
+
+    asyncio.run(scenario())
