@@ -68,7 +68,7 @@ class Admission:
         """`chance` draws from [0, 1)."""
         self._limits = limits
         self._chance = chance
-        self._closed = False
+        self.is_closed = False
         self.num_sequences = 0
         self.num_queued = 0
         self.num_queued_tokens = 0
@@ -96,10 +96,10 @@ class Admission:
 
     def close(self) -> None:
         """Refuse everybody from now on: the gateway is stopping."""
-        self._closed = True
+        self.is_closed = True
 
     def check_open(self) -> None:
-        if self._closed:
+        if self.is_closed:
             raise NodeUnavailable(
                 "This gateway is shutting down.",
                 reason="shutting_down",

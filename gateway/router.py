@@ -46,6 +46,10 @@ class Candidate:
     reserved_tokens: int  # of sequences placed there that its last heartbeat cannot know
     num_cached_tokens: int = 0  # of this prompt
 
+    @property
+    def can_take_work(self) -> bool:
+        return self.is_connected and self.node.state is NodeState.READY
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Demand:
@@ -98,17 +102,13 @@ def choose(
     )
 
 
-def can_take_work(candidate: Candidate) -> bool:
-    return candidate.is_connected and candidate.node.state is NodeState.READY
-
-
 def _pools(
     candidates: Iterable[Candidate],
 ) -> list[tuple[list[Candidate], list[Candidate]]]:
     """(prefill, decode) nodes by compatibility hash; only hashes that have both."""
     pools: dict[str, tuple[list[Candidate], list[Candidate]]] = {}
     for candidate in candidates:
-        if can_take_work(candidate):
+        if candidate.can_take_work:
             pool = pools.setdefault(candidate.node.compatibility_hash, ([], []))
             pool[candidate.node.role is NodeRole.DECODE].append(candidate)
     return [pool for pool in pools.values() if pool[0] and pool[1]]

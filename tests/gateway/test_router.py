@@ -28,7 +28,7 @@ def node(name: str, **changes: object) -> NodeInfo:
 
 
 def candidate(
-    name: str, *, node_changes: dict[str, object] | None = None, **changes: object
+    name: str, *, node_changes: Mapping[str, object] | None = None, **changes: object
 ) -> Candidate:
     fields: dict[str, object] = {
         "node": node(name, **(node_changes or {})),

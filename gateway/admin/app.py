@@ -1,0 +1,206 @@
+"""The admin API: what runs where, and the levers. On a port and under a token of its own.
+
+Every change is logged with its outcome. Names of nodes and ids of requests are the only values
+taken from a path; nothing here takes an address, a file or a command.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import TYPE_CHECKING, Any, Literal
+
+from fastapi import APIRouter, FastAPI, Request
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from cluster.errors import ConfigError, RouteNotFound, ServingError
+from cluster.membership import Event, StateObserved
+from cluster.node import NodeState
+from cluster.proto import node_pb2 as pb
+from cluster.request import KVLoadFailurePolicy
+from cluster.version import VERSION
+from gateway.admin.access import HostGuard
+from gateway.admin.views import lease_view, node_view, request_views
+from gateway.app import translate_errors
+from gateway.body import read_object
+from gateway.edge import Edge, KeyCheck
+from gateway.schemas import invalid
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from starlette.types import ASGIApp
+
+    from gateway.gateway import Gateway
+    from gateway.nodes import NodeEntry
+
+logger = logging.getLogger(__name__)
+PREFIX = "/admin/v1"
+Json = dict[str, Any]
+
+
+class PolicyChange(BaseModel):
+    """`PATCH /admin/v1/policy`: what is named changes, all of it or nothing."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    local_prefill_tokens: int | None = None
+    stream_interval: int | None = None
+    kv_load_failure_policy: Literal["fail", "recompute"] | None = None
+
+
+def admin_app(
+    gateway: Gateway, *, token: str, host: str, observe: Callable[[Event], None]
+) -> ASGIApp:
+    """`host` is the address it will listen on; `observe` tells membership what nodes answered."""
+    if not token:
+        raise ConfigError("The admin API needs a token.", param="admin_token")
+    app = FastAPI(
+        title="Baton admin",
+        version=VERSION,
+        openapi_url=f"{PREFIX}/openapi.json",
+        docs_url=None,
+        redoc_url=None,
+    )
+    translate_errors(app)
+    app.include_router(_views(gateway))
+    app.include_router(_levers(gateway, observe))
+    app.include_router(_policy(gateway))
+    keys = KeyCheck([token], "This admin token is not valid.")
+    return Edge(HostGuard(app, host), keys, open_paths=frozenset())
+
+
+def _views(gateway: Gateway) -> APIRouter:
+    router = APIRouter(prefix=PREFIX, tags=["views"])
+
+    @router.get("/nodes", summary="Nodes, their state and load")
+    async def nodes() -> Json:
+        now = gateway.clock()
+        return {"nodes": [node_view(entry, now) for entry in gateway.nodes]}
+
+    @router.get("/requests", summary="Requests in flight, and where they were placed")
+    async def requests() -> Json:
+        active = gateway.dispatcher.active.values()
+        return {"requests": request_views(active, gateway.clock())}
+
+    @router.get("/leases", summary="Leases of KV that is in transfer, asked of every node")
+    async def leases() -> Json:
+        entries = [entry for entry in gateway.nodes if entry.client.is_connected]
+        replies = await asyncio.gather(*(_inspect(entry) for entry in entries))
+        found: list[Json] = []
+        silent: list[str] = []
+        for entry, reply in zip(entries, replies, strict=True):
+            name = entry.info.id.name
+            if reply is None:
+                silent.append(name)
+            else:
+                found += [lease_view(name, lease) for lease in reply.leases]
+        return {"leases": found, "unreachable": silent}
+
+    return router
+
+
+def _levers(gateway: Gateway, observe: Callable[[Event], None]) -> APIRouter:
+    router = APIRouter(prefix=PREFIX, tags=["levers"])
+
+    @router.post("/requests/{request_id}:cancel", summary="End a request with a typed error")
+    async def cancel(request_id: str) -> Json:
+        num_cancelled = gateway.dispatcher.cancel_request(request_id)
+        _audit("cancel", request_id, f"{num_cancelled} sequences")
+        if num_cancelled == 0:
+            raise RouteNotFound("No such request is in flight.", param="id")
+        return {"id": request_id, "num_cancelled": num_cancelled}
+
+    async def order(name: str, action: pb.ControlRequest.Action) -> Json:
+        entry = _entry(gateway, name)
+        verb = pb.ControlRequest.Action.Name(action).lower()
+        try:
+            reply = await entry.client.control(action)
+        except ServingError as error:
+            _audit(verb, name, f"failed: {error.code}")
+            raise
+        _audit(verb, name, reply.state)
+        if reply.state in set(NodeState):
+            observe(StateObserved(entry.info.id, NodeState(reply.state)))
+        return {"name": name, "state": reply.state}
+
+    @router.post("/nodes/{name}:cordon", summary="Give a node no new work")
+    async def cordon(name: str) -> Json:
+        return await order(name, pb.ControlRequest.CORDON)
+
+    @router.post("/nodes/{name}:uncordon", summary="Give a cordoned node work again")
+    async def uncordon(name: str) -> Json:
+        return await order(name, pb.ControlRequest.UNCORDON)
+
+    @router.post("/nodes/{name}:drain", summary="Cordon a node and let its work end")
+    async def drain(name: str) -> Json:
+        return await order(name, pb.ControlRequest.DRAIN)
+
+    @router.post("/prefix-cache:reset", summary="Forget cached blocks on every node")
+    async def reset_prefix_cache() -> Json:
+        names = [entry.info.id.name for entry in gateway.nodes if entry.client.is_connected]
+        for name in names:
+            await order(name, pb.ControlRequest.RESET_PREFIX_CACHE)
+        return {"nodes": names}
+
+    return router
+
+
+def _policy(gateway: Gateway) -> APIRouter:
+    router = APIRouter(prefix=PREFIX, tags=["policy"])
+
+    @router.get("/policy", summary="The policy in force")
+    async def show() -> Json:
+        return _policy_view(gateway)
+
+    schema = {"content": {"application/json": {"schema": PolicyChange.model_json_schema()}}}
+
+    @router.patch("/policy", summary="Change it, live", openapi_extra={"requestBody": schema})
+    async def change(request: Request) -> Json:
+        fields = await read_object(
+            request.scope, request.receive, max_bytes=16_384, timeout_seconds=10.0
+        )
+        try:
+            asked = PolicyChange.model_validate(fields)
+        except ValidationError as error:
+            raise invalid(error) from error
+        changes = asked.model_dump(exclude_none=True)
+        if "kv_load_failure_policy" in changes:
+            changes["kv_load_failure_policy"] = KVLoadFailurePolicy(
+                changes["kv_load_failure_policy"]
+            )
+        gateway.policy.change(**changes)
+        _audit("policy", "gateway", str(changes))
+        return _policy_view(gateway)
+
+    return router
+
+
+def _policy_view(gateway: Gateway) -> Json:
+    policy = gateway.policy.current
+    return {
+        "kv_load_failure_policy": policy.kv_load_failure_policy.value,
+        "local_prefill_tokens": policy.local_prefill_tokens,
+        "stream_interval": policy.stream_interval,
+    }
+
+
+async def _inspect(entry: NodeEntry) -> pb.InspectReply | None:
+    try:
+        return await entry.client.inspect()
+    except ServingError as error:
+        logger.warning("node %s did not say what it holds: %s", entry.info.id.name, error.message)
+        return None
+
+
+def _entry(gateway: Gateway, name: str) -> NodeEntry:
+    entry = gateway.nodes.get(name)
+    if entry is None:
+        raise RouteNotFound("There is no node of this name.", param="name")
+    return entry
+
+
+def _audit(action: str, target: str, outcome: str) -> None:
+    logger.info(
+        "admin action", extra={"action": action, "target": target[:200], "outcome": outcome}
+    )

@@ -1,0 +1,107 @@
+"""What runs, as plain objects for the admin API. Reads only."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from gateway.sequence_machine import SequenceState
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from cluster.proto import node_pb2 as pb
+    from gateway.dispatch import ActiveSequence
+    from gateway.nodes import NodeEntry
+
+Json = dict[str, Any]
+
+# Earliest first: a request is as far as its last sequence.
+_STATES = {
+    SequenceState.SUBMITTED: "waiting",
+    SequenceState.PREFILLED: "handing_off",
+    SequenceState.STARTED: "running",
+    SequenceState.FINISHED: "finished",
+}
+
+
+def node_view(entry: NodeEntry, now: float) -> Json:
+    info = entry.info
+    return {
+        "name": info.id.name,
+        "incarnation": str(info.id.incarnation),  # 63 bits: more than JavaScript's numbers hold
+        "role": info.role.value,
+        "state": info.state.value,
+        "model": info.model_name,
+        "compatibility_hash": info.compatibility_hash,
+        "block_size": info.block_size,
+        "max_model_len": info.max_model_len,
+        "transports": list(info.transports),
+        "grpc_address": info.grpc_address,
+        "metrics_address": info.metrics_address,
+        "is_connected": entry.client.is_connected,
+        "age_seconds": entry.client.silent_for(now),
+        "load": asdict(info.load),
+        "placed_here": {
+            "num_sequences": entry.tally.num_sequences,
+            "queued_tokens": entry.tally.queued_tokens,
+        },
+    }
+
+
+def request_views(active: Iterable[ActiveSequence], now: float) -> list[Json]:
+    """One entry per request, oldest first, with its sequences inside."""
+    grouped: dict[str, list[ActiveSequence]] = {}
+    for sequence in active:
+        grouped.setdefault(sequence.request.request_id, []).append(sequence)
+    return [_request_view(name, sequences, now) for name, sequences in grouped.items()]
+
+
+def _request_view(request_id: str, sequences: list[ActiveSequence], now: float) -> Json:
+    first = sequences[0]
+    order = list(_STATES)
+    slowest = min(sequences, key=lambda sequence: order.index(sequence.state))
+    return {
+        "id": request_id,
+        "state": _STATES[slowest.state],
+        "model": first.decode.info.model_name,
+        "prefill_node": None if first.prefill is None else first.prefill.info.id.name,
+        "decode_node": first.decode.info.id.name,
+        "prompt_tokens": len(first.request.prompt_token_ids),
+        "output_tokens": sum(sequence.num_output_tokens for sequence in sequences),
+        "age_seconds": now - first.began_at,
+        "sequences": [_sequence_view(sequence, now) for sequence in sequences],
+    }
+
+
+def _sequence_view(sequence: ActiveSequence, now: float) -> Json:
+    return {
+        "sequence_id": sequence.request.sequence_id,
+        "state": _STATES[sequence.state],
+        "prefill_node": None if sequence.prefill is None else sequence.prefill.info.id.name,
+        "decode_node": sequence.decode.info.id.name,
+        "prompt_tokens": len(sequence.request.prompt_token_ids),
+        "output_tokens": sequence.num_output_tokens,
+        "age_seconds": now - sequence.began_at,
+        "candidates": [
+            {
+                "node": cost.name,
+                "role": cost.role.value,
+                "cost_ms": round(cost.cost, 3),
+                "cached_tokens": cost.num_cached_tokens,
+            }
+            for cost in sequence.placement.costs
+        ],
+    }
+
+
+def lease_view(node: str, lease: pb.LeaseInfo) -> Json:
+    return {
+        "id": lease.transfer_id.hex(),
+        "node": node,
+        "sequence_id": lease.sequence_id,
+        "peer": lease.peer,
+        "state": lease.state,
+        "num_blocks": lease.num_blocks,
+        "remaining_seconds": lease.expires_in_seconds,
+    }

@@ -1,0 +1,124 @@
+"""The public HTTP application: FastAPI for routes and documentation, raw ASGI where tokens flow.
+
+`Edge` stands before all of it. Routes that generate are plain ASGI applications inside the
+router; their schemas are added to the OpenAPI document by name.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.openapi.utils import get_openapi
+from fastapi.responses import Response
+from starlette.exceptions import HTTPException
+from starlette.routing import Route as HttpRoute
+
+from cluster.errors import InvalidRequest, MethodNotAllowed, RouteNotFound, ServingError
+from cluster.version import VERSION
+from gateway.edge import Edge, KeyCheck
+from gateway.http_errors import JSON, as_serving_error, error_headers, error_json
+from gateway.request import Route
+from gateway.routes.generate import GenerateEndpoint
+from gateway.routes.health import health_router
+from gateway.routes.models import models_router
+from gateway.routes.tokenize import DetokenizeEndpoint, TokenizeEndpoint
+from gateway.schemas import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
+
+if TYPE_CHECKING:
+    from prometheus_client import CollectorRegistry
+    from pydantic import BaseModel
+    from starlette.types import ASGIApp
+
+    from gateway.gateway import Gateway
+
+NOT_FOUND = 404
+METHOD_NOT_ALLOWED = 405
+_REF = "#/components/schemas/{model}"
+
+
+def public_app(gateway: Gateway, metrics: CollectorRegistry) -> ASGIApp:
+    """Everything on the public port."""
+    app = FastAPI(title="Baton", version=VERSION, docs_url=None, redoc_url=None)
+    translate_errors(app)
+    raw: list[tuple[str, Any, type[BaseModel], str]] = [
+        (
+            "/v1/chat/completions",
+            GenerateEndpoint(gateway, Route.CHAT),
+            ChatBody,
+            "Answer a conversation",
+        ),
+        (
+            "/v1/completions",
+            GenerateEndpoint(gateway, Route.COMPLETIONS),
+            CompletionBody,
+            "Continue a text",
+        ),
+        ("/tokenize", TokenizeEndpoint(gateway), TokenizeBody, "Text to token ids"),
+        ("/detokenize", DetokenizeEndpoint(gateway), DetokenizeBody, "Token ids to text"),
+    ]
+    for path, endpoint, _, _ in raw:
+        app.router.routes.append(HttpRoute(path, endpoint, methods=["POST"]))
+    app.include_router(models_router(gateway))
+    app.include_router(health_router(gateway, metrics))
+    bodies = [(path, body, summary) for path, _, body, summary in raw]
+    app.openapi = lambda: _document(app, bodies)  # type: ignore[method-assign]
+    refusal = "This API key is not valid. Send it as `Authorization: Bearer` or `x-api-key`."
+    return Edge(app, KeyCheck(gateway.config.api_key, refusal))
+
+
+def translate_errors(app: FastAPI) -> None:
+    """Whatever a route raises, as an error object."""
+
+    async def on_serving_error(_: Request, error: Exception) -> Response:
+        return error_response(as_serving_error(error))
+
+    async def on_http_error(_: Request, error: Exception) -> Response:
+        status = error.status_code if isinstance(error, HTTPException) else 500
+        if status == NOT_FOUND:
+            return error_response(RouteNotFound("There is no such route."))
+        if status == METHOD_NOT_ALLOWED:
+            return error_response(MethodNotAllowed("This route does not take this method."))
+        return error_response(as_serving_error(error))
+
+    async def on_invalid(_: Request, error: Exception) -> Response:
+        fields = error.errors() if isinstance(error, RequestValidationError) else []
+        path = ".".join(str(step) for step in fields[0]["loc"][1:]) if fields else None
+        return error_response(InvalidRequest("The request is not valid.", param=path))
+
+    app.add_exception_handler(ServingError, on_serving_error)
+    app.add_exception_handler(HTTPException, on_http_error)
+    app.add_exception_handler(RequestValidationError, on_invalid)
+
+
+def error_response(error: ServingError) -> Response:
+    headers = {name.decode(): value.decode() for name, value in error_headers(error)}
+    return Response(
+        error_json(error),
+        status_code=error.http_status,
+        media_type=JSON.decode(),
+        headers=headers,
+    )
+
+
+def _document(app: FastAPI, bodies: list[tuple[str, type[BaseModel], str]]) -> dict[str, Any]:
+    """FastAPI's document, with the routes it does not run itself."""
+    document = get_openapi(title=app.title, version=app.version, routes=app.routes)
+    schemas = document.setdefault("components", {}).setdefault("schemas", {})
+    for path, body, summary in bodies:
+        schema = body.model_json_schema(ref_template=_REF)
+        schemas.update(schema.pop("$defs", {}))
+        schemas[body.__name__] = schema
+        reference = {"$ref": _REF.format(model=body.__name__)}
+        document["paths"][path] = {
+            "post": {
+                "summary": summary,
+                "requestBody": {
+                    "required": True,
+                    "content": {"application/json": {"schema": reference}},
+                },
+                "responses": {"200": {"description": "The answer, whole or as events"}},
+            }
+        }
+    return document

@@ -1,0 +1,106 @@
+"""Puts a gateway together from its configuration and what it shares with the cluster."""
+
+from __future__ import annotations
+
+import random
+import secrets
+import time
+from typing import TYPE_CHECKING
+
+from gateway.admission import Admission, Limits
+from gateway.dispatch import Dispatcher
+from gateway.gateway import Gateway
+from gateway.measures import Measures
+from gateway.metrics import GatewayCollector
+from gateway.node_client import NodeClient
+from gateway.nodes import Nodes
+from gateway.policy import Policy, PolicyHolder
+from gateway.prefix_lookup import PrefixLookup
+from gateway.sequence_machine import Patience
+from gateway.validation import Validator
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from prometheus_client import CollectorRegistry
+
+    from cluster.clock import Clock
+    from cluster.membership import Event
+    from cluster.node import NodeInfo
+    from gateway.chat_template import ChatTemplate
+    from gateway.config import GatewayConfig
+    from gateway.prefix_lookup import Index
+    from gateway.tokenizer import Tokenizer
+
+
+def assemble(
+    config: GatewayConfig,
+    *,
+    tokenizer: Tokenizer,
+    template: ChatTemplate | None,
+    index: Index,
+    observe: Callable[[Event], None],
+    registry: CollectorRegistry,
+    clock: Clock,
+) -> Gateway:
+    """`observe` tells membership what this process sees; `registry` gets the metrics.
+
+    Needs a running event loop. Nothing runs yet: `gateway.nodes.apply` connects to nodes.
+    """
+    measures = Measures()
+    policy = PolicyHolder(
+        Policy(
+            local_prefill_tokens=config.local_prefill_tokens,
+            stream_interval=config.stream_interval,
+        )
+    )
+    gateway_id = f"gateway-{secrets.token_hex(8)}"
+    dispatcher = Dispatcher(
+        gateway_id,
+        patience=Patience(
+            first_token=config.first_token_timeout, between_tokens=config.stream_timeout
+        ),
+        policy=policy,
+        measures=measures,
+        clock=clock,
+        observe=observe,
+    )
+
+    def new_client(node: NodeInfo) -> NodeClient:
+        return NodeClient(
+            node,
+            gateway_id,
+            dispatcher,
+            clock=clock,
+            probe_after=config.probe_after,
+            probe_timeout=config.probe_timeout,
+        )
+
+    nodes = Nodes(new_client)
+    dispatcher.nodes = nodes
+    admission = Admission(
+        Limits(
+            max_num_reqs=config.max_num_reqs,
+            max_num_queued_reqs=config.max_num_queued_reqs,
+            max_num_queued_tokens=config.max_num_queued_tokens,
+        ),
+        chance=random.random,
+    )
+    registry.register(
+        GatewayCollector(
+            measures, nodes, config.model_names[0], lambda: admission.num_queued_tokens
+        )
+    )
+    return Gateway(
+        config,
+        tokenizer=tokenizer,
+        validator=Validator(tokenizer, template),
+        nodes=nodes,
+        dispatcher=dispatcher,
+        admission=admission,
+        lookup=PrefixLookup(index, nodes, policy, tokenizer.executor),
+        policy=policy,
+        measures=measures,
+        clock=clock,
+        started_at=int(time.time()),
+    )

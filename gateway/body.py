@@ -1,0 +1,116 @@
+"""The body of a request: read within its limits, then parsed.
+
+The size is enforced while reading, before anything is parsed or kept; the type and the nesting
+before any field is looked at.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from typing import TYPE_CHECKING, Any
+
+import orjson
+
+from cluster.errors import (
+    Cancelled,
+    InvalidRequest,
+    RequestTimeout,
+    RequestTooLarge,
+    UnsupportedMediaType,
+)
+
+if TYPE_CHECKING:
+    from starlette.types import Receive, Scope
+
+MAX_DEPTH = 32
+MAX_DISCARDED_BYTES = 32 * 1024 * 1024
+DISCARD_SECONDS = 5.0
+
+
+async def read_object(
+    scope: Scope, receive: Receive, *, max_bytes: int, timeout_seconds: float
+) -> dict[str, Any]:
+    """The JSON object in the body. Raises the typed error for whatever else is there."""
+    headers = dict(scope["headers"])
+    _check_media_type(headers)
+    length = headers.get(b"content-length", b"")
+    if length.isdigit() and int(length) > max_bytes:
+        if b"expect" not in headers and int(length) <= MAX_DISCARDED_BYTES:
+            await _discard(receive)
+        raise _too_large(max_bytes)
+    try:
+        async with asyncio.timeout(timeout_seconds):
+            body = await _read(receive, max_bytes)
+    except TimeoutError as error:
+        raise RequestTimeout("The request body did not arrive in time.") from error
+    return parse_object(body)
+
+
+def parse_object(body: bytes) -> dict[str, Any]:
+    try:
+        value = orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        raise InvalidRequest(f"The body is not valid JSON: {error.msg}.") from error
+    if not isinstance(value, dict):
+        raise InvalidRequest("The body must be a JSON object.")
+    # Fewer brackets than the limit cannot nest deeper; counting them is much cheaper.
+    if body.count(b"[") + body.count(b"{") > MAX_DEPTH and _depth(value) > MAX_DEPTH:
+        raise InvalidRequest(f"The body nests deeper than {MAX_DEPTH} levels.")
+    return value
+
+
+def _check_media_type(headers: dict[bytes, bytes]) -> None:
+    given = headers.get(b"content-type", b"application/json")
+    media_type = given.split(b";")[0].strip().lower()
+    if media_type != b"application/json" and not media_type.endswith(b"+json"):
+        raise UnsupportedMediaType("The content type must be application/json.")
+
+
+async def _read(receive: Receive, max_bytes: int) -> bytes:
+    chunks: list[bytes] = []
+    num_bytes = 0
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise Cancelled("The client left before its request was complete.")
+        chunk = message.get("body", b"")
+        num_bytes += len(chunk)
+        if num_bytes > max_bytes:
+            if message.get("more_body", False):
+                await _discard(receive)
+            raise _too_large(max_bytes)
+        chunks.append(chunk)
+        if not message.get("more_body", False):
+            return b"".join(chunks)
+
+
+async def _discard(receive: Receive) -> None:
+    """Let a client finish what it sends, within bounds: one that is cut off while it writes
+    sees a broken connection instead of its answer."""
+    num_bytes = 0
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(DISCARD_SECONDS):
+            while num_bytes <= MAX_DISCARDED_BYTES:
+                message = await receive()
+                num_bytes += len(message.get("body", b""))
+                if not message.get("more_body", False):
+                    return
+
+
+def _too_large(max_bytes: int) -> RequestTooLarge:
+    return RequestTooLarge(f"The request body is larger than {max_bytes} bytes.")
+
+
+def _depth(value: object) -> int:
+    """Without recursion: the parser allows more levels than Python's stack should hold."""
+    depth = 0
+    level: list[object] = [value]
+    while level:
+        depth += 1
+        below: list[object] = []
+        for container in level:
+            children = container.values() if isinstance(container, dict) else container
+            below += [c for c in children if type(c) is dict or type(c) is list]  # type: ignore[attr-defined]
+        level = below
+    return depth

@@ -1,0 +1,162 @@
+"""One choice of an answer: deltas in, text out.
+
+Life of a choice
+    1. `deliver` keeps the deltas that come from the dispatcher, unread.
+    2. `take` reads all of them at once: ids become text, stop strings are looked for, and what
+       is new is returned as one `Piece`. Deltas that came while the client was slow are thereby
+       merged before they cost anything.
+    3. A stop string, the nodes' own ending, or an error finishes it.
+
+Text, log-probabilities and counts end with the token that completed a stop string, also when
+more tokens came in the same delta.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from cluster.request import FinishReason, TokenDelta, TokenLogprobs
+from gateway.stop_strings import StopMatcher
+
+if TYPE_CHECKING:
+    from cluster.errors import ServingError
+    from gateway.request import TextRules
+    from gateway.tokenizer import Tokenizer
+
+
+@dataclass(slots=True)
+class Piece:
+    """What is new in a choice. `token_ids` and `logprobs` are those that were counted."""
+
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+
+    def extend(self, later: Piece) -> None:
+        self.text += later.text
+        self.token_ids += later.token_ids
+        self.logprobs += later.logprobs
+
+
+class Choice:
+    """`index` is its number in the answer. `finish_reason` is set once it has ended well."""
+
+    __slots__ = (
+        "_detokenizer",
+        "_keeps_ids",
+        "_matcher",
+        "_min_tokens",
+        "_unread",
+        "error",
+        "finish_reason",
+        "index",
+        "num_cached_tokens",
+        "num_output_tokens",
+        "num_unread_tokens",
+        "rules",
+        "stop_reason",
+    )
+
+    def __init__(
+        self, index: int, tokenizer: Tokenizer, rules: TextRules, *, keeps_ids: bool
+    ) -> None:
+        """`keeps_ids`: pieces hold token ids, too."""
+        self.index = index
+        self.rules = rules
+        self.error: ServingError | None = None
+        self.finish_reason: FinishReason | None = None
+        self.stop_reason: int | str | None = None
+        self.num_cached_tokens: int | None = None
+        self.num_output_tokens = 0
+        self.num_unread_tokens = 0
+        self._detokenizer = tokenizer.detokenizer(skip_special_tokens=rules.skip_special_tokens)
+        self._matcher = (
+            StopMatcher(rules.stops, include=rules.include_stop) if rules.stops else None
+        )
+        self._min_tokens = rules.min_tokens
+        self._keeps_ids = keeps_ids
+        self._unread: list[TokenDelta] = []
+
+    @property
+    def is_finished(self) -> bool:
+        return self.finish_reason is not None or self.error is not None
+
+    @property
+    def has_unread(self) -> bool:
+        return bool(self._unread)
+
+    def deliver(self, delta: TokenDelta) -> None:
+        self._unread.append(delta)
+        self.num_unread_tokens += len(delta.token_ids)
+
+    def take(self) -> Piece:
+        """All that came since the last call. After the ending there is nothing more."""
+        unread, self._unread = self._unread, []
+        self.num_unread_tokens = 0
+        piece = Piece()
+        for delta in unread:
+            if self.is_finished:
+                break
+            self._read(delta, piece)
+        return piece
+
+    def _read(self, delta: TokenDelta, piece: Piece) -> None:
+        if delta.error is not None:
+            self.error = delta.error
+            return
+        if self.num_cached_tokens is None:
+            self.num_cached_tokens = delta.num_cached_tokens
+        if self._matcher is None:
+            self._read_plain(delta, piece)
+        else:
+            self._read_matching(self._matcher, delta, piece)
+        if delta.finish_reason is not None and not self.is_finished:
+            self._finish(delta, piece)
+
+    def _read_plain(self, delta: TokenDelta, piece: Piece) -> None:
+        piece.text += self._detokenizer.push(self._visible(delta))
+        self._count(delta.token_ids, delta.logprobs, piece)
+
+    def _read_matching(self, matcher: StopMatcher, delta: TokenDelta, piece: Piece) -> None:
+        """Token by token, so that nothing after a stop string is counted."""
+        visible = len(self._visible(delta))
+        for position, token_id in enumerate(delta.token_ids):
+            text = self._detokenizer.push((token_id,)) if position < visible else ""
+            self._count((token_id,), delta.logprobs[position : position + 1], piece)
+            if self.num_output_tokens <= self._min_tokens:
+                piece.text += text
+                continue
+            piece.text += matcher.push(text)
+            if matcher.matched is not None:
+                self.finish_reason = FinishReason.STOP
+                self.stop_reason = matcher.matched
+                return
+
+    def _visible(self, delta: TokenDelta) -> tuple[int, ...]:
+        """Without the token that ended the sequence, unless the client wants to see it."""
+        if delta.stop_token_id is None or self.rules.include_stop:
+            return delta.token_ids
+        return delta.token_ids[:-1]
+
+    def _count(
+        self, token_ids: tuple[int, ...], logprobs: tuple[TokenLogprobs, ...], piece: Piece
+    ) -> None:
+        self.num_output_tokens += len(token_ids)
+        if self._keeps_ids:
+            piece.token_ids += token_ids
+            piece.logprobs += logprobs
+
+    def _finish(self, delta: TokenDelta, piece: Piece) -> None:
+        rest = self._detokenizer.flush()
+        if self._matcher is not None:
+            piece.text += self._matcher.push(rest)
+            if self._matcher.matched is not None:
+                self.finish_reason = FinishReason.STOP
+                self.stop_reason = self._matcher.matched
+                return
+            rest = self._matcher.flush()
+        piece.text += rest
+        self.finish_reason = delta.finish_reason
+        if delta.stop_token_id in self.rules.stop_token_ids:
+            self.stop_reason = delta.stop_token_id

@@ -1,0 +1,144 @@
+"""The parts of one gateway, and what they do together: take a request in.
+
+1. `model_for` and `max_model_len` tell routes what a request may ask for.
+2. `begin` admits a valid request, asks where its prefix is cached, and submits its sequences.
+   From then on the `Generation` owns what it took; whoever writes the answer closes it.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import itertools
+import secrets
+from typing import TYPE_CHECKING
+
+from cluster.errors import ModelNotFound, NodeUnavailable, Overloaded, ServingError
+from gateway.generation import Generation
+from gateway.streaming import StreamTimes
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from cluster.clock import Clock
+    from gateway.admission import Admission
+    from gateway.config import GatewayConfig
+    from gateway.dispatch import Dispatcher
+    from gateway.measures import Measures
+    from gateway.nodes import Nodes
+    from gateway.policy import PolicyHolder
+    from gateway.prefix_lookup import PrefixLookup
+    from gateway.request import Request
+    from gateway.tokenizer import Tokenizer
+    from gateway.validation import Validator
+
+_RETRY_SECONDS = 2.0
+
+
+class Gateway:
+    def __init__(
+        self,
+        config: GatewayConfig,
+        *,
+        tokenizer: Tokenizer,
+        validator: Validator,
+        nodes: Nodes,
+        dispatcher: Dispatcher,
+        admission: Admission,
+        lookup: PrefixLookup,
+        policy: PolicyHolder,
+        measures: Measures,
+        clock: Clock,
+        started_at: int,
+    ) -> None:
+        """`started_at` in Unix seconds: what models say of when they were made."""
+        self.config = config
+        self.tokenizer = tokenizer
+        self.validator = validator
+        self.nodes = nodes
+        self.dispatcher = dispatcher
+        self.admission = admission
+        self.policy = policy
+        self.measures = measures
+        self.clock = clock
+        self.started_at = started_at
+        self.times = StreamTimes(
+            keep_alive=config.sse_keep_alive_interval, write_timeout=config.write_timeout
+        )
+        self._lookup = lookup
+        self._names: Sequence[str] = config.model_names
+        self._boot = secrets.token_hex(6)
+        self._numbers = itertools.count()
+
+    @property
+    def model_names(self) -> list[str]:
+        """Those that are names; a pattern is served, not listed."""
+        return [name for name in self._names if "*" not in name] or [self._names[0]]
+
+    @property
+    def is_ready(self) -> bool:
+        """True when a request that came now would be taken by some pair."""
+        return self.nodes.is_ready and not self.admission.is_closed
+
+    def model_for(self, asked: str | None) -> str:
+        """The name the answer shows. Raises `ModelNotFound`."""
+        if asked is None:
+            return self.model_names[0]
+        if any(asked == name or fnmatch.fnmatchcase(asked, name) for name in self._names):
+            return asked
+        raise ModelNotFound(f"The model {asked[:200]!r} does not exist.", param="model")
+
+    def max_model_len(self) -> int:
+        """Longest prompt plus output, in tokens. Raises while no node is there to say."""
+        length = self.nodes.max_model_len()
+        if length is None:
+            raise NodeUnavailable(
+                "No node is connected.", reason="no_pair", retry_after_seconds=_RETRY_SECONDS
+            )
+        return length
+
+    async def begin(self, request: Request, *, arrived_at: float) -> Generation:
+        """Raises the typed refusal; nothing of the request is left behind then."""
+        num_tokens = request.num_prompt_tokens * request.n
+        try:
+            admitted = self.admission.admit(request.num_sequences, num_tokens)
+        except Overloaded as error:
+            self.measures.rejections[error.reason or "overloaded"] += 1
+            raise
+        generation = Generation(
+            request,
+            tokenizer=self.tokenizer,
+            dispatcher=self.dispatcher,
+            admitted=admitted,
+            measures=self.measures,
+            stream_interval=self.policy.current.stream_interval,
+            arrived_at=arrived_at,
+            clock=self.clock,
+            new_id=self._new_id,
+        )
+        try:
+            await self._submit(generation)
+        except ServingError as error:
+            generation.fail(error)
+            generation.close()
+            raise
+        except BaseException:
+            generation.close()
+            raise
+        return generation
+
+    async def _submit(self, generation: Generation) -> None:
+        """Choices of one prompt are looked up once, and placed one by one."""
+        request = generation.request
+        cached = {}
+        for run in generation.runs:
+            index = run.choice.index
+            sequence = request.sequence(index, run.sequence_id)
+            if index % request.n == 0:
+                cached = dict(await self._lookup.num_cached_tokens(sequence))
+            self.dispatcher.submit(sequence, cached, run)
+            if generation.error is not None:
+                raise generation.error
+
+    def _new_id(self) -> str:
+        """Unique among all gateways and restarts."""
+        return f"{self._boot}-{next(self._numbers)}"

@@ -1,0 +1,255 @@
+"""One node as this gateway talks to it: a stream of orders one way, of tokens the other.
+
+Life of a client (one per node and incarnation)
+    1. `start` opens the channel and keeps a `Session` on it: hello, welcome, then frames.
+    2. While the session stands the node may get work (`is_connected`).
+    3. A node that owes tokens and falls silent is asked whether it lives (`Describe`); no
+       answer in time ends the session.
+    4. The session's end is the loss of the node for every sequence that needs it: `on_lost` is
+       called at once. The client tries again, with growing pauses, until `close`.
+
+A welcome from another incarnation, role or protocol is no session: the address was reused.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import random
+from collections import deque
+from typing import TYPE_CHECKING, Any, Protocol
+
+import grpc
+
+from cluster.codec import PROTOCOL_VERSION, decode_delta, decode_description, decode_error
+from cluster.errors import HandshakeMismatch, InternalError, InvalidRequest, ServingError
+from cluster.proto import node_pb2 as pb
+from cluster.proto import node_pb2_grpc
+from cluster.request import TokenDelta
+from cluster.rpc import error_from_rpc, open_channel
+
+if TYPE_CHECKING:
+    from cluster.clock import Clock
+    from cluster.node import NodeInfo
+
+logger = logging.getLogger(__name__)
+
+WELCOME_SECONDS = 5.0
+CALL_SECONDS = 5.0
+FIRST_PAUSE_SECONDS = 0.1
+MAX_PAUSE_SECONDS = 3.0
+WATCH_SECONDS = 0.25
+MAX_QUEUED_FRAMES = 16_384
+
+
+class SessionListener(Protocol):
+    """Who hears of a client's session. Called on the event loop; must not block."""
+
+    def on_connected(self, client: NodeClient) -> None: ...
+    def on_deltas(self, client: NodeClient, deltas: list[TokenDelta]) -> None: ...
+    def on_lost(self, client: NodeClient) -> None: ...
+    def owes_tokens(self, client: NodeClient) -> bool:
+        """True while some sequence waits for this node."""
+
+
+class NodeClient:
+    """See the module. `probe_after` and `probe_timeout` are seconds."""
+
+    def __init__(
+        self,
+        node: NodeInfo,
+        gateway_id: str,
+        listener: SessionListener,
+        *,
+        clock: Clock,
+        probe_after: float,
+        probe_timeout: float,
+    ) -> None:
+        self.node = node
+        self._gateway_id = gateway_id
+        self._listener = listener
+        self._clock = clock
+        self._probe_after = probe_after
+        self._probe_timeout = probe_timeout
+        self._frames: deque[pb.GatewayFrame] = deque()
+        self._has_frames = asyncio.Event()
+        self._call: Any = None  # the running Session call; grpc.aio has no types
+        self._heard_at: float | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._channel = open_channel(node.grpc_address)
+        self._stub: Any = node_pb2_grpc.NodeStub(self._channel)  # type: ignore[no-untyped-call]
+
+    @property
+    def is_connected(self) -> bool:
+        return self._call is not None
+
+    def silent_for(self, now: float) -> float | None:
+        """Seconds since the node was last known to live; None when it never was."""
+        if self.is_connected:
+            return 0.0
+        return None if self._heard_at is None else now - self._heard_at
+
+    def start(self) -> None:
+        self._task = asyncio.create_task(self._run(), name=f"session {self.node.id.name}")
+
+    async def close(self) -> None:
+        """End the session; what still ran through it is lost."""
+        if self._task is not None:
+            self._task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._task
+        await self._channel.close()
+
+    def send(self, frame: pb.GatewayFrame) -> bool:
+        """Queue a frame; False when there is no session to carry it."""
+        if self._call is None:
+            return False
+        if len(self._frames) >= MAX_QUEUED_FRAMES:
+            logger.error("node %s does not take frames any more", self.node.id.name)
+            self._call.cancel()
+            return False
+        self._frames.append(frame)
+        self._has_frames.set()
+        return True
+
+    async def inspect(self) -> pb.InspectReply:
+        """Raises the node's typed error, or `NodeLost` when it does not answer."""
+        try:
+            reply: pb.InspectReply = await self._stub.Inspect(
+                pb.InspectRequest(), timeout=CALL_SECONDS
+            )
+        except grpc.aio.AioRpcError as error:
+            raise error_from_rpc(error) from error
+        return reply
+
+    async def control(self, action: pb.ControlRequest.Action) -> pb.ControlReply:
+        """Raises the node's typed error, or `NodeLost` when it does not answer."""
+        try:
+            reply: pb.ControlReply = await self._stub.Control(
+                pb.ControlRequest(action=action), timeout=CALL_SECONDS
+            )
+        except grpc.aio.AioRpcError as error:
+            raise error_from_rpc(error) from error
+        return reply
+
+    # ---- the session ---------------------------------------------------------------------
+
+    async def _run(self) -> None:
+        pause = FIRST_PAUSE_SECONDS
+        while True:
+            began = self._clock()
+            try:
+                await self._session()
+            except (grpc.RpcError, TimeoutError, ServingError) as error:
+                logger.info("no session with node %s: %s", self.node.id.name, _reason(error))
+            if self._clock() - began > MAX_PAUSE_SECONDS:
+                pause = FIRST_PAUSE_SECONDS
+            await asyncio.sleep(pause * random.uniform(0.5, 1.0))
+            pause = min(pause * 2, MAX_PAUSE_SECONDS)
+
+    async def _session(self) -> None:
+        call = self._stub.Session()
+        try:
+            await self._shake_hands(call)
+            await self._serve(call)
+        except asyncio.CancelledError:
+            # grpc.aio raises this for a call that was cancelled here, too: not our own end.
+            if is_cancelled():
+                raise
+        finally:
+            call.cancel()
+
+    async def _shake_hands(self, call: Any) -> None:
+        hello = pb.GatewayHello(gateway_id=self._gateway_id, protocol_version=PROTOCOL_VERSION)
+        async with asyncio.timeout(WELCOME_SECONDS):
+            await call.write(pb.GatewayFrame(hello=hello))
+            frame = await call.read()
+        if frame is grpc.aio.EOF:
+            raise HandshakeMismatch("The node ended the session before its welcome.")
+        if frame.WhichOneof("frame") == "refused":
+            raise decode_error(frame.refused)
+        said = decode_description(frame.welcome, grpc_address=self.node.grpc_address)
+        if said.id != self.node.id or said.role is not self.node.role:
+            raise HandshakeMismatch("Another node answers at this address.")
+
+    async def _serve(self, call: Any) -> None:
+        """From welcome to loss."""
+        self._frames.clear()
+        self._heard_at = self._clock()
+        self._call = call
+        helpers = [
+            asyncio.create_task(self._write(call)),
+            asyncio.create_task(self._watch(call)),
+        ]
+        logger.info("connected to %s node %s", self.node.role, self.node.id.name)
+        self._listener.on_connected(self)
+        try:
+            await self._read(call)
+        finally:
+            self._call = None
+            for helper in helpers:
+                helper.cancel()
+            logger.warning("lost %s node %s", self.node.role, self.node.id.name)
+            self._listener.on_lost(self)
+
+    async def _read(self, call: Any) -> None:
+        name = self.node.id.name
+        while True:
+            frame = await call.read()
+            if frame is grpc.aio.EOF:
+                return
+            self._heard_at = self._clock()
+            kind = frame.WhichOneof("frame")
+            if kind != "step":
+                raise InvalidRequest(f"Node {name} sent an unexpected frame: {kind}.")
+            self._listener.on_deltas(self, [_decoded(message) for message in frame.step.deltas])
+
+    async def _write(self, call: Any) -> None:
+        """The stream is broken when writing fails: the reader must not wait for it."""
+        try:
+            while True:
+                while self._frames:
+                    await call.write(self._frames.popleft())
+                self._has_frames.clear()
+                await self._has_frames.wait()
+        except (grpc.RpcError, asyncio.InvalidStateError):
+            call.cancel()
+
+    async def _watch(self, call: Any) -> None:
+        """End a session whose node owes tokens, says nothing and does not answer."""
+        while True:
+            await asyncio.sleep(WATCH_SECONDS)
+            silent_for = self._clock() - (self._heard_at or 0.0)
+            if silent_for < self._probe_after or not self._listener.owes_tokens(self):
+                continue
+            try:
+                await self._stub.Describe(pb.DescribeRequest(), timeout=self._probe_timeout)
+            except grpc.RpcError:
+                logger.warning("node %s does not answer", self.node.id.name)
+                call.cancel()
+                return
+            self._heard_at = self._clock()
+
+
+def is_cancelled() -> bool:
+    """True when the running task itself was asked to end."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
+
+
+def _decoded(message: pb.TokenDelta) -> TokenDelta:
+    """A delta that makes no sense ends its sequence, not the session."""
+    try:
+        return decode_delta(message)
+    except InvalidRequest as error:
+        logger.error("a node sent an invalid delta: %s", error.message)
+        return TokenDelta(
+            sequence_id=message.sequence_id, error=InternalError("A node sent nonsense.")
+        )
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, grpc.RpcError):
+        return str(error.code())
+    return error.message if isinstance(error, ServingError) else type(error).__name__

@@ -1,0 +1,171 @@
+"""The nodes this gateway knows: a client and a tally for each.
+
+1. `apply` follows the cluster view: a new node gets a client, a changed entry fresh load.
+2. `retire` takes a node out of use; its client closes when nothing runs through it any more.
+3. `candidates` is what the router sees: each node with its load estimated for this moment.
+
+Heartbeats are up to a second old and know nothing of what was placed since. So each estimate is
+what the node reported, plus what this gateway has placed there since, less what has ended.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from cluster.node import NodeInfo, NodeLoad, NodeName, NodeRole
+from gateway.router import Candidate
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+
+    from cluster.membership import ClusterView
+    from cluster.node import NodeId
+    from gateway.node_client import NodeClient
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Tally:
+    """What this gateway has running on one node, now and at the node's last heartbeat."""
+
+    queued_tokens: int = 0
+    num_sequences: int = 0
+    reserved_tokens: int = 0
+    queued_tokens_then: int = 0
+    num_sequences_then: int = 0
+    reserved_tokens_then: int = 0
+
+    def heartbeat(self) -> None:
+        self.queued_tokens_then = self.queued_tokens
+        self.num_sequences_then = self.num_sequences
+        self.reserved_tokens_then = self.reserved_tokens
+
+
+def estimate(reported: int, now: int, then: int) -> int:
+    """Never less than what this gateway itself has there."""
+    return max(now, reported + now - then)
+
+
+class NodeEntry:
+    """One node in use. `info` is its latest registry entry."""
+
+    __slots__ = ("client", "info", "is_retired", "tally")
+
+    def __init__(self, info: NodeInfo, client: NodeClient) -> None:
+        self.info = info
+        self.client = client
+        self.tally = Tally()
+        self.is_retired = False
+
+    def refresh(self, info: NodeInfo) -> None:
+        if info.load != self.info.load:
+            self.tally.heartbeat()
+        self.info = info
+
+    def candidate(self, num_cached_tokens: int) -> Candidate:
+        tally, load = self.tally, self.info.load
+        return Candidate(
+            node=self.info,
+            is_connected=self.client.is_connected,
+            queued_tokens=estimate(
+                load.queued_tokens, tally.queued_tokens, tally.queued_tokens_then
+            ),
+            num_sequences=estimate(
+                load.num_running + load.num_waiting,
+                tally.num_sequences,
+                tally.num_sequences_then,
+            ),
+            reserved_tokens=max(0, tally.reserved_tokens - tally.reserved_tokens_then),
+            num_cached_tokens=num_cached_tokens,
+        )
+
+
+class Nodes:
+    """`new_client` makes a client that is not started yet."""
+
+    def __init__(self, new_client: Callable[[NodeInfo], NodeClient]) -> None:
+        self._new_client = new_client
+        self._entries: dict[NodeName, NodeEntry] = {}
+        self._retired: set[NodeEntry] = set()
+        self._closing: set[asyncio.Task[None]] = set()
+
+    def __iter__(self) -> Iterator[NodeEntry]:
+        return iter(self._entries.values())
+
+    def get(self, name: str) -> NodeEntry | None:
+        return self._entries.get(NodeName(name))
+
+    def apply(self, view: ClusterView) -> None:
+        for info in view.nodes.values():
+            entry = self._entries.get(info.id.name)
+            if entry is not None and entry.info.id == info.id:
+                entry.refresh(info)
+                if entry.client.node.grpc_address == info.grpc_address:
+                    continue
+            if entry is not None:
+                self.retire(entry.info.id)
+            self._add(info)
+
+    def retire(self, node: NodeId) -> None:
+        """No new work; closed at once, or when its last sequence has ended."""
+        entry = self._entries.get(node.name)
+        if entry is None or entry.info.id != node:
+            return
+        del self._entries[node.name]
+        entry.is_retired = True
+        self._retired.add(entry)
+        self.close_if_idle(entry)
+
+    def close_if_idle(self, entry: NodeEntry) -> None:
+        """To be called when a sequence on a retired node ends, or its session does."""
+        if entry in self._retired and (
+            entry.tally.num_sequences == 0 or not entry.client.is_connected
+        ):
+            self._retired.discard(entry)
+            self._spawn_close(entry)
+
+    def candidates(self, num_cached_tokens: Mapping[NodeName, int]) -> list[Candidate]:
+        return [entry.candidate(num_cached_tokens.get(entry.info.id.name, 0)) for entry in self]
+
+    def max_model_len(self) -> int | None:
+        """Of the smallest node that takes work; None while there is none."""
+        lengths = [e.info.max_model_len for e in self if e.client.is_connected]
+        return min(lengths, default=None)
+
+    @property
+    def is_ready(self) -> bool:
+        """True when some pair could take a request now."""
+        ready: dict[NodeRole, set[str]] = {role: set() for role in NodeRole}
+        for candidate in self.candidates({}):
+            if candidate.can_take_work:
+                ready[candidate.node.role].add(candidate.node.compatibility_hash)
+        return bool(ready[NodeRole.PREFILL] & ready[NodeRole.DECODE])
+
+    def decode_load(self) -> NodeLoad:
+        """Blocks of all decode nodes together."""
+        loads = [entry.info.load for entry in self if entry.info.role is NodeRole.DECODE]
+        return NodeLoad(
+            num_blocks=sum(load.num_blocks for load in loads),
+            num_free_blocks=sum(load.num_free_blocks for load in loads),
+        )
+
+    async def close(self) -> None:
+        for entry in [*self._entries.values(), *self._retired]:
+            self._spawn_close(entry)
+        self._entries.clear()
+        self._retired.clear()
+        await asyncio.gather(*self._closing, return_exceptions=True)
+
+    def _add(self, info: NodeInfo) -> None:
+        client = self._new_client(info)
+        self._entries[info.id.name] = NodeEntry(info, client)
+        client.start()
+
+    def _spawn_close(self, entry: NodeEntry) -> None:
+        task = asyncio.create_task(entry.client.close())
+        self._closing.add(task)
+        task.add_done_callback(self._closing.discard)

@@ -1,0 +1,97 @@
+"""What one client asked, validated: whoever holds a `Request` need not check it again.
+
+A request has one or more prompts and `n` choices for each; every choice becomes one
+`SequenceRequest`, numbered prompt by prompt.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from enum import StrEnum
+
+from cluster.request import MAX_SEED, SamplingParams, SequenceRequest
+
+MAX_SEQUENCES = 64
+
+
+class Route(StrEnum):
+    """The label of metrics and logs, and which shape the answer has."""
+
+    CHAT = "chat"
+    COMPLETIONS = "completions"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """`text` is what the client wrote, kept only to be echoed."""
+
+    token_ids: tuple[int, ...]
+    text: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextRules:
+    """How ids become the text a client sees."""
+
+    stops: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()  # those the client named
+    include_stop: bool = False
+    skip_special_tokens: bool = True
+    min_tokens: int = 0  # before them no stop string counts
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StreamRules:
+    is_stream: bool = False
+    include_usage: bool = False
+    continuous_usage: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """`sampling[i]` belongs to prompt `i`: what a prompt may still generate depends on its length.
+
+    `deadline_seconds` is what was left at arrival.
+    """
+
+    route: Route
+    request_id: str
+    model: str
+    created: int  # Unix seconds
+    prompts: tuple[Prompt, ...]
+    sampling: tuple[SamplingParams, ...]
+    n: int
+    text: TextRules
+    stream: StreamRules
+    echo: bool = False
+    return_token_ids: bool = False
+    cache_salt: bytes = b""
+    priority: int = 0
+    deadline_seconds: float | None = None
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self.prompts) * self.n
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return sum(len(prompt.token_ids) for prompt in self.prompts)
+
+    @property
+    def wants_logprobs(self) -> bool:
+        return self.sampling[0].num_logprobs is not None
+
+    def sequence(self, index: int, sequence_id: str) -> SequenceRequest:
+        """Choices of one prompt draw differently: each has the seed of its number."""
+        number = index // self.n
+        sampling = self.sampling[number]
+        seed = (sampling.seed + index % self.n) % MAX_SEED
+        return SequenceRequest(
+            sequence_id=sequence_id,
+            request_id=self.request_id,
+            prompt_token_ids=self.prompts[number].token_ids,
+            sampling=replace(sampling, seed=seed),
+            cache_salt=self.cache_salt,
+            deadline_seconds=self.deadline_seconds,
+            priority=self.priority,
+        )

@@ -1,0 +1,104 @@
+"""`POST /v1/chat/completions` and `/v1/completions`, as raw ASGI.
+
+1. The body is read within its limits and becomes a `Request` that cannot be wrong.
+2. The request is taken in, or refused with a typed error before any header is sent.
+3. Its answer is written, streamed or whole, while somebody watches for the client's leaving.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+from cluster.errors import InvalidRequest
+from gateway.body import read_object
+from gateway.edge import REQUEST_ID
+from gateway.http_errors import as_serving_error, send_error
+from gateway.request import Route
+from gateway.schemas import parse_chat, parse_completion
+from gateway.streaming import StreamWriter, write_whole
+from gateway.validation import Asked
+
+if TYPE_CHECKING:
+    from starlette.types import Receive, Scope, Send
+
+    from gateway.gateway import Gateway
+    from gateway.generation import Generation
+    from gateway.request import Request
+
+DEADLINE_HEADER = b"x-request-deadline-ms"
+MAX_DEADLINE_MS = 10**9
+
+
+class GenerateEndpoint:
+    """One route of the public API."""
+
+    def __init__(self, gateway: Gateway, route: Route) -> None:
+        self._gateway = gateway
+        self._route = route
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        gateway = self._gateway
+        arrived_at = gateway.clock()
+        try:
+            request = await self._read_request(scope, receive, arrived_at)
+            generation = await gateway.begin(request, arrived_at=arrived_at)
+        except Exception as error:  # the top of a request: whatever it is becomes its answer
+            known = as_serving_error(error)
+            gateway.measures.requests[(self._route.value, known.http_status)] += 1
+            await send_error(send, known)
+            return
+        try:
+            await self._write(generation, receive, send)
+        finally:
+            gateway.measures.requests[(self._route.value, generation.status)] += 1
+
+    async def _read_request(self, scope: Scope, receive: Receive, arrived_at: float) -> Request:
+        gateway = self._gateway
+        gateway.admission.check_open()
+        fields = await read_object(
+            scope,
+            receive,
+            max_bytes=gateway.config.max_body_bytes,
+            timeout_seconds=gateway.config.body_timeout,
+        )
+        deadline = deadline_of(scope)
+        if self._route is Route.CHAT:
+            chat = parse_chat(fields)
+            return await gateway.validator.chat(chat, self._asked(scope, chat.model, deadline))
+        plain = parse_completion(fields)
+        asked = self._asked(scope, plain.model, deadline)
+        return await gateway.validator.completion(plain, asked)
+
+    def _asked(self, scope: Scope, model: str | None, deadline: float | None) -> Asked:
+        return Asked(
+            request_id=scope[REQUEST_ID],
+            created=int(time.time()),
+            model=self._gateway.model_for(model),
+            max_model_len=self._gateway.max_model_len(),
+            deadline_seconds=deadline,
+        )
+
+    async def _write(self, generation: Generation, receive: Receive, send: Send) -> None:
+        gateway = self._gateway
+        token_bytes = gateway.tokenizer.token_bytes
+        if not generation.request.stream.is_stream:
+            await write_whole(generation, token_bytes, receive, send, clock=gateway.clock)
+            return
+        writer = StreamWriter(
+            generation, token_bytes, send, times=gateway.times, clock=gateway.clock
+        )
+        await writer.run(receive)
+
+
+def deadline_of(scope: Scope) -> float | None:
+    """Seconds that the client gives this request; None without the header."""
+    value: Any = dict(scope["headers"]).get(DEADLINE_HEADER)
+    if value is None:
+        return None
+    if not value.isdigit() or not 0 < int(value[:12]) <= MAX_DEADLINE_MS:
+        raise InvalidRequest(
+            "X-Request-Deadline-Ms must be a positive number of milliseconds.",
+            param="X-Request-Deadline-Ms",
+        )
+    return int(value) / 1000

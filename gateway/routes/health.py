@@ -1,0 +1,46 @@
+"""Probes, version and metrics: open to everyone who reaches the port.
+
+`/livez` says that the process runs; `/readyz` and `/health` that a request that came now would
+be taken by some pair of nodes.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from fastapi import APIRouter, Request, Response
+from prometheus_client.exposition import choose_encoder
+
+from cluster.version import VERSION
+
+if TYPE_CHECKING:
+    from prometheus_client import CollectorRegistry
+
+    from gateway.gateway import Gateway
+
+
+def health_router(gateway: Gateway, metrics: CollectorRegistry) -> APIRouter:
+    router = APIRouter(tags=["operation"])
+
+    @router.api_route("/livez", methods=["GET", "HEAD"], summary="Does the process run?")
+    async def livez() -> Response:
+        return Response()
+
+    @router.api_route("/readyz", methods=["GET", "HEAD"], summary="May traffic come?")
+    async def readyz() -> Response:
+        return Response(status_code=200 if gateway.is_ready else 503)
+
+    @router.api_route("/health", methods=["GET", "HEAD"], summary="The same as /readyz")
+    async def health() -> Response:
+        return Response(status_code=200 if gateway.is_ready else 503)
+
+    @router.get("/version", summary="The version that runs")
+    async def version() -> dict[str, str]:
+        return {"version": VERSION}
+
+    @router.get("/metrics", summary="Metrics in the Prometheus format")
+    async def show_metrics(request: Request) -> Response:
+        encode, content_type = choose_encoder(request.headers.get("accept", ""))
+        return Response(encode(metrics), media_type=content_type)
+
+    return router

@@ -1,0 +1,223 @@
+"""The JSON of requests, as clients may write it. Types only; meaning is `validation.py`'s.
+
+Strict: "0.7" is not a number, 1.0 not a count, true not 1. Unknown fields are ignored, null is
+the same as leaving a field out. Fields that are known and not served yet are refused by name
+(`refuse_unsupported`), never silently dropped.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema
+
+from cluster.errors import InvalidRequest, Unsupported
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+MAX_PROBLEMS = 10
+MAX_INPUT_CHARS = 200
+
+# What these fields ask for would change the answer, and is not built.
+_UNSUPPORTED = (
+    "tools",
+    "tool_choice",
+    "functions",
+    "function_call",
+    "structured_outputs",
+    "guided_json",
+    "guided_regex",
+    "guided_choice",
+    "guided_grammar",
+    "prompt_logprobs",
+    "truncate_prompt_tokens",
+    "thinking_token_budget",
+    "chat_template",
+    "kv_transfer_params",
+    "use_beam_search",
+    "suffix",
+    "documents",
+    "audio",
+)
+
+_PROMPT_SCHEMA = {
+    "anyOf": [
+        {"type": "string"},
+        {"type": "array", "items": {"type": "string"}},
+        {"type": "array", "items": {"type": "integer"}},
+        {"type": "array", "items": {"type": "array", "items": {"type": "integer"}}},
+    ]
+}
+_CONTENT_SCHEMA = {
+    "anyOf": [
+        {"type": "string"},
+        {
+            "type": "array",
+            "items": {
+                "type": "object",
+                "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
+                "required": ["type", "text"],
+            },
+        },
+    ]
+}
+
+
+class Wire(BaseModel):
+    model_config = ConfigDict(strict=True, extra="ignore", protected_namespaces=())
+
+
+class StreamOptions(Wire):
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+
+
+class ResponseFormat(Wire):
+    type: str
+
+
+class GenerationBody(Wire):
+    """What chat and plain completions have in common."""
+
+    model: str | None = None
+    max_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    n: int | None = None
+    stop: Annotated[Any, WithJsonSchema({"type": ["string", "array", "null"]})] = None
+    seed: int | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    user: str | None = None
+    # Extensions, with vLLM's names.
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    min_tokens: int | None = None
+    ignore_eos: bool | None = None
+    stop_token_ids: list[int] | None = None
+    skip_special_tokens: bool | None = None
+    include_stop_str_in_output: bool | None = None
+    add_special_tokens: bool | None = None
+    cache_salt: str | None = None
+    priority: int | None = None
+    return_token_ids: bool | None = None
+    response_format: ResponseFormat | None = None
+
+
+class CompletionBody(GenerationBody):
+    """`POST /v1/completions`."""
+
+    prompt: Annotated[Any, WithJsonSchema(_PROMPT_SCHEMA)] = None
+    echo: bool | None = None
+    logprobs: int | None = None
+    best_of: int | None = None
+
+
+class MessageBody(Wire):
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
+    content: Annotated[Any, WithJsonSchema(_CONTENT_SCHEMA)] = None
+    name: str | None = None
+    reasoning: str | None = None
+    reasoning_content: str | None = None
+    tool_calls: list[Any] | None = None
+
+
+class ChatBody(GenerationBody):
+    """`POST /v1/chat/completions`."""
+
+    messages: list[MessageBody] = Field(min_length=1)
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = (
+        None
+    )
+
+
+class TokenizeBody(Wire):
+    """`POST /tokenize`: a prompt, or messages."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[MessageBody] | None = None
+    add_special_tokens: bool | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    return_token_strs: bool | None = None
+
+
+class DetokenizeBody(Wire):
+    """`POST /detokenize`."""
+
+    model: str | None = None
+    tokens: list[int]
+
+
+def parse_chat(fields: Mapping[str, Any]) -> ChatBody:
+    refuse_unsupported(fields)
+    try:
+        return ChatBody.model_validate(fields)
+    except ValidationError as error:
+        raise invalid(error) from error
+
+
+def parse_completion(fields: Mapping[str, Any]) -> CompletionBody:
+    refuse_unsupported(fields)
+    try:
+        return CompletionBody.model_validate(fields)
+    except ValidationError as error:
+        raise invalid(error) from error
+
+
+def parse_tokenize(fields: Mapping[str, Any]) -> TokenizeBody:
+    refuse_unsupported(fields)
+    try:
+        return TokenizeBody.model_validate(fields)
+    except ValidationError as error:
+        raise invalid(error) from error
+
+
+def parse_detokenize(fields: Mapping[str, Any]) -> DetokenizeBody:
+    try:
+        return DetokenizeBody.model_validate(fields)
+    except ValidationError as error:
+        raise invalid(error) from error
+
+
+def refuse_unsupported(fields: Mapping[str, Any]) -> None:
+    for name in _UNSUPPORTED:
+        if fields.get(name) not in (None, False):
+            raise Unsupported(f"{name} is not supported.", param=name)
+
+
+def invalid(error: ValidationError) -> InvalidRequest:
+    """Pydantic's findings in one message, bounded; `param` is the path of the first."""
+    problems = error.errors(include_url=False, include_context=False)
+    lines = [_problem(problem) for problem in problems[:MAX_PROBLEMS]]
+    if len(problems) > MAX_PROBLEMS:
+        lines.append(f"and {len(problems) - MAX_PROBLEMS} more")
+    return InvalidRequest("; ".join(lines) + ".", param=field_path(problems[0]["loc"]))
+
+
+def _problem(problem: Any) -> str:
+    given = repr(problem["input"])[:MAX_INPUT_CHARS] if problem["type"] != "missing" else ""
+    text = str(problem["msg"])
+    text = text[0].lower() + text[1:]
+    return f"{field_path(problem['loc'])}: {text}" + (f", not {given}" if given else "")
+
+
+def field_path(location: tuple[int | str, ...]) -> str:
+    """("messages", 0, "role") as "messages[0].role"."""
+    path = ""
+    for step in location:
+        path += f"[{step}]" if isinstance(step, int) else f".{step}" if path else str(step)
+    return path

@@ -1,0 +1,212 @@
+"""A gateway's process around its parts: start, serve, stop.
+
+Life of the process
+    1. The tokenizer is loaded and both ports are taken; whatever is wrong ends the start.
+    2. The registry is watched; nodes are connected to as they appear. HTTP is served from now
+       on, and says 503 until a pair of nodes is there.
+    3. With the first pair the process reports ready.
+    4. SIGTERM or SIGINT: no new work, listeners closed. Running requests have
+       `shutdown_timeout` seconds; then each ends with one typed error. A second signal skips
+       the wait.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import logging
+import secrets
+import signal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from cluster import clock as clocks
+from cluster.errors import NodeUnavailable
+from cluster.membership_watcher import MembershipWatcher
+from cluster.metrics import StoreMetrics, new_registry
+from cluster.prefix_index import PrefixIndex
+from cluster.redis_client import Store
+from cluster.registry import Registry
+from cluster.version import VERSION
+from gateway.admin.app import admin_app
+from gateway.app import public_app
+from gateway.assembly import assemble
+from gateway.chat_template import ChatTemplate
+from gateway.http_server import HttpServer
+from gateway.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from cluster.startup import StartupReport
+    from gateway.config import GatewayConfig
+    from gateway.gateway import Gateway
+
+logger = logging.getLogger(__name__)
+READY_POLL_SECONDS = 0.05
+STILL_WAITING_SECONDS = 30.0
+LAST_WORDS_SECONDS = 2.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ready:
+    """What there is to know of a gateway that serves."""
+
+    url: str
+    admin_url: str
+    model: str
+
+
+@dataclass(slots=True)
+class Parts:
+    """What a gateway's process owns. The public server is the first."""
+
+    gateway: Gateway
+    watcher: MembershipWatcher
+    servers: list[HttpServer]
+    stores: list[Store]
+
+
+async def run(
+    config: GatewayConfig,
+    report: StartupReport,
+    on_ready: Callable[[Ready], None] | None = None,
+) -> None:
+    """Serve until told to stop. Raises `ConfigError` when it cannot start."""
+    stop = asyncio.Event()
+    hurry = asyncio.Event()
+    _install_signals(stop, hurry)
+    with report.phase("load tokenizer"):
+        tokenizer = Tokenizer.from_folder(config.model)
+        template = ChatTemplate.from_folder(config.model, tokenizer.special_tokens)
+    parts = build(config, tokenizer, template)
+    background = [
+        asyncio.create_task(parts.watcher.run(), name="membership"),
+        asyncio.create_task(parts.gateway.dispatcher.sweep(), name="sweep"),
+    ]
+    try:
+        for server in parts.servers:
+            server.start()
+        if await _wait_for_nodes(parts.gateway, report, stop):
+            _announce(parts, report, on_ready)
+        await _first_done(stop, background)
+        await shut_down(parts.gateway, parts.servers, hurry)
+    finally:
+        for task in background:
+            task.cancel()
+        await asyncio.gather(*background, return_exceptions=True)
+        await parts.gateway.nodes.close()
+        for store in parts.stores:
+            await store.close()
+        tokenizer.close()
+
+
+def build(config: GatewayConfig, tokenizer: Tokenizer, template: ChatTemplate | None) -> Parts:
+    """Wire everything and take both ports; nothing runs yet."""
+    registry = new_registry(role="gateway", version=VERSION)
+    store_metrics = StoreMetrics(registry)
+    nodes_store = Store(config.redis_url, name="registry", metrics=store_metrics)
+    index_store = Store(config.redis_url, name="prefix_index", metrics=store_metrics)
+    gateway = assemble(
+        config,
+        tokenizer=tokenizer,
+        template=template,
+        index=PrefixIndex(index_store),
+        observe=lambda event: watcher.observe(event),
+        registry=registry,
+        clock=clocks.monotonic,
+    )
+    watcher = MembershipWatcher(
+        Registry(nodes_store),
+        on_change=gateway.nodes.apply,
+        on_gone=lambda node, _: gateway.nodes.retire(node),
+    )
+    token = config.admin_token or _new_admin_token()
+    admin = admin_app(gateway, token=token, host=config.admin_host, observe=watcher.observe)
+    servers = [
+        HttpServer(public_app(gateway, registry), config.host, config.port, param="port"),
+        HttpServer(admin, config.admin_host, config.admin_port, param="admin_port"),
+    ]
+    return Parts(gateway, watcher, servers, [nodes_store, index_store])
+
+
+def _announce(
+    parts: Parts, report: StartupReport, on_ready: Callable[[Ready], None] | None
+) -> None:
+    gc.collect()
+    gc.freeze()  # what lives now lives on: later collections need not look at it
+    public, admin = parts.servers
+    facts = Ready(url=public.url, admin_url=admin.url, model=parts.gateway.model_names[0])
+    report.ready(url=facts.url, admin_url=facts.admin_url, model=facts.model)
+    if on_ready is not None:
+        on_ready(facts)
+
+
+async def shut_down(gateway: Gateway, servers: list[HttpServer], hurry: asyncio.Event) -> None:
+    """In this order: refuse, close listeners, let requests finish, end the rest with an error."""
+    gateway.admission.close()
+    for server in servers:
+        server.stop()
+    waiting = asyncio.create_task(_wait_all(servers))
+    hurrying = asyncio.create_task(hurry.wait())
+    timeout = gateway.config.shutdown_timeout
+    await asyncio.wait({waiting, hurrying}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+    hurrying.cancel()
+    if not waiting.done():
+        num_cut = len(gateway.dispatcher.active)
+        logger.warning("%d sequences still ran at the end of the shutdown timeout", num_cut)
+        gateway.dispatcher.fail_all(
+            NodeUnavailable(
+                "This gateway is shutting down.", reason="shutting_down", retry_after_seconds=1.0
+            )
+        )
+        await asyncio.wait({waiting}, timeout=LAST_WORDS_SECONDS)
+        for server in servers:
+            server.abort()
+    await waiting
+
+
+async def _wait_all(servers: list[HttpServer]) -> None:
+    await asyncio.gather(*(server.wait() for server in servers))
+
+
+async def _wait_for_nodes(gateway: Gateway, report: StartupReport, stop: asyncio.Event) -> bool:
+    """False when told to stop before a pair was there."""
+    waited = 0.0
+    with report.phase("wait for nodes"):
+        while not gateway.is_ready and not stop.is_set():
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(stop.wait(), READY_POLL_SECONDS)
+            waited += READY_POLL_SECONDS
+            if waited >= STILL_WAITING_SECONDS:
+                waited = 0.0
+                logger.warning("still waiting for a pair of prefill and decode nodes")
+    return not stop.is_set()
+
+
+async def _first_done(stop: asyncio.Event, background: list[asyncio.Task[None]]) -> None:
+    """Until told to stop. A background task never ends by itself: its end is raised."""
+    stopping = asyncio.create_task(stop.wait())
+    await asyncio.wait({stopping, *background}, return_when=asyncio.FIRST_COMPLETED)
+    stopping.cancel()
+    for task in background:
+        if task.done():
+            task.result()
+
+
+def _install_signals(stop: asyncio.Event, hurry: asyncio.Event) -> None:
+    def handle() -> None:
+        if stop.is_set():
+            hurry.set()
+        stop.set()
+
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, handle)
+
+
+def _new_admin_token() -> str:
+    token = secrets.token_urlsafe(24)
+    logger.warning("no --admin-token was given; for this run it is %s", token)
+    return token

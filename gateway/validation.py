@@ -1,0 +1,337 @@
+"""From the JSON a client sent to a `Request` that cannot be wrong.
+
+1. Fields are checked against each other and the model: counts, stop strings, token ids.
+2. The prompt becomes token ids: by the chat template, by the tokenizer, or as given.
+3. What may still be generated follows from the context length; what does not fit is refused.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from cluster.errors import ContextLengthExceeded, InvalidRequest, Unsupported
+from cluster.request import MAX_SEED, SamplingParams
+from gateway.chat_messages import plain_messages, template_variables
+from gateway.request import MAX_SEQUENCES, Prompt, Request, Route, StreamRules, TextRules
+from gateway.tokenizer import INLINE_CHARS
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from gateway.chat_template import ChatTemplate, Message
+    from gateway.schemas import ChatBody, CompletionBody, GenerationBody, TokenizeBody
+    from gateway.tokenizer import Tokenizer
+
+DEFAULT_COMPLETION_TOKENS = 16
+MAX_STOPS = 16
+MAX_STOP_CHARS = 512
+MAX_SALT_CHARS = 128
+MAX_STOP_TOKEN_IDS = 128
+MAX_LOGIT_BIASES = 1024
+_FORBIDDEN_IN_SALT = "@/\\\0"
+# Passed on as they are: `SamplingParams` checks their ranges.
+_PLAIN_OPTIONS = (
+    "temperature",
+    "top_p",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "min_tokens",
+    "ignore_eos",
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """What is known of a request besides its body. `max_model_len` is that of the cluster."""
+
+    request_id: str
+    created: int
+    model: str
+    max_model_len: int
+    deadline_seconds: float | None = None
+
+
+class Validator:
+    def __init__(self, tokenizer: Tokenizer, template: ChatTemplate | None) -> None:
+        self._tokenizer = tokenizer
+        self._template = template
+
+    async def completion(self, body: CompletionBody, asked: Asked) -> Request:
+        n = _checked_n(body.n)
+        if body.best_of is not None and body.best_of != n:
+            raise Unsupported("best_of must equal n.", param="best_of")
+        if body.echo and body.logprobs is not None:
+            raise Unsupported("echo with logprobs is not supported.", param="echo")
+        given = _prompts_of(body.prompt)
+        _check_num_sequences(len(given), n)
+        shape = _Shape(
+            route=Route.COMPLETIONS,
+            prompts=tuple([await self._prompt(one, body) for one in given]),
+            n=n,
+            budget=Budget(
+                asked.max_model_len, "prompt", body.max_tokens, DEFAULT_COMPLETION_TOKENS
+            ),
+            num_logprobs=body.logprobs,
+            echo=bool(body.echo),
+        )
+        return self._request(body, asked, shape)
+
+    async def chat(self, body: ChatBody, asked: Asked) -> Request:
+        n = _checked_n(body.n)
+        max_tokens = body.max_completion_tokens
+        max_tokens = body.max_tokens if max_tokens is None else max_tokens
+        shape = _Shape(
+            route=Route.CHAT,
+            prompts=(Prompt(token_ids=await self.chat_token_ids(body)),),
+            n=n,
+            budget=Budget(asked.max_model_len, "messages", max_tokens),
+            num_logprobs=_chat_logprobs(body),
+            echo=False,
+        )
+        return self._request(body, asked, shape)
+
+    async def chat_token_ids(self, body: ChatBody | TokenizeBody) -> tuple[int, ...]:
+        """The template wrote the special tokens, so the tokenizer adds none unless asked to."""
+        messages = plain_messages(body.messages or [])
+        text = await self._render(messages, body)
+        return await self._tokenizer.encode(text, add_special_tokens=bool(body.add_special_tokens))
+
+    async def _render(self, messages: list[Message], body: ChatBody | TokenizeBody) -> str:
+        if self._template is None:
+            raise Unsupported("This model has no chat template; use /v1/completions.")
+        continues = bool(body.continue_final_message)
+        adds = body.add_generation_prompt
+        render = partial(
+            self._template.render,
+            messages,
+            add_generation_prompt=(not continues) if adds is None else adds,
+            continue_final_message=continues,
+            variables=template_variables(body),
+        )
+        if sum(len(message["content"]) for message in messages) <= INLINE_CHARS:
+            return render()
+        return await asyncio.get_running_loop().run_in_executor(self._tokenizer.executor, render)
+
+    async def _prompt(self, given: str | list[int], body: CompletionBody) -> Prompt:
+        if isinstance(given, str):
+            adds = body.add_special_tokens is not False
+            token_ids = await self._tokenizer.encode(given, add_special_tokens=adds)
+            if not given or not token_ids:
+                raise InvalidRequest("The prompt is empty.", param="prompt")
+            return Prompt(token_ids=token_ids, text=given if body.echo else None)
+        self.check_token_ids(given, "prompt")
+        text = self._tokenizer.decode(given) if body.echo else None
+        return Prompt(token_ids=tuple(given), text=text)
+
+    def check_token_ids(self, token_ids: Sequence[int], param: str) -> None:
+        vocab_size = self._tokenizer.vocab_size
+        if token_ids and not 0 <= min(token_ids) <= max(token_ids) < vocab_size:
+            raise InvalidRequest(
+                f"{param} holds a token id that is not in [0, {vocab_size}).", param=param
+            )
+
+    def _request(self, body: GenerationBody, asked: Asked, shape: _Shape) -> Request:
+        if body.response_format is not None and body.response_format.type != "text":
+            raise Unsupported("Only response_format text is supported.", param="response_format")
+        return Request(
+            route=shape.route,
+            request_id=asked.request_id,
+            model=asked.model,
+            created=asked.created,
+            prompts=shape.prompts,
+            sampling=self._sampling(body, shape),
+            n=shape.n,
+            text=_text_rules(body),
+            stream=_stream_rules(body),
+            echo=shape.echo,
+            return_token_ids=bool(body.return_token_ids),
+            cache_salt=_checked_salt(body.cache_salt),
+            priority=_checked_priority(body.priority),
+            deadline_seconds=asked.deadline_seconds,
+        )
+
+    def _sampling(self, body: GenerationBody, shape: _Shape) -> tuple[SamplingParams, ...]:
+        seed = random.getrandbits(63) if body.seed is None else body.seed % MAX_SEED
+        options = self._sampling_options(body)
+        return tuple(
+            SamplingParams(
+                max_tokens=shape.budget.max_tokens(len(prompt.token_ids)),
+                seed=seed,
+                num_logprobs=shape.num_logprobs,
+                **options,
+            )
+            for prompt in shape.prompts
+        )
+
+    def _sampling_options(self, body: GenerationBody) -> dict[str, Any]:
+        """The fields that the client set; the others keep the defaults of `SamplingParams`."""
+        options = {
+            name: getattr(body, name) for name in _PLAIN_OPTIONS if getattr(body, name) is not None
+        }
+        if body.top_k is not None:
+            options["top_k"] = 0 if body.top_k == -1 else body.top_k  # -1: off, as in vLLM
+        if body.stop_token_ids:
+            if len(body.stop_token_ids) > MAX_STOP_TOKEN_IDS:
+                raise InvalidRequest("Too many stop_token_ids.", param="stop_token_ids")
+            self.check_token_ids(body.stop_token_ids, "stop_token_ids")
+            options["stop_token_ids"] = tuple(body.stop_token_ids)
+        if body.logit_bias:
+            options["logit_bias"] = self._logit_bias(body.logit_bias)
+        return options
+
+    def _logit_bias(self, biases: dict[str, float]) -> tuple[tuple[int, float], ...]:
+        if len(biases) > MAX_LOGIT_BIASES:
+            raise InvalidRequest("Too many entries in logit_bias.", param="logit_bias")
+        if not all(key.isascii() and key.isdecimal() and len(key) < 10 for key in biases):
+            raise InvalidRequest("The keys of logit_bias must be token ids.", param="logit_bias")
+        pairs = tuple((int(key), bias) for key, bias in biases.items())
+        self.check_token_ids([token_id for token_id, _ in pairs], "logit_bias")
+        return pairs
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """How much may be generated. `asked` None takes `default`, or all that is left."""
+
+    max_model_len: int
+    unit: str  # what the client wrote: "messages" or "prompt"
+    asked: int | None
+    default: int | None = None
+
+    def max_tokens(self, num_prompt_tokens: int) -> int:
+        left = self.max_model_len - num_prompt_tokens
+        wanted = self.asked if self.asked is not None else min(self.default or left, max(left, 1))
+        if self.asked is not None and self.asked < 1:
+            raise InvalidRequest("max_tokens must be at least 1.", param="max_tokens")
+        if wanted <= left:
+            return wanted
+        # LiteLLM recognises an overflow by this sentence.
+        raise ContextLengthExceeded(
+            f"This model's maximum context length is {self.max_model_len} tokens. However, you "
+            f"requested {num_prompt_tokens + wanted} tokens ({num_prompt_tokens} in the "
+            f"{self.unit}, {wanted} in the completion). Please reduce the length of the "
+            f"{self.unit} or completion.",
+            param=self.unit,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Shape:
+    """Where the two routes differ, once their prompts are token ids."""
+
+    route: Route
+    prompts: tuple[Prompt, ...]
+    n: int
+    budget: Budget
+    num_logprobs: int | None
+    echo: bool
+
+
+def _prompts_of(value: object) -> list[str | list[int]]:
+    """One prompt or several; text or token ids."""
+    if isinstance(value, str):
+        return [value]
+    if value is None:
+        raise InvalidRequest("prompt is required.", param="prompt")
+    if not isinstance(value, list) or not value:
+        raise InvalidRequest("prompt must be text, token ids, or a list of these.", param="prompt")
+    if type(value[0]) is int:
+        return [_ids_of(value, "prompt")]
+    if len(value) > MAX_SEQUENCES:
+        _check_num_sequences(len(value), 1)
+    return [
+        one if isinstance(one, str) else _ids_of(one, f"prompt[{index}]")
+        for index, one in enumerate(value)
+    ]
+
+
+def _ids_of(value: object, path: str) -> list[int]:
+    if not isinstance(value, list) or set(map(type, value)) - {int}:
+        raise InvalidRequest(f"{path} must be text or a list of token ids.", param=path)
+    if not value:
+        raise InvalidRequest("The prompt is empty.", param=path)
+    return value
+
+
+def _checked_n(n: int | None) -> int:
+    if n is not None and not 1 <= n <= MAX_SEQUENCES:
+        raise InvalidRequest(f"n must be in [1, {MAX_SEQUENCES}].", param="n")
+    return n or 1
+
+
+def _check_num_sequences(num_prompts: int, n: int) -> None:
+    if num_prompts * n > MAX_SEQUENCES:
+        raise InvalidRequest(
+            f"A request may ask for at most {MAX_SEQUENCES} sequences (prompts times n).",
+            param="n" if n > 1 else "prompt",
+        )
+
+
+def _chat_logprobs(body: ChatBody) -> int | None:
+    if not body.logprobs:
+        if body.top_logprobs:
+            raise InvalidRequest("top_logprobs needs logprobs.", param="top_logprobs")
+        return None
+    return body.top_logprobs or 0
+
+
+def _text_rules(body: GenerationBody) -> TextRules:
+    return TextRules(
+        stops=_checked_stops(body.stop),
+        stop_token_ids=tuple(body.stop_token_ids or ()),
+        include_stop=bool(body.include_stop_str_in_output),
+        skip_special_tokens=body.skip_special_tokens is not False,
+        min_tokens=body.min_tokens or 0,
+    )
+
+
+def _checked_stops(value: object) -> tuple[str, ...]:
+    if value is None:
+        return ()
+    stops = [value] if isinstance(value, str) else value
+    if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
+        raise InvalidRequest("stop must be text or a list of texts.", param="stop")
+    if len(stops) > MAX_STOPS:
+        raise InvalidRequest(f"At most {MAX_STOPS} stop strings are possible.", param="stop")
+    if not all(0 < len(stop) <= MAX_STOP_CHARS for stop in stops):
+        raise InvalidRequest(
+            f"A stop string must have 1 to {MAX_STOP_CHARS} characters.", param="stop"
+        )
+    return tuple(stops)
+
+
+def _stream_rules(body: GenerationBody) -> StreamRules:
+    options = body.stream_options
+    if options is not None and not body.stream:
+        raise InvalidRequest("stream_options needs stream.", param="stream_options")
+    return StreamRules(
+        is_stream=bool(body.stream),
+        include_usage=options is not None and bool(options.include_usage),
+        continuous_usage=options is not None
+        and bool(options.include_usage)
+        and bool(options.continuous_usage_stats),
+    )
+
+
+def _checked_salt(salt: str | None) -> bytes:
+    if salt is None:
+        return b""
+    is_clean = not any(char in _FORBIDDEN_IN_SALT for char in salt)
+    if not 0 < len(salt) <= MAX_SALT_CHARS or not is_clean or not salt.isascii():
+        raise InvalidRequest(
+            f"cache_salt must be 1 to {MAX_SALT_CHARS} ASCII characters without @ / \\.",
+            param="cache_salt",
+        )
+    return salt.encode()
+
+
+def _checked_priority(priority: int | None) -> int:
+    if priority is not None and not -(2**31) <= priority < 2**31:
+        raise InvalidRequest("priority is out of range.", param="priority")
+    return priority or 0
