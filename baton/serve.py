@@ -68,7 +68,7 @@ async def serve(loaded: LoadedConfig) -> int:
             child_specs(loaded, redis_url),
             on_fact=view.take_fact,
             on_line=view.take_line,
-            shutdown_timeout_seconds=loaded[ServeConfig].shutdown_timeout + 5.0,
+            shutdown_timeout_seconds=loaded[GatewayConfig].shutdown_timeout + 5.0,
         )
         install_stop_signals(loop, stop, supervisor)
         try:

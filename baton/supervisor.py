@@ -131,6 +131,6 @@ class Supervisor:
         child.terminate()
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(child.ended.wait(), self._shutdown_timeout_seconds)
-        if child.state is not ChildState.ENDED:
+        if not child.ended.is_set():
             child.kill()
             await child.ended.wait()

@@ -170,7 +170,8 @@ class Member:
             except StoreUnavailable as error:
                 logger.warning("the registry does not answer: %s", error.message)
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._changed.wait(), HEARTBEAT_SECONDS)
+                async with asyncio.timeout(HEARTBEAT_SECONDS):
+                    await self._changed.wait()
 
     async def _renew(self) -> bool:
         """One heartbeat; False when this process has been replaced."""

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from cluster.request import TokenDelta
     from decode_node.reservations import Reservations
     from engine.engine import StepOutput
+    from engine.load import LoadSnapshot
     from engine.schedule import ScheduleDecision
 
 
@@ -21,11 +22,13 @@ class DecodeObserver:
         self,
         reservations: Reservations,
         loop: asyncio.AbstractEventLoop,
+        snapshot: LoadSnapshot,
         *,
         on_step: Callable[[Sequence[TokenDelta]], None],
     ) -> None:
         self._reservations = reservations
         self._loop = loop
+        self._snapshot = snapshot
         self._on_step = on_step
 
     def before_step(self, decision: ScheduleDecision) -> None:
@@ -38,3 +41,4 @@ class DecodeObserver:
         if deltas:
             self._loop.call_soon_threadsafe(self._on_step, deltas)
         self._reservations.retry()
+        self._snapshot.take_sometimes()

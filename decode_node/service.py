@@ -79,22 +79,21 @@ class DecodeHandler:
         scheduler: DecodeScheduler,
         reservations: Reservations,
         hub: SessionHub,
-        member: Member,
     ) -> None:
         self._engine = engine
         self._scheduler = scheduler
         self._reservations = reservations
         self._hub = hub
-        self._member = member
         self._streams: dict[str, Stream] = {}
         self._cancelled = Remembered()
         self._finished = Remembered()
         self._event_loop = asyncio.get_running_loop()
         self._loop: EngineLoop
         self._receiver: KVReceiver
+        self._member: Member
 
-    def bind(self, loop: EngineLoop, receiver: KVReceiver) -> None:
-        self._loop, self._receiver = loop, receiver
+    def bind(self, loop: EngineLoop, receiver: KVReceiver, member: Member) -> None:
+        self._loop, self._receiver, self._member = loop, receiver, member
 
     @property
     def num_streams(self) -> int:
@@ -195,6 +194,10 @@ class DecodeHandler:
         if stream is not None:
             delta = TokenDelta(sequence_id=sequence_id, error=error)
             self._hub.publish(stream.gateway_id, [delta])
+
+    def on_transfer_withdrawn(self, sequence_id: str) -> None:
+        """Nobody failed: it ended on the prefill node, or was cancelled here."""
+        self._streams.pop(sequence_id, None)
 
     # ---- reports of the engine --------------------------------------------------------
 

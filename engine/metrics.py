@@ -29,7 +29,7 @@ class EngineCollector(Collector):
         blocks.add_metric(["used"], load.num_blocks - load.num_free_blocks)
         blocks.add_metric(["quarantined"], load.num_quarantined_blocks)
         yield blocks
-        gauges = (
+        gauges: tuple[tuple[str, str, float], ...] = (
             ("baton_sequences_running", "Sequences that run.", load.num_running),
             ("baton_sequences_waiting", "Sequences that wait.", load.num_waiting),
             ("baton_queued_tokens", "Tokens still to be computed.", load.queued_tokens),
@@ -37,7 +37,7 @@ class EngineCollector(Collector):
         )
         for name, text, value in gauges:
             yield GaugeMetricFamily(name, text, value=value)
-        counters = (
+        counters: tuple[tuple[str, str, float], ...] = (
             ("baton_engine_steps", "Steps run.", stats.num_steps),
             ("baton_engine_step_seconds", "Time inside steps.", stats.step_seconds),
             ("baton_engine_failed_steps", "Steps that raised.", stats.num_failed_steps),

@@ -33,18 +33,18 @@ class TransferCollector(Collector):
         )
         for transport, value in stats.bytes_by_transport.items():
             moved.add_metric([transport], value)
-        for transport, value in stats.seconds_by_transport.items():
-            seconds.add_metric([transport], value)
+        for transport, spent in stats.seconds_by_transport.items():
+            seconds.add_metric([transport], spent)
         failures = CounterMetricFamily(
             "baton_kv_load_failures", "KV loads that failed.", labels=["reason", "policy"]
         )
-        for reason, value in stats.failures.items():
-            failures.add_metric([reason, self._policy], value)
+        for reason, count in stats.failures.items():
+            failures.add_metric([reason, self._policy], count)
         dropped = CounterMetricFamily(
             "baton_kv_frames_dropped", "Frames refused or drained.", labels=["reason"]
         )
-        for reason, value in stats.frames_dropped.items():
-            dropped.add_metric([reason], value)
+        for reason, count in stats.frames_dropped.items():
+            dropped.add_metric([reason], count)
         yield from (moved, seconds, failures, dropped)
         yield from self._plain(stats)
         info = GaugeMetricFamily(
@@ -55,7 +55,7 @@ class TransferCollector(Collector):
         yield info
 
     def _plain(self, stats: TransferStats) -> Iterator[Metric]:
-        values = (
+        values: tuple[tuple[str, str, float], ...] = (
             ("baton_kv_transfer_frames", "Frames moved.", stats.frames),
             ("baton_kv_transfers_done", "Hand-offs that were committed.", stats.transfers_done),
             ("baton_kv_transfer_seconds", "Reserve to commit, summed.", stats.transfer_seconds),

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from cluster.request import TokenDelta
     from engine.block_manager import BlockManager, Hold
     from engine.engine import StepOutput
+    from engine.load import LoadSnapshot
     from engine.schedule import ScheduleDecision
 
 
@@ -57,12 +58,14 @@ class PrefillObserver:
         self,
         block_manager: BlockManager,
         loop: asyncio.AbstractEventLoop,
+        snapshot: LoadSnapshot,
         *,
         on_scheduled: Callable[[Sequence[str]], None],
         on_step: Callable[[StepReport], None],
     ) -> None:
         self._block_manager = block_manager
         self._loop = loop
+        self._snapshot = snapshot
         self._on_scheduled = on_scheduled
         self._on_step = on_step
         self._sources: dict[str, SourceHolds] = {}
@@ -99,6 +102,7 @@ class PrefillObserver:
         self._chunks = tuple(computed)
 
     def settled(self, deltas: Sequence[TokenDelta]) -> None:
+        self._snapshot.take_sometimes()
         report = StepReport(self._chunks, tuple(deltas))
         self._chunks = ()
         self._loop.call_soon_threadsafe(self._on_step, report)

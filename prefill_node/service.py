@@ -58,20 +58,21 @@ class Prompt:
 class PrefillHandler:
     """The `Handler` of a prefill node. `bind` gives it the parts that call it back."""
 
-    def __init__(
-        self, engine: Engine, scheduler: PrefillScheduler, hub: SessionHub, member: Member
-    ) -> None:
+    def __init__(self, engine: Engine, scheduler: PrefillScheduler, hub: SessionHub) -> None:
         self._engine = engine
         self._scheduler = scheduler
         self._hub = hub
-        self._member = member
         self._prompts: dict[str, Prompt] = {}
         self._loop: EngineLoop
         self._observer: PrefillObserver
         self._sender: KVSender
+        self._member: Member
 
-    def bind(self, loop: EngineLoop, observer: PrefillObserver, sender: KVSender) -> None:
+    def bind(
+        self, loop: EngineLoop, observer: PrefillObserver, sender: KVSender, member: Member
+    ) -> None:
         self._loop, self._observer, self._sender = loop, observer, sender
+        self._member = member
 
     @property
     def num_prompts(self) -> int:
