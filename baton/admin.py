@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 import typer
 
 from baton.admin_client import AdminClient, AdminRefused, AdminUnreachable
-from baton.admin_tables import LEASES, NODES, REQUESTS, Column, render_policy, render_rows
+from baton.admin_tables import LEASES, NODES, REQUESTS, Column, render_policy, render_rows, shown
 from baton.admin_token import read_admin_token
 
 if TYPE_CHECKING:
@@ -83,6 +83,9 @@ def _add_listing(collection: str, columns: Sequence[Column], summary: str) -> No
         if not isinstance(rows, list):
             raise AdminUnreachable(f"{url} answers, but not as a Baton admin API.")
         render_rows(rows, columns, empty=f"No {collection}.")
+        for name in document.get("unreachable") or ():
+            told = f"baton admin: {shown(name)} did not answer; its {collection} are missing."
+            print(told, file=sys.stderr)
 
     app.command(collection, help=summary)(show)
 
@@ -98,7 +101,7 @@ def _add_action(verb: str, collection: str, summary: str) -> None:
         if form is Output.JSON:
             _print_json(document)
         else:
-            print(f"{verb} {target}: accepted")
+            print(f"{verb} {target}: {shown(document.get('state', 'done'))}")
 
     app.command(verb, help=summary)(act)
 

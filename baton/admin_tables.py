@@ -22,6 +22,7 @@ _STATE_STYLES = {
     "draining": "yellow",
     "drained": "cyan",
     "lost": "red",
+    "down": "red",
 }
 
 
@@ -36,6 +37,12 @@ class Column:
 
 def _field(name: str) -> Callable[[Entry], object]:
     return lambda entry: entry.get(name)
+
+
+def _session(entry: Entry) -> object:
+    """Whether the gateway that was asked has a session with the node."""
+    connected = entry.get("is_connected")
+    return None if connected is None else ("up" if connected else "down")
 
 
 def _load(name: str) -> Callable[[Entry], object]:
@@ -63,6 +70,7 @@ NODES = (
     Column("NODE", _field("name")),
     Column("ROLE", _field("role")),
     Column("STATE", _field("state")),
+    Column("SESSION", _session),
     Column("MODEL", _field("model")),
     Column("RUNNING", _load("num_running"), is_number=True),
     Column("WAITING", _load("num_waiting"), is_number=True),

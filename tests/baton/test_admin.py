@@ -31,6 +31,7 @@ NODE = {
     "incarnation": 2**62 + 1,
     "role": "decode",
     "state": "cordoned",
+    "is_connected": True,
     "model": "pocket",
     "load": {
         "num_running": 3,
@@ -124,7 +125,7 @@ def test_nodes_are_shown_with_role_state_and_load(
     heading, row = capsys.readouterr().out.splitlines()
     assert heading.split()[:3] == ["NODE", "ROLE", "STATE"]
     assert " ".join(row.split()) == (
-        "decode-0 decode cordoned pocket 3 1 77 25% 2 shm,tcp 127.0.0.1:9101 0.4 s"
+        "decode-0 decode cordoned up pocket 3 1 77 25% 2 shm,tcp 127.0.0.1:9101 0.4 s"
     )
 
 
@@ -158,6 +159,34 @@ def test_an_empty_list_is_said_in_words(
     server.answers["GET", "/admin/v1/leases"] = 200, {"leases": []}
     assert admin("leases") == 0
     assert capsys.readouterr().out == "No leases.\n"
+
+
+def test_nodes_that_did_not_answer_are_named(
+    server: AdminServer, admin: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    lease = {"id": "ab12", "node": "decode-0", "peer": "prefill-0", "state": "receiving"}
+    answer = {"leases": [lease | {"num_blocks": 4}], "unreachable": ["decode-1"]}
+    server.answers["GET", "/admin/v1/leases"] = 200, answer
+    assert admin("leases") == 0
+    captured = capsys.readouterr()
+    assert captured.out.splitlines()[1].split() == [
+        "ab12",
+        "decode-0",
+        "receiving",
+        "prefill-0",
+        "4",
+        "-",
+    ]
+    assert captured.err == "baton admin: decode-1 did not answer; its leases are missing.\n"
+
+
+def test_an_action_says_the_state_it_led_to(
+    server: AdminServer, admin: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    answer = {"name": "decode-0", "state": "draining"}
+    server.answers["POST", "/admin/v1/nodes/decode-0:drain"] = 200, answer
+    assert admin("drain", "decode-0") == 0
+    assert capsys.readouterr().out == "drain decode-0: draining\n"
 
 
 @pytest.mark.parametrize(
