@@ -80,12 +80,18 @@ def node_engine_config(
     return replace(config, **changes)  # type: ignore[arg-type]
 
 
-def child_specs(loaded: LoadedConfig, redis_url: str) -> list[ChildSpec]:
+def child_specs(
+    loaded: LoadedConfig, *, redis_url: str, admin_token: str, log_format: str
+) -> list[ChildSpec]:
     """Nodes first, gateway last: it is the first to be stopped."""
     serve, engine = loaded[ServeConfig], loaded[EngineConfig]
     placements = place_nodes(serve.prefill, serve.decode, engine.device, count_gpus())
     transfer = to_environment(loaded[KVTransferConfig])
-    shared = {"BATON_REDIS_URL": redis_url, "BATON_LOG_LEVEL": loaded[GatewayConfig].log_level}
+    shared = {
+        "BATON_REDIS_URL": redis_url,
+        "BATON_LOG_LEVEL": loaded[GatewayConfig].log_level,
+        "BATON_LOG_FORMAT": log_format,
+    }
     specs = []
     for placement in placements:
         config = node_engine_config(
@@ -99,8 +105,9 @@ def child_specs(loaded: LoadedConfig, redis_url: str) -> list[ChildSpec]:
         specs.append(
             ChildSpec(placement.name, arguments, to_environment(config) | transfer | shared)
         )
-    gateway = serve_gateway_config(loaded[GatewayConfig])
-    specs.append(ChildSpec("gateway", ["gateway"], to_environment(gateway) | shared))
+    gateway = to_environment(serve_gateway_config(loaded[GatewayConfig]))
+    token = {"BATON_ADMIN_TOKEN": admin_token}
+    specs.append(ChildSpec("gateway", ["gateway"], gateway | shared | token))
     return specs
 
 

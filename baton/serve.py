@@ -13,13 +13,18 @@ from __future__ import annotations
 
 import asyncio
 import os
+import secrets
 import signal
 import sys
-from contextlib import ExitStack
-from typing import TYPE_CHECKING
+from contextlib import ExitStack, contextmanager
+from http import HTTPStatus
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
+import aiohttp
 from rich.console import Console
 
+from baton.admin_token import remove_admin_token, write_admin_token
 from baton.embedded_redis import EmbeddedRedis
 from baton.local_cluster import ServeConfig, child_specs
 from baton.progress import StartupView
@@ -31,12 +36,15 @@ from gateway.config import GatewayConfig
 from kv_transfer.config import KVTransferConfig
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Coroutine, Iterator, Sequence
 
+    from baton.child import ChildSpec, Facts
     from cluster.config import LoadedConfig
 
 EXIT_NOT_READY = 4
-EXIT_INTERRUPTED = 130
+EXIT_GRACE_SECONDS = 5.0
+MEETING_SECONDS = 20.0
+POLL_SECONDS = 0.05
 SECTIONS = (ServeConfig, GatewayConfig, EngineConfig, KVTransferConfig)
 
 
@@ -56,25 +64,29 @@ def main(argv: Sequence[str]) -> int:
 
 
 async def serve(loaded: LoadedConfig) -> int:
+    """Run the cluster until told to stop; the exit code."""
     stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
     console = Console(stderr=True)
+    view = StartupView(console)
     with ExitStack() as stack:
-        redis_url = loaded[GatewayConfig].redis_url
-        if not redis_url:
-            redis_url = stack.enter_context(EmbeddedRedis()).url
-        view = StartupView(console)
+        specs = child_specs(
+            loaded,
+            redis_url=redis_url_for(loaded, stack),
+            admin_token=loaded[GatewayConfig].admin_token or secrets.token_urlsafe(24),
+            log_format="console" if console.is_terminal else "json",
+        )
         supervisor = Supervisor(
-            child_specs(loaded, redis_url),
+            specs,
             on_fact=view.take_fact,
             on_line=view.take_line,
-            shutdown_timeout_seconds=loaded[GatewayConfig].shutdown_timeout + 5.0,
+            shutdown_timeout_seconds=loaded[GatewayConfig].shutdown_timeout + EXIT_GRACE_SECONDS,
         )
-        install_stop_signals(loop, stop, supervisor)
+        install_stop_signals(asyncio.get_running_loop(), stop, supervisor)
         try:
             with view:
-                started = await start_unless_stopped(supervisor, stop)
+                started = await done_unless_stopped(bring_up(supervisor), stop)
             if started:
+                stack.enter_context(left_admin_token(supervisor, specs[-1]))
                 announce(supervisor, loaded)
                 await stop.wait()
                 console.print("Draining; Ctrl-C again ends at once.")
@@ -87,16 +99,55 @@ async def serve(loaded: LoadedConfig) -> int:
     return 0
 
 
-async def start_unless_stopped(supervisor: Supervisor, stop: asyncio.Event) -> bool:
-    """True once all are ready; False when the person gave up waiting. Raises `StartFailed`."""
-    starting = asyncio.create_task(supervisor.start())
+def redis_url_for(loaded: LoadedConfig, stack: ExitStack) -> str:
+    """The operator's Redis, else a private one that lives as long as `stack`."""
+    if loaded.is_explicit("redis_url"):
+        return loaded[GatewayConfig].redis_url
+    return stack.enter_context(EmbeddedRedis()).url
+
+
+async def bring_up(supervisor: Supervisor) -> None:
+    """Start all, and wait until the gateway sees a pair of nodes. Raises `ConfigError`."""
+    await supervisor.start()
+    url = f"{gateway_facts(supervisor)['url']}/readyz"
+    try:
+        async with asyncio.timeout(MEETING_SECONDS), aiohttp.ClientSession() as session:
+            while True:
+                async with session.get(url) as response:
+                    if response.status == HTTPStatus.OK:
+                        return
+                await asyncio.sleep(POLL_SECONDS)
+    except TimeoutError:
+        raise ConfigError(
+            "The gateway does not see the nodes. Is Redis reachable from this machine?"
+        ) from None
+
+
+@contextmanager
+def left_admin_token(supervisor: Supervisor, gateway: ChildSpec) -> Iterator[None]:
+    """Leave the token where `baton admin` looks for it, while the cluster runs."""
+    port = urlsplit(gateway_facts(supervisor)["admin_url"]).port or 0
+    write_admin_token(port, gateway.environment["BATON_ADMIN_TOKEN"])
+    try:
+        yield
+    finally:
+        remove_admin_token(port)
+
+
+def gateway_facts(supervisor: Supervisor) -> Facts:
+    return next(child.ready_facts for child in supervisor.children if child.spec.name == "gateway")
+
+
+async def done_unless_stopped(work: Coroutine[Any, Any, None], stop: asyncio.Event) -> bool:
+    """True once `work` is done; False when the person gave up waiting. Raises what it raises."""
+    working = asyncio.create_task(work)
     stopping = asyncio.create_task(stop.wait())
-    await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
+    await asyncio.wait({working, stopping}, return_when=asyncio.FIRST_COMPLETED)
     stopping.cancel()
-    if not starting.done():
-        starting.cancel()
+    if not working.done():
+        working.cancel()
         return False
-    await starting
+    await working
     return True
 
 
@@ -116,7 +167,7 @@ def install_stop_signals(
 
 def announce(supervisor: Supervisor, loaded: LoadedConfig) -> None:
     """Where requests go, and one that works when pasted."""
-    facts = next(child.ready_facts for child in supervisor.children if child.spec.name == "gateway")
+    facts = gateway_facts(supervisor)
     url, model = facts["url"], facts["model"]
     header = "  -H 'Authorization: Bearer YOUR_KEY' \\\n" if loaded[GatewayConfig].api_key else ""
     print(

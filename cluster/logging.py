@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, MutableMapping
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
+LOG_FORMATS = ("auto", "console", "json")
+_AS_JSON = {"auto": None, "console": False, "json": True}
 
 _REDACTED = "[redacted]"
 _SECRET_KEY = re.compile(
@@ -43,19 +45,20 @@ _SECRET_TEXT = re.compile(
 def setup_logging(
     level: str = "info",
     *,
-    json: bool | None = None,
+    log_format: str = "auto",
     stream: TextIO | None = None,
     **context: object,
 ) -> None:
     """Send all records to `stream` (standard error), replacing earlier set-ups.
 
-    `json` None means: JSON unless the stream is a terminal. `context` (role, node_id) is put on
+    `log_format` "auto" means: JSON unless the stream is a terminal. `context` (role, node_id) is put on
     every line of the process. Raises `ConfigError` for an unknown level.
     """
     if level.lower() not in LOG_LEVELS:
         raise ConfigError(f"must be one of {', '.join(LOG_LEVELS)}", param="log_level")
     stream = sys.stderr if stream is None else stream
-    as_json = not stream.isatty() if json is None else json
+    chosen = _AS_JSON[log_format]
+    as_json = not stream.isatty() if chosen is None else chosen
     handler = logging.StreamHandler(stream)
     handler.setFormatter(
         _formatter(as_json=as_json, colors=not as_json and stream.isatty(), context=context)

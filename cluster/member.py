@@ -168,7 +168,7 @@ class Member:
                     return
                 await self._publish_cache_changes()
             except StoreUnavailable as error:
-                logger.warning("the registry does not answer: %s", error.message)
+                logger.debug("the registry does not answer: %s", error.message)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(HEARTBEAT_SECONDS):
                     await self._changed.wait()

@@ -32,6 +32,13 @@ class MemberConfig:
         "info", help="Least severe log line shown.", choices=("debug", "info", "warning", "error")
     )
 
+    log_format: str = option(
+        "auto",
+        help="Form of log lines. auto: for people on a terminal, JSON elsewhere.",
+        choices=("auto", "console", "json"),
+        advanced=True,
+    )
+
     def __post_init__(self) -> None:
         for name in ("port", "metrics_port"):
             if not 0 <= getattr(self, name) <= 65535:

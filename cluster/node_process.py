@@ -119,7 +119,12 @@ def node_main(
         print(render_config(loaded), end="")
         return 0
     member = loaded[MemberConfig]
-    setup_logging(member.log_level, role=role.value, node_id=member.node_name or role.value)
+    setup_logging(
+        member.log_level,
+        log_format=member.log_format,
+        role=role.value,
+        node_id=member.node_name or role.value,
+    )
     report = StartupReport()
     try:
         with report.phase("load programs"):

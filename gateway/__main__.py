@@ -30,7 +30,7 @@ def main(argv: Sequence[str]) -> int:
         print(render_config(loaded), end="")
         return 0
     config = loaded[GatewayConfig]
-    setup_logging(config.log_level, role="gateway")
+    setup_logging(config.log_level, log_format=config.log_format, role="gateway")
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # a peer that leaves is our news, not its
     # Imported late so that help and --show-config answer at once.
     import uvloop

@@ -71,6 +71,13 @@ class GatewayConfig:
         60.0, help="Seconds running requests have to finish after SIGTERM.", group=_HTTP
     )
     log_level: LogLevel = option("info", help="Least severe log line written.", group=_HTTP)
+    log_format: str = option(
+        "auto",
+        help="Form of log lines. auto: for people on a terminal, JSON elsewhere.",
+        choices=("auto", "console", "json"),
+        group=_HTTP,
+        advanced=True,
+    )
     admin_host: str = option("127.0.0.1", help="Address of the admin HTTP server.", group=_ADMIN)
     admin_port: int = option(8001, help="Port of the admin HTTP server; 0 takes one.", group=_ADMIN)
     admin_token: str | None = option(
