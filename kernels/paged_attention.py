@@ -16,8 +16,9 @@ from typing import Any
 
 import torch
 
+from kernels.attention_plan import AttentionPlan, plan_decode
 from kernels.dispatch import jit, next_power_of_two, num_multiprocessors, runs_triton, tl
-from kernels.gathered_attention import AttentionPlan, gathered_attention, plan_decode
+from kernels.gathered_attention import gathered_attention
 
 # Tensor cores take no fewer rows; smaller groups of query heads are padded.
 _MIN_ROWS = 16

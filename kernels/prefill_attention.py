@@ -16,8 +16,9 @@ from typing import Any
 
 import torch
 
+from kernels.attention_plan import AttentionPlan, plan_prefill
 from kernels.dispatch import jit, next_power_of_two, runs_triton, tl
-from kernels.gathered_attention import AttentionPlan, gathered_attention, plan_prefill
+from kernels.gathered_attention import gathered_attention
 
 
 def prefill_attention(

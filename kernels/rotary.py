@@ -22,9 +22,21 @@ def apply_rotary(
     if runs_triton(query):
         _apply_rotary_triton(query, key, positions, cos_sin_cache)
         return
-    cos, sin = cos_sin_cache[positions].unsqueeze(1).chunk(2, dim=-1)
+    cos, sin = cos_sin_cache.index_select(0, positions).unsqueeze(1).chunk(2, dim=-1)
+    if _lies_behind(key, query):
+        num_heads = query.shape[1] + key.shape[1]
+        shape = (query.shape[0], num_heads, query.shape[2])
+        _rotate_reference(query.as_strided(shape, query.stride()), cos, sin)
+        return
     _rotate_reference(query, cos, sin)
     _rotate_reference(key, cos, sin)
+
+
+def _lies_behind(key: torch.Tensor, query: torch.Tensor) -> bool:
+    """Whether the heads of key follow those of query in memory, as in a qkv projection."""
+    gap = key.data_ptr() - query.data_ptr()
+    heads_bytes = query.shape[1] * query.stride(1) * query.element_size()
+    return key.stride() == query.stride() and gap == heads_bytes < query.stride(0) * query.itemsize
 
 
 def _rotate_reference(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:

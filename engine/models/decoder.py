@@ -21,7 +21,7 @@ from torch.nn.functional import embedding
 
 from engine.models.linear import Linear
 from engine.models.rope import cos_sin_cache
-from kernels.gathered_attention import plan_decode, plan_prefill
+from kernels.attention_plan import plan_decode, plan_prefill
 from kernels.paged_attention import paged_attention
 from kernels.prefill_attention import prefill_attention
 from kernels.rms_norm import rms_norm
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     from engine.batch import Batch
     from engine.models.config import ModelConfig
-    from kernels.gathered_attention import AttentionPlan
+    from kernels.attention_plan import AttentionPlan
 
 
 class DecoderLayer:

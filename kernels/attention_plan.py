@@ -1,0 +1,331 @@
+"""How a step's attention is computed on the CPU: planned once, then run in every layer.
+
+What a plan holds is the same in all layers; `gathered_attention.py` runs it.
+
+1. Sequences are grouped so that padding at most doubles a group's work and its gathered keys and
+   values stay in cache; a long sequence is a group of its own.
+2. A group's blocks are gathered into dense keys and values `[members * num_kv_heads, keys,
+   head_size]` by one row copy per (block, head); only blocks inside the sliding window are read.
+3. Slots that hold no token of the sequence are never trusted: a missing block is replaced by the
+   sequence's first one and the rest of its last block is zeroed. Their weight is zero anyhow, but
+   zero times the NaN that an earlier owner may have left would be NaN.
+4. Queries go in steps of up to 64 tokens: the query heads of a KV head share one matrix product,
+   keys after the step are not touched, and only the diagonal is masked.
+5. bfloat16 products are compiled by oneDNN for every new shape, which takes milliseconds, and a
+   decode step has a new number of keys each time. So their extents are rounded up a little: fewer
+   than ten shapes per doubling. Their scores are rounded to bfloat16, as everywhere in that dtype.
+   Small groups are computed in float32 instead, where a call costs a third as much.
+
+Decode is the case of one query token per sequence.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from numpy.typing import NDArray
+
+_QUERY_STEP = 64
+# Score elements of one step: bounds the scratch of a long or large group (32 MiB of float32).
+_MAX_SCORES = 1 << 23
+# What extents of bfloat16 products are multiples of.
+_QUERY_GRAIN = 16
+_KEY_GRAIN = 16
+# Gathered bytes of one group of several sequences: about a share of the last-level cache.
+_MAX_GATHERED_BYTES = 4 << 20
+# Gathered elements up to which a decode group in bfloat16 is computed in float32.
+_MAX_WIDENED = 1 << 17
+
+
+@dataclass(frozen=True, slots=True)
+class _Pool:
+    """What a plan needs to know of the KV pool and the queries."""
+
+    num_heads: int
+    num_kv_heads: int
+    block_size: int
+    head_size: int
+    dtype: torch.dtype
+
+    @property
+    def block_elements(self) -> int:
+        return 2 * self.num_kv_heads * self.block_size * self.head_size
+
+
+@dataclass(frozen=True, slots=True)
+class _Span:
+    """The query tokens of one sequence and the blocks whose keys they may see."""
+
+    row: int
+    first_token: int
+    query_len: int
+    seq_len: int
+    first_block: int
+    num_blocks: int
+    # Place of the first query token among the gathered keys.
+    first_position: int
+
+
+@dataclass(frozen=True, slots=True)
+class QueryStep:
+    """Query tokens that share matrix products: int64 `[members, queries]`, or a slice where they
+    lie one after the other, which makes views of what would be copies.
+
+    `hidden`: bool `[members, 1, queries, num_keys - seen]`, what must not be seen of the keys from
+    number `seen` on; None if all of them may be.
+    """
+
+    tokens: slice | torch.Tensor
+    num_queries: int
+    num_keys: int
+    seen: int
+    hidden: torch.Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Sequences that are computed together.
+
+    `rows`: int64, rows of the pool `[.., block_size * head_size]` to gather, ordered [side, member,
+    head, block]. `tails`: int64, rows of the gathered values `[.., head_size]` to zero.
+    """
+
+    members: int
+    rows: torch.Tensor
+    tails: torch.Tensor | None
+    in_float: bool
+    steps: list[QueryStep]
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionPlan:
+    """One step's attention, for every layer whose pool has the same shape and the same window.
+
+    `empty_rows`: int64, decode rows of length 0, whose output is zero.
+    """
+
+    groups: list[Group]
+    empty_rows: torch.Tensor | None = None
+
+
+def plan_decode(
+    block_tables: torch.Tensor,
+    seq_lens: torch.Tensor,
+    kv_layer: torch.Tensor,
+    *,
+    num_heads: int,
+    sliding_window: int | None,
+) -> AttentionPlan:
+    """Plans `paged_attention` of CPU tensors; shapes as there. Any layer's pool will do."""
+    lengths = seq_lens.tolist()
+    empty = [row for row, length in enumerate(lengths) if length == 0]
+    groups = _plan(
+        block_tables, range(len(lengths) + 1), lengths, _pool(kv_layer, num_heads), sliding_window
+    )
+    return AttentionPlan(groups, torch.tensor(empty) if empty else None)
+
+
+def plan_prefill(
+    block_tables: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    seq_lens: torch.Tensor,
+    kv_layer: torch.Tensor,
+    *,
+    num_heads: int,
+    sliding_window: int | None,
+) -> AttentionPlan:
+    """Plans `prefill_attention` of CPU tensors; shapes as there. Any layer's pool will do."""
+    pool = _pool(kv_layer, num_heads)
+    first_tokens = cu_seqlens_q.tolist()
+    return AttentionPlan(_plan(block_tables, first_tokens, seq_lens.tolist(), pool, sliding_window))
+
+
+def _pool(kv_layer: torch.Tensor, num_heads: int) -> _Pool:
+    _, _, num_kv_heads, block_size, head_size = kv_layer.shape
+    return _Pool(num_heads, num_kv_heads, block_size, head_size, kv_layer.dtype)
+
+
+def _plan(
+    block_tables: torch.Tensor,
+    first_tokens: Sequence[int],
+    seq_lens: Sequence[int],
+    pool: _Pool,
+    sliding_window: int | None,
+) -> list[Group]:
+    """Sequence s owns the query tokens first_tokens[s] up to first_tokens[s + 1] (one entry more
+    than sequences). Sequences without a query token or with seq_len 0 are left out."""
+    tables = block_tables.numpy()
+    spans = _spans(first_tokens, seq_lens, pool.block_size, sliding_window)
+    bytes_per_block = pool.block_elements * pool.dtype.itemsize
+    return [
+        _plan_group(tables, spans_of_group, pool, sliding_window)
+        for spans_of_group in _groups(spans, bytes_per_block)
+    ]
+
+
+def _spans(
+    first_tokens: Sequence[int],
+    seq_lens: Sequence[int],
+    block_size: int,
+    sliding_window: int | None,
+) -> list[_Span]:
+    spans = []
+    for row, seq_len in enumerate(seq_lens):
+        first_token = first_tokens[row]
+        query_len = first_tokens[row + 1] - first_token
+        if query_len == 0 or seq_len == 0:
+            continue
+        position = seq_len - query_len
+        first_key = 0 if sliding_window is None else max(0, position - sliding_window + 1)
+        first_block = first_key // block_size
+        num_blocks = -(-seq_len // block_size) - first_block
+        first_position = position - first_block * block_size
+        spans.append(
+            _Span(row, first_token, query_len, seq_len, first_block, num_blocks, first_position)
+        )
+    return spans
+
+
+def _groups(spans: list[_Span], bytes_per_block: int) -> Iterable[list[_Span]]:
+    """Spans of similar extent together, each group in the order of its rows."""
+    group: list[_Span] = []
+    most = least = 0
+    for span in sorted(spans, key=lambda s: (s.query_len, s.num_blocks), reverse=True):
+        if group:
+            new_most, new_least = max(most, span.num_blocks), min(least, span.num_blocks)
+            gathered = (len(group) + 1) * new_most * bytes_per_block
+            # Less than double: one-block sequences stay among themselves, see `_gathered_rows`.
+            similar = new_most < 2 * new_least and group[0].query_len <= 2 * span.query_len
+            if similar and gathered <= _MAX_GATHERED_BYTES:
+                most, least = new_most, new_least
+                group.append(span)
+                continue
+            yield sorted(group, key=lambda s: s.row)
+        group, most, least = [span], span.num_blocks, span.num_blocks
+    if group:
+        yield sorted(group, key=lambda s: s.row)
+
+
+def _plan_group(
+    tables: NDArray[np.int32], group: list[_Span], pool: _Pool, sliding_window: int | None
+) -> Group:
+    num_blocks = max(span.num_blocks for span in group)
+    most_queries = max(span.query_len for span in group)
+    elements = len(group) * num_blocks * pool.block_elements
+    # A float16 matrix product on the CPU is several times slower than the detour.
+    in_float = pool.dtype == torch.float16 or (
+        pool.dtype == torch.bfloat16 and most_queries == 1 and elements <= _MAX_WIDENED
+    )
+    rounds = pool.dtype == torch.bfloat16 and not in_float
+    if rounds:
+        num_blocks = _round_up(num_blocks)
+    steps = _plan_steps(group, pool, num_blocks * pool.block_size, rounds, sliding_window)
+    rows = _gathered_rows(tables, group, num_blocks, pool.num_kv_heads)
+    tails = None
+    if len(group) > 1 or rounds:
+        tails = _tail_rows(group, num_blocks, pool)
+    return Group(len(group), torch.from_numpy(rows), tails, in_float, steps)
+
+
+def _round_up(n: int) -> int:
+    """n rounded up to a multiple of an eighth of its power of two."""
+    grain = max(1, (1 << (n - 1).bit_length()) // 16)
+    return -(-n // grain) * grain
+
+
+def _gathered_rows(
+    tables: NDArray[np.int32], group: list[_Span], num_blocks: int, num_kv_heads: int
+) -> NDArray[np.int64]:
+    """Rows of the pool by [side, member, head, block]; past its last block a sequence repeats its
+    first one. That one is full of the sequence's own tokens: where blocks are missing, it is not
+    the last."""
+    place = np.arange(num_blocks)
+    count = np.array([[span.num_blocks] for span in group])
+    first_block = np.array([[span.first_block] for span in group])
+    columns = np.where(place < count, place, 0) + first_block
+    block_ids = tables[np.array([[span.row] for span in group]), columns].astype(np.int64)
+    sides = np.arange(2 * num_kv_heads).reshape(2, 1, num_kv_heads, 1)
+    rows: NDArray[np.int64] = sides + (block_ids * (2 * num_kv_heads))[:, None]
+    return rows.reshape(-1)
+
+
+def _tail_rows(group: list[_Span], num_blocks: int, pool: _Pool) -> torch.Tensor | None:
+    """Rows of the gathered values by [member, head, key]: what lies past a sequence's end in its
+    last block. None if all last blocks are full."""
+    num_keys = num_blocks * pool.block_size
+    key = np.arange(num_keys)
+    end = np.array([[s.first_position + s.query_len] for s in group])
+    filled = np.array([[s.num_blocks * pool.block_size] for s in group])
+    member, token = np.nonzero((key >= end) & (key < filled))
+    if not len(member):
+        return None
+    head = np.arange(pool.num_kv_heads)
+    rows = (member[:, None] * pool.num_kv_heads + head) * num_keys + token[:, None]
+    return torch.from_numpy(rows.reshape(-1))
+
+
+def _plan_steps(
+    group: list[_Span], pool: _Pool, num_gathered: int, rounds: bool, sliding_window: int | None
+) -> list[QueryStep]:
+    most_queries = max(span.query_len for span in group)
+    fit = _MAX_SCORES // (len(group) * pool.num_heads * num_gathered)
+    size = min(_QUERY_STEP, max(_QUERY_GRAIN, fit // _QUERY_GRAIN * _QUERY_GRAIN))
+    steps = []
+    for start in range(0, most_queries, size):
+        stop = min(start + size, most_queries)
+        num_keys = max(_position(span, stop - 1) for span in group) + 1
+        if rounds and most_queries > 1:
+            stop = start - (start - stop) // _QUERY_GRAIN * _QUERY_GRAIN
+        if rounds:
+            num_keys = min(num_gathered, _round_up(-(-num_keys // _KEY_GRAIN)) * _KEY_GRAIN)
+        tokens = _tokens(group, start, stop)
+        seen, hidden = _hidden(group, start, stop, num_keys, sliding_window)
+        steps.append(QueryStep(tokens, stop - start, num_keys, seen, hidden))
+    return steps
+
+
+def _position(span: _Span, query: int) -> int:
+    """Where query token `query` of a span sits among its keys; past its end the last one repeats.
+
+    A repeated token is computed more than once and stored more than once, with the same result.
+    """
+    return span.first_position + min(query, span.query_len - 1)
+
+
+def _tokens(group: list[_Span], start: int, stop: int) -> slice | torch.Tensor:
+    """Which query tokens are number `start` up to `stop` of each span."""
+    first = group[0].first_token
+    if len(group) == 1 and stop <= group[0].query_len:
+        return slice(first + start, first + stop)
+    if all(s.query_len == 1 and s.first_token == first + i for i, s in enumerate(group)):
+        return slice(first, first + len(group))
+    begin = torch.tensor([[span.first_token] for span in group])
+    last = torch.tensor([[span.query_len - 1] for span in group])
+    return torch.arange(start, stop).minimum(last) + begin
+
+
+def _hidden(
+    group: list[_Span], start: int, stop: int, num_keys: int, sliding_window: int | None
+) -> tuple[int, torch.Tensor | None]:
+    """How many leading keys all queries see, and which of the others each must not see."""
+    # Before this key nothing is hidden, unless a window hides it.
+    seen = min(_position(span, start) for span in group) + 1
+    if sliding_window is not None:
+        seen = 0
+    if seen >= num_keys:
+        return num_keys, None
+    first = np.array([[span.first_position] for span in group])
+    last = np.array([[span.query_len - 1] for span in group])
+    position = (np.minimum(np.arange(start, stop), last) + first)[..., None]
+    keys = np.arange(seen, num_keys)
+    hidden = keys > position
+    if sliding_window is not None:
+        hidden |= keys <= position - sliding_window
+    return seen, torch.from_numpy(hidden[:, None])
