@@ -144,7 +144,7 @@ class KVReceiver:
         if self._sweeping is not None:
             self._sweeping.cancel()
         for session_id in list(self._sessions):
-            self.link_lost(session_id, FailureReason.SENDER_LOST)
+            self.link_lost(session_id, FailureReason.RECEIVER_LOST)
         while self._tasks:
             await asyncio.wait(self._tasks)
 

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -44,9 +45,9 @@ class ManualClock:
         self.now += seconds
 
 
-def make_pool(seed: int, *, num_blocks: int = NUM_BLOCKS) -> torch.Tensor:
+def make_pool(seed: int, *, unit_bytes: int = UNIT_BYTES) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
-    shape = (NUM_LAYERS, num_blocks, UNIT_BYTES)
+    shape = (NUM_LAYERS, NUM_BLOCKS, unit_bytes)
     return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
 
 
@@ -200,9 +201,10 @@ async def decode_side(
     name: str = "d0",
     host: str = "127.0.0.1",
     port: int = 0,
+    unit_bytes: int = UNIT_BYTES,
     **options: object,
 ) -> AsyncIterator[DecodeSide]:
-    pool = make_pool(2)
+    pool = make_pool(2, unit_bytes=unit_bytes)
     clock = ManualClock()
     source = Source(list(range(NUM_BLOCKS)))
     node_id = NodeId(NodeName(name), new_incarnation())
@@ -230,9 +232,10 @@ async def prefill_side(
     *,
     compatibility: Compatibility = COMPATIBLE,
     name: str = "p0",
+    unit_bytes: int = UNIT_BYTES,
     **options: object,
 ) -> AsyncIterator[PrefillSide]:
-    pool = make_pool(1)
+    pool = make_pool(1, unit_bytes=unit_bytes)
     clock = ManualClock()
     owner = Owner()
     agent = TransferAgent(pool, make_config(**options), transport)
@@ -257,7 +260,7 @@ async def prefill_side(
 
 
 @asynccontextmanager
-async def twins(**options: object) -> AsyncIterator[tuple[PrefillSide, DecodeSide]]:
+async def twins(**options: Any) -> AsyncIterator[tuple[PrefillSide, DecodeSide]]:
     network = LoopbackNetwork()
     async with (
         decode_side(LoopbackTransport(network), **options) as decode,
