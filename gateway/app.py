@@ -18,7 +18,7 @@ from starlette.routing import Route as HttpRoute
 from cluster.errors import InvalidRequest, MethodNotAllowed, RouteNotFound, ServingError
 from cluster.version import VERSION
 from gateway.edge import Edge, KeyCheck
-from gateway.http_errors import JSON, as_serving_error, error_headers, error_json
+from gateway.http_errors import JSON, as_serving_error, error_headers, error_json, unexplained
 from gateway.request import Route
 from gateway.routes.generate import GenerateEndpoint
 from gateway.routes.health import health_router
@@ -87,6 +87,10 @@ def translate_errors(app: FastAPI) -> None:
         path = ".".join(str(step) for step in fields[0]["loc"][1:]) if fields else None
         return error_response(InvalidRequest("The request is not valid.", param=path))
 
+    async def on_bug(_: Request, __: Exception) -> Response:
+        return error_response(unexplained())  # raised again by the framework, logged by `Edge`
+
+    app.add_exception_handler(Exception, on_bug)
     app.add_exception_handler(ServingError, on_serving_error)
     app.add_exception_handler(HTTPException, on_http_error)
     app.add_exception_handler(RequestValidationError, on_invalid)

@@ -135,7 +135,14 @@ class Frames:
         return fields
 
     def _frame(self, choice: Choice, fields: dict[str, Any]) -> bytes:
-        body = {"index": choice.index, "logprobs": None, "finish_reason": None, **fields}
+        content = "delta" if self._is_chat else "text"
+        body = {
+            "index": choice.index,
+            content: fields.pop(content),
+            "logprobs": None,
+            "finish_reason": None,
+            **fields,
+        }
         return self._head + orjson.dumps(body) + b"]" + self._usage() + _END
 
     def _usage(self) -> bytes:

@@ -27,6 +27,10 @@ def as_serving_error(error: BaseException) -> ServingError:
     if isinstance(error, ServingError):
         return error
     logger.error("unexpected error", exc_info=error)
+    return unexplained()
+
+
+def unexplained() -> InternalError:
     return InternalError("Something went wrong here; the request's id helps to find out what.")
 
 

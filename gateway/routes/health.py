@@ -22,15 +22,18 @@ if TYPE_CHECKING:
 def health_router(gateway: Gateway, metrics: CollectorRegistry) -> APIRouter:
     router = APIRouter(tags=["operation"])
 
-    @router.api_route("/livez", methods=["GET", "HEAD"], summary="Does the process run?")
+    @router.head("/livez", include_in_schema=False)
+    @router.get("/livez", summary="Does the process run?")
     async def livez() -> Response:
         return Response()
 
-    @router.api_route("/readyz", methods=["GET", "HEAD"], summary="May traffic come?")
+    @router.head("/readyz", include_in_schema=False)
+    @router.get("/readyz", summary="May traffic come?")
     async def readyz() -> Response:
         return Response(status_code=200 if gateway.is_ready else 503)
 
-    @router.api_route("/health", methods=["GET", "HEAD"], summary="The same as /readyz")
+    @router.head("/health", include_in_schema=False)
+    @router.get("/health", summary="The same as /readyz")
     async def health() -> Response:
         return Response(status_code=200 if gateway.is_ready else 503)
 

@@ -91,7 +91,10 @@ class FakeNode:
         self._peers = peers
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._server = create_server()
-        node_pb2_grpc.add_NodeServicer_to_server(NodeService(self, self.hub), self._server)
+        service = NodeService(self, self.hub)
+        node_pb2_grpc.add_NodeServicer_to_server(  # type: ignore[no-untyped-call]
+            service, self._server
+        )
         peers[name] = self
 
     async def start(self, port: int = 0) -> NodeInfo:

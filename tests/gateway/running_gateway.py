@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import uvloop
 
 from cluster import clock as clocks
-from cluster.membership import ClusterView, Event, Membership, Seen, ViewChanged
+from cluster.membership import Event, Membership, Seen, ViewChanged
 from cluster.metrics import new_registry
 from cluster.node import Incarnation, NodeInfo, NodeName, NodeRole
 from gateway.admin.app import admin_app
@@ -23,7 +23,7 @@ from gateway.tokenizer import Tokenizer
 from tests.gateway.fake_node import FakeNode
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine, Mapping, Sequence
+    from collections.abc import Callable, Coroutine, Mapping, Sequence
     from pathlib import Path
 
     from cluster.prefix_hash import BlockHash
@@ -89,15 +89,9 @@ class RunningGateway:
 
         return self.call(run())
 
-    def until(self, condition: Any) -> None:
+    def until(self, condition: Callable[[], object]) -> None:
         """Wait until `condition()`, asked on the gateway's loop between its events, holds."""
-
-        async def wait() -> None:
-            async with asyncio.timeout(WAIT_SECONDS):
-                while not condition():
-                    await asyncio.sleep(0.001)
-
-        self.call(wait())
+        self.call(_until(condition))
 
     @property
     def url(self) -> str:
@@ -158,8 +152,7 @@ class RunningGateway:
         self.public.start()
         self.admin.start()
         await self.see(*(node.info for node in self.nodes.values()))
-        while not all(entry.client.is_connected for entry in self.gateway.nodes):
-            await asyncio.sleep(0.001)
+        await _until(lambda: all(e.client.is_connected for e in self.gateway.nodes))
 
     async def _stop(self) -> None:
         await shut_down(self.gateway, [self.public, self.admin], _hurry())
@@ -170,10 +163,13 @@ class RunningGateway:
         self.gateway.tokenizer.close()
 
 
+async def _until(condition: Callable[[], object]) -> None:
+    async with asyncio.timeout(WAIT_SECONDS):
+        while not condition():  # noqa: ASYNC110 - any condition, of any part
+            await asyncio.sleep(0.001)
+
+
 def _hurry() -> asyncio.Event:
     event = asyncio.Event()
     event.set()
     return event
-
-
-__all__ = ["ADMIN_TOKEN", "ClusterView", "RunningGateway"]

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import pytest
 
 from cluster.errors import NodeUnavailable
 from cluster.node import Incarnation, NodeId, NodeInfo, NodeLoad, NodeName, NodeRole, NodeState
 from gateway.router import Candidate, Demand, Placement, choose
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 DEMAND = Demand(num_prompt_tokens=1000, num_tokens=1500)
 
