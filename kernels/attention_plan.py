@@ -41,7 +41,7 @@ _KEY_GRAIN = 16
 # Gathered bytes of one group of several sequences: about a share of the last-level cache.
 _MAX_GATHERED_BYTES = 4 << 20
 # Gathered elements up to which a decode group in bfloat16 is computed in float32.
-_MAX_WIDENED = 1 << 17
+_MAX_WIDENED = 3 << 16
 
 
 @dataclass(frozen=True, slots=True)

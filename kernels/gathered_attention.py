@@ -33,11 +33,11 @@ def gathered_attention(
     blocks = kv_layer.view(-1, block_size * head_size)
     for group in plan.groups:
         gathered = blocks.index_select(0, group.rows)
+        if group.in_float:
+            gathered = gathered.float()
         key, value = gathered.view(2, group.members * num_kv_heads, -1, head_size).unbind(0)
         if group.tails is not None:
             value.view(-1, head_size).index_fill_(0, group.tails, 0)
-        if group.in_float:
-            key, value = key.float(), value.float()
         for step in group.steps:
             _attend(query, key, value, group.members, step, scale, out)
 
@@ -81,10 +81,9 @@ def _weigh(
     scale: float,
 ) -> torch.Tensor:
     """Weighted values `[products, group * queries, head_size]` of queries of the same shape."""
-    products, num_rows, _ = packed.shape
     key, value = key[:, : step.num_keys], value[:, : step.num_keys]
-    scores = packed.new_empty(1).expand(products, num_rows, step.num_keys)
-    scores = torch.baddbmm(scores, packed, key.mT, beta=0, alpha=scale)
+    nothing = packed.new_empty(1, 1, 1)  # beta 0: it is not read
+    scores = torch.baddbmm(nothing, packed, key.mT, beta=0, alpha=scale)
     if step.hidden is not None:
         by_member = scores.view(members, -1, step.num_queries, step.num_keys)
         by_member[..., step.seen :].masked_fill_(step.hidden, -math.inf)
