@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from kernels.attention_plan import plan_prefill
 from kernels.prefill_attention import prefill_attention
 from tests.kernels.paged import PagedCase, assert_attention_close, paged_case
 
@@ -112,9 +113,11 @@ def test_a_token_sees_no_further_back_than_its_window(device: torch.device, wind
 
 def test_blocks_before_the_window_may_belong_to_others(device: torch.device) -> None:
     case = ragged_case([20], [200], device, torch.float32)
-    expected = case.expected(50)
-    case.kv_layer[case.block_tables[0, : (180 - 50) // 16].long()] = math.nan
-    assert_attention_close(attend(case, 50), expected)
+    window = 30
+    expected = case.expected(window)
+    first_seen = 200 - 20 - window + 1
+    case.kv_layer[case.block_tables[0, : first_seen // 16].long()] = math.nan
+    assert_attention_close(attend(case, window), expected)
 
 
 def test_large_scores_do_not_overflow(device: torch.device) -> None:
@@ -138,6 +141,31 @@ def test_padding_sequences_and_tokens_are_left_alone(device: torch.device) -> No
     )
     assert_attention_close(out[:25], case.expected()[:25])
     assert (out[25:] == 7.0).all()
+
+
+def test_one_plan_serves_every_layer() -> None:
+    case = ragged_case([20, 3], [30, 50], torch.device("cpu"), torch.float32)
+    other = case.kv_layer.flip(0)
+    plan = plan_prefill(
+        case.block_tables,
+        case.cu_seqlens_q,
+        case.seq_lens,
+        other,
+        num_heads=4,
+        sliding_window=None,
+    )
+    for _ in range(2):
+        out = prefill_attention(
+            case.query,
+            case.kv_layer,
+            case.block_tables,
+            case.cu_seqlens_q,
+            case.seq_lens,
+            max_seqlen_q=20,
+            scale=case.scale,
+            plan=plan,
+        )
+        assert_attention_close(out, case.expected())
 
 
 def test_an_empty_batch_gives_an_empty_result(device: torch.device) -> None:
