@@ -72,14 +72,14 @@ class RunningGateway:
         self.nodes: dict[str, FakeNode] = {}
         self.index = FakeIndex()
         self.membership = Membership()
-        self._loop = uvloop.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        self.loop = uvloop.new_event_loop()
+        self._thread = threading.Thread(target=self.loop.run_forever, daemon=True)
         self._thread.start()
         counts = {NodeRole.PREFILL: num_prefill, NodeRole.DECODE: num_decode}
         self.call(self._start(counts, dict(node_options or {})))
 
     def call(self, work: Coroutine[Any, Any, T]) -> T:
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result(WAIT_SECONDS)
+        return asyncio.run_coroutine_threadsafe(work, self.loop).result(WAIT_SECONDS)
 
     def do(self, function: Any, *arguments: Any) -> Any:
         """Run a plain function on the gateway's loop."""
@@ -107,9 +107,9 @@ class RunningGateway:
 
     def close(self) -> None:
         self.call(self._stop())
-        self._loop.call_soon_threadsafe(self._loop.stop)
+        self.loop.call_soon_threadsafe(self.loop.stop)
         self._thread.join(WAIT_SECONDS)
-        self._loop.close()
+        self.loop.close()
 
     async def see(self, *infos: NodeInfo) -> None:
         """As if the registry held these entries now."""
@@ -154,8 +154,13 @@ class RunningGateway:
         await self.see(*(node.info for node in self.nodes.values()))
         await _until(lambda: all(e.client.is_connected for e in self.gateway.nodes))
 
+    async def stop_serving(self) -> None:
+        """As after SIGTERM."""
+        await shut_down(self.gateway, [self.public, self.admin], asyncio.Event())
+
     async def _stop(self) -> None:
-        await shut_down(self.gateway, [self.public, self.admin], _hurry())
+        if not self.gateway.admission.is_closed:
+            await shut_down(self.gateway, [self.public, self.admin], _hurry())
         self._sweep.cancel()
         await self.gateway.nodes.close()
         for node in self.nodes.values():

@@ -36,7 +36,7 @@ def error_of(response: httpx.Response) -> dict[str, Any]:
     return error
 
 
-BAD_COMPLETIONS = [
+BAD_COMPLETIONS: list[tuple[dict[str, Any], str]] = [
     ({"prompt": ""}, "prompt"),
     ({"prompt": []}, "prompt"),
     ({"prompt": None}, "prompt"),
@@ -78,7 +78,7 @@ BAD_COMPLETIONS = [
     ({"priority": 2**40}, "priority"),
     ({"seed": "x"}, "seed"),
 ]
-BAD_CHATS = [
+BAD_CHATS: list[tuple[dict[str, Any], str]] = [
     ({"messages": []}, "messages"),
     ({"messages": "hello"}, "messages"),
     ({"messages": [{"role": "alien", "content": "x"}]}, "messages[0].role"),
@@ -260,8 +260,7 @@ def test_a_chat_stream_has_exactly_these_bytes(http: httpx.Client) -> None:
         f'"model":"{MODEL}","choices":['
     )
     role = (
-        '{"index":0,"delta":{"role":"assistant","content":""},"logprobs":null,'
-        '"finish_reason":null}'
+        '{"index":0,"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}'
     )
     end = '{"index":0,"delta":{},"logprobs":null,"finish_reason":"length","stop_reason":null}'
     assert frames[0] == f'{head}{role}],"usage":null}}'

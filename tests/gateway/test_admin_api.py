@@ -1,0 +1,152 @@
+"""The admin API shows what runs, moves its levers, and opens to its own token alone."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+import httpx
+import pytest
+
+from cluster.errors import ConfigError
+from gateway.admin.app import admin_app
+from tests.gateway.running_gateway import ADMIN_TOKEN, RunningGateway
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+MODEL = "org/test-model"
+BODY = {"model": MODEL, "prompt": "one two three", "max_tokens": 8, "ignore_eos": True}
+
+
+@pytest.fixture(scope="module")
+def admin(gateway: RunningGateway) -> Iterator[httpx.Client]:
+    headers = {"authorization": f"Bearer {ADMIN_TOKEN}"}
+    with httpx.Client(base_url=f"{gateway.admin.url}/admin/v1", headers=headers) as made:
+        yield made
+
+
+def test_nodes_are_shown_with_state_and_load(admin: httpx.Client) -> None:
+    nodes = {node["name"]: node for node in admin.get("/nodes").json()["nodes"]}
+    assert set(nodes) == {"prefill-0", "decode-0"}
+    node = nodes["decode-0"]
+    assert (node["role"], node["state"], node["is_connected"]) == ("decode", "ready", True)
+    assert node["transports"] == ["loopback"]
+    assert node["load"]["num_free_blocks"] == node["load"]["num_blocks"] == 100_000
+    assert node["load"]["num_transfers"] == 0
+
+
+def test_requests_are_shown_and_can_be_cancelled(
+    gateway: RunningGateway, admin: httpx.Client
+) -> None:
+    gateway.do(gateway.decode.gates.tokens.clear)
+    url = f"{gateway.url}/v1/completions"
+    headers = {"x-request-id": "to-cancel"}
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            answer = pool.submit(httpx.post, url, json={**BODY, "n": 2}, headers=headers)
+            gateway.until(lambda: gateway.gateway.measures.num_running == 2)
+            [shown] = admin.get("/requests").json()["requests"]
+            done = admin.post("/requests/to-cancel:cancel")
+            response = answer.result(20)
+    finally:
+        gateway.do(gateway.decode.gates.tokens.set)
+    assert shown["id"] == "to-cancel"
+    assert (shown["prefill_node"], shown["decode_node"]) == ("prefill-0", "decode-0")
+    assert shown["output_tokens"] == 2
+    assert len(shown["sequences"]) == 2
+    assert {c["node"] for c in shown["sequences"][0]["candidates"]} == {"prefill-0", "decode-0"}
+    assert done.json() == {"id": "to-cancel", "num_cancelled": 2}
+    assert (response.status_code, response.json()["error"]["code"]) == (499, "cancelled")
+    assert admin.get("/requests").json() == {"requests": []}
+    assert admin.post("/requests/to-cancel:cancel").status_code == 404
+
+
+def test_leases_are_asked_of_every_node(admin: httpx.Client) -> None:
+    answer = admin.get("/leases").json()
+    assert {lease["node"] for lease in answer["leases"]} == {"prefill-0", "decode-0"}
+    assert answer["leases"][0]["num_blocks"] == 3
+    assert answer["unreachable"] == []
+
+
+def test_a_cordoned_node_gets_no_work_until_uncordoned(
+    gateway: RunningGateway, admin: httpx.Client
+) -> None:
+    url = f"{gateway.url}/v1/completions"
+    assert admin.post("/nodes/decode-0:cordon").json()["state"] == "cordoned"
+    assert httpx.post(url, json=BODY).json()["error"]["code"] == "no_capacity"
+    assert admin.post("/nodes/decode-0:uncordon").json()["state"] == "ready"
+    assert httpx.post(url, json=BODY).status_code == 200
+    assert admin.post("/nodes/decode-0:drain").json()["state"] == "draining"
+    assert admin.post("/nodes/decode-0:uncordon").json()["state"] == "ready"
+    assert admin.post("/nodes/nobody:cordon").status_code == 404
+    assert admin.post("/prefix-cache:reset").json() == {"nodes": ["decode-0", "prefill-0"]}
+
+
+def test_the_policy_changes_at_once_or_not_at_all(
+    gateway: RunningGateway, admin: httpx.Client
+) -> None:
+    before = admin.get("/policy").json()
+    assert before["kv_load_failure_policy"] == "fail"
+    changed = admin.patch("/policy", json={"local_prefill_tokens": 10_000, "stream_interval": 4})
+    assert changed.json()["local_prefill_tokens"] == 10_000
+    num_prefilled = len(gateway.prefill.submitted)
+    assert httpx.post(f"{gateway.url}/v1/completions", json=BODY).status_code == 200
+    assert len(gateway.prefill.submitted) == num_prefilled  # prefilled on the decode node
+    bad: list[dict[str, Any]] = [
+        {"local_prefill_tokens": 5, "stream_interval": 0},
+        {"local_prefill_tokens": 5, "unknown": 1},
+        {"local_prefill_tokens": "5"},
+        {"local_prefill_tokens": 5, "kv_load_failure_policy": "recompute"},
+    ]
+    for change in bad:
+        refused = admin.patch("/policy", json=change)
+        assert refused.status_code == 400
+        assert refused.json()["error"]["param"]
+    recompute = admin.patch("/policy", json={"kv_load_failure_policy": "recompute"})
+    assert recompute.json()["error"]["code"] == "unsupported"
+    assert admin.get("/policy").json() == changed.json()
+    assert admin.patch("/policy", json=before).json() == before
+
+
+@pytest.mark.parametrize(
+    "path", ["nodes", "requests", "leases", "policy", "openapi.json", "nothing", "../v1/models"]
+)
+def test_nothing_is_shown_without_the_token(gateway: RunningGateway, path: str) -> None:
+    url = f"{gateway.admin.url}/admin/v1/{path}"
+    for headers in ({}, {"authorization": "Bearer wrong"}, {"x-api-key": ADMIN_TOKEN + "x"}):
+        response = httpx.get(url, headers=headers)
+        assert response.status_code == 401
+        assert response.json()["error"]["code"] == "invalid_api_key"
+        assert response.headers["www-authenticate"] == "Bearer"
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [{"host": "evil.example"}, {"origin": "https://evil.example"}, {"origin": "null"}],
+)
+def test_pages_of_other_sites_are_refused_even_with_the_token(
+    admin: httpx.Client, headers: dict[str, str]
+) -> None:
+    response = admin.get("/nodes", headers=headers)
+    assert response.status_code == 403
+    assert response.json()["error"]["code"] == "permission_denied"
+
+
+def test_a_clients_key_does_not_open_the_admin_api(
+    new_gateway: Callable[..., RunningGateway],
+) -> None:
+    running = new_gateway(api_key=("client-key",))
+    url = f"{running.admin.url}/admin/v1/nodes"
+    assert httpx.get(url, headers={"authorization": "Bearer client-key"}).status_code == 401
+
+
+def test_an_admin_api_without_a_token_does_not_start(gateway: RunningGateway) -> None:
+    with pytest.raises(ConfigError):
+        admin_app(gateway.gateway, token="", host="127.0.0.1", observe=lambda _: None)
+
+
+def test_the_admin_api_documents_itself(admin: httpx.Client) -> None:
+    paths = admin.get("/openapi.json").json()["paths"]
+    assert "/admin/v1/nodes/{name}:cordon" in paths
+    assert "/admin/v1/policy" in paths

@@ -1,0 +1,324 @@
+"""Whatever breaks, each client it touches gets one typed error, and nobody else notices."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import pytest
+
+from cluster.errors import NodeUnavailable, TransferFailed
+from cluster.node import NodeRole
+from tests.gateway.fake_node import FakeNode
+from tests.gateway.running_gateway import RunningGateway
+
+MODEL = "org/test-model"
+NewGateway = Callable[..., RunningGateway]
+
+
+def body(**changes: Any) -> dict[str, Any]:
+    asked = {"model": MODEL, "prompt": "one two three", "max_tokens": 8, "ignore_eos": True}
+    asked["add_special_tokens"] = False  # so that the first token is text
+    return {**asked, **changes}
+
+
+def post(running: RunningGateway, **changes: Any) -> httpx.Response:
+    return httpx.post(f"{running.url}/v1/completions", json=body(**changes), timeout=20)
+
+
+def code_of(response: httpx.Response) -> tuple[int, str]:
+    return response.status_code, response.json()["error"]["code"]
+
+
+class OpenStream:
+    """A stream that is being read on another thread, event by event."""
+
+    def __init__(self, running: RunningGateway, **changes: Any) -> None:
+        self.events: list[str] = []
+        self.has_text = threading.Event()
+        self._arguments = (running, changes)
+        self._thread = threading.Thread(target=self._read)
+        self._thread.start()
+
+    def _read(self) -> None:
+        running, changes = self._arguments
+        url = f"{running.url}/v1/completions"
+        with httpx.stream("POST", url, json=body(stream=True, **changes), timeout=20) as response:
+            self.status = response.status_code
+            for line in response.iter_lines():
+                if line:
+                    self.events.append(line.removeprefix("data: "))
+                    self.has_text.set()
+
+    def result(self) -> list[str]:
+        self._thread.join(20)
+        return self.events
+
+    def error(self) -> str:
+        """The code of the one error, which is the last event before `[DONE]`."""
+        events = self.result()
+        assert events[-1] == "[DONE]"
+        errors = [json.loads(e)["error"]["code"] for e in events[:-1] if '"error"' in e]
+        assert len(errors) == 1
+        assert '"error"' in events[-2]
+        return str(errors[0])
+
+
+@pytest.fixture
+def running(new_gateway: NewGateway) -> RunningGateway:
+    return new_gateway()
+
+
+def everything_is_given_back(running: RunningGateway) -> None:
+    admission, measures = running.gateway.admission, running.gateway.measures
+    running.until(lambda: not running.gateway.dispatcher.active)
+    assert (admission.num_sequences, admission.num_queued, admission.num_queued_tokens) == (0, 0, 0)
+    assert (measures.num_waiting, measures.num_running) == (0, 0)
+    for entry in running.gateway.nodes:
+        tally = entry.tally
+        assert (tally.num_sequences, tally.queued_tokens, tally.reserved_tokens) == (0, 0, 0)
+
+
+def test_a_decode_node_killed_mid_stream_is_one_error_event(running: RunningGateway) -> None:
+    running.do(running.decode.gates.tokens.clear)
+    stream = OpenStream(running)
+    assert stream.has_text.wait(10)
+    running.until(lambda: not running.prefill._tasks)
+    running.call(running.decode.kill())
+    assert stream.error() == "node_lost"
+    everything_is_given_back(running)
+
+
+def test_a_prefill_node_killed_before_its_token_is_a_503(running: RunningGateway) -> None:
+    running.do(running.prefill.gates.first_token.clear)
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(post, running, stream=True)
+        running.until(lambda: running.prefill.submitted)
+        running.call(running.prefill.kill())
+        response = answer.result(20)
+    assert code_of(response) == (503, "node_lost")
+    assert response.headers["retry-after"]
+    assert response.headers["x-should-retry"] == "true"
+    everything_is_given_back(running)
+
+
+def test_a_prefill_node_killed_after_the_start_costs_nothing(running: RunningGateway) -> None:
+    running.do(running.decode.gates.tokens.clear)
+    stream = OpenStream(running)
+    running.until(lambda: [a for a in _active(running) if a.state.name == "STARTED"])
+    running.call(running.prefill.kill())
+    running.do(running.decode.gates.tokens.set)
+    events = stream.result()
+    assert events[-1] == "[DONE]"
+    assert not any('"error"' in event for event in events)
+    everything_is_given_back(running)
+
+
+def test_an_orphan_that_decode_runs_goes_on(running: RunningGateway) -> None:
+    """The prefill node dies between its token and `started`; the decode node has the KV."""
+    running.do(running.decode.gates.start.clear)
+    stream = OpenStream(running)
+    running.until(lambda: running.decode.submitted)
+    running.call(running.prefill.kill())
+    running.until(lambda: running.decode.asked_about)
+    running.do(running.decode.gates.start.set)
+    events = stream.result()
+    assert not any('"error"' in event for event in events)
+    assert '"finish_reason":"length"' in events[-2]
+
+
+def test_an_orphan_that_nobody_answers_for_ends_in_seconds(running: RunningGateway) -> None:
+    running.do(running.prefill.gates.hand_off.clear)
+    stream = OpenStream(running)
+    assert stream.has_text.wait(10)
+    running.call(running.prefill.kill())
+    assert stream.error() == "node_lost"
+    assert running.decode.asked_about
+    running.until(lambda: running.decode.cancelled)
+    everything_is_given_back(running)
+
+
+def test_an_error_before_the_first_token_has_its_own_status(running: RunningGateway) -> None:
+    running.prefill.error = TransferFailed("The KV did not arrive.", reason="digest_mismatch")
+    for is_stream in (False, True):
+        response = post(running, stream=is_stream)
+        assert code_of(response) == (503, "kv_load_failed")
+    running.until(lambda: len(running.decode.cancelled) == 2)
+    everything_is_given_back(running)
+
+
+def test_an_error_after_the_first_token_is_an_event(running: RunningGateway) -> None:
+    running.decode.error = TransferFailed("The KV did not arrive.")
+    assert OpenStream(running).error() == "kv_load_failed"
+    assert code_of(post(running)) == (503, "kv_load_failed")
+    everything_is_given_back(running)
+
+
+def test_one_failed_choice_ends_the_whole_request(running: RunningGateway) -> None:
+    running.do(running.decode.gates.tokens.clear)
+    stream = OpenStream(running, n=4)
+    running.until(lambda: len(_active(running)) == 4)
+    running.until(lambda: all(a.state.name == "STARTED" for a in _active(running)))
+    first = _active(running)[0].request.sequence_id
+    running.do(running.gateway.dispatcher.fail, first, TransferFailed("x"))
+    assert stream.error() == "kv_load_failed"
+    everything_is_given_back(running)
+
+
+def test_a_node_that_is_silent_and_does_not_answer_is_lost(new_gateway: NewGateway) -> None:
+    running = new_gateway(probe_after=0.1, probe_timeout=0.2)
+    running.do(running.decode.gates.tokens.clear)
+
+    def hang() -> Any:
+        raise NodeUnavailable("does not answer")
+
+    running.decode.description = hang  # type: ignore[method-assign]
+    assert OpenStream(running).error() == "node_lost"
+
+
+def test_a_silent_node_that_answers_is_kept(new_gateway: NewGateway) -> None:
+    running = new_gateway(probe_after=0.05, probe_timeout=5.0)
+    running.do(running.decode.gates.tokens.clear)
+    num_probes: list[int] = []
+    describe = running.decode.description
+
+    def counted() -> Any:
+        num_probes.append(1)
+        return describe()
+
+    running.decode.description = counted  # type: ignore[method-assign]
+    stream = OpenStream(running)
+    running.until(lambda: len(num_probes) >= 2)
+    running.do(running.decode.gates.tokens.set)
+    assert not any('"error"' in event for event in stream.result())
+
+
+def test_without_a_pair_requests_are_refused_and_health_says_so(running: RunningGateway) -> None:
+    running.call(running.decode.kill())
+    running.until(lambda: not running.gateway.is_ready)
+    response = post(running)
+    assert code_of(response) == (503, "no_capacity")
+    assert int(response.headers["retry-after"]) >= 1
+    assert httpx.get(f"{running.url}/readyz").status_code == 503
+    assert httpx.get(f"{running.url}/livez").status_code == 200
+
+
+def test_a_node_that_returns_serves_again(running: RunningGateway) -> None:
+    port = int(running.decode.info.grpc_address.rpartition(":")[2])
+    running.call(running.decode.kill())
+    running.until(lambda: not running.gateway.is_ready)
+
+    async def restart() -> None:
+        node = FakeNode(NodeRole.DECODE, "decode-0", peers=running.nodes)
+        await running.see(await node.start(port))
+
+    running.call(restart())
+    running.until(lambda: running.gateway.is_ready)
+    assert post(running).status_code == 200
+
+
+def test_another_process_at_a_known_address_is_not_taken_for_the_node(
+    running: RunningGateway,
+) -> None:
+    """The same name, another incarnation, and the registry does not say so yet."""
+    port = int(running.decode.info.grpc_address.rpartition(":")[2])
+    running.call(running.decode.kill())
+
+    async def restart() -> None:
+        await FakeNode(NodeRole.DECODE, "decode-0", peers=running.nodes).start(port)
+
+    running.call(restart())
+    stranger = running.nodes["decode-0"]
+    described: list[int] = []
+    describe = stranger.description
+    stranger.description = lambda: (described.append(1), describe())[1]  # type: ignore[method-assign,func-returns-value]
+    running.until(lambda: described)
+    assert code_of(post(running)) == (503, "no_capacity")
+
+
+def test_too_much_is_refused_with_a_time_to_return(new_gateway: NewGateway) -> None:
+    running = new_gateway(max_num_queued_reqs=1)
+    running.do(running.prefill.gates.first_token.clear)
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(post, running)
+        running.until(lambda: running.prefill.submitted)
+        refused = post(running, stream=True)
+        running.do(running.prefill.gates.first_token.set)
+        assert first.result(20).status_code == 200
+    assert code_of(refused) == (503, "overloaded")
+    assert 1 <= int(refused.headers["retry-after"]) <= 60
+    assert refused.headers["x-should-retry"] == "true"
+    assert running.gateway.measures.rejections["max_num_queued_reqs"] == 1
+
+
+def test_a_quiet_stream_is_kept_alive_by_comments(new_gateway: NewGateway) -> None:
+    running = new_gateway(sse_keep_alive_interval=0.05)
+    running.do(running.prefill.gates.first_token.clear)
+    stream = OpenStream(running)
+    assert stream.has_text.wait(10)
+    running.do(running.prefill.gates.first_token.set)
+    events = stream.result()
+    assert events[0] == ": keep-alive"
+    assert events[-1] == "[DONE]"
+
+
+def test_silence_beyond_patience_is_a_504(new_gateway: NewGateway) -> None:
+    running = new_gateway(first_token_timeout=0.2)
+    running.do(running.prefill.gates.first_token.clear)
+    assert code_of(post(running)) == (504, "deadline_exceeded")
+    running.until(lambda: running.prefill.cancelled)
+
+
+def test_stopping_lets_streams_finish(new_gateway: NewGateway) -> None:
+    running = new_gateway(shutdown_timeout=20.0)
+    running.do(running.decode.gates.tokens.clear)
+    stream = OpenStream(running)
+    assert stream.has_text.wait(10)
+    stopping = _stop_in_background(running)
+    running.until(lambda: running.gateway.admission.is_closed)
+    running.do(running.decode.gates.tokens.set)
+    assert '"finish_reason":"length"' in stream.result()[-2]
+    stopping.result(20)
+
+
+def test_stopping_ends_what_does_not_finish_with_a_typed_error(new_gateway: NewGateway) -> None:
+    running = new_gateway(shutdown_timeout=0.2)
+    running.do(running.decode.gates.tokens.clear)
+    stream = OpenStream(running)
+    assert stream.has_text.wait(10)
+    stopping = _stop_in_background(running)
+    assert stream.error() == "no_capacity"
+    stopping.result(20)
+    running.until(lambda: running.decode.cancelled)
+
+
+def test_a_client_that_does_not_read_is_given_up(new_gateway: NewGateway) -> None:
+    running = new_gateway(write_timeout=0.2, node_options={"max_model_len": 10**7})
+    stop = threading.Event()
+
+    def never_read() -> None:
+        url = f"{running.url}/v1/completions"
+        asked = body(stream=True, max_tokens=10**6, logprobs=20)
+        with httpx.stream("POST", url, json=asked, timeout=20):
+            stop.wait(20)
+
+    thread = threading.Thread(target=never_read)
+    thread.start()
+    running.until(lambda: running.gateway.measures.num_disconnected == 1)
+    running.until(lambda: running.decode.is_idle)
+    stop.set()
+    thread.join(20)
+    everything_is_given_back(running)
+
+
+def _active(running: RunningGateway) -> list[Any]:
+    return list(running.gateway.dispatcher.active.values())
+
+
+def _stop_in_background(running: RunningGateway) -> Any:
+    return asyncio.run_coroutine_threadsafe(running.stop_serving(), running.loop)

@@ -1,0 +1,74 @@
+"""Requests go where the router says: to cached prefixes, to idle nodes, to equal partners."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import httpx
+
+from cluster.node import NodeName
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from tests.gateway.running_gateway import RunningGateway
+
+MODEL = "org/test-model"
+
+
+def ask(running: RunningGateway, num_tokens: int) -> None:
+    body = {"model": MODEL, "prompt": [50] * num_tokens, "max_tokens": 2, "ignore_eos": True}
+    assert httpx.post(f"{running.url}/v1/completions", json=body).status_code == 200
+
+
+def counts(running: RunningGateway) -> dict[str, int]:
+    return {name: len(node.submitted) for name, node in running.nodes.items()}
+
+
+def test_a_cached_prefix_draws_a_request(new_gateway: Callable[..., RunningGateway]) -> None:
+    running = new_gateway(num_prefill=2, num_decode=2)
+    running.index.cached = {NodeName("prefill-1"): 10, NodeName("decode-1"): 10}
+    ask(running, 200)
+    assert counts(running) == {"prefill-0": 0, "prefill-1": 1, "decode-0": 0, "decode-1": 1}
+
+
+def test_a_lone_pair_costs_no_lookup(new_gateway: Callable[..., RunningGateway]) -> None:
+    running = new_gateway()
+    ask(running, 200)
+    assert running.index.num_asked == 0
+
+
+def test_a_short_uncached_part_is_prefilled_on_the_decode_node(
+    new_gateway: Callable[..., RunningGateway],
+) -> None:
+    running = new_gateway(local_prefill_tokens=64)
+    running.index.cached = {NodeName("decode-0"): 10}
+    ask(running, 200)
+    assert counts(running) == {"prefill-0": 0, "decode-0": 1}
+    ask(running, 300)
+    assert counts(running) == {"prefill-0": 1, "decode-0": 2}
+
+
+def test_requests_in_flight_are_spread(new_gateway: Callable[..., RunningGateway]) -> None:
+    running = new_gateway(num_prefill=2, num_decode=2)
+    for node in running.nodes.values():
+        running.do(node.gates.tokens.clear)
+    body = {"model": MODEL, "prompt": [50] * 64, "n": 4, "max_tokens": 4, "ignore_eos": True}
+    with httpx.stream(
+        "POST", f"{running.url}/v1/completions", json={**body, "stream": True}
+    ) as response:
+        next(response.iter_lines())
+        running.until(lambda: running.gateway.measures.num_running == 4)
+        assert counts(running) == {"prefill-0": 2, "prefill-1": 2, "decode-0": 2, "decode-1": 2}
+
+
+def test_the_hand_off_names_this_gateway_and_the_decode_node(
+    new_gateway: Callable[..., RunningGateway],
+) -> None:
+    running = new_gateway()
+    ask(running, 20)
+    [handoff] = running.prefill.handoffs
+    assert handoff.decode == running.decode.info.id
+    assert handoff.decode_address == running.decode.info.grpc_address
+    assert running.decode.hub.is_open(handoff.gateway_id)
+    assert len(handoff.transfer_id) == 16
