@@ -49,7 +49,10 @@ class EngineConfig:
     )
     seed: int = option(0, help="Seed of dummy weights.", group=_MODEL, advanced=True)
     num_threads: int | None = option(
-        None, help="CPU threads of one step. Default: torch's choice.", group=_STEP, advanced=True
+        None,
+        help="CPU threads of one step. Default: 1 for weights below 64 MiB, else torch's choice.",
+        group=_STEP,
+        advanced=True,
     )
     gpu_memory_utilization: float = option(
         0.9,

@@ -99,7 +99,7 @@ class Engine:
         """Raises `ConfigError`, in one line, for whatever would keep it from serving."""
         model_config = ModelConfig.from_folder(config.model)
         limits = resolve(config, model_config, Machine.here())
-        _enter_thread(config, limits)
+        _enter_thread(limits)
         decoder, fingerprint = _load(config, model_config, limits, progress)
         layout = KVLayout(
             num_layers=model_config.num_layers,
@@ -128,7 +128,7 @@ class Engine:
         """
         if self._thread != threading.get_ident():
             self._thread = threading.get_ident()
-            _enter_thread(self.config, self.limits)
+            _enter_thread(self.limits)
         sampled = tuple(chunk.sequence for chunk in decision.chunks if chunk.samples)
         with torch.inference_mode():
             logits = self._runner.run(decision, on_layer)
@@ -162,12 +162,12 @@ class Engine:
         )
 
 
-def _enter_thread(config: EngineConfig, limits: EngineLimits) -> None:
+def _enter_thread(limits: EngineLimits) -> None:
     """Both settings are per thread: the device that launches go to, and OpenMP's team."""
     if limits.on_gpu:
         torch.cuda.set_device(limits.device)
-    if config.num_threads is not None:
-        torch.set_num_threads(config.num_threads)
+    if limits.num_threads is not None:
+        torch.set_num_threads(limits.num_threads)
 
 
 def _record_done(limits: EngineLimits) -> torch.cuda.Event | None:

@@ -26,6 +26,8 @@ _DTYPES = {
 _GPU_BATCHED_TOKENS = 8192
 # A chunk of a small model takes about as long as a person notices; larger ones gain nothing.
 _CPU_BATCHED_TOKENS = 512
+# Below this size a step is so short that waking other threads costs more than they save.
+_SINGLE_THREAD_WEIGHT_BYTES = 64 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,13 +48,14 @@ class Machine:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineLimits:
-    """Everything the configuration left open, decided."""
+    """Everything the configuration left open, decided. `num_threads` None: torch's choice."""
 
     device: torch.device
     dtype: torch.dtype
     max_model_len: int
     max_num_seqs: int
     max_num_batched_tokens: int
+    num_threads: int | None
 
     @property
     def on_gpu(self) -> bool:
@@ -63,13 +66,16 @@ def resolve(config: EngineConfig, model: ModelConfig, machine: Machine) -> Engin
     """Raises `ConfigError` when the machine or the model cannot do what is asked."""
     device = _device(config.device, machine)
     on_gpu = device.type == "cuda"
+    dtype = _dtype(config.dtype, model, machine, on_gpu=on_gpu)
+    is_small = model.num_parameters * dtype.itemsize < _SINGLE_THREAD_WEIGHT_BYTES
     return EngineLimits(
         device=device,
-        dtype=_dtype(config.dtype, model, machine, on_gpu=on_gpu),
+        dtype=dtype,
         max_model_len=_max_model_len(config, model),
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens
         or (_GPU_BATCHED_TOKENS if on_gpu else _CPU_BATCHED_TOKENS),
+        num_threads=config.num_threads or (1 if is_small and not on_gpu else None),
     )
 
 

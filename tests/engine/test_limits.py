@@ -76,6 +76,12 @@ def test_a_step_is_smaller_on_a_cpu_unless_told_otherwise(limits):
     assert limits(FAST_CPU, max_num_batched_tokens=64).max_num_batched_tokens == 64
 
 
+def test_a_small_model_on_a_cpu_runs_on_one_thread_unless_told_otherwise(limits):
+    assert limits(FAST_CPU).num_threads == 1
+    assert limits(FAST_CPU, num_threads=4).num_threads == 4
+    assert limits(TWO_GPUS).num_threads is None
+
+
 def test_the_context_is_the_models_unless_a_shorter_one_is_asked(limits):
     assert limits(FAST_CPU).max_model_len == 2048
     assert limits(FAST_CPU, max_model_len=100).max_model_len == 100
