@@ -59,8 +59,9 @@ class TransferAgent:
 
     @property
     def transports_in_use(self) -> tuple[str, ...]:
-        """What carries payloads to and from the peers connected now."""
-        return tuple(sorted(set(self._in_use.values())))
+        """What carries payloads to and from the peers connected now. Any thread may ask."""
+        names = list(self._in_use.values())  # copied in one step, before anything else
+        return tuple(sorted(set(names)))
 
     def admit(self, endpoint: Endpoint) -> str:
         """The transport of a new connection. Raises `TransferFailed` when the operator
