@@ -86,8 +86,8 @@ def decode_sequence(message: pb.Sequence) -> SequenceRequest:
     if not math.isfinite(deadline) or deadline < 0:
         raise InvalidRequest("deadline_seconds is out of range.", param="deadline_seconds")
     return SequenceRequest(
-        sequence_id=_checked_id("sequence_id", message.sequence_id),
-        request_id=_checked_id("request_id", message.request_id),
+        sequence_id=checked_id("sequence_id", message.sequence_id),
+        request_id=checked_id("request_id", message.request_id),
         prompt_token_ids=prompt,
         sampling=_decode_sampling(message.sampling),
         cache_salt=message.cache_salt,
@@ -160,8 +160,8 @@ def decode_handoff(message: pb.Handoff) -> Handoff:
         transfer_id=checked_transfer_id(message.transfer_id),
         attempt=message.attempt,
         decode=_decode_node_id(message.decode_name, message.decode_incarnation),
-        decode_address=_checked_id("decode_address", message.decode_address),
-        gateway_id=_checked_id("gateway_id", message.gateway_id),
+        decode_address=checked_id("decode_address", message.decode_address),
+        gateway_id=checked_id("gateway_id", message.gateway_id),
         kv_load_failure_policy=decode_policy(message.kv_load_failure_policy),
     )
 
@@ -222,7 +222,7 @@ def decode_delta(message: pb.TokenDelta) -> TokenDelta:
     if finish_reason is not None and error is not None:
         raise InvalidRequest("A delta ends once, not in a finish and an error.", param="error")
     return TokenDelta(
-        sequence_id=_checked_id("sequence_id", message.sequence_id),
+        sequence_id=checked_id("sequence_id", message.sequence_id),
         token_ids=token_ids,
         logprobs=logprobs,
         finish_reason=finish_reason,
@@ -336,11 +336,11 @@ def decode_description(
         state=state,
         grpc_address=grpc_address,
         metrics_address=metrics_address,
-        model_name=_checked_id("model_name", message.model_name),
-        compatibility_hash=_checked_id("compatibility_hash", message.compatibility_hash),
+        model_name=checked_id("model_name", message.model_name),
+        compatibility_hash=checked_id("compatibility_hash", message.compatibility_hash),
         block_size=message.block_size,
         max_model_len=message.max_model_len,
-        transports=tuple(_checked_id("transports", name) for name in message.transports),
+        transports=tuple(checked_id("transports", name) for name in message.transports),
         load=decode_load(message.load),
     )
 
@@ -357,10 +357,11 @@ def check_protocol_version(version: int) -> None:
 def _decode_node_id(name: str, incarnation: int) -> NodeId:
     if not 0 < incarnation < 2**63:
         raise InvalidRequest("incarnation is out of range.", param="incarnation")
-    return NodeId(NodeName(_checked_id("name", name)), Incarnation(incarnation))
+    return NodeId(NodeName(checked_id("name", name)), Incarnation(incarnation))
 
 
-def _checked_id(field: str, text: str) -> str:
+def checked_id(field: str, text: str) -> str:
+    """`text`, when it can be an id or a name. Raises `InvalidRequest` naming the field."""
     if not 0 < len(text) <= MAX_ID_CHARS or not text.isprintable():
         raise InvalidRequest(f"{field} is empty, too long or not printable.", param=field)
     return text

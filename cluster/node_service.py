@@ -8,7 +8,8 @@ Life of a session (one per gateway and node)
     4. The stream ends, or falls too far behind: the handler hears that the gateway is gone
        and ends what it ran for it.
 
-A frame that cannot be decoded ends that sequence, or that session, never the node.
+A frame that cannot be decoded ends its sequence; one that does not even say which sequence ends
+the session with a typed error. Neither ends the node.
 """
 
 from __future__ import annotations
@@ -17,7 +18,16 @@ import asyncio
 import logging
 from typing import TYPE_CHECKING, Any, Protocol
 
-from cluster.codec import PROTOCOL_VERSION, decode_handoff, decode_sequence, encode_error
+import grpc
+import grpc.aio
+
+from cluster.codec import (
+    PROTOCOL_VERSION,
+    checked_id,
+    decode_handoff,
+    decode_sequence,
+    encode_error,
+)
 from cluster.errors import HandshakeMismatch, InvalidRequest, ServingError
 from cluster.proto import node_pb2 as pb
 from cluster.proto import node_pb2_grpc
@@ -26,11 +36,10 @@ from cluster.request import Handoff, SequenceRequest, TokenDelta
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-    import grpc
-
     from cluster.rpc import SessionHub
 
 logger = logging.getLogger(__name__)
+HELLO_SECONDS = 5.0
 
 
 class Handler(Protocol):
@@ -65,7 +74,10 @@ class NodeService(node_pb2_grpc.NodeServicer):
         self, frames: AsyncIterator[pb.GatewayFrame], context: grpc.aio.ServicerContext
     ) -> AsyncIterator[pb.NodeFrame]:
         try:
-            gateway_id = hello_of(await anext(frames, None))
+            async with asyncio.timeout(HELLO_SECONDS):
+                gateway_id = hello_of(await anext(frames, None))
+        except TimeoutError:
+            return
         except ServingError as error:
             yield pb.NodeFrame(refused=encode_error(error))
             return
@@ -77,6 +89,8 @@ class NodeService(node_pb2_grpc.NodeServicer):
             yield pb.NodeFrame(welcome=self._handler.description())
             async for step in session:
                 yield pb.NodeFrame(step=step)
+            if reader.done() and (broken := ending_of(reader)) is not None:
+                raise broken
         finally:
             reader.cancel()
             if self._hub.close(session):
@@ -93,11 +107,11 @@ class NodeService(node_pb2_grpc.NodeServicer):
                 case "orphaned":
                     self._handler.orphaned(gateway_id, frame.orphaned.sequence_id)
                 case other:
-                    logger.warning("gateway %s sent an unexpected frame: %s", gateway_id, other)
-                    return
+                    raise InvalidRequest(f"A session does not take {other} here.")
 
     def _submit(self, gateway_id: str, submit: pb.Submit) -> None:
-        sequence_id = submit.sequence.sequence_id
+        """Raises for a sequence without a valid id: no delta could tell whose end it is."""
+        sequence_id = checked_id("sequence_id", submit.sequence.sequence_id)
         try:
             sequence = decode_sequence(submit.sequence)
             handoff = decode_handoff(submit.handoff) if submit.HasField("handoff") else None
@@ -105,6 +119,14 @@ class NodeService(node_pb2_grpc.NodeServicer):
         except ServingError as error:
             delta = TokenDelta(sequence_id=sequence_id, error=error)
             self._hub.publish(gateway_id, [delta])
+
+
+def ending_of(reader: asyncio.Task[None]) -> BaseException | None:
+    """Why a session's reader has ended, unless the gateway simply left."""
+    if reader.cancelled():
+        return None
+    error = reader.exception()
+    return None if isinstance(error, (grpc.RpcError, grpc.aio.BaseError)) else error
 
 
 def hello_of(frame: pb.GatewayFrame | None) -> str:

@@ -81,8 +81,8 @@ class Intake:
 
     @property
     def transfers(self) -> Iterator[IncomingTransfer]:
-        """All that are remembered, tombstones included."""
-        return iter(self._transfers.values())
+        """All that are remembered now, tombstones included. Metrics count them on a thread."""
+        return iter(list(self._transfers.values()))
 
     @property
     def num_active(self) -> int:

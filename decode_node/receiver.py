@@ -261,7 +261,8 @@ class KVReceiver:
                 case AskBlocks(sequence):
                     self._asking[sequence.transfer_id] = self._spawn(self._ask(sequence))
                 case StopAsking(transfer_id):
-                    self._asking[transfer_id].cancel()
+                    # Not before its first step: it would never say that it has ended.
+                    asyncio.get_running_loop().call_soon(self._asking[transfer_id].cancel)
                 case Start(sequence, first_token_id):
                     self._spawn(self._start(sequence, first_token_id))
                 case Revoke(session_id):

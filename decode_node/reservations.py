@@ -80,6 +80,8 @@ class Reservations:
             )
         sequence.status = SequenceStatus.WAITING_FOR_KV
         waiting = _Waiting(sequence, Future())
+        # Running: from here only this thread ends it, so nobody cancels it between two looks.
+        waiting.future.set_running_or_notify_cancel()
         self._waiting[sequence.sequence_id] = waiting
         self.retry()
         return waiting.future
@@ -88,9 +90,6 @@ class Reservations:
         """Serve the queue, in order, as far as the free blocks go."""
         while self._waiting:
             sequence_id, waiting = next(iter(self._waiting.items()))
-            if waiting.future.cancelled():
-                del self._waiting[sequence_id]
-                continue
             if not self._reserve(sequence_id, waiting):
                 return
             del self._waiting[sequence_id]

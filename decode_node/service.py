@@ -9,6 +9,7 @@ Life of a sequence here
 
 A cancel that overtakes the reservation is remembered, so the late `Reserve` is refused.
 An orphan (its prefill node was lost) is answered: started, or its error. Never silence.
+A deadline that passes ends a sequence in any state; a gateway that goes ends all of its own.
 All methods run on the event loop; the engine is reached through `EngineLoop.call`.
 """
 
@@ -21,7 +22,15 @@ from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from cluster.errors import Cancelled, InvalidRequest, NodeLost, NodeUnavailable, ServingError
+from cluster.errors import (
+    Cancelled,
+    DeadlineExceeded,
+    InternalError,
+    InvalidRequest,
+    NodeLost,
+    NodeUnavailable,
+    ServingError,
+)
 from cluster.node import NodeState
 from cluster.prefix_hash import root_hash
 from cluster.proto import node_pb2 as pb
@@ -42,6 +51,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 MAX_REMEMBERED = 4096
+# A draining node still takes the hand-offs of prompts that were placed before the order.
+TAKES_HANDOFFS = (NodeState.READY, NodeState.CORDONED, NodeState.DRAINING)
 
 
 @dataclass(slots=True)
@@ -51,7 +62,9 @@ class Stream:
     request: SequenceRequest
     gateway_id: str
     is_started: bool = False
+    is_orphaned: bool = False  # its gateway lost the prefill node and waits for our word
     began_at: float = field(default_factory=time.monotonic)
+    alarm: asyncio.TimerHandle | None = None
 
 
 class Remembered:
@@ -63,6 +76,7 @@ class Remembered:
 
     def add(self, sequence_id: str) -> None:
         self._ids[sequence_id] = None
+        self._ids.move_to_end(sequence_id)
         if len(self._ids) > self._capacity:
             self._ids.popitem(last=False)
 
@@ -107,30 +121,30 @@ class DecodeHandler:
     def submit(self, gateway_id: str, sequence: SequenceRequest, handoff: Handoff | None) -> None:
         if handoff is not None:
             raise InvalidRequest("A decode node does not hand off.")
+        if self._member.state is not NodeState.READY:
+            raise NodeUnavailable("This decode node takes no new work.", reason="not_ready")
         runnable = self._accept(sequence, gateway_id)
-        self._streams[sequence.sequence_id] = Stream(sequence, gateway_id, is_started=True)
+        self._open(Stream(sequence, gateway_id, is_started=True))
         adding = asyncio.wrap_future(self._loop.call(lambda: self._scheduler.add(runnable)))
         adding.add_done_callback(lambda done: self._on_added(sequence.sequence_id, done))
 
     def cancel(self, sequence_id: str) -> None:
         self._cancelled.add(sequence_id)
-        stream = self._streams.pop(sequence_id, None)
-        if stream is None:
-            return
-        if stream.is_started:
-            self._loop.call(lambda: self._abort(sequence_id))
-        else:
-            self._receiver.cancel(sequence_id)
+        stream = self._close(sequence_id)
+        if stream is not None:
+            self._stop(stream)
 
     def orphaned(self, gateway_id: str, sequence_id: str) -> None:
         stream = self._streams.get(sequence_id)
-        if stream is not None and stream.is_started:
+        if stream is None:
+            if sequence_id not in self._finished:
+                self._cancelled.add(sequence_id)  # a `Reserve` still under way is refused
+                self._publish_error(gateway_id, sequence_id, orphan_error())
+        elif stream.is_started:
             self._hub.publish(gateway_id, [TokenDelta(sequence_id=sequence_id, started=True)])
-        elif stream is None and sequence_id not in self._finished:
-            error = NodeLost("The prefill node was lost before it handed the request off.")
-            self._hub.publish(gateway_id, [TokenDelta(sequence_id=sequence_id, error=error)])
-            self._cancelled.add(sequence_id)
-        # A transfer still in flight ends by itself: its session to the lost node is gone.
+        else:
+            # The transfer ends by itself: started, failed, or withdrawn by its sender.
+            stream.is_orphaned = True
 
     def gateway_gone(self, gateway_id: str) -> None:
         for sequence_id, stream in list(self._streams.items()):
@@ -164,15 +178,18 @@ class DecodeHandler:
         """Blocks for a prompt whose KV will arrive; waits for room. Raises `ServingError`."""
         if request.sequence_id in self._cancelled:
             raise Cancelled("The request was cancelled.")
+        if self._member.state not in TAKES_HANDOFFS:
+            raise NodeUnavailable("This decode node takes no hand-offs.", reason="not_ready")
         sequence = self._accept(request, gateway_id)
-        self._streams[request.sequence_id] = Stream(request, gateway_id)
+        stream = self._open(Stream(request, gateway_id))
         try:
             asking = await asyncio.wrap_future(
                 self._loop.call(lambda: self._reservations.ask(sequence))
             )
             return await asyncio.wrap_future(asking)
         except BaseException:
-            self._streams.pop(request.sequence_id, None)
+            if self._streams.get(request.sequence_id) is stream:
+                self._end_refused(stream)
             self.release(request.sequence_id)
             raise
 
@@ -182,7 +199,7 @@ class DecodeHandler:
         if stream is None:
             raise Cancelled("The request was cancelled.")
         await asyncio.wrap_future(self._loop.call(lambda: self._start(sequence_id, first_token_id)))
-        if self._streams.get(sequence_id) is not stream:
+        if not stream.is_started:
             raise Cancelled("The request was cancelled.")
 
     def release(self, sequence_id: str) -> None:
@@ -190,14 +207,14 @@ class DecodeHandler:
         self._loop.call(lambda: self._reservations.cancel(sequence_id))
 
     def on_transfer_failed(self, sequence_id: str, error: ServingError) -> None:
-        stream = self._streams.pop(sequence_id, None)
-        if stream is not None:
-            delta = TokenDelta(sequence_id=sequence_id, error=error)
-            self._hub.publish(stream.gateway_id, [delta])
+        self._fail(sequence_id, error)
 
     def on_transfer_withdrawn(self, sequence_id: str) -> None:
-        """Nobody failed: it ended on the prefill node, or was cancelled here."""
-        self._streams.pop(sequence_id, None)
+        """Nobody failed: it ended on the prefill node, or was cancelled here. A gateway that
+        has lost the prefill node knows of no such end."""
+        stream = self._close(sequence_id)
+        if stream is not None and stream.is_orphaned:
+            self._publish_error(stream.gateway_id, sequence_id, orphan_error())
 
     # ---- reports of the engine --------------------------------------------------------
 
@@ -219,7 +236,7 @@ class DecodeHandler:
                 continue
             by_gateway.setdefault(stream.gateway_id, []).append(delta)
             if delta.finish_reason is not None or delta.error is not None:
-                del self._streams[delta.sequence_id]
+                self._close(delta.sequence_id)
                 self._finished.add(delta.sequence_id)
         for gateway_id, batch in by_gateway.items():
             self._hub.publish(gateway_id, batch)
@@ -227,7 +244,13 @@ class DecodeHandler:
     # ---- on the engine's thread -------------------------------------------------------
 
     def _start(self, sequence_id: str, first_token_id: int) -> None:
-        self._scheduler.add(self._reservations.start(sequence_id, first_token_id))
+        sequence = self._reservations.start(sequence_id, first_token_id)
+        try:
+            self._scheduler.add(sequence)
+        except ServingError:
+            self._engine.block_manager.free(sequence)
+            self._reservations.retry()
+            raise
         self._event_loop.call_soon_threadsafe(self._on_started, sequence_id)
 
     def _abort(self, sequence_id: str) -> None:
@@ -236,9 +259,47 @@ class DecodeHandler:
 
     # ---- helpers ----------------------------------------------------------------------
 
+    def _open(self, stream: Stream) -> Stream:
+        seconds = stream.request.deadline_seconds
+        if seconds is not None:
+            stream.alarm = self._event_loop.call_later(seconds, self._on_deadline, stream)
+        self._streams[stream.request.sequence_id] = stream
+        return stream
+
+    def _close(self, sequence_id: str) -> Stream | None:
+        stream = self._streams.pop(sequence_id, None)
+        if stream is not None and stream.alarm is not None:
+            stream.alarm.cancel()
+        return stream
+
+    def _on_deadline(self, stream: Stream) -> None:
+        self._fail(stream.request.sequence_id, DeadlineExceeded("The request's deadline passed."))
+        self._stop(stream)
+
+    def _end_refused(self, stream: Stream) -> None:
+        """No blocks for it. Its prefill node is told so and tells the gateway, if it still can."""
+        sequence_id = stream.request.sequence_id
+        self._close(sequence_id)
+        if stream.is_orphaned:
+            self._publish_error(stream.gateway_id, sequence_id, orphan_error())
+
+    def _fail(self, sequence_id: str, error: ServingError) -> None:
+        stream = self._close(sequence_id)
+        if stream is not None:
+            self._publish_error(stream.gateway_id, sequence_id, error)
+
+    def _stop(self, stream: Stream) -> None:
+        """End what runs or arrives for it; its blocks follow."""
+        sequence_id = stream.request.sequence_id
+        if stream.is_started:
+            self._loop.call(lambda: self._abort(sequence_id))
+        else:
+            self._receiver.cancel(sequence_id)
+
+    def _publish_error(self, gateway_id: str, sequence_id: str, error: ServingError) -> None:
+        self._hub.publish(gateway_id, [TokenDelta(sequence_id=sequence_id, error=error)])
+
     def _accept(self, request: SequenceRequest, gateway_id: str) -> Sequence:
-        if self._member.state is not NodeState.READY:
-            raise NodeUnavailable("This decode node takes no new work.", reason="not_ready")
         if request.sequence_id in self._streams:
             raise InvalidRequest("This sequence was submitted before.")
         if not self._hub.is_open(gateway_id):
@@ -256,5 +317,17 @@ class DecodeHandler:
 
     def _on_added(self, sequence_id: str, adding: asyncio.Future[None]) -> None:
         """The scheduler refuses what this node can never run."""
-        if not adding.cancelled() and isinstance(error := adding.exception(), ServingError):
-            self.on_transfer_failed(sequence_id, error)
+        if adding.cancelled():
+            return  # the engine has ended, and the process ends with it
+        error = adding.exception()
+        if isinstance(error, ServingError):
+            self._fail(sequence_id, error)
+        elif error is not None:
+            logger.error("a sequence could not be queued", exc_info=error)
+            self._fail(sequence_id, InternalError("The decode node could not queue it."))
+
+
+def orphan_error() -> NodeLost:
+    return NodeLost(
+        "The prefill node was lost before it handed the request off.", reason="prefill_lost"
+    )

@@ -9,7 +9,8 @@ Life of the thread
     4. A step that raises ends the sequences of that step with `InternalError`; the others go
        on. After `MAX_FAILED_STEPS` in a row the engine is beyond help: `on_fatal` is called
        and the thread ends.
-    5. `stop()` ends it after the step that runs. Commands still queued are cancelled.
+    5. `stop()` ends it after the step that runs. However the thread ends, commands still
+       queued are cancelled, and so are those given later: nobody waits for an answer in vain.
 
 The loop knows no role: what it drives is any `Scheduler`, who listens is any `Observer`.
 """
@@ -25,7 +26,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from cluster.errors import InternalError
-from cluster.request import FinishReason, TokenDelta
+from cluster.request import TokenDelta
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -112,6 +113,8 @@ class EngineLoop:
         self._commands: queue.SimpleQueue[_Command | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._stopping = False
+        self._has_ended = False
+        self._ending = threading.Lock()  # between the last command queued and the last cancelled
         self._num_failed_in_a_row = 0
         self.stats = LoopStats()
 
@@ -122,12 +125,17 @@ class EngineLoop:
         self._commands.put(None)
         if self._thread.is_alive():
             self._thread.join(timeout_seconds)
-        self._cancel_queued()
+        self._end()
 
     def call(self, run: Callable[[], T]) -> Future[T]:
-        """Run `run` on the engine's thread between two steps; the future gets what it gives."""
+        """Run `run` on the engine's thread between two steps; the future gets what it gives,
+        or is cancelled when the thread has ended."""
         future: Future[T] = Future()
-        self._commands.put(_Command(run, future))  # type: ignore[arg-type]
+        with self._ending:
+            if self._has_ended:
+                future.cancel()
+            else:
+                self._commands.put(_Command(run, future))  # type: ignore[arg-type]
         return future
 
     def _run(self) -> None:
@@ -139,6 +147,8 @@ class EngineLoop:
         except BaseException as error:  # top of the thread: say it, then end
             logger.exception("the engine thread ended")
             self._on_fatal(error)
+        finally:
+            self._end()
 
     def _run_commands(self) -> None:
         """Run what is queued; wait for a command when there is nothing to step."""
@@ -186,6 +196,8 @@ class EngineLoop:
 
     def _wait_for_blocks(self) -> None:
         """Everything waits for blocks that a command will free: do not spin meanwhile."""
+        if self._on_idle is not None:
+            self._on_idle()
         try:
             self._execute(self._commands.get(timeout=BLOCKED_WAIT_SECONDS))
         except queue.Empty:
@@ -206,7 +218,9 @@ class EngineLoop:
         if self._num_failed_in_a_row >= MAX_FAILED_STEPS:
             raise error
 
-    def _cancel_queued(self) -> None:
+    def _end(self) -> None:
+        with self._ending:
+            self._has_ended = True
         while True:
             try:
                 command = self._commands.get_nowait()
@@ -220,8 +234,3 @@ def error_delta(sequence: Sequence) -> TokenDelta:
     """The last delta of a sequence that ended in an error."""
     error = sequence.error or InternalError("The sequence ended without a reason.")
     return TokenDelta(sequence_id=sequence.sequence_id, error=error)
-
-
-def abort_delta(sequence_id: str) -> TokenDelta:
-    """The last delta of a sequence that its client no longer wants."""
-    return TokenDelta(sequence_id=sequence_id, finish_reason=FinishReason.ABORT)

@@ -26,7 +26,8 @@ class EngineCollector(Collector):
         blocks = GaugeMetricFamily("baton_kv_blocks", "KV blocks by state.", labels=["state"])
         blocks.add_metric(["free"], load.num_free_blocks - load.num_cached_blocks)
         blocks.add_metric(["cached"], load.num_cached_blocks)
-        blocks.add_metric(["used"], load.num_blocks - load.num_free_blocks)
+        num_used = load.num_blocks - load.num_free_blocks - load.num_quarantined_blocks
+        blocks.add_metric(["used"], max(0, num_used))  # the two counts are a moment apart
         blocks.add_metric(["quarantined"], load.num_quarantined_blocks)
         yield blocks
         gauges: tuple[tuple[str, str, float], ...] = (

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
 
 class TransferCollector(Collector):
-    """`transports` names those in use towards peers now."""
+    """`transports` names those in use towards peers now. Scraped on a thread of its own: tables
+    that the event loop may extend meanwhile are copied first."""
 
     def __init__(
         self, stats: TransferStats, *, policy: str, transports: Callable[[], Sequence[str]]
@@ -31,19 +32,19 @@ class TransferCollector(Collector):
         seconds = CounterMetricFamily(
             "baton_kv_transfer_frame_seconds", "Time frames were in flight.", labels=["transport"]
         )
-        for transport, value in stats.bytes_by_transport.items():
+        for transport, value in list(stats.bytes_by_transport.items()):
             moved.add_metric([transport], value)
-        for transport, spent in stats.seconds_by_transport.items():
+        for transport, spent in list(stats.seconds_by_transport.items()):
             seconds.add_metric([transport], spent)
         failures = CounterMetricFamily(
             "baton_kv_load_failures", "KV loads that failed.", labels=["reason", "policy"]
         )
-        for reason, count in stats.failures.items():
+        for reason, count in list(stats.failures.items()):
             failures.add_metric([reason, self._policy], count)
         dropped = CounterMetricFamily(
             "baton_kv_frames_dropped", "Frames refused or drained.", labels=["reason"]
         )
-        for reason, count in stats.frames_dropped.items():
+        for reason, count in list(stats.frames_dropped.items()):
             dropped.add_metric([reason], count)
         yield from (moved, seconds, failures, dropped)
         yield from self._plain(stats)

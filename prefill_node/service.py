@@ -9,7 +9,7 @@ Life of a prompt here
                   it ended in one typed error. Its source blocks are freed when the last send
                   that reads them has ended, which may be later.
 
-Cancel, the loss of the gateway and every transfer error lead to DONE from any state.
+Cancel, deadline, the loss of the gateway and every error lead to DONE from any state.
 All methods run on the event loop; the engine is reached through `EngineLoop.call`.
 """
 
@@ -18,10 +18,16 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from cluster.errors import InvalidRequest, NodeUnavailable, ServingError
+from cluster.errors import (
+    DeadlineExceeded,
+    InternalError,
+    InvalidRequest,
+    NodeUnavailable,
+    ServingError,
+)
 from cluster.node import NodeState
 from cluster.prefix_hash import root_hash
 from cluster.proto import node_pb2 as pb
@@ -53,6 +59,20 @@ class Prompt:
     is_sending: bool = False
     is_done: bool = False
     submitted_at: float = field(default_factory=time.monotonic)
+    alarm: asyncio.TimerHandle | None = None
+
+    def end(self) -> None:
+        self.is_done = True
+        if self.alarm is not None:
+            self.alarm.cancel()
+
+    def request_now(self) -> SequenceRequest:
+        """The request with what is left of its deadline, which queueing here has shortened."""
+        seconds = self.request.deadline_seconds
+        if seconds is None:
+            return self.request
+        left = max(0.0, seconds - (time.monotonic() - self.submitted_at))
+        return replace(self.request, deadline_seconds=left)
 
 
 class PrefillHandler:
@@ -95,24 +115,39 @@ class PrefillHandler:
             vocab_size=self._engine.model_config.vocab_size,
             max_model_len=self._engine.max_model_len,
         )
-        self._prompts[sequence.sequence_id] = Prompt(sequence, gateway_id, handoff)
         runnable = Sequence(
             sequence,
             block_size=self._engine.block_manager.block_size,
             root=root_hash(self._member.model_key, sequence.cache_salt),
         )
+        prompt = Prompt(sequence, gateway_id, handoff)
+        self._prompts[sequence.sequence_id] = prompt
+        if sequence.deadline_seconds is not None:
+            prompt.alarm = asyncio.get_running_loop().call_later(
+                sequence.deadline_seconds, self._on_deadline, sequence.sequence_id, prompt
+            )
         adding = asyncio.wrap_future(self._loop.call(lambda: self._scheduler.add(runnable)))
         adding.add_done_callback(lambda done: self._on_added(sequence.sequence_id, done))
 
     def _on_added(self, sequence_id: str, adding: asyncio.Future[None]) -> None:
         """The scheduler refuses what this node can never run."""
-        if not adding.cancelled() and isinstance(error := adding.exception(), ServingError):
+        if adding.cancelled():
+            return  # the engine has ended, and the process ends with it
+        error = adding.exception()
+        if isinstance(error, ServingError):
             self._fail(sequence_id, error)
+        elif error is not None:
+            logger.error("a prompt could not be queued", exc_info=error)
+            self._fail(sequence_id, InternalError("The prefill node could not queue the prompt."))
+
+    def _on_deadline(self, sequence_id: str, prompt: Prompt) -> None:
+        if self._prompts.get(sequence_id) is prompt:
+            self._fail(sequence_id, DeadlineExceeded("The request's deadline passed."))
 
     def cancel(self, sequence_id: str) -> None:
         prompt = self._prompts.get(sequence_id)
         if prompt is not None and not prompt.is_done:
-            prompt.is_done = True
+            prompt.end()
             self._stop(sequence_id, prompt)
 
     def orphaned(self, gateway_id: str, sequence_id: str) -> None:
@@ -152,8 +187,18 @@ class PrefillHandler:
             if prompt is None or prompt.is_done:
                 self._release(sequence_id)
             elif prompt.request.sampling.max_tokens > 1:
-                prompt.is_sending = True
-                self._sender.open(prompt.request, prompt.handoff)
+                self._open(sequence_id, prompt)
+
+    def _open(self, sequence_id: str, prompt: Prompt) -> None:
+        try:
+            self._sender.open(prompt.request_now(), prompt.handoff)
+        except ServingError as error:
+            self._fail(sequence_id, error)
+        except ValueError:
+            logger.exception("the hand-off of %s could not be opened", sequence_id)
+            self._fail(sequence_id, InternalError("The hand-off could not be opened."))
+        else:
+            prompt.is_sending = True
 
     def on_step(self, report: StepReport) -> None:
         for chunk in report.chunks:
@@ -171,7 +216,7 @@ class PrefillHandler:
             return
         self._hub.publish(prompt.gateway_id, [delta])
         if delta.finish_reason is not None or delta.error is not None:
-            prompt.is_done = True
+            prompt.end()
             self._stop(delta.sequence_id, prompt)
         elif prompt.is_sending:
             self._sender.commit(delta.sequence_id, delta.token_ids[-1])
@@ -181,7 +226,7 @@ class PrefillHandler:
     def on_committed(self, sequence_id: str) -> None:
         prompt = self._prompts.get(sequence_id)
         if prompt is not None and not prompt.is_done:
-            prompt.is_done = True
+            prompt.end()
             delta = TokenDelta(sequence_id=sequence_id, handed_off=True)
             self._hub.publish(prompt.gateway_id, [delta])
 
@@ -197,7 +242,7 @@ class PrefillHandler:
         prompt = self._prompts.get(sequence_id)
         if prompt is None or prompt.is_done:
             return
-        prompt.is_done = True
+        prompt.end()
         self._hub.publish(prompt.gateway_id, [TokenDelta(sequence_id=sequence_id, error=error)])
         self._stop(sequence_id, prompt)
 
