@@ -31,11 +31,12 @@ class ServeFailed(RuntimeError):
 
 
 class ServeProcess:
-    """Use as a context manager. `url` is the public address."""
+    """Use as a context manager. `url` and `admin_url` are its addresses."""
 
     def __init__(self, *arguments: str) -> None:
         port, admin_port = free_ports(2)
         self.url = f"http://127.0.0.1:{port}"
+        self.admin_url = f"http://127.0.0.1:{admin_port}"
         self._log: IO[bytes] = TemporaryFile()  # noqa: SIM115 (closed by stop)
         command = [sys.executable, "-m", "baton", "serve", "--port", str(port)]
         command += ["--admin-port", str(admin_port), *arguments]
