@@ -66,6 +66,4 @@ class BlockTableRows:
     def _unused_row(self) -> _Row:
         if len(self._rows) < self._array.shape[0]:
             return _Row(len(self._rows))
-        _, row = self._rows.popitem(last=False)
-        row.table = []
-        return row
+        return self._rows.popitem(last=False)[1]
