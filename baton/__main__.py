@@ -20,6 +20,11 @@ EXIT_USAGE = 2
 EXIT_CONFIG = 3
 EXIT_INTERRUPTED = 130
 
+ROOMS = (
+    *("baton", "gateway", "prefill_node", "decode_node", "loadtest"),
+    *("engine", "kv_transfer", "kernels", "cluster"),
+)
+
 
 @dataclass(frozen=True, slots=True)
 class Program:
@@ -68,11 +73,14 @@ def run_program(program: Program, arguments: Sequence[str]) -> int:
         entry: Callable[[Sequence[str]], int] = importlib.import_module(program.module).main
         return entry(arguments)
     except ConfigError as error:
-        print(f"baton {program.name}: {error.message}", file=sys.stderr)
-        return EXIT_CONFIG
+        prefix = f"baton {program.name}: "
+        print(prefix + error.message.removeprefix(prefix), file=sys.stderr)
+        return error.exit_code
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] in ROOMS:
+            raise  # ours: a defect, not a missing package
         print(
             f"baton {program.name}: the package {error.name!r} is not installed. "
             f"`pip install 'baton-serve[local]'` brings what one machine needs.",

@@ -4,7 +4,11 @@ Life of a child
     STARTING  spawned; its start-up facts arrive as JSON lines on a pipe
     READY     it said so
     STOPPING  asked to drain by SIGTERM
-    ENDED     gone, with its exit code
+    ENDED     gone, with its exit code; all it said has been read
+
+What it says is never trusted to be well formed: a line that is no start-up fact is skipped, and
+an endless line is passed on in pieces. While STARTING, its last words (`baton COMMAND: why`) are
+kept as its `failure` for the supervisor to say, once.
 
 A child gets its own process session, so a Ctrl-C in the terminal reaches only the
 supervisor; and a parent-death signal, so no child outlives a supervisor that is killed.
@@ -16,6 +20,7 @@ import asyncio
 import contextlib
 import ctypes
 import json
+import logging
 import os
 import signal
 import sys
@@ -26,10 +31,21 @@ from typing import TYPE_CHECKING, Any
 from cluster.startup import PROGRESS_FD_VARIABLE
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 
+logger = logging.getLogger(__name__)
 PR_SET_PDEATHSIG = 1
+LAST_WORDS_SECONDS = 1.0  # a grandchild may keep the pipes open for ever
 Facts = dict[str, Any]
+NUMBER = (int, float)
+# What each event must carry to be shown.
+FACT_FIELDS: dict[str, dict[str, type | tuple[type, ...]]] = {
+    "begin": {"phase": str, "total": (int, type(None))},
+    "advance": {"phase": str, "done": int, "total": (int, type(None))},
+    "end": {"phase": str, "seconds": NUMBER},
+    "ready": {"seconds": NUMBER},
+    "failed": {"message": str},
+}
 
 
 class ChildState(Enum):
@@ -41,11 +57,12 @@ class ChildState(Enum):
 
 @dataclass(frozen=True, slots=True)
 class ChildSpec:
-    """What to run. `arguments` follow `python -m baton`; `environment` is added to ours."""
+    """What to run. `arguments` follow `program`; `environment` is added to ours."""
 
     name: str
     arguments: Sequence[str]
     environment: Mapping[str, str] = field(default_factory=dict)
+    program: Sequence[str] = (sys.executable, "-m", "baton")
 
 
 class Child:
@@ -65,7 +82,8 @@ class Child:
         self._on_fact = on_fact
         self._on_line = on_line
         self._process: asyncio.subprocess.Process | None = None
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._readers: set[asyncio.Task[None]] = set()
+        self._waiter: asyncio.Task[None] | None = None
 
     @property
     def exit_code(self) -> int | None:
@@ -76,13 +94,12 @@ class Child:
         return self._process.pid if self._process else None
 
     async def start(self) -> None:
+        """Spawn it. One that cannot be spawned has ENDED at once, with the reason."""
         reader, writer = os.pipe()
         environment = {**os.environ, **self.spec.environment, PROGRESS_FD_VARIABLE: str(writer)}
         try:
             self._process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                "-m",
-                "baton",
+                *self.spec.program,
                 *self.spec.arguments,
                 env=environment,
                 pass_fds=(writer,),
@@ -92,11 +109,18 @@ class Child:
                 start_new_session=True,
                 preexec_fn=die_with_parent,
             )
+        except OSError as error:
+            os.close(reader)
+            self.failure = f"it cannot be started: {error.strerror}"
+            self._end()
+            return
         finally:
             os.close(writer)
-        self._spawn(self._read_facts(reader))
-        self._spawn(self._read_lines())
-        self._spawn(self._wait())
+        self._readers = {
+            asyncio.create_task(self._read_facts(reader)),
+            asyncio.create_task(self._read_lines(self._process)),
+        }
+        self._waiter = asyncio.create_task(self._wait(self._process))
 
     def terminate(self) -> None:
         """Ask it to drain and end."""
@@ -112,20 +136,21 @@ class Child:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, number)
 
-    def _spawn(self, coroutine: Any) -> None:
-        task = asyncio.create_task(coroutine)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
     async def _read_facts(self, descriptor: int) -> None:
         stream = asyncio.StreamReader()
         loop = asyncio.get_running_loop()
         transport, _ = await loop.connect_read_pipe(
             lambda: asyncio.StreamReaderProtocol(stream), os.fdopen(descriptor, "rb", buffering=0)
         )
-        while line := await stream.readline():
-            self._take_fact(json.loads(line))
-        transport.close()
+        try:
+            async for line in lines_of(stream):
+                fact = parse_fact(line)
+                if fact is None:
+                    logger.debug("%s sent no start-up fact: %.80r", self.spec.name, line)
+                else:
+                    self._take_fact(fact)
+        finally:
+            transport.close()
 
     def _take_fact(self, fact: Facts) -> None:
         if fact["event"] == "ready" and self.state is ChildState.STARTING:
@@ -133,21 +158,59 @@ class Child:
             self.ready_facts = fact
             self.ready.set()
         elif fact["event"] == "failed":
-            self.failure = str(fact["message"])
+            self.failure = fact["message"]
         self._on_fact(self, fact)
 
-    async def _read_lines(self) -> None:
-        process = self._process
-        if process is None or process.stdout is None:
+    async def _read_lines(self, process: asyncio.subprocess.Process) -> None:
+        if process.stdout is None:
             return
-        while line := await process.stdout.readline():
-            self._on_line(self, line.decode(errors="replace").rstrip())
+        async for line in lines_of(process.stdout):
+            self._take_line(line.decode(errors="replace").rstrip())
 
-    async def _wait(self) -> None:
-        if self._process is not None:
-            await self._process.wait()
+    def _take_line(self, line: str) -> None:
+        command = self.spec.arguments[0] if self.spec.arguments else ""
+        words = line.removeprefix(f"baton {command}: ")
+        if self.state is ChildState.STARTING and words != line:
+            self.failure = self.failure or words
+        else:
+            self._on_line(self, line)
+
+    async def _wait(self, process: asyncio.subprocess.Process) -> None:
+        await process.wait()
+        await asyncio.wait(self._readers, timeout=LAST_WORDS_SECONDS)
+        for reader in self._readers:
+            reader.cancel()
+        self._end()
+
+    def _end(self) -> None:
         self.state = ChildState.ENDED
         self.ended.set()
+
+
+async def lines_of(stream: asyncio.StreamReader) -> AsyncIterator[bytes]:
+    """The lines of a stream until it ends; a line longer than its buffer comes in pieces."""
+    while True:
+        try:
+            yield await stream.readuntil(b"\n")
+        except asyncio.LimitOverrunError as error:
+            yield await stream.readexactly(error.consumed)
+        except asyncio.IncompleteReadError as error:
+            if error.partial:
+                yield error.partial
+            return
+
+
+def parse_fact(line: bytes) -> Facts | None:
+    """The start-up fact of a line, or None when it is none that we know."""
+    try:
+        fact = json.loads(line)
+    except ValueError:
+        return None
+    fields = FACT_FIELDS.get(str(fact.get("event"))) if isinstance(fact, dict) else None
+    if fields is None:
+        return None
+    is_complete = all(isinstance(fact.get(name), kind) for name, kind in fields.items())
+    return fact if is_complete else None
 
 
 def die_with_parent() -> None:

@@ -22,6 +22,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from baton.embedded_redis import find_redis_server
@@ -92,8 +93,16 @@ def probe(name: str) -> list[Finding]:
     if done.returncode != 0:
         last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
         return [Finding(name, Verdict.PROBLEM, f"exit code {done.returncode}: {last}")]
-    rows = json.loads(done.stdout.splitlines()[-1])
-    return [Finding(row[0], Verdict(row[1]), row[2]) for row in rows]
+    return read_rows(name, done.stdout)
+
+
+def read_rows(name: str, output: str) -> list[Finding]:
+    """The findings in a probe's last line; libraries may have printed before it."""
+    try:
+        rows = json.loads((output.splitlines() or [""])[-1])
+        return [Finding(str(subject), Verdict(word), str(detail)) for subject, word, detail in rows]
+    except (ValueError, TypeError):
+        return [Finding(name, Verdict.PROBLEM, "the probe did not answer in its own words")]
 
 
 def check_redis() -> list[Finding]:
@@ -137,7 +146,9 @@ def show(findings: Sequence[Finding], metadata: dict[str, object]) -> None:
         table.add_column(heading)
     for finding in findings:
         style = styles[finding.verdict]
-        table.add_row(finding.subject, f"[{style}]{finding.verdict}[/{style}]", finding.detail)
+        table.add_row(
+            escape(finding.subject), f"[{style}]{finding.verdict}[/{style}]", escape(finding.detail)
+        )
     console.print(table)
     console.print("\nrun metadata", style="bold")
     console.print_json(data=metadata)

@@ -22,13 +22,12 @@ BAR_WIDTH = 24
 class _Row:
     """The latest of one process: its phase, how far it is, how long it took."""
 
-    def __init__(self) -> None:
+    def __init__(self, phase: str = "starting") -> None:
         self.began = time.monotonic()
-        self.phase = "starting"
+        self.phase = phase
         self.done: int | None = None
         self.total: int | None = None
         self.seconds: float | None = None
-        self.failure: str | None = None
 
     def take(self, fact: Facts) -> None:
         match fact["event"]:
@@ -39,10 +38,7 @@ class _Row:
             case "ready":
                 self.phase, self.seconds, self.total = "ready", fact["seconds"], None
             case "failed":
-                self.phase, self.failure = "failed", fact["message"]
-            case "died":
-                self.__init__()  # type: ignore[misc]
-                self.phase = f"died (exit code {fact['exit_code']}), starting again"
+                self.phase = "failed"
 
 
 class StartupView:
@@ -70,10 +66,13 @@ class StartupView:
             self._live.stop()
 
     def take_fact(self, child: Child, fact: Facts) -> None:
-        row = self._rows.setdefault(child.spec.name, _Row())
-        row.take(fact)
+        """A failure is marked here and said, once, by who waits for the start."""
+        if fact["event"] == "died":
+            phase = f"died (exit code {fact['exit_code']}), starting again"
+            self._rows[child.spec.name] = _Row(phase)
+        self._rows.setdefault(child.spec.name, _Row()).take(fact)
         quiet = self._live is not None and self._live.is_started
-        if quiet or fact["event"] in ("begin", "advance"):
+        if quiet or fact["event"] in ("begin", "advance", "failed"):
             return
         self.take_line(child, _describe(fact))
 
@@ -95,12 +94,13 @@ def _describe(fact: Facts) -> str:
         case "ready":
             return f"ready in {fact['seconds']:.2f} s"
         case "died":
+            why = f" ({fact['message']})" if fact["message"] else ""
             return (
-                f"died with exit code {fact['exit_code']}; "
+                f"died with exit code {fact['exit_code']}{why}; "
                 f"starting again in {fact['pause_seconds']:.1f} s"
             )
         case _:
-            return str(fact.get("message", fact["event"]))
+            return str(fact["event"])
 
 
 def _phase(row: _Row) -> Text:
@@ -110,7 +110,7 @@ def _phase(row: _Row) -> Text:
 
 def _bar(row: _Row) -> ProgressBar | Text:
     if not row.total:
-        return Text(row.failure or "", style="red")
+        return Text("")
     return ProgressBar(total=row.total, completed=row.done or 0, width=BAR_WIDTH)
 
 

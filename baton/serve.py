@@ -16,7 +16,7 @@ import os
 import secrets
 import signal
 import sys
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -113,9 +113,10 @@ async def bring_up(supervisor: Supervisor) -> None:
     try:
         async with asyncio.timeout(MEETING_SECONDS), aiohttp.ClientSession() as session:
             while True:
-                async with session.get(url) as response:
-                    if response.status == HTTPStatus.OK:
-                        return
+                with suppress(aiohttp.ClientError):  # it may be on its way up again
+                    async with session.get(url) as response:
+                        if response.status == HTTPStatus.OK:
+                            return
                 await asyncio.sleep(POLL_SECONDS)
     except TimeoutError:
         raise ConfigError(
@@ -146,6 +147,7 @@ async def done_unless_stopped(work: Coroutine[Any, Any, None], stop: asyncio.Eve
     stopping.cancel()
     if not working.done():
         working.cancel()
+        await asyncio.gather(working, return_exceptions=True)
         return False
     await working
     return True

@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from baton.child import Child, ChildSpec, ChildState, Facts
@@ -27,21 +27,19 @@ if TYPE_CHECKING:
 FIRST_PAUSE_SECONDS = 0.5
 MAX_PAUSE_SECONDS = 30.0
 STABLE_SECONDS = 60.0
-EXIT_CONFIG = 3
 
 
 @dataclass(slots=True)
 class Restart:
     """How often one process died lately; its next pause in seconds."""
 
-    pause_seconds: float = FIRST_PAUSE_SECONDS
+    first_pause_seconds: float = FIRST_PAUSE_SECONDS
+    num_in_a_row: int = 0
 
     def next_pause(self, lived_seconds: float) -> float:
-        if lived_seconds > STABLE_SECONDS:
-            self.pause_seconds = FIRST_PAUSE_SECONDS
-        pause = self.pause_seconds
-        self.pause_seconds = min(MAX_PAUSE_SECONDS, pause * 2)
-        return pause
+        self.num_in_a_row = 1 if lived_seconds > STABLE_SECONDS else self.num_in_a_row + 1
+        doublings = min(self.num_in_a_row - 1, 16)
+        return min(MAX_PAUSE_SECONDS, self.first_pause_seconds * float(2**doublings))
 
 
 class StartFailed(ConfigError):
@@ -58,13 +56,16 @@ class Supervisor:
         on_fact: Callable[[Child, Facts], None],
         on_line: Callable[[Child, str], None],
         shutdown_timeout_seconds: float,
+        first_pause_seconds: float = FIRST_PAUSE_SECONDS,
     ) -> None:
         self._specs = list(specs)
         self._on_fact = on_fact
         self._on_line = on_line
         self._shutdown_timeout_seconds = shutdown_timeout_seconds
+        self._first_pause_seconds = first_pause_seconds
         self._children: dict[str, Child] = {}
         self._watchers: list[asyncio.Task[None]] = []
+        self._spawning: set[asyncio.Task[None]] = set()
         self._stopping = False
 
     @property
@@ -81,10 +82,12 @@ class Supervisor:
         ]
 
     async def stop(self) -> None:
-        """End every child, in order, within the shutdown timeout each."""
+        """End every child, in order, within the shutdown timeout each. Idempotent."""
         self._stopping = True
         for watcher in self._watchers:
             watcher.cancel()
+        if self._spawning:
+            await asyncio.wait(self._spawning)
         for name in reversed(list(self._children)):
             await self._stop_one(self._children[name])
 
@@ -93,11 +96,16 @@ class Supervisor:
         for child in self.children:
             child.kill()
 
-    async def _start_one(self, spec: ChildSpec) -> Child:
+    async def _start_one(self, spec: ChildSpec) -> None:
+        """Not cut short by a cancel: a process nobody knows of could not be ended."""
+        if self._stopping:
+            return
         child = Child(spec, on_fact=self._on_fact, on_line=self._on_line)
         self._children[spec.name] = child
-        await child.start()
-        return child
+        spawning = asyncio.create_task(child.start())
+        self._spawning.add(spawning)
+        spawning.add_done_callback(self._spawning.discard)
+        await asyncio.shield(spawning)
 
     async def _until_ready(self, child: Child) -> None:
         ready = asyncio.create_task(child.ready.wait())
@@ -106,12 +114,11 @@ class Supervisor:
         for task in (ready, ended):
             task.cancel()
         if not child.ready.is_set():
-            raise StartFailed(
-                child.failure or f"{child.spec.name} ended with exit code {child.exit_code}."
-            )
+            why = child.failure or f"it ended with exit code {child.exit_code}."
+            raise StartFailed(f"{child.spec.name} did not start: {why}")
 
     async def _watch(self, name: str) -> None:
-        restart = Restart()
+        restart = Restart(self._first_pause_seconds)
         while not self._stopping:
             child = self._children[name]
             began = time.monotonic()
@@ -119,11 +126,10 @@ class Supervisor:
             if self._stopping:
                 return
             pause = restart.next_pause(time.monotonic() - began)
-            self._on_fact(
-                child, {"event": "died", "exit_code": child.exit_code, "pause_seconds": pause}
-            )
+            died = {"event": "died", "exit_code": child.exit_code, "pause_seconds": pause}
+            self._on_fact(child, died | {"message": child.failure})
             await asyncio.sleep(pause)
-            await self._start_one(replace(child.spec))
+            await self._start_one(child.spec)
 
     async def _stop_one(self, child: Child) -> None:
         if child.state is ChildState.ENDED:

@@ -6,8 +6,9 @@ Life of a member
     CORDONED  an operator's order: takes no new work, goes on with what it has
     DRAINING  the same, and on its way out: once idle it is
     DRAINED   nothing runs here any more; the process may end
-Each heartbeat carries the state and the load, and tells the prefix index what was cached and
-dropped since the last one. Redis down is no reason to stop: the next heartbeat tries again.
+Each heartbeat carries the state and the load. Beside it, as often, the prefix index is told what
+was cached and dropped: apart, because that asks the engine, which may be in a long step, and a
+heartbeat must not wait. Redis down is no reason to stop: the next heartbeat tries again.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ class Member:
         self._index = index
         self._sources = sources
         self._changed = asyncio.Event()
-        self._task: asyncio.Task[None] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
         self._drain_task: asyncio.Task[None] | None = None
         self._needs_all = False
         self._published_all_at = time.monotonic()
@@ -100,7 +101,10 @@ class Member:
             grpc_address=grpc_address,
             metrics_address=metrics_address,
         )
-        self._task = asyncio.create_task(self._beat(), name="heartbeat")
+        self._tasks = [
+            asyncio.create_task(self._beat(), name="heartbeat"),
+            asyncio.create_task(self._publish(), name="publish cache"),
+        ]
 
     def control(self, action: pb.ControlRequest.Action) -> str:
         """Carry out an operator's order; the state after it. Raises `InvalidRequest`."""
@@ -125,17 +129,15 @@ class Member:
         """Wait for DRAINED. False when the time ran out before."""
         self.drain()
         if self._drain_task is not None:
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(asyncio.shield(self._drain_task), timeout_seconds)
+            await asyncio.wait({self._drain_task}, timeout=timeout_seconds)
         return self.state is NodeState.DRAINED
 
     async def stop(self) -> None:
         """Withdraw from the registry: nobody is sent here any more."""
-        for task in (self._task, self._drain_task):
-            if task is not None:
-                task.cancel()
-                with contextlib.suppress(asyncio.CancelledError):
-                    await task
+        tasks = [*self._tasks, *([self._drain_task] if self._drain_task else [])]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
         with contextlib.suppress(StoreUnavailable):
             await self._registry.withdraw(self._info.id)
 
@@ -166,9 +168,10 @@ class Member:
                     is_announced = True
                 elif not await self._renew():
                     return
-                await self._publish_cache_changes()
             except StoreUnavailable as error:
                 logger.debug("the registry does not answer: %s", error.message)
+            except Exception:
+                logger.exception("a heartbeat failed")
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(HEARTBEAT_SECONDS):
                     await self._changed.wait()
@@ -185,15 +188,29 @@ class Member:
                 pass
         return True
 
+    async def _publish(self) -> None:
+        while True:
+            try:
+                await self._publish_cache_changes()
+            except Exception:
+                logger.exception("the prefix index could not be told of the cache")
+            await asyncio.sleep(HEARTBEAT_SECONDS)
+
     async def _publish_cache_changes(self) -> None:
         """Tell the index what changed; all of it after a loss, and before entries expire."""
         is_due = time.monotonic() - self._published_all_at >= REPUBLISH_SECONDS
         everything = self._needs_all or is_due
-        stored, removed = await self._sources.cache_changes(everything)
+        self._needs_all = False
+        is_published = False
+        try:
+            stored, removed = await self._sources.cache_changes(everything)
+            is_published = not (stored or removed or everything) or await self._index.publish(
+                self._info.id, stored, removed
+            )
+        finally:
+            self._needs_all = self._needs_all or not is_published
         if everything:
             self._published_all_at = time.monotonic()
-        if stored or removed or everything:
-            self._needs_all = not await self._index.publish(self._info.id, stored, removed)
 
     def _replaced(self) -> None:
         """Another process has this name now: a node that slept too long must not go on."""

@@ -52,9 +52,23 @@ class NodeProcess:
         self._hub = hub
         self._registry = registry
         self._stop = asyncio.Event()
+        self._failed = asyncio.Event()
         self._failure: ConfigError | InternalError | None = None
         self._metrics: MetricsServer | None = None
         self._event_loop = asyncio.get_running_loop()
+
+    async def run(
+        self, member: Member, report: StartupReport, *, close: Callable[[], Awaitable[None]]
+    ) -> None:
+        """Serve until told to stop, then `close` the role's parts. Raises `ConfigError` when a
+        port is taken, `InternalError` after a fatal end."""
+        try:
+            await self.start(member, report)
+        except ConfigError:
+            await close()
+            self._close_metrics()
+            raise
+        await self.run_until_stopped(member, close=close)
 
     async def start(self, member: Member, report: StartupReport) -> None:
         """Serve and announce. Raises `ConfigError` when a port is taken."""
@@ -78,19 +92,32 @@ class NodeProcess:
         for number in (signal.SIGTERM, signal.SIGINT):
             self._event_loop.add_signal_handler(number, self._stop.set)
         await self._stop.wait()
-        if self._failure is None and not await member.drained(self._config.shutdown_timeout):
-            logger.warning("requests still ran at the end of the shutdown timeout")
+        await self._drain(member)
         await member.stop()
         self._hub.close_all()
         await self.server.stop(CLOSE_GRACE_SECONDS)
         await close()
-        if self._metrics is not None:
-            self._metrics.close()
+        self._close_metrics()
         if self._failure is not None:
             raise self._failure
 
+    async def _drain(self, member: Member) -> None:
+        """Let what runs finish, within the shutdown timeout; not after a fatal error."""
+        draining = asyncio.create_task(member.drained(self._config.shutdown_timeout))
+        failing = asyncio.create_task(self._failed.wait())
+        await asyncio.wait({draining, failing}, return_when=asyncio.FIRST_COMPLETED)
+        if not self._failed.is_set() and not await draining:
+            logger.warning("requests still ran at the end of the shutdown timeout")
+        for task in (draining, failing):
+            task.cancel()
+
+    def _close_metrics(self) -> None:
+        if self._metrics is not None:
+            self._metrics.close()
+
     def _fail(self, message: str) -> None:
         self._failure = self._failure or InternalError(message)
+        self._failed.set()
         self._stop.set()
 
 

@@ -102,5 +102,4 @@ async def run_prefill_node(loaded: LoadedConfig, report: StartupReport) -> None:
         await agent.close()
         await stores.close()
 
-    await process.start(member, report)
-    await process.run_until_stopped(member, close=close)
+    await process.run(member, report, close=close)
