@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -18,11 +18,15 @@ from cluster.rpc import open_channel
 from kv_transfer.digests import digest_seed, seal_digests
 from kv_transfer.pool import TransferPool
 from kv_transfer.protocol import FrameHeader, pack_header
-from kv_transfer.transfer import Ticket
-from kv_transfer.transports.base import Endpoint
 from kv_transfer.transports.loopback import LoopbackEndpoint, LoopbackNetwork, LoopbackTransport
 from prefill_node.kv_session import KvSessionStream, decode_ticket, reserve_frame
 from tests.kv_twins import COMPATIBLE, NUM_LAYERS, UNIT_BYTES, DecodeSide
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable
+
+    from kv_transfer.transfer import Ticket
+    from kv_transfer.transports.base import Endpoint
 
 
 class TamperingTransport(LoopbackTransport):
@@ -123,7 +127,7 @@ class HandDriven:
         length = pack_header(header, buffer.data)
         return self.endpoint.send(torch.from_numpy(buffer[:length]), self.session_id)
 
-    def post(self, header: FrameHeader, payload: torch.Tensor) -> asyncio.Future[list[None]]:
+    def post(self, header: FrameHeader, payload: torch.Tensor) -> asyncio.Future[tuple[None, None]]:
         return asyncio.gather(self.post_header(header), self.endpoint.send(payload, header.nonce))
 
     def commit(self, ticket: Ticket, *, num_frames: int, first_token_id: int = 7) -> None:

@@ -9,14 +9,12 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from cluster.errors import ServingError
 from cluster.node import NodeId, NodeName, new_incarnation
 from cluster.proto import node_pb2_grpc
 from cluster.request import Handoff, SamplingParams, SequenceRequest
@@ -26,9 +24,14 @@ from decode_node.receiver import KVReceiver
 from kv_transfer.agent import TransferAgent
 from kv_transfer.config import KVTransferConfig
 from kv_transfer.handshake import Compatibility
-from kv_transfer.transports.base import Transport
 from kv_transfer.transports.loopback import LoopbackNetwork, LoopbackTransport
 from prefill_node.sender import KVSender
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable
+
+    from cluster.errors import ServingError
+    from kv_transfer.transports.base import Transport
 
 NUM_LAYERS, NUM_BLOCKS, UNIT_BYTES, BLOCK_SIZE = 3, 32, 64, 4
 COMPATIBLE = Compatibility(1, "same")
@@ -85,6 +88,7 @@ class Source:
     errors: dict[str, ServingError] = field(default_factory=dict)
     first_tokens: dict[str, int] = field(default_factory=dict)
     refusal: ServingError | None = None
+    finishes_at_once: bool = False  # a started sequence gives its blocks back
     may_reserve: asyncio.Event = field(default_factory=asyncio.Event)
     changed: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -104,6 +108,8 @@ class Source:
 
     async def start(self, sequence_id: str, first_token_id: int) -> None:
         self.first_tokens[sequence_id] = first_token_id
+        if self.finishes_at_once:
+            self.free.extend(self.owned.pop(sequence_id))
         self._note("started", sequence_id)
 
     def release(self, sequence_id: str) -> None:
@@ -154,17 +160,23 @@ class Owner:
 async def until(condition: Callable[[], bool], *, seconds: float = 10.0) -> None:
     """Let the event loop run until `condition` holds; fails after `seconds`."""
     async with asyncio.timeout(seconds):
-        while not condition():
+        while not condition():  # noqa: ASYNC110 (any state may be waited for)
             await asyncio.sleep(0.001)
 
 
 @dataclass
-class DecodeSide:
+class Place:
+    """Where a decode node is: all that a prefill node knows of it."""
+
+    address: str
+    node_id: NodeId
+
+
+@dataclass
+class DecodeSide(Place):
     receiver: KVReceiver
     source: Source
     pool: torch.Tensor
-    address: str
-    node_id: NodeId
     clock: ManualClock
 
 
@@ -175,7 +187,7 @@ class PrefillSide:
     pool: torch.Tensor
     clock: ManualClock
 
-    def hand_off(self, decode: DecodeSide, request: SequenceRequest) -> Handoff:
+    def hand_off(self, decode: Place, request: SequenceRequest) -> Handoff:
         """Open the hand-off of `request`; returns what it was opened with."""
         handoff = Handoff(
             transfer_id=secrets.token_bytes(16),
@@ -218,7 +230,7 @@ async def decode_side(
     await receiver.start()
     await server.start()
     try:
-        yield DecodeSide(receiver, source, pool, f"{host}:{port}", node_id, clock)
+        yield DecodeSide(f"{host}:{port}", node_id, receiver, source, pool, clock)
     finally:
         await receiver.close()
         await server.stop(None)

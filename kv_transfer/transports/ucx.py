@@ -40,6 +40,7 @@ logger = logging.getLogger(__name__)
 
 _HELLO = struct.Struct("<8sQ")
 _HELLO_MAGIC = b"BATONKV1"
+_SHARED_MEMORY_NAMES = {"sm", "shm", "mm", "sysv", "posix"}
 _POLL_SECONDS = 0.25  # a guard against a lost wake-up, not the way progress is made
 _CLOSE_SECONDS = 2.0
 
@@ -54,6 +55,16 @@ def _load() -> tuple[Any, Any]:
     # of each buffer again.
     os.environ.pop("UCX_MEMTYPE_CACHE", None)
     return libucxx, arr
+
+
+def _options(ucx_tls: str | None) -> dict[str, str]:
+    """UCX uses shared memory between processes that survive each other's death only if told."""
+    if ucx_tls is None:
+        return {}
+    options = {"TLS": ucx_tls}
+    if _SHARED_MEMORY_NAMES & set(ucx_tls.split(",")):
+        options |= {"SYSV_ERROR_HANDLING": "y", "POSIX_ERROR_HANDLING": "y"}
+    return options
 
 
 class _Progress:
@@ -217,7 +228,7 @@ class UcxTransport:
         self, *, ucx_tls: str | None, moves_device_memory: bool, connect_seconds: float
     ) -> None:
         self._ucx, self._arr = _load()
-        options = {} if ucx_tls is None else {"TLS": ucx_tls}
+        options = _options(ucx_tls)
         feature = self._ucx.Feature
         self._context = self._ucx.UCXContext(
             options, feature_flags=(feature.TAG, feature.STREAM, feature.WAKEUP)

@@ -7,8 +7,9 @@ something may still write into, starts twice, or reports two endings.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -33,7 +34,11 @@ from decode_node.intake_instructions import (
 )
 from kv_transfer.failures import FailureReason, failure
 from kv_transfer.protocol import FrameHeader
-from kv_transfer.transfer import Ticket
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from kv_transfer.transfer import Ticket
 
 NUM_LAYERS = 2
 INCARNATION = 77
@@ -209,10 +214,9 @@ class IntakeWorld:
             steps[f"arrive{side.num_arrived}"] = lambda: self.arrive(side)
         for index, is_landing in enumerate(side.landing):
             if is_landing:
-                steps[f"end{index}"] = lambda index=index: self.end(side, index)
-                steps[f"bad{index}"] = lambda index=index: self.end(
-                    side, index, failure(FailureReason.DIGEST_MISMATCH)
-                )
+                bad = failure(FailureReason.DIGEST_MISMATCH)
+                steps[f"end{index}"] = functools.partial(self.end, side, index)
+                steps[f"bad{index}"] = functools.partial(self.end, side, index, bad)
         if not self.is_lost:
             steps.update(self._of_peer(side))
         return steps

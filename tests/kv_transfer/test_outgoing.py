@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -22,6 +22,9 @@ from kv_transfer.outgoing import (
 )
 from kv_transfer.transfer import Ticket, TransferState
 from tests.interleavings import explore
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 NUM_LAYERS = 2
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 
 from cluster.errors import HandshakeMismatch, Overloaded
 from cluster.node import Incarnation, NodeId
-from cluster.request import SequenceRequest
 from kv_transfer.handshake import Compatibility
 from kv_transfer.transports.loopback import LoopbackNetwork, LoopbackTransport
 from tests.kv_twins import (
@@ -24,6 +23,9 @@ from tests.kv_twins import (
     twins,
     until,
 )
+
+if TYPE_CHECKING:
+    from cluster.request import SequenceRequest
 
 TABLE = [5, 1, 30, 7, 9, 2, 11, 12]  # blocks of a prompt of 29 to 32 tokens
 
@@ -234,8 +236,8 @@ def test_leases_renewed_by_both_sides_live_as_long_as_the_prompt_takes() -> None
             decode.clock.advance(6.0)
             prefill.sender.sweep()
             decode.receiver.sweep()
-            for side in (prefill.sender, decode.receiver):
-                await until(lambda side=side: side.leases()[0].expires_in_seconds > 15.0)
+            await until(lambda: prefill.sender.leases()[0].expires_in_seconds > 15.0)
+            await until(lambda: decode.receiver.leases()[0].expires_in_seconds > 15.0)
         prefill.compute(request, TABLE)
         prefill.sender.commit(name, 1)
         await until(lambda: prefill.owner.of(name) == ["committed", "free"])
