@@ -179,7 +179,8 @@ class GatewayCollector(Collector):
             for transport in entry.info.transports:
                 transports.add_metric([*labels, transport], 1)
         yield blocks
-        yield transports
+        if transports.samples:  # nothing is known before the first pair of nodes has met
+            yield transports
 
     def _aliases(self) -> Iterator[Metric]:
         measures = self._measures

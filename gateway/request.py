@@ -12,6 +12,8 @@ from enum import StrEnum
 from cluster.request import MAX_SEED, SamplingParams, SequenceRequest
 
 MAX_SEQUENCES = 64
+# Far and odd, so that the second choice of seed 7 is not the first of seed 8.
+_SEED_STRIDE = 0x1E3779B97F4A7C15
 
 
 class Route(StrEnum):
@@ -82,10 +84,10 @@ class Request:
         return self.sampling[0].num_logprobs is not None
 
     def sequence(self, index: int, sequence_id: str) -> SequenceRequest:
-        """Choices of one prompt draw differently: each has the seed of its number."""
+        """Choices of one prompt draw differently; the first draws as it would alone."""
         number = index // self.n
         sampling = self.sampling[number]
-        seed = (sampling.seed + index % self.n) % MAX_SEED
+        seed = (sampling.seed + (index % self.n) * _SEED_STRIDE) % MAX_SEED
         return SequenceRequest(
             sequence_id=sequence_id,
             request_id=self.request_id,
