@@ -17,7 +17,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from kernels.dispatch import jit, num_multiprocessors, runs_triton, tl
+from kernels.dispatch import jit_for_any, num_multiprocessors, runs_triton, tl
 
 _MULTIPLIER_SEED = 0x42_41_54_4F_4E  # "BATON"
 
@@ -81,7 +81,7 @@ def _block_digests_triton(words: torch.Tensor, multipliers: torch.Tensor) -> tor
     return digests
 
 
-@jit
+@jit_for_any("num_units", "units_per_program")
 def _digest_kernel(
     words_ptr: tl.tensor, multipliers_ptr: tl.tensor, digests_ptr: tl.tensor, num_units: tl.tensor,
     chunks: tl.tensor, units_per_program: tl.tensor, WORDS: tl.constexpr, BLOCK: tl.constexpr,

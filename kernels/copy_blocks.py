@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 
-from kernels.dispatch import jit, runs_triton, tl
+from kernels.dispatch import jit_for_any, runs_triton, tl
 
 # Words of 8 bytes that one program copies: 8 KiB, four 16-byte loads in flight per thread.
 _CHUNK_WORDS = 1024
@@ -90,7 +90,7 @@ def _copy_units(
         )  # fmt: skip
 
 
-@jit
+@jit_for_any("num_ids")
 def _copy_units_kernel(
     pool_ptr: tl.tensor, packed_ptr: tl.tensor, ids_ptr: tl.tensor, num_ids: tl.tensor,
     num_blocks: tl.tensor, chunks: tl.tensor, UNIT: tl.constexpr, BLOCK: tl.constexpr,

@@ -29,7 +29,15 @@ except ImportError:
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-__all__ = ["interpreted", "jit", "next_power_of_two", "num_multiprocessors", "runs_triton", "tl"]
+__all__ = [
+    "interpreted",
+    "jit",
+    "jit_for_any",
+    "next_power_of_two",
+    "num_multiprocessors",
+    "runs_triton",
+    "tl",
+]
 
 # Triton decides at its import; kernels decorated then stay what they are.
 _can_interpret = triton is not None and bool(triton.knobs.runtime.interpret)
@@ -42,6 +50,21 @@ _INTERPRETER_MULTIPROCESSORS = 8
 def jit(function: Callable[..., Any]) -> Any:
     """`triton.jit`, or the function itself where Triton does not exist."""
     return function if triton is None else triton.jit(function)
+
+
+def jit_for_any(*arguments: str) -> Callable[[Callable[..., Any]], Any]:
+    """`jit` with one compilation for all values of these integer arguments.
+
+    For what changes from step to step: Triton would compile apart for 1 and for multiples of 16,
+    in the middle of serving.
+    """
+
+    def decorate(function: Callable[..., Any]) -> Any:
+        if triton is None:
+            return function
+        return triton.jit(function, do_not_specialize=list(arguments))
+
+    return decorate
 
 
 def runs_triton(tensor: torch.Tensor) -> bool:

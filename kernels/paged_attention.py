@@ -17,7 +17,14 @@ from typing import Any
 import torch
 
 from kernels.attention_plan import AttentionPlan, plan_decode
-from kernels.dispatch import jit, next_power_of_two, num_multiprocessors, runs_triton, tl
+from kernels.dispatch import (
+    jit,
+    jit_for_any,
+    next_power_of_two,
+    num_multiprocessors,
+    runs_triton,
+    tl,
+)
 from kernels.gathered_attention import gathered_attention
 
 # Tensor cores take no fewer rows; smaller groups of query heads are padded.
@@ -96,18 +103,19 @@ def _paged_attention_triton(
     block_dim = next_power_of_two(head_size)
     _split_kernel[(num_kv_heads, splits, num_seqs)](
         query, kv_layer, block_tables, seq_lens, share, share_sums,
-        query.stride(0), query.stride(1), block_tables.stride(0), scale * math.log2(math.e),
+        query.stride(0), query.stride(1), block_tables.stride(0), splits,
+        scale * math.log2(math.e),
         KV_HEADS=num_kv_heads, GROUP=num_heads // num_kv_heads,
         ROWS=max(_MIN_ROWS, next_power_of_two(num_heads // num_kv_heads)),
         HEAD_SIZE=head_size, BLOCK_DIM=block_dim, BLOCK_SIZE=block_size, TILE=tile,
-        WINDOW=sliding_window or 0, SPLITS=splits, MIN_TILES=_MIN_TILES,
+        WINDOW=sliding_window or 0, MIN_TILES=_MIN_TILES, SHARED=splits > 1,
         num_warps=8 if query.dtype == torch.float32 else 4, num_stages=3,
     )  # fmt: skip
     if splits > 1:
         _combine_kernel[(num_heads, num_seqs)](
-            share, share_sums, seq_lens, out,
+            share, share_sums, seq_lens, out, splits,
             HEADS=num_heads, HEAD_SIZE=head_size, BLOCK_DIM=block_dim, TILE=tile,
-            WINDOW=sliding_window or 0, SPLITS=splits, BLOCK_SPLITS=next_power_of_two(splits),
+            WINDOW=sliding_window or 0, BLOCK_SPLITS=next_power_of_two(splits),
             MIN_TILES=_MIN_TILES, num_warps=4,
         )  # fmt: skip
 
@@ -120,7 +128,7 @@ def _num_splits(num_pairs: int, num_tiles: int, device: torch.device) -> int:
 
 @jit
 def _tile_share(
-    seq_len: tl.tensor, TILE: tl.constexpr, WINDOW: tl.constexpr, SPLITS: tl.constexpr,
+    seq_len: tl.tensor, splits: tl.tensor, TILE: tl.constexpr, WINDOW: tl.constexpr,
     MIN_TILES: tl.constexpr,
 ) -> Any:  # fmt: skip
     """First tile to read, one past the last, and how many of them a split takes."""
@@ -128,24 +136,25 @@ def _tile_share(
     if WINDOW > 0:
         first = tl.maximum(seq_len - WINDOW, 0) // TILE
     last = tl.cdiv(seq_len, TILE)
-    return first, last, tl.maximum(tl.cdiv(last - first, SPLITS), MIN_TILES)
+    return first, last, tl.maximum(tl.cdiv(last - first, splits), MIN_TILES)
 
 
-@jit
+@jit_for_any("table_stride", "splits")
 def _split_kernel(
     query_ptr: tl.tensor, kv_ptr: tl.tensor, tables_ptr: tl.tensor, lens_ptr: tl.tensor,
     share_ptr: tl.tensor, sums_ptr: tl.tensor, query_stride: tl.tensor,
-    query_head_stride: tl.tensor, table_stride: tl.tensor, scale_log2: tl.tensor,
+    query_head_stride: tl.tensor, table_stride: tl.tensor, splits: tl.tensor,
+    scale_log2: tl.tensor,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, HEAD_SIZE: tl.constexpr,
     BLOCK_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr, WINDOW: tl.constexpr,
-    SPLITS: tl.constexpr, MIN_TILES: tl.constexpr,
+    MIN_TILES: tl.constexpr, SHARED: tl.constexpr,
 ) -> None:  # fmt: skip
     kv_head, split, sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     seq_len = tl.load(lens_ptr + sequence)
-    first, last, tiles = _tile_share(seq_len, TILE, WINDOW, SPLITS, MIN_TILES)
+    first, last, tiles = _tile_share(seq_len, splits, TILE, WINDOW, MIN_TILES)
     first += split * tiles
     last = tl.minimum(first + tiles, last)
-    if SPLITS > 1 and first >= last:
+    if SHARED and first >= last:
         return
     row, column, token = tl.arange(0, ROWS), tl.arange(0, BLOCK_DIM), tl.arange(0, TILE)
     row_mask = (row < GROUP)[:, None] & (column < HEAD_SIZE)[None, :]
@@ -178,31 +187,31 @@ def _split_kernel(
         result = tl.dot(weights, value, result * decay[:, None], input_precision="ieee")
         peak = new_peak
     result = result / tl.where(total > 0, total, 1.0)[:, None]
-    out_row = (sequence * KV_HEADS * GROUP + head) * SPLITS + split
+    out_row = (sequence * KV_HEADS * GROUP + head) * splits + split
     out_ptrs = share_ptr + out_row[:, None] * HEAD_SIZE + column[None, :]
     tl.store(out_ptrs, result.to(share_ptr.dtype.element_ty), mask=row_mask)
-    if SPLITS > 1:
+    if SHARED:
         tl.store(sums_ptr + out_row, peak + tl.log2(total), mask=row < GROUP)
 
 
-@jit
+@jit_for_any("splits")
 def _combine_kernel(
     share_ptr: tl.tensor, sums_ptr: tl.tensor, lens_ptr: tl.tensor, out_ptr: tl.tensor,
-    HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr, BLOCK_DIM: tl.constexpr, TILE: tl.constexpr,
-    WINDOW: tl.constexpr, SPLITS: tl.constexpr, BLOCK_SPLITS: tl.constexpr, MIN_TILES: tl.constexpr,
+    splits: tl.tensor, HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr, BLOCK_DIM: tl.constexpr,
+    TILE: tl.constexpr, WINDOW: tl.constexpr, BLOCK_SPLITS: tl.constexpr, MIN_TILES: tl.constexpr,
 ) -> None:  # fmt: skip
     head, sequence = tl.program_id(0), tl.program_id(1).to(tl.int64)
     seq_len = tl.load(lens_ptr + sequence)
-    first, last, tiles = _tile_share(seq_len, TILE, WINDOW, SPLITS, MIN_TILES)
+    first, last, tiles = _tile_share(seq_len, splits, TILE, WINDOW, MIN_TILES)
     used = tl.cdiv(last - first, tiles)
     row = sequence * HEADS + head
     split, column = tl.arange(0, BLOCK_SPLITS), tl.arange(0, BLOCK_DIM)
-    sums = tl.load(sums_ptr + row * SPLITS + split, mask=split < used, other=float("-inf"))
+    sums = tl.load(sums_ptr + row * splits + split, mask=split < used, other=float("-inf"))
     # A row of length 0 has no shares: its peak is replaced so that no NaN arises from it.
     peak = tl.max(sums, axis=0)
     weights = tl.exp2(sums - tl.where(used > 0, peak, 0.0))
     mask = (split < used)[:, None] & (column < HEAD_SIZE)[None, :]
-    shares = share_ptr + (row * SPLITS + split)[:, None] * HEAD_SIZE + column[None, :]
+    shares = share_ptr + (row * splits + split)[:, None] * HEAD_SIZE + column[None, :]
     share = tl.load(shares, mask=mask, other=0.0)
     total = tl.sum(weights, axis=0)
     result = tl.sum(share * weights[:, None], axis=0) / tl.where(used > 0, total, 1.0)

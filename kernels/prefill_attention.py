@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from kernels.attention_plan import AttentionPlan, plan_prefill
-from kernels.dispatch import jit, next_power_of_two, runs_triton, tl
+from kernels.dispatch import jit, jit_for_any, next_power_of_two, runs_triton, tl
 from kernels.gathered_attention import gathered_attention
 
 
@@ -106,7 +106,7 @@ def _config(dtype: torch.dtype, head_size: int, max_seqlen_q: int) -> tuple[int,
     return rows, 64, 8 if rows == 128 else 4, 3
 
 
-@jit
+@jit_for_any("table_stride")
 def _prefill_kernel(
     query_ptr: tl.tensor, kv_ptr: tl.tensor, tables_ptr: tl.tensor, starts_ptr: tl.tensor,
     lens_ptr: tl.tensor, out_ptr: tl.tensor, query_stride: tl.tensor, query_head_stride: tl.tensor,
