@@ -49,7 +49,8 @@ class DecodeScheduler:
         self._max_num_batched_tokens = max_num_batched_tokens
         self._max_num_seqs = min(max_num_seqs, max_num_batched_tokens)
         self._sequences: dict[str, Sequence] = {}
-        self._active: list[Sequence] = []  # by order_key; they have blocks for their tokens
+        self._active: list[Sequence] = []  # by order_key
+        self._rows: dict[Sequence, ScheduledChunk] = {}  # of the active: one decode step each
         self._ready = WaitingQueue()  # have blocks, wait for a place among the active
         self._preempted = WaitingQueue()
         self._waiting = WaitingQueue()
@@ -111,19 +112,20 @@ class DecodeScheduler:
         """One decode step or one prefill step; no chunks while everyone waits for blocks."""
         self._newly_preempted, self._newly_failed = [], []
         self._activate()
-        if self._is_prefill_turn:
-            chunks = self._prefill_chunks() or self._decode_chunks()
-        else:
-            chunks = self._decode_chunks() or self._prefill_chunks()
-        decision = ScheduleDecision(
+        decode, prefill = self._decode_chunks, self._prefill_chunks
+        chunks: list[ScheduledChunk] = []
+        for phase in (prefill, decode) if self._is_prefill_turn else (decode, prefill):
+            chunks = phase()
+            if chunks:
+                self._is_prefill_turn = phase == decode
+                break
+        return ScheduleDecision(
             tuple(chunks), tuple(self._newly_preempted), tuple(self._newly_failed)
         )
-        self._is_prefill_turn = decision.is_decode
-        return decision
 
     def update(self, output: StepResult) -> list[Sequence]:
         """Free the sequences that the step finished. Returns them."""
-        finished = [sequence for sequence in self._active if sequence.is_finished]
+        finished = [s for s in self._active if s.status is SequenceStatus.FINISHED]
         for sequence in finished:
             if sequence.error is not None:
                 self._block_manager.forget(sequence)
@@ -158,6 +160,7 @@ class DecodeScheduler:
         queue.remove(sequence)
         sequence.status = SequenceStatus.RUNNING
         insort(self._active, sequence, key=order_key)
+        self._rows[sequence] = ScheduledChunk(sequence, 1)
 
     def _has_place(self) -> bool:
         return len(self._active) < self._max_num_seqs
@@ -165,13 +168,21 @@ class DecodeScheduler:
     # ---- what they do -------------------------------------------------------------------
 
     def _decode_chunks(self) -> list[ScheduledChunk]:
-        """The last token of every active sequence that has computed all before it."""
+        """The last token of every active sequence that has computed all before it.
+
+        Runs between any two steps of the device, so it calls nothing for a sequence whose
+        blocks still have room.
+        """
         chunks = []
+        block_size = self._block_manager.block_size
         for sequence in tuple(self._active):
+            num_tokens = len(sequence.token_ids)
+            if num_tokens - sequence.num_computed_tokens != 1:
+                continue
             if sequence.status is not SequenceStatus.RUNNING:
                 continue  # one before it has just taken its blocks
-            if sequence.num_uncomputed_tokens == 1 and self._grow(sequence):
-                chunks.append(ScheduledChunk(sequence, 1))
+            if num_tokens <= len(sequence.block_table) * block_size or self._grow(sequence):
+                chunks.append(self._rows[sequence])
         return chunks
 
     def _prefill_chunks(self) -> list[ScheduledChunk]:
@@ -237,3 +248,4 @@ class DecodeScheduler:
                 queue.remove(sequence)
                 return
         self._active.remove(sequence)
+        del self._rows[sequence]
