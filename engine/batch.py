@@ -7,7 +7,7 @@ Life of a step's inputs
        reads, work per token is vectorised.
     3. `Batch` names the arrays on the device. They are valid until the next `build`.
 
-Sizes in comments: T tokens, N rows (sequences, then padding), W blocks of the longest one.
+Sizes in comments: T tokens, N rows (sequences, then padding), W columns of block tables.
 """
 
 from __future__ import annotations
@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from engine.schedule import ScheduledChunk
 
 _PADDING_SLOT = -1
+# Block tables are this many columns wide, or a multiple: a kernel is compiled anew for a row
+# stride that is no multiple of 16, which would happen in the middle of serving.
+_TABLE_GRAIN = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,6 +179,11 @@ def _device_view(memory: torch.Tensor, place: _Place, index: int) -> torch.Tenso
     return memory[place.begin : place.end].view(dtype).view(place.size)
 
 
+def table_width(num_blocks: int) -> int:
+    """Columns of block tables whose longest sequence has `num_blocks`."""
+    return -(-num_blocks // _TABLE_GRAIN) * _TABLE_GRAIN
+
+
 class BatchBuilder:
     """Turns chunks into batches for one model on one device."""
 
@@ -188,7 +196,7 @@ class BatchBuilder:
         max_model_len: int,
         device: torch.device,
     ) -> None:
-        max_blocks = -(-max_model_len // block_size)
+        max_blocks = table_width(-(-max_model_len // block_size))
         self._block_size = block_size
         # Twice the rows: a sequence that skips a few steps keeps its row.
         self._tables = BlockTableRows(2 * max_num_seqs, max_blocks)
@@ -211,7 +219,7 @@ class BatchBuilder:
         num_rows = num_rows or num_seqs
         positions = np.array([each.num_computed_tokens for each in sequences], dtype=np.int64)
         columns = positions // self._block_size
-        width = int(columns.max()) + 1
+        width = table_width(int(columns.max()) + 1)
         tables = self._tables.gather(sequences, width)
         arrays = self.buffer.arrays(BatchShape(num_rows, num_rows, 0, width))
         arrays.token_ids[:num_seqs] = [each.token_ids[-1] for each in sequences]
@@ -231,7 +239,7 @@ class BatchBuilder:
         ends = np.cumsum(lengths)
         seq_lens = computed + lengths
         sampled = [index for index, chunk in enumerate(chunks) if chunk.samples]
-        width = (int(seq_lens.max()) - 1) // self._block_size + 1
+        width = table_width((int(seq_lens.max()) - 1) // self._block_size + 1)
         tables = self._tables.gather(sequences, width)
         num_tokens = int(ends[-1])
         arrays = self.buffer.arrays(BatchShape(num_tokens, len(chunks), len(sampled), width))

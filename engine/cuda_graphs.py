@@ -45,13 +45,13 @@ class DecodeGraphs:
         buffer: InputBuffer,
         *,
         max_num_seqs: int,
-        max_blocks: int,
+        table_width: int,
         device: torch.device,
     ) -> None:
         self._decoder = decoder
         self._kv_layers = kv_layers
         self._buffer = buffer
-        self._tables = torch.zeros(max_num_seqs, max_blocks, dtype=torch.int32, device=device)
+        self._tables = torch.zeros(max_num_seqs, table_width, dtype=torch.int32, device=device)
         self._sizes = capture_sizes(max_num_seqs)
         self._size_of = [0] * (max_num_seqs + 1)
         for size in reversed(self._sizes):

@@ -100,6 +100,8 @@ class Engine:
         model_config = ModelConfig.from_folder(config.model)
         limits = resolve(config, model_config, Machine.here())
         _enter_thread(limits)
+        # Another engine of this process is not part of this one's share.
+        others_bytes = torch.cuda.memory_allocated(limits.device) if limits.on_gpu else 0
         decoder, fingerprint = _load(config, model_config, limits, progress)
         layout = KVLayout(
             num_layers=model_config.num_layers,
@@ -109,7 +111,7 @@ class Engine:
             dtype=limits.dtype,
         )
         with progress.phase("allocate KV"):
-            kv_cache = _allocate_kv(config, limits, layout, decoder)
+            kv_cache = _allocate_kv(config, limits, layout, decoder, others_bytes)
         runner = ModelRunner(decoder, kv_cache, limits)
         with torch.inference_mode():
             with progress.phase("warm up"):
@@ -215,7 +217,11 @@ def _load(
 
 
 def _allocate_kv(
-    config: EngineConfig, limits: EngineLimits, layout: KVLayout, decoder: Decoder
+    config: EngineConfig,
+    limits: EngineLimits,
+    layout: KVLayout,
+    decoder: Decoder,
+    others_bytes: int,
 ) -> KVCache:
     need = memory.KVNeed(
         block_bytes=layout.block_bytes,
@@ -229,7 +235,7 @@ def _allocate_kv(
         )
         return KVCache.allocate(layout, num_blocks, limits.device)
     device = limits.device
-    weights_bytes = torch.cuda.memory_allocated(device)
+    weights_bytes = torch.cuda.memory_allocated(device) - others_bytes
     one_block = KVCache.allocate(layout, 1, device)
     with torch.inference_mode():
         workspace = warm_up.measure_workspace(decoder, one_block.layers[0], limits)

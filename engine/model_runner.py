@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from engine.batch import BatchBuilder
+from engine.batch import BatchBuilder, table_width
 from engine.cuda_graphs import DecodeGraphs
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class ModelRunner:
             self._kv_layers,
             self._batches.buffer,
             max_num_seqs=self._limits.max_num_seqs,
-            max_blocks=-(-self._limits.max_model_len // self._block_size),
+            table_width=table_width(-(-self._limits.max_model_len // self._block_size)),
             device=self._limits.device,
         )
         self._graphs.capture(progress)

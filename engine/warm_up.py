@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from engine.batch import Batch
+from engine.batch import Batch, table_width
 
 if TYPE_CHECKING:
     from collections.abc import Sequence as SequenceOf
@@ -43,9 +43,11 @@ def measure_workspace(decoder: Decoder, kv_layer: torch.Tensor, limits: EngineLi
 
 
 def warm_up(decoder: Decoder, kv_layers: SequenceOf[torch.Tensor], limits: EngineLimits) -> None:
-    """Run small steps of each kind. Kernels are compiled anew for arguments that are 1 or
-    divisible by 16, hence the sizes."""
-    for num_tokens in (1, 2, 16, 17):
+    """Run a step of each kind that kernels are compiled for, so that no request waits for it.
+
+    The prefill kernel has a variant for each power of two of tokens up to 128.
+    """
+    for num_tokens in (1, 2, 17, 33, 65) if limits.on_gpu else (1, 2):
         if num_tokens <= limits.max_num_batched_tokens:
             _run(decoder, _prefill_batch(num_tokens, 1, kv_layers[0], limits), *kv_layers)
     _run(decoder, _decode_batch(1, limits.device), *kv_layers)
@@ -69,7 +71,8 @@ def _prefill_batch(
     device = limits.device
     ends = torch.tensor([0, *lengths]).cumsum(0)
     positions = torch.cat([torch.arange(length) for length in lengths])
-    tables = torch.zeros(len(lengths), -(-max(lengths) // block_size), dtype=torch.int32)
+    width = table_width(-(-max(lengths) // block_size))
+    tables = torch.zeros(len(lengths), width, dtype=torch.int32)
     return Batch(
         token_ids=torch.zeros(num_tokens, dtype=torch.int64, device=device),
         positions=positions.to(device),
@@ -94,7 +97,7 @@ def _decode_batch(num_rows: int, device: torch.device) -> Batch:
         sample_indices=None,
         seq_lens=ones,
         cu_seqlens_q=ones,
-        block_tables=torch.zeros(num_rows, 1, dtype=torch.int32, device=device),
+        block_tables=torch.zeros(num_rows, table_width(1), dtype=torch.int32, device=device),
         num_samples=num_rows,
         max_seqlen_q=1,
         is_decode=True,
