@@ -89,8 +89,10 @@ def _lengths(weights: torch.Tensor) -> torch.Tensor:
 
 
 def _pick(line: torch.Tensor, end: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
-    """Index [n, 1] of the token under each point of the line up to `end`."""
+    """Index [n, 1] of the token under each point of the line up to `end`.
+
+    A point is at most 1 - 2**-53, so its product with `end` stays below `end`, rounded or not.
+    """
     targets = (points * end.double()).long()
-    targets = torch.minimum(targets, end - 1)
     picked = torch.searchsorted(line, targets, right=True)
     return picked.clamp_(max=line.shape[-1] - 1)  # a row that is not a number has no end
