@@ -131,12 +131,13 @@ class Engine:
         if self._thread != threading.get_ident():
             self._thread = threading.get_ident()
             _enter_thread(self.limits)
-        sampled = tuple(chunk.sequence for chunk in decision.chunks if chunk.samples)
+        chunks, is_decode = decision.chunks, decision.is_decode
+        sampled = tuple(chunk.sequence for chunk in chunks if is_decode or chunk.samples)
         with torch.inference_mode():
-            logits = self._runner.run(decision, on_layer)
+            logits = self._runner.run(chunks, is_decode=is_decode, on_layer=on_layer)
             done = _record_done(self.limits)
             tokens = [] if logits is None else self._sampler.sample(logits, sampled)
-        for chunk in decision.chunks:
+        for chunk in chunks:
             chunk.sequence.num_computed_tokens += chunk.num_scheduled_tokens
             self.block_manager.mark_computed(chunk.sequence)
         deltas = tuple(map(self._advance, sampled, tokens))

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from engine.kv_cache import KVCache
     from engine.limits import EngineLimits
     from engine.models.decoder import Decoder
-    from engine.schedule import ScheduledChunk, ScheduleDecision
+    from engine.schedule import ScheduledChunk
 
 
 class ModelRunner:
@@ -53,17 +53,22 @@ class ModelRunner:
         self._graphs.capture(progress)
 
     def run(
-        self, decision: ScheduleDecision, on_layer: Callable[[int], None] | None = None
+        self,
+        chunks: SequenceOf[ScheduledChunk],
+        *,
+        is_decode: bool,
+        on_layer: Callable[[int], None] | None = None,
     ) -> torch.Tensor | None:
         """Logits `[num_samples, vocab_size]` of the chunks that sample, in order; None if none.
 
-        `on_layer(i)` is called when the KV of layer i is written (on a GPU: when the kernels
-        that write it are queued on the current stream).
+        `is_decode`: each chunk is the last token of its sequence. `on_layer(i)` is called when
+        the KV of layer i is written (on a GPU: when the kernels that write it are queued on the
+        current stream).
         """
-        if decision.is_decode:
-            hidden = self._decode(decision.chunks, on_layer)
+        if is_decode:
+            hidden = self._decode(chunks, on_layer)
         else:
-            batch = self._batches.build_prefill(decision.chunks)
+            batch = self._batches.build_prefill(chunks)
             hidden = self._decoder.forward(batch, self._kv_layers, on_layer)
         return None if hidden is None else self._decoder.logits(hidden)
 
