@@ -40,7 +40,8 @@ class SequenceStatus(StrEnum):
 class Sequence:
     """Tokens, and where their KV is. Compared by identity.
 
-    `block_table` belongs to the `BlockManager`: others read it. `num_registered_blocks` and
+    `block_table` belongs to the `BlockManager`, which only appends to the list or replaces it
+    by another: who knows the list knows its first blocks. `num_registered_blocks` and
     `is_cacheable` are the block manager's notes, `sampling_row` is the sampler's,
     `arrival` the scheduler's.
     """

@@ -28,6 +28,21 @@ def test_a_table_covers_exactly_the_tokens_asked_for() -> None:
     manager.check_integrity()
 
 
+def test_a_table_is_only_appended_to_or_replaced() -> None:
+    """The model runner keeps copies of tables by the identity of the list."""
+    manager, sequence = make(), make_sequence(range(9))
+    manager.allocate(sequence, 4)
+    table, first = sequence.block_table, list(sequence.block_table)
+    manager.allocate(sequence, 9)
+    assert sequence.block_table is table
+    assert table[:1] == first
+    grown = list(table)
+    manager.free(sequence)
+    manager.allocate(sequence, 9)
+    assert sequence.block_table is not table
+    assert table == grown
+
+
 def test_an_allocation_that_does_not_fit_changes_nothing() -> None:
     manager = make(3)
     shared = make_sequence(range(5))
