@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
-from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING
 
 import pytest
 
 from baton.child import Child, ChildSpec, Facts
 from baton.supervisor import Restart, StartFailed, Supervisor
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
 
 TELL = "import os, json; pipe = os.fdopen(int(os.environ['BATON_PROGRESS_FD']), 'w', buffering=1)\n"
 READY = "pipe.write(json.dumps({'event': 'ready', 'seconds': 0.1}) + '\\n')\n"
@@ -51,6 +54,9 @@ class Harness:
         while not condition():
             self.changed.clear()
             await self.changed.wait()
+
+    async def until_ready(self, name: str, times: int) -> None:
+        await self.until(lambda: self.events(name).count("ready") == times)
 
     def child(self, name: str) -> Child:
         return next(c for c in self.supervisor.children if c.spec.name == name)
@@ -95,7 +101,7 @@ def test_one_that_dies_again_and_again_is_started_again_each_time() -> None:
         await harness.supervisor.start()
         for deaths in range(1, 3):
             harness.child("a").kill()
-            await harness.until(lambda n=deaths: harness.events("a").count("ready") == n + 1)
+            await harness.until_ready("a", deaths + 1)
         pauses = [fact["pause_seconds"] for _, fact in harness.facts if fact["event"] == "died"]
         assert pauses == [0.001, 0.002]
         await harness.supervisor.stop()

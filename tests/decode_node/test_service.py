@@ -1,0 +1,508 @@
+"""A sequence on its decode node: whatever happens in which order, it ends once and frees all."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any, cast
+
+import pytest
+
+from cluster.errors import Cancelled, InvalidRequest, NodeUnavailable, Overloaded, TransferFailed
+from cluster.node import Incarnation, NodeId, NodeName, NodeState
+from cluster.request import FinishReason, Handoff
+from cluster.rpc import SessionHub
+from decode_node.loop import DecodeObserver
+from decode_node.reservations import Reservations
+from decode_node.scheduler import DecodeScheduler
+from decode_node.service import DecodeHandler, Remembered
+from engine.load import LoadSnapshot
+from engine.loop import EngineLoop
+from tests.node_parts import (
+    GATEWAY,
+    FakeMember,
+    Gateway,
+    ScriptedEngine,
+    advance_timers,
+    check_all_free,
+    request,
+    settle,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from cluster.proto import node_pb2 as pb
+    from cluster.request import SequenceRequest
+    from decode_node.reservations import ReservedBlocks
+
+
+class RecordingReceiver:
+    """Notes whose transfer the service gives up. The test plays the transfers."""
+
+    def __init__(self) -> None:
+        self.cancelled: list[str] = []
+
+    def cancel(self, sequence_id: str) -> None:
+        self.cancelled.append(sequence_id)
+
+    def leases(self) -> list[pb.LeaseInfo]:
+        return []
+
+
+class World:
+    """Inside a running event loop: the real service, loop and scheduler of a decode node."""
+
+    def __init__(self, num_blocks: int = 32) -> None:
+        self.engine = ScriptedEngine(num_blocks)
+        self.scheduler = DecodeScheduler(self.engine.block_manager, 64, 8)
+        self.reservations = Reservations(
+            self.engine.block_manager, num_running=lambda: self.scheduler.num_running
+        )
+        self.hub = SessionHub()
+        self.handler = DecodeHandler(
+            cast("Any", self.engine), self.scheduler, self.reservations, self.hub
+        )
+        observer = DecodeObserver(
+            self.reservations,
+            asyncio.get_running_loop(),
+            LoadSnapshot(self.scheduler, self.engine.block_manager),
+            on_step=self.handler.on_step,
+        )
+        self.loop = EngineLoop(self.engine, self.scheduler, observer, on_fatal=lambda error: None)
+        self.receiver, self.member = RecordingReceiver(), FakeMember()
+        self.handler.bind(self.loop, cast("Any", self.receiver), cast("Any", self.member))
+        self.gateway = Gateway(self.hub)
+        self.loop.start()
+
+    async def reserve(self, request: SequenceRequest) -> ReservedBlocks:
+        return await self.handler.reserve(request, self.gateway.id)
+
+    async def reserving(self, request: SequenceRequest) -> asyncio.Task[ReservedBlocks]:
+        """A reservation that has reached the engine's thread and waits for room there."""
+        asking = asyncio.create_task(self.reserve(request))
+        while self.reservations.num_waiting == 0:
+            await settle(self.loop)
+        return asking
+
+    async def started(self, name: str, **options: Any) -> None:
+        """Hand a sequence over and stop the engine inside its first step."""
+        self.engine.may_step.clear()
+        await self.reserve(request(name, **options))
+        await self.handler.start(name, 77)
+        await self.engine.held_in_a_step()
+
+    async def check_over(self) -> None:
+        await check_all_free(self.loop, self.engine.block_manager)
+        assert self.handler.num_streams == 0
+        assert self.reservations.num_waiting == self.reservations.num_reserved == 0
+
+
+def run(body: Callable[[World], Awaitable[None]], **options: Any) -> None:
+    async def bounded() -> None:
+        world = World(**options)
+        try:
+            async with asyncio.timeout(30):
+                await body(world)
+        finally:
+            world.engine.may_step.set()
+            world.loop.stop()
+
+    asyncio.run(bounded())
+
+
+# ---- hand-offs that go well ---------------------------------------------------------------
+
+
+def test_a_handed_off_sequence_says_started_before_its_tokens_and_frees_its_blocks() -> None:
+    async def body(world: World) -> None:
+        reserved = await world.reserve(request("a", 9, max_tokens=4))
+        assert len(reserved.block_ids) == 3
+        await world.handler.start("a", 77)
+        started, *decoded = await world.gateway.until_end()
+        assert started.started
+        assert started.token_ids == ()
+        assert sum(len(delta.token_ids) for delta in decoded) == 3, "the first came from prefill"
+        assert decoded[-1].finish_reason is FinishReason.LENGTH
+        await world.check_over()
+
+    run(body)
+
+
+def test_a_sequence_that_ends_before_its_start_is_answered_was_started() -> None:
+    async def body(world: World) -> None:
+        world.engine.may_step.clear()
+        await world.reserve(request("a", max_tokens=2))
+        starting = asyncio.create_task(world.handler.start("a", 77))
+        await asyncio.sleep(0)  # the order is queued; this loop now sleeps through all of it
+        assert world.engine.is_stepping.wait(20)
+        world.engine.may_step.set()
+        world.loop.call(lambda: None).result(20)
+        await starting
+        ending = (await world.gateway.until_end())[-1]
+        assert ending.finish_reason is FinishReason.LENGTH
+        await world.check_over()
+
+    run(body)
+
+
+def test_a_prompt_computed_here_needs_no_transfer() -> None:
+    async def body(world: World) -> None:
+        world.handler.submit(GATEWAY, request("a", max_tokens=3), None)
+        deltas = await world.gateway.until_end()
+        assert sum(len(delta.token_ids) for delta in deltas) == 3
+        await world.check_over()
+
+    run(body)
+
+
+# ---- cancel, in each state ----------------------------------------------------------------
+
+
+def test_a_reserve_that_its_cancel_overtook_is_refused() -> None:
+    async def body(world: World) -> None:
+        world.handler.cancel("a")
+        with pytest.raises(Cancelled):
+            await world.reserve(request("a"))
+        await world.check_over()
+
+    run(body)
+
+
+def test_cancel_while_waiting_for_room_gives_up_the_place_in_the_queue() -> None:
+    async def body(world: World) -> None:
+        await world.reserve(request("big", 12))
+        asking = await world.reserving(request("a", 8))
+        world.handler.cancel("a")
+        assert world.receiver.cancelled == ["a"]
+        asking.cancel()  # as the receiver does
+        with pytest.raises(asyncio.CancelledError):
+            await asking
+        await settle(world.loop)
+        assert world.reservations.num_waiting == 0
+        assert len((await world.reserve(request("b", 3))).block_ids) == 1
+        for name in ("big", "b"):
+            world.handler.on_transfer_withdrawn(name)
+            world.handler.release(name)
+        await world.check_over()
+
+    run(body, num_blocks=4)
+
+
+def test_a_reservation_given_up_as_it_is_served_comes_back() -> None:
+    async def body(world: World) -> None:
+        await world.reserve(request("big", 12))
+        asking = await world.reserving(request("a", 8))
+        world.handler.release("big")
+        world.loop.call(lambda: None).result(20)  # served, and this loop does not know yet
+        asking.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asking
+        world.handler.on_transfer_withdrawn("big")
+        await world.check_over()
+
+    run(body, num_blocks=4)
+
+
+def test_cancel_between_reserve_and_start_refuses_the_start() -> None:
+    async def body(world: World) -> None:
+        await world.reserve(request("a"))
+        world.handler.cancel("a")
+        assert world.receiver.cancelled == ["a"]
+        with pytest.raises(Cancelled):
+            await world.handler.start("a", 77)
+        world.handler.release("a")
+        assert await world.gateway.published() == []
+        await world.check_over()
+
+    run(body)
+
+
+def test_cancel_while_the_start_is_under_way_ends_what_was_started() -> None:
+    async def body(world: World) -> None:
+        await world.reserve(request("a"))
+        await world.started("busy")
+        starting = asyncio.create_task(world.handler.start("a", 77))
+        await asyncio.sleep(0)
+        world.handler.cancel("a")
+        world.engine.may_step.set()
+        with pytest.raises(Cancelled):
+            await starting
+        world.handler.release("a")
+        deltas = await world.gateway.until_end()
+        assert {delta.sequence_id for delta in deltas} == {"busy"}
+        await world.check_over()
+
+    run(body)
+
+
+def test_cancel_while_running_ends_it_without_a_word() -> None:
+    async def body(world: World) -> None:
+        await world.started("a", max_tokens=1000)
+        world.handler.cancel("a")
+        world.engine.may_step.set()
+        assert world.receiver.cancelled == []
+        await world.check_over()
+        assert [delta.started for delta in await world.gateway.published()] == [True]
+
+    run(body)
+
+
+# ---- orphans: started or an error, never silence ------------------------------------------
+
+
+def test_an_orphan_never_reserved_is_lost_and_its_late_reserve_is_refused() -> None:
+    async def body(world: World) -> None:
+        world.handler.orphaned(GATEWAY, "a")
+        (ending,) = await world.gateway.until_end()
+        assert ending.error is not None
+        assert ending.error.code == "node_lost"
+        with pytest.raises(Cancelled):
+            await world.reserve(request("a"))
+        await world.check_over()
+
+    run(body)
+
+
+def test_an_orphan_whose_transfer_completes_is_started() -> None:
+    async def body(world: World) -> None:
+        await world.reserve(request("a"))
+        world.handler.orphaned(GATEWAY, "a")
+        assert await world.gateway.published() == []
+        await world.handler.start("a", 77)
+        deltas = await world.gateway.until_end()
+        assert deltas[0].started
+        assert deltas[-1].finish_reason is FinishReason.LENGTH
+        await world.check_over()
+
+    run(body)
+
+
+def test_an_orphan_whose_transfer_fails_gets_one_error() -> None:
+    async def body(world: World) -> None:
+        await world.reserve(request("a"))
+        world.handler.orphaned(GATEWAY, "a")
+        world.handler.on_transfer_failed("a", TransferFailed("lost", reason="prefill_lost"))
+        world.handler.release("a")
+        (ending,) = await world.gateway.published()
+        assert ending.error is not None
+        assert ending.error.code == "kv_load_failed"
+        await world.check_over()
+
+    run(body)
+
+
+def test_an_orphan_whose_transfer_is_withdrawn_is_lost() -> None:
+    async def body(world: World) -> None:
+        await world.reserve(request("a"))
+        world.handler.orphaned(GATEWAY, "a")
+        world.handler.on_transfer_withdrawn("a")
+        world.handler.release("a")
+        (ending,) = await world.gateway.published()
+        assert ending.error is not None
+        assert ending.error.code == "node_lost"
+        await world.check_over()
+
+    run(body)
+
+
+def test_an_orphan_that_gets_no_room_is_lost() -> None:
+    async def body(world: World) -> None:
+        await world.reserve(request("big", 12))
+        asking = await world.reserving(request("a", 8))
+        world.handler.orphaned(GATEWAY, "a")
+        world.handler.release("a")
+        with pytest.raises(Cancelled):
+            await asking
+        (ending,) = await world.gateway.published()
+        assert ending.error is not None
+        assert ending.error.code == "node_lost"
+        world.handler.on_transfer_withdrawn("big")
+        world.handler.release("big")
+        await world.check_over()
+
+    run(body, num_blocks=4)
+
+
+def test_an_orphan_that_runs_is_said_to_be_started_again() -> None:
+    async def body(world: World) -> None:
+        await world.started("a")
+        world.handler.orphaned(GATEWAY, "a")
+        assert [delta.started for delta in await world.gateway.published()] == [True, True]
+        world.engine.may_step.set()
+        await world.gateway.until_end()
+        await world.check_over()
+
+    run(body)
+
+
+def test_an_orphan_that_has_finished_gets_no_second_ending() -> None:
+    async def body(world: World) -> None:
+        await world.reserve(request("a"))
+        await world.handler.start("a", 77)
+        await world.gateway.until_end()
+        world.handler.orphaned(GATEWAY, "a")
+        assert await world.gateway.published() == []
+
+    run(body)
+
+
+def test_a_transfer_withdrawn_because_prefill_finished_it_is_no_error() -> None:
+    async def body(world: World) -> None:
+        await world.reserve(request("a"))
+        world.handler.on_transfer_withdrawn("a")
+        world.handler.release("a")
+        assert await world.gateway.published() == []
+        await world.check_over()
+
+    run(body)
+
+
+# ---- other endings ------------------------------------------------------------------------
+
+
+def test_a_gateway_that_goes_takes_all_of_its_sequences_and_no_others() -> None:
+    async def body(world: World) -> None:
+        other = Gateway(world.hub, "gateway-2")
+        await world.reserve(request("reserved"))
+        await world.started("running", max_tokens=1000)
+        world.handler.submit(other.id, request("others"), None)
+        world.gateway.leave()
+        world.handler.gateway_gone(world.gateway.id)
+        assert world.receiver.cancelled == ["reserved"]
+        world.handler.on_transfer_withdrawn("reserved")
+        world.handler.release("reserved")
+        world.engine.may_step.set()
+        ending = (await other.until_end())[-1]
+        assert (ending.sequence_id, ending.finish_reason) == ("others", FinishReason.LENGTH)
+        await world.check_over()
+
+    run(body)
+
+
+def test_nothing_is_reserved_for_a_gateway_that_is_not_there() -> None:
+    async def body(world: World) -> None:
+        world.gateway.leave()
+        with pytest.raises(Cancelled):
+            await world.reserve(request("a"))
+        await world.check_over()
+
+    run(body)
+
+
+def test_a_deadline_ends_what_runs_and_what_still_arrives() -> None:
+    async def body(world: World) -> None:
+        await world.reserve(request("arriving", deadline=5.0))
+        await world.started("running", max_tokens=1000, deadline=5.0)
+        await world.gateway.published()
+        advance_timers(10.0)
+        endings = await world.gateway.until_end() + await world.gateway.until_end()
+        assert {delta.sequence_id for delta in endings} == {"running", "arriving"}
+        assert all(d.error and d.error.code == "deadline_exceeded" for d in endings)
+        assert world.receiver.cancelled == ["arriving"]
+        world.handler.release("arriving")
+        world.engine.may_step.set()
+        await world.check_over()
+
+    run(body)
+
+
+def test_a_sequence_that_has_ended_outlives_its_deadline_in_peace() -> None:
+    async def body(world: World) -> None:
+        world.handler.submit(GATEWAY, request("a", deadline=5.0), None)
+        await world.gateway.until_end()
+        advance_timers(10.0)
+        await settle(world.loop)
+        assert await world.gateway.published() == []
+
+    run(body)
+
+
+def test_a_failed_step_ends_its_sequences_typed_and_frees_their_blocks() -> None:
+    async def body(world: World) -> None:
+        await world.started("a")
+        world.engine.is_failing = True
+        world.engine.may_step.set()
+        ending = (await world.gateway.until_end())[-1]
+        assert ending.error is not None
+        assert ending.error.code == "internal"
+        await world.check_over()
+
+    run(body)
+
+
+def test_blocks_of_a_start_that_the_scheduler_refuses_come_back() -> None:
+    async def body(world: World) -> None:
+        def add(sequence: Any) -> None:
+            raise Overloaded("no more")
+
+        await world.reserve(request("a"))
+        world.scheduler.add = add  # type: ignore[method-assign]
+        with pytest.raises(Overloaded):
+            await world.handler.start("a", 77)
+        world.handler.on_transfer_failed("a", Overloaded("no more"))
+        world.handler.release("a")
+        await world.check_over()
+
+    run(body)
+
+
+@pytest.mark.parametrize("defect", [Overloaded("no more"), RuntimeError("a defect")])
+def test_a_prompt_that_cannot_be_queued_ends_typed(defect: Exception) -> None:
+    async def body(world: World) -> None:
+        def add(sequence: Any) -> None:
+            raise defect
+
+        world.scheduler.add = add  # type: ignore[method-assign]
+        world.handler.submit(GATEWAY, request("a"), None)
+        (ending,) = await world.gateway.until_end()
+        assert ending.error is not None
+        assert ending.error.code == getattr(defect, "code", "internal")
+        await world.check_over()
+
+    run(body)
+
+
+# ---- who is taken -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("state", [NodeState.CORDONED, NodeState.DRAINING])
+def test_a_node_on_its_way_out_takes_hand_offs_under_way_but_no_new_work(state: NodeState) -> None:
+    async def body(world: World) -> None:
+        world.member.state = state
+        with pytest.raises(NodeUnavailable):
+            world.handler.submit(GATEWAY, request("new"), None)
+        await world.reserve(request("a"))
+        await world.handler.start("a", 77)
+        assert (await world.gateway.until_end())[-1].finish_reason is FinishReason.LENGTH
+        world.member.state = NodeState.DRAINED
+        with pytest.raises(NodeUnavailable):
+            await world.reserve(request("b"))
+        await world.check_over()
+
+    run(body)
+
+
+def test_what_a_decode_node_cannot_take_is_refused_before_any_work() -> None:
+    async def body(world: World) -> None:
+        decode = NodeId(NodeName("d"), Incarnation(1))
+        handoff = Handoff(
+            transfer_id=bytes(16), attempt=1, decode=decode, decode_address="", gateway_id=GATEWAY
+        )
+        with pytest.raises(InvalidRequest):
+            world.handler.submit(GATEWAY, request("a"), handoff)
+        await world.reserve(request("a"))
+        with pytest.raises(InvalidRequest):
+            world.handler.submit(GATEWAY, request("a"), None)
+        reply = await world.handler.inspect()
+        assert [(s.sequence_id, s.status) for s in reply.sequences] == [("a", "waiting_for_kv")]
+
+    run(body)
+
+
+def test_the_oldest_of_too_many_remembered_ids_is_forgotten() -> None:
+    remembered = Remembered(capacity=2)
+    for name in ("a", "b", "a", "c"):
+        remembered.add(name)
+    assert "a" in remembered
+    assert "b" not in remembered
+    assert "c" in remembered
