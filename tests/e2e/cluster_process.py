@@ -36,7 +36,8 @@ class ClusterProcess:
             stdin=subprocess.DEVNULL,
             text=True,
         )
-        threading.Thread(target=self._read, daemon=True).start()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
         match = self._found.get(timeout=START_SECONDS)
         if match is None:
             raise AssertionError("baton serve did not start:\n" + "\n".join(self.lines))
@@ -94,7 +95,11 @@ class ClusterProcess:
     def stop(self, number: signal.Signals = signal.SIGINT) -> int:
         if self._process.poll() is None:
             self._process.send_signal(number)
-        return self._process.wait(60)
+        code = self._process.wait(60)
+        self._reader.join(10)
+        if self._process.stdout is not None:
+            self._process.stdout.close()
+        return code
 
 
 def children_of(pid: int) -> list[int]:
