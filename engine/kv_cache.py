@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 
@@ -73,6 +74,10 @@ class KVCache:
             layout.block_size,
             layout.head_size,
         )
+        if device.type == "cpu":
+            # The system's zero pages: a block takes memory when it is first written.
+            pages = torch.from_numpy(np.zeros(num_blocks * layout.block_bytes, dtype=np.uint8))
+            return cls(pages.view(layout.dtype).view(shape), layout)
         return cls(torch.zeros(shape, dtype=layout.dtype, device=device), layout)
 
     @property
