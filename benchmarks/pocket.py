@@ -5,15 +5,18 @@
        prompt at a time, Baton at concurrency 1, transformers in a batch of 16, Baton at 16. Both
        get the same prompts of the same round; no prompt comes twice, so no cache helps.
     3. Short chats, one at a time, for the first-token time.
-    4. Medians over the rounds. `--write` puts them into benchmarks/RESULTS.md.
+    4. Medians over the rounds, with the range. `--write` puts them into benchmarks/RESULTS.md.
 
-Rates are output tokens over the whole time, prompts included, on both sides.
+Rates are output tokens over the whole time, prompts included, on both sides. Both sides use all
+cores, and both lose more than their share when others use them too; so the reference is also
+measured before Baton is started, and nothing is written when the machine was busy.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -41,26 +44,32 @@ INPUT_LEN, OUTPUT_LEN, BATCH = 64, 128, 16
 CHAT_INPUT_LEN, CHAT_OUTPUT_LEN, NUM_CHATS = 8, 16, 10
 # Numbers of prompts in one round, one at a time and for each of the 16 streams.
 SEQUENTIAL_PROMPTS, PROMPTS_PER_STREAM = 4, 3
+# Above it, others used the cores before the first figure was taken.
+BUSY_LOAD_PER_CORE = 0.5
+EXIT_BUSY = 1
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One line of the table: medians, and what ours is a multiple of."""
+    """One line of the table: samples of both sides; medians are compared."""
 
     name: str
-    unit: str
-    ours: float
-    reference: float | None = None
+    ours: Sequence[float]
+    reference: Sequence[float] = ()
 
-    def cells(self) -> tuple[str, str, str, str]:
-        if self.reference is None:
-            return (f"{self.name} ({self.unit})", f"{self.ours:.2f}", "", "")
-        ratio = f"{self.ours / self.reference:.2f}x"
-        return (f"{self.name} ({self.unit})", f"{self.ours:.1f}", f"{self.reference:.1f}", ratio)
+    def cells(self) -> list[str]:
+        if not self.reference:
+            return [self.name, with_range(self.ours), "", ""]
+        ratio = statistics.median(self.ours) / statistics.median(self.reference)
+        return [self.name, with_range(self.ours), with_range(self.reference), f"{ratio:.2f}x"]
+
+
+def with_range(samples: Sequence[float]) -> str:
+    return f"{statistics.median(samples):.1f} ({min(samples):.1f} to {max(samples):.1f})"
 
 
 class Reference:
-    """The process of `transformers_reference.py`; `facts` are what it says of itself."""
+    """The process of `transformers_reference.py`; `facts` is what it says of itself."""
 
     def __init__(self, dtype: str) -> None:
         self._folder = tempfile.TemporaryDirectory()
@@ -73,7 +82,7 @@ class Reference:
             stdout=subprocess.PIPE,
             text=True,
         )
-        self.facts = self._answer()
+        self.facts = ", ".join(f"{name} {value}" for name, value in self._answer().items())
 
     def __enter__(self) -> Reference:
         return self
@@ -103,20 +112,25 @@ class Reference:
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse(argv)
+    load, num_cores = os.getloadavg()[0], len(os.sched_getaffinity(0))
     ready = measure_ready(arguments.rounds)
-    with Reference(arguments.reference_dtype) as reference, ServeProcess() as cluster:
-        cluster.wait_until_ready()
-        samples = measure_rounds(reference, cluster.url, arguments.rounds, arguments.seed)
-        samples["first token"] = [
-            1e3 * value for value in measure_first_tokens(cluster.url, arguments.seed)
-        ]
-    rows = to_rows(samples, ready)
-    text = render(rows, reference.facts, arguments)
+    with Reference(arguments.reference_dtype) as reference:
+        alone = measure_alone(reference, arguments.seed)
+        with ServeProcess() as cluster:
+            cluster.wait_until_ready()
+            samples = measure_rounds(reference, cluster.url, arguments.rounds, arguments.seed)
+            first_tokens = measure_first_tokens(cluster.url, arguments.seed)
+    table = render_table(to_rows(samples, first_tokens, ready))
+    facts = [
+        f"command: `python -m benchmarks.pocket --rounds {arguments.rounds} "
+        f"--seed {arguments.seed} --reference-dtype {arguments.reference_dtype}`",
+        f"reference: {reference.facts}; before Baton was started: {alone[0]:.1f} tok/s in turn, "
+        f"{alone[1]:.1f} in a batch",
+        f"load average before: {load:.2f} on {num_cores} cores",
+    ]
+    text = "\n".join([table, "", *(f"- {fact}" for fact in facts + machine_facts())])
     print(text)
-    if arguments.write:
-        write_section(RESULTS, text)
-        print(f"\nWrote {RESULTS.relative_to(ROOT)}.")
-    return 0
+    return write_unless_busy(text, load / num_cores) if arguments.write else 0
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -135,6 +149,15 @@ def measure_ready(starts: int) -> list[float]:
         with ServeProcess() as cluster:
             seconds.append(cluster.wait_until_ready())
     return seconds
+
+
+def measure_alone(reference: Reference, seed: int) -> tuple[float, float]:
+    """Tokens per second of the reference, in turn and in a batch, with nothing else running."""
+    one = prompts_of(completion_config("http://unused", 1, SEQUENTIAL_PROMPTS, seed))
+    many = prompts_of(completion_config("http://unused", BATCH, BATCH, seed))
+    reference.tokens_per_second(one, 1)
+    reference.tokens_per_second(many, BATCH)
+    return reference.tokens_per_second(one, 1), reference.tokens_per_second(many, BATCH)
 
 
 def measure_rounds(
@@ -158,7 +181,7 @@ def measure_rounds(
 
 
 def measure_first_tokens(url: str, seed: int) -> list[float]:
-    """Seconds to the first token of short chats, one after the other."""
+    """Milliseconds to the first token of short chats, one after the other."""
     config = BenchConfig(
         backend="openai-chat",
         base_url=url,
@@ -170,7 +193,7 @@ def measure_first_tokens(url: str, seed: int) -> list[float]:
         temperature=0.0,
         seed=seed,
     )
-    return [record.time_to_first_token for record in run_whole(config).records]
+    return [1e3 * record.time_to_first_token for record in run_whole(config).records]
 
 
 def completion_config(url: str, concurrency: int, num_prompts: int, seed: int) -> BenchConfig:
@@ -202,47 +225,49 @@ def run_whole(config: BenchConfig) -> BenchResult:
     return result
 
 
-def to_rows(samples: dict[str, list[float]], ready: list[float]) -> list[Row]:
-    middle = {name: statistics.median(values) for name, values in samples.items()}
+def to_rows(
+    samples: dict[str, list[float]], first_tokens: list[float], ready: list[float]
+) -> list[Row]:
     return [
-        Row("decode, 1 stream", "tok/s", middle["ours 1"], middle["ref 1"]),
+        Row("decode, 1 stream (tok/s)", samples["ours 1"], samples["ref 1"]),
         Row(
-            "decode, 16 streams, reference in a batch", "tok/s", middle["ours 16"], middle["ref 16"]
+            "decode, 16 streams; reference: a batch (tok/s)", samples["ours 16"], samples["ref 16"]
         ),
-        Row("decode, 16 streams, reference in turn", "tok/s", middle["ours 16"], middle["ref 1"]),
-        Row("first token of a short chat", "ms", middle["first token"]),
-        Row("`baton serve` ready", "s", statistics.median(ready)),
+        Row("decode, 16 streams; reference: in turn (tok/s)", samples["ours 16"], samples["ref 1"]),
+        Row("first token of a short chat (ms)", first_tokens),
+        Row("`baton serve` ready (s)", ready),
     ]
 
 
-def render(rows: Sequence[Row], facts: dict[str, Any], arguments: argparse.Namespace) -> str:
-    metadata = collect_metadata()
-    heading = ("pocket model on the CPU", "Baton", "transformers", "ratio")
-    lines = [list(heading), ["---", "---:", "---:", "---:"], *(list(r.cells()) for r in rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(heading))]
-    table = [
+def render_table(rows: Sequence[Row]) -> str:
+    lines = [["median (range)", "Baton", "transformers", "ratio"], ["---", "---:", "---:", "---:"]]
+    lines += [row.cells() for row in rows]
+    widths = [max(len(line[column]) for line in lines) for column in range(4)]
+    return "\n".join(
         "| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) + " |"
         for line in lines
-    ]
-    versions = ", ".join(f"{name} {value}" for name, value in metadata.packages.items())
-    flags = f"--rounds {arguments.rounds} --seed {arguments.seed}"
-    return "\n".join(
-        [
-            *table,
-            "",
-            f"Medians of {arguments.rounds} rounds; "
-            f"{INPUT_LEN} tokens in, {OUTPUT_LEN} out, greedy.",
-            "",
-            f"- command: `python -m benchmarks.pocket {flags} "
-            f"--reference-dtype {arguments.reference_dtype}`",
-            f"- date: {metadata.date}, commit {metadata.git_commit or 'unknown'}",
-            f"- machine: {metadata.cpu_model}, {metadata.num_cores} cores, "
-            f"{metadata.memory_bytes / 2**30:.0f} GiB, {metadata.platform}",
-            f"- Python {metadata.python}; {versions}",
-            f"- reference: transformers {facts['transformers']}, {facts['dtype']}, "
-            f"{facts['num_threads']} threads",
-        ]
     )
+
+
+def machine_facts() -> list[str]:
+    metadata = collect_metadata()
+    versions = ", ".join(f"{name} {value}" for name, value in metadata.packages.items())
+    return [
+        f"{INPUT_LEN} tokens in, {OUTPUT_LEN} out, greedy; {NUM_CHATS} chats",
+        f"date: {metadata.date}, commit {metadata.git_commit or 'unknown'}",
+        f"machine: {metadata.cpu_model}, {metadata.num_cores} cores, "
+        f"{metadata.memory_bytes / 2**30:.0f} GiB, {metadata.platform}",
+        f"Python {metadata.python}; {versions}",
+    ]
+
+
+def write_unless_busy(text: str, load_per_core: float) -> int:
+    if load_per_core > BUSY_LOAD_PER_CORE:
+        print("\nNot written: the machine was busy with something else.", file=sys.stderr)
+        return EXIT_BUSY
+    write_section(RESULTS, text)
+    print(f"\nWrote {RESULTS.relative_to(ROOT)}.")
+    return 0
 
 
 def write_section(path: Path, text: str) -> None:
