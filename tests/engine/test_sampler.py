@@ -8,35 +8,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from cluster.errors import InternalError
-from engine.randomness import uniforms
-from engine.sampler import SampledToken, Sampler
 from engine.sampling_plan import MAX_CANDIDATES
+from tests.engine.sampler_reference import EOS, VOCAB, make_sampler, random_logits, reference
 from tests.sequences import make_sequence
 
 if TYPE_CHECKING:
+    from engine.sampler import SampledToken
     from engine.sequence import Sequence
-
-VOCAB = 50
-EOS = 3
-CPU = torch.device("cpu")
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest) -> torch.device:
     return torch.device(request.param)
-
-
-def make_sampler(vocab_size: int = VOCAB, device: torch.device = CPU) -> Sampler:
-    return Sampler(vocab_size, device, eos_token_ids=[EOS])
-
-
-def random_logits(rows: int, vocab_size: int = VOCAB, *, seed: int = 0) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(rows, vocab_size, generator=generator) * 3
 
 
 def sample_one(logits: torch.Tensor, sequence: Sequence) -> SampledToken:
@@ -45,115 +30,6 @@ def sample_one(logits: torch.Tensor, sequence: Sequence) -> SampledToken:
 
 def token_of(logits: torch.Tensor, sequence: Sequence) -> int:
     return sample_one(logits, sequence).token_id
-
-
-def reference(logits: torch.Tensor, sequence: Sequence, eos: int = EOS) -> int:
-    """One row, written down plainly: Python floats, sorted lists, exact sums."""
-    sampling = sequence.sampling
-    row = logits.float().tolist()
-    output = sequence.output_token_ids
-    for token_id in set(sequence.token_ids):
-        penalty = sampling.repetition_penalty
-        row[token_id] = row[token_id] / penalty if row[token_id] > 0 else row[token_id] * penalty
-    for token_id in set(output):
-        row[token_id] -= sampling.frequency_penalty * output.count(token_id)
-        row[token_id] -= sampling.presence_penalty
-    for token_id, bias in dict(sampling.logit_bias).items():
-        row[token_id] += bias
-    if len(output) < sampling.min_tokens:
-        for token_id in {*sampling.stop_token_ids, *(() if sampling.ignore_eos else (eos,))}:
-            row[token_id] = -math.inf
-    best = max(row)
-    if sampling.is_greedy:
-        return row.index(best)
-    weights = [math.exp((logit - best) / sampling.temperature) for logit in row]
-    weights = [weight if weight >= sampling.min_p else 0.0 for weight in weights]
-    line = sorted(range(len(row)), key=lambda token_id: (-weights[token_id], token_id))
-    if sampling.top_k == 0 and sampling.top_p == 1.0:
-        line = list(range(len(row)))
-    line = line[: sampling.top_k or len(line)]
-    total, kept, mass = math.fsum(weights[token_id] for token_id in line), [], 0.0
-    for token_id in line:
-        kept.append(token_id)
-        mass += weights[token_id]
-        if mass >= sampling.top_p * total * (1 - 1e-9):
-            break
-    point = draw_point(sequence) * mass
-    for token_id in kept:
-        point -= weights[token_id]
-        if point < 0:
-            return token_id
-    return kept[-1]
-
-
-def draw_point(sequence: Sequence) -> float:
-    seeds = np.array([sequence.sampling.seed], np.uint64)
-    return float(uniforms(seeds, np.array([sequence.num_tokens], np.uint64))[0])
-
-
-# ---- against the reference --------------------------------------------------------------
-
-samplings = st.fixed_dictionaries(
-    {"seed": st.integers(0, 2**63 - 1), "max_tokens": st.just(100)},
-    optional={
-        "temperature": st.sampled_from([0.0, 0.3, 1.0, 1.7]),
-        "top_p": st.sampled_from([0.1, 0.5, 0.9, 0.99]),
-        "top_k": st.sampled_from([1, 3, 20, VOCAB, 500]),
-        "min_p": st.sampled_from([0.05, 0.3, 1.0]),
-        "repetition_penalty": st.sampled_from([0.7, 1.3]),
-        "presence_penalty": st.sampled_from([-1.0, 1.5]),
-        "frequency_penalty": st.sampled_from([-0.5, 0.7]),
-        "logit_bias": st.just(((7, 4.0), (8, -100.0), (9, 1.0))),
-        "min_tokens": st.sampled_from([1, 50]),
-        "stop_token_ids": st.just((5, 6)),
-        "ignore_eos": st.booleans(),
-        "num_logprobs": st.sampled_from([0, 3, 20]),
-    },
-)
-token_lists = st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=12)
-batches = st.lists(st.tuples(samplings, token_lists, token_lists), min_size=1, max_size=6)
-
-
-@settings(max_examples=300, deadline=None)
-@given(batches, st.integers(0, 10_000))
-def test_every_row_of_a_mixed_batch_is_what_the_plain_reference_draws(
-    batch: list[tuple[dict[str, Any], list[int], list[int]]], seed: int
-) -> None:
-    sequences = [make_sequence(prompt, output=out, **s) for s, prompt, out in batch]
-    logits = random_logits(len(batch), seed=seed)
-    tokens = make_sampler().sample(logits, sequences)
-    assert [token.token_id for token in tokens] == [
-        reference(row, sequence) for row, sequence in zip(logits, sequences, strict=True)
-    ]
-
-
-@settings(max_examples=100, deadline=None)
-@given(batches, st.integers(0, 10_000))
-def test_a_row_does_not_depend_on_its_neighbours(
-    batch: list[tuple[dict[str, Any], list[int], list[int]]], seed: int
-) -> None:
-    """Bitwise: log-probabilities too."""
-    logits = random_logits(len(batch), seed=seed)
-    sampler = make_sampler()
-    together = sampler.sample(logits, [make_sequence(p, output=o, **s) for s, p, o in batch])
-    for index, (sampling, prompt, output) in enumerate(batch):
-        alone = make_sequence(prompt, output=output, **sampling)
-        assert sampler.sample(logits[index : index + 1], [alone]) == [together[index]]
-
-
-def test_rows_are_independent_on_this_device_with_a_real_vocabulary(device: torch.device) -> None:
-    """An odd vocabulary: rows differ in alignment, so a kernel may split them differently."""
-    vocab_size, rows = 32_001, 9
-    logits = (random_logits(rows, vocab_size) * 2).to(device)
-    options: list[dict[str, Any]] = [{}, {"top_p": 0.9}, {"top_k": 40, "min_p": 0.01}]
-    sequences = [
-        make_sequence([1], seed=index, temperature=1.3, num_logprobs=5, **options[index % 3])
-        for index in range(rows)
-    ]
-    sampler = make_sampler(vocab_size, device)
-    together = sampler.sample(logits, sequences)
-    for index, sequence in enumerate(sequences):
-        assert sampler.sample(logits[index : index + 1], [sequence]) == [together[index]]
 
 
 # ---- greedy -----------------------------------------------------------------------------
@@ -408,25 +284,3 @@ def test_masked_tokens_are_never_drawn_and_no_error() -> None:
     tokens = make_sampler().sample(logits, sequences)
     assert {token.token_id for token in tokens} == {0, 1}
     assert all(token.error is None for token in tokens)
-
-
-# ---- batches that change ----------------------------------------------------------------
-
-
-def test_a_batch_that_changes_from_step_to_step_gives_each_its_own() -> None:
-    sampler = make_sampler()
-    params: list[dict[str, Any]] = [
-        {"temperature": 0.0},
-        {"top_p": 0.8},
-        {"presence_penalty": 2.0, "temperature": 0.0},
-        {"top_k": 4, "logit_bias": ((4, 3.0),)},
-        {"min_tokens": 4},
-    ]
-    sequences = [make_sequence([1, 2], seed=i, max_tokens=50, **p) for i, p in enumerate(params)]
-    for step, places in enumerate([[0, 1, 2, 3, 4], [4, 3, 1], [1, 2], [1, 2], [0, 4, 2, 1, 3]]):
-        logits = random_logits(len(places), seed=step)
-        batch = [sequences[place] for place in places]
-        tokens = sampler.sample(logits, batch)
-        for row, sequence, token in zip(logits, batch, tokens, strict=True):
-            assert token.token_id == reference(row, sequence)
-            sequence.append_token(token.token_id)
