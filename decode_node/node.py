@@ -36,9 +36,97 @@ from kv_transfer.handshake import Compatibility
 from kv_transfer.metrics import TransferCollector
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import grpc
+    from prometheus_client import CollectorRegistry
+
     from cluster.config import LoadedConfig
-    from cluster.node import NodeLoad
+    from cluster.node import NodeId, NodeLoad
     from cluster.startup import StartupReport
+
+
+class DecodeNode:
+    """The parts of one node and how they hear of each other. Build it on the event loop."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        agent: TransferAgent,
+        hub: SessionHub,
+        node_id: NodeId,
+        *,
+        on_fatal: Callable[[BaseException], None],
+    ) -> None:
+        self.engine = engine
+        self.hub = hub
+        self.info = node_info(node_id, NodeRole.DECODE, engine)
+        self._agent = agent
+        scheduler = DecodeScheduler(
+            engine.block_manager, engine.max_num_batched_tokens, engine.max_num_seqs
+        )
+        reservations = Reservations(engine.block_manager, num_running=lambda: scheduler.num_running)
+        self._snapshot = LoadSnapshot(
+            scheduler,
+            engine.block_manager,
+            more_waiting=lambda: (reservations.num_waiting, reservations.queued_tokens),
+        )
+        self.handler = DecodeHandler(engine, scheduler, reservations, self.hub)
+        observer = DecodeObserver(
+            reservations,
+            asyncio.get_running_loop(),
+            self._snapshot,
+            on_step=self.handler.on_step,
+        )
+        self.loop = EngineLoop(
+            engine, scheduler, observer, on_fatal=on_fatal, on_idle=self._snapshot.take
+        )
+        self._receiver = KVReceiver(
+            node_id=node_id,
+            compatibility=Compatibility(PROTOCOL_VERSION, self.info.compatibility_hash),
+            agent=agent,
+            source=self.handler,
+        )
+
+    def sources(self, on_replaced: Callable[[], None]) -> MemberSources:
+        """What its membership tells the cluster."""
+        return MemberSources(
+            load=self._load,
+            transports=lambda: self._agent.transports_in_use,
+            cache_changes=cache_changes(self.loop, self.engine.block_manager),
+            is_idle=self._is_idle,
+            on_replaced=on_replaced,
+        )
+
+    def add_services(self, server: grpc.aio.Server) -> None:
+        node_pb2_grpc.add_NodeServicer_to_server(NodeService(self.handler, self.hub), server)
+        node_pb2_grpc.add_KvReceiverServicer_to_server(KvReceiverService(self._receiver), server)
+
+    def add_metrics(self, registry: CollectorRegistry, sources: MemberSources) -> None:
+        registry.register(EngineCollector(sources.load, self.loop.stats))
+        registry.register(
+            TransferCollector(self._agent.stats, policy="fail", transports=sources.transports)
+        )
+
+    async def start(self, member: Member) -> None:
+        self.handler.bind(self.loop, self._receiver, member)
+        self.loop.start()
+        await self._receiver.start()
+
+    async def close(self) -> None:
+        await self._receiver.close()
+        self.loop.stop()
+        await self._agent.close()
+
+    def _is_idle(self) -> bool:
+        return self.handler.num_streams == 0 and self._receiver.num_transfers == 0
+
+    def _load(self) -> NodeLoad:
+        return replace(
+            self._snapshot.value,
+            num_transfers=self._receiver.num_transfers,
+            num_quarantined_blocks=self._receiver.num_quarantined_blocks,
+        )
 
 
 async def run_decode_node(loaded: LoadedConfig, report: StartupReport) -> None:
@@ -51,61 +139,23 @@ async def run_decode_node(loaded: LoadedConfig, report: StartupReport) -> None:
     stores = NodeStores(config.redis_url, registry)
     hub = SessionHub()
     process = NodeProcess(config, hub, registry)
-    scheduler = DecodeScheduler(
-        engine.block_manager, engine.max_num_batched_tokens, engine.max_num_seqs
-    )
-    reservations = Reservations(engine.block_manager, num_running=lambda: scheduler.num_running)
-    snapshot = LoadSnapshot(
-        scheduler,
-        engine.block_manager,
-        more_waiting=lambda: (reservations.num_waiting, reservations.queued_tokens),
-    )
-    info = node_info(config.node_id(NodeRole.DECODE, new_incarnation()), NodeRole.DECODE, engine)
-    handler = DecodeHandler(engine, scheduler, reservations, hub)
-    observer = DecodeObserver(
-        reservations, asyncio.get_running_loop(), snapshot, on_step=handler.on_step
-    )
-    loop = EngineLoop(
+    node = DecodeNode(
         engine,
-        scheduler,
-        observer,
+        agent,
+        hub,
+        config.node_id(NodeRole.DECODE, new_incarnation()),
         on_fatal=lambda _: process.fail("The engine failed; the node ends."),
-        on_idle=snapshot.take,
     )
-    receiver = KVReceiver(
-        node_id=info.id,
-        compatibility=Compatibility(PROTOCOL_VERSION, info.compatibility_hash),
-        agent=agent,
-        source=handler,
+    sources = node.sources(
+        on_replaced=lambda: process.fail("Another node has taken this node's name.")
     )
-
-    def load() -> NodeLoad:
-        return replace(
-            snapshot.value,
-            num_transfers=receiver.num_transfers,
-            num_quarantined_blocks=receiver.num_quarantined_blocks,
-        )
-
-    sources = MemberSources(
-        load=load,
-        transports=lambda: agent.transports_in_use,
-        cache_changes=cache_changes(loop, engine.block_manager),
-        is_idle=lambda: handler.num_streams == 0 and receiver.num_transfers == 0,
-        on_replaced=lambda: process.fail("Another node has taken this node's name."),
-    )
-    member = Member(info, stores.registry, stores.index, sources)
-    handler.bind(loop, receiver, member)
-    registry.register(EngineCollector(load, loop.stats))
-    registry.register(TransferCollector(agent.stats, policy="fail", transports=sources.transports))
-    node_pb2_grpc.add_NodeServicer_to_server(NodeService(handler, hub), process.server)
-    node_pb2_grpc.add_KvReceiverServicer_to_server(KvReceiverService(receiver), process.server)
-    loop.start()
-    await receiver.start()
+    member = Member(node.info, stores.registry, stores.index, sources)
+    node.add_services(process.server)
+    node.add_metrics(registry, sources)
+    await node.start(member)
 
     async def close() -> None:
-        await receiver.close()
-        loop.stop()
-        await agent.close()
+        await node.close()
         await stores.close()
 
     await process.run(member, report, close=close)

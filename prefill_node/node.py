@@ -34,9 +34,87 @@ from prefill_node.sender import KVSender
 from prefill_node.service import PrefillHandler
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import grpc
+    from prometheus_client import CollectorRegistry
+
     from cluster.config import LoadedConfig
-    from cluster.node import NodeLoad
+    from cluster.node import NodeId, NodeLoad
     from cluster.startup import StartupReport
+
+
+class PrefillNode:
+    """The parts of one node and how they hear of each other. Build it on the event loop."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        agent: TransferAgent,
+        hub: SessionHub,
+        node_id: NodeId,
+        *,
+        on_fatal: Callable[[BaseException], None],
+    ) -> None:
+        self.engine = engine
+        self.hub = hub
+        self.info = node_info(node_id, NodeRole.PREFILL, engine)
+        self._agent = agent
+        scheduler = PrefillScheduler(
+            engine.block_manager, engine.max_num_batched_tokens, engine.max_num_seqs
+        )
+        self._snapshot = LoadSnapshot(scheduler, engine.block_manager)
+        self.handler = PrefillHandler(engine, scheduler, self.hub)
+        self._observer = PrefillObserver(
+            engine.block_manager,
+            asyncio.get_running_loop(),
+            self._snapshot,
+            on_scheduled=self.handler.on_scheduled,
+            on_step=self.handler.on_step,
+        )
+        self.loop = EngineLoop(
+            engine, scheduler, self._observer, on_fatal=on_fatal, on_idle=self._snapshot.take
+        )
+        self._sender = KVSender(
+            node_id=node_id,
+            compatibility=Compatibility(PROTOCOL_VERSION, self.info.compatibility_hash),
+            agent=agent,
+            block_size=self.info.block_size,
+            events=self.handler,
+            open_channel=open_channel,
+        )
+
+    def sources(self, on_replaced: Callable[[], None]) -> MemberSources:
+        """What its membership tells the cluster."""
+        return MemberSources(
+            load=self._load,
+            transports=lambda: self._agent.transports_in_use,
+            cache_changes=cache_changes(self.loop, self.engine.block_manager),
+            is_idle=lambda: self.handler.num_prompts == 0,
+            on_replaced=on_replaced,
+        )
+
+    def add_services(self, server: grpc.aio.Server) -> None:
+        node_pb2_grpc.add_NodeServicer_to_server(NodeService(self.handler, self.hub), server)
+
+    def add_metrics(self, registry: CollectorRegistry, sources: MemberSources) -> None:
+        registry.register(EngineCollector(sources.load, self.loop.stats))
+        registry.register(
+            TransferCollector(self._agent.stats, policy="fail", transports=sources.transports)
+        )
+
+    async def start(self, member: Member) -> None:
+        self.handler.bind(self.loop, self._observer, self._sender, member)
+        self.loop.start()
+        await self._sender.start()
+
+    async def close(self) -> None:
+        await self._sender.close()
+        self.loop.stop()
+        await self._agent.close()
+
+    def _load(self) -> NodeLoad:
+        return replace(self._snapshot.value, num_transfers=self._sender.num_transfers)
 
 
 async def run_prefill_node(loaded: LoadedConfig, report: StartupReport) -> None:
@@ -49,57 +127,23 @@ async def run_prefill_node(loaded: LoadedConfig, report: StartupReport) -> None:
     stores = NodeStores(config.redis_url, registry)
     hub = SessionHub()
     process = NodeProcess(config, hub, registry)
-    scheduler = PrefillScheduler(
-        engine.block_manager, engine.max_num_batched_tokens, engine.max_num_seqs
-    )
-    snapshot = LoadSnapshot(scheduler, engine.block_manager)
-    info = node_info(config.node_id(NodeRole.PREFILL, new_incarnation()), NodeRole.PREFILL, engine)
-    handler = PrefillHandler(engine, scheduler, hub)
-    observer = PrefillObserver(
-        engine.block_manager,
-        asyncio.get_running_loop(),
-        snapshot,
-        on_scheduled=handler.on_scheduled,
-        on_step=handler.on_step,
-    )
-    loop = EngineLoop(
+    node = PrefillNode(
         engine,
-        scheduler,
-        observer,
+        agent,
+        hub,
+        config.node_id(NodeRole.PREFILL, new_incarnation()),
         on_fatal=lambda _: process.fail("The engine failed; the node ends."),
-        on_idle=snapshot.take,
     )
-    sender = KVSender(
-        node_id=info.id,
-        compatibility=Compatibility(PROTOCOL_VERSION, info.compatibility_hash),
-        agent=agent,
-        block_size=info.block_size,
-        events=handler,
-        open_channel=open_channel,
+    sources = node.sources(
+        on_replaced=lambda: process.fail("Another node has taken this node's name.")
     )
-
-    def load() -> NodeLoad:
-        return replace(snapshot.value, num_transfers=sender.num_transfers)
-
-    sources = MemberSources(
-        load=load,
-        transports=lambda: agent.transports_in_use,
-        cache_changes=cache_changes(loop, engine.block_manager),
-        is_idle=lambda: handler.num_prompts == 0,
-        on_replaced=lambda: process.fail("Another node has taken this node's name."),
-    )
-    member = Member(info, stores.registry, stores.index, sources)
-    handler.bind(loop, observer, sender, member)
-    registry.register(EngineCollector(load, loop.stats))
-    registry.register(TransferCollector(agent.stats, policy="fail", transports=sources.transports))
-    node_pb2_grpc.add_NodeServicer_to_server(NodeService(handler, hub), process.server)
-    loop.start()
-    await sender.start()
+    member = Member(node.info, stores.registry, stores.index, sources)
+    node.add_services(process.server)
+    node.add_metrics(registry, sources)
+    await node.start(member)
 
     async def close() -> None:
-        await sender.close()
-        loop.stop()
-        await agent.close()
+        await node.close()
         await stores.close()
 
     await process.run(member, report, close=close)
