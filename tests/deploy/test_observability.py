@@ -5,13 +5,22 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import yaml
 
 from cluster.metrics import StoreMetrics, new_registry
-from cluster.node import NodeLoad
+from cluster.node import (
+    Incarnation,
+    NodeId,
+    NodeInfo,
+    NodeLoad,
+    NodeName,
+    NodeRole,
+    NodeState,
+)
 from engine.loop import LoopStats
 from engine.metrics import EngineCollector
 from gateway.measures import Measures
@@ -30,11 +39,23 @@ SUFFIXES = {"counter": ("_total",), "histogram": ("_bucket", "_sum", "_count"), 
 JOBS = {"baton-gateway", "baton-prefill", "baton-decode"}
 
 
-class NoNodes:
-    """A gateway's view of a cluster that has none."""
+class OneNode:
+    """A gateway's view of a cluster: a node that exchanges KV, so that every family shows."""
 
     def __iter__(self) -> Iterator[Any]:
-        return iter(())
+        info = NodeInfo(
+            id=NodeId(NodeName("decode-0"), Incarnation(1)),
+            role=NodeRole.DECODE,
+            state=NodeState.READY,
+            grpc_address="",
+            metrics_address="",
+            model_name="m",
+            compatibility_hash="",
+            block_size=16,
+            max_model_len=1,
+            transports=("tcp",),
+        )
+        yield SimpleNamespace(info=info, client=SimpleNamespace(is_connected=True))
 
     def decode_load(self) -> NodeLoad:
         return NodeLoad()
@@ -54,7 +75,7 @@ class Exported:
         store.poisoned.labels("registry").inc()
         store.is_up.labels("registry").set(1)
         families: list[Metric] = list(registry.collect())
-        nodes: Any = NoNodes()
+        nodes: Any = OneNode()
         families += GatewayCollector(Measures(), nodes, "m", lambda: 0).collect()
         families += EngineCollector(NodeLoad, LoopStats()).collect()
         stats = TransferStats()
