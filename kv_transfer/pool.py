@@ -1,18 +1,19 @@
-"""The paged pool as bytes, and the one thread that moves them to and from staging slots.
+"""The paged pool as bytes, and the threads that move them to and from staging slots.
 
     pool  uint8 [num_layers, num_blocks, unit_bytes], a view of the KV tensor
     slot  uint8 [num_layers of the frame, blocks of the frame, unit_bytes], contiguous
 
-Each move runs on a thread of its own, so that neither the copy nor the wait for the device
-stops the event loop. On CUDA it is queued on a side stream; the thread then waits for an event,
-so a move has ended, and is visible to everyone, when its coroutine returns. Moves run one at a
-time, in the order they were asked for.
+Moves run on a thread of their own, so that neither the copy nor the wait for the device stops
+the event loop; a small one in host memory is done at once. On CUDA a move is queued on a side
+stream; the thread then waits for an event, so a move has ended, and is visible to everyone,
+when its coroutine returns.
 """
 
 from __future__ import annotations
 
 import asyncio
 import functools
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, TypeVar
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 T = TypeVar("T")
+_INLINE_BYTES = 256 * 1024
 Verdict = Callable[["NDArray[np.uint64]"], bool]
 
 
@@ -37,8 +39,11 @@ class TransferPool:
         if pool.dtype != torch.uint8 or pool.dim() != 3:
             raise TypeError("The pool must be uint8 [num_layers, num_blocks, unit_bytes].")
         self._pool = pool
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="kv-pool")
         self._stream = _side_stream(pool.device)
+        # On a device two threads: one queues the next move while the other waits for the last.
+        num_threads = 1 if self._stream is None else 2
+        self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="kv-pool")
+        self._queueing = threading.Lock()
 
     @property
     def device(self) -> torch.device:
@@ -66,7 +71,7 @@ class TransferPool:
         Returns their digests, `[num_layers, len(block_ids)]`.
         """
         work = functools.partial(self._gather, slot, layer_start, num_layers, block_ids, after)
-        return await self._on_thread(work)
+        return await self._run(work, num_layers * len(block_ids))
 
     async def scatter(
         self,
@@ -84,7 +89,7 @@ class TransferPool:
         the blocks are the transfer's alone until the verdict is known.
         """
         work = functools.partial(self._scatter, slot, layer_start, num_layers, block_ids, accepts)
-        return await self._on_thread(work)
+        return await self._run(work, num_layers * len(block_ids))
 
     async def settle(self) -> None:
         """Wait until every device operation of this process on slots and blocks has ended."""
@@ -92,11 +97,17 @@ class TransferPool:
             await self._on_thread(functools.partial(torch.cuda.synchronize, self.device))
 
     def close(self) -> None:
-        self._thread.shutdown(wait=True)
+        self._threads.shutdown(wait=True)
+
+    async def _run(self, work: Callable[[], T], num_units: int) -> T:
+        """A move in host memory that takes less time than handing it to a thread is done here."""
+        if self._stream is None and num_units * self.unit_bytes <= _INLINE_BYTES:
+            return work()
+        return await self._on_thread(work)
 
     async def _on_thread(self, work: Callable[[], T]) -> T:
         """A move cannot be stopped half-way: a cancelled caller still waits for its end."""
-        moving = asyncio.get_running_loop().run_in_executor(self._thread, work)
+        moving = asyncio.get_running_loop().run_in_executor(self._threads, work)
         try:
             return await asyncio.shield(moving)
         except asyncio.CancelledError:
@@ -117,12 +128,13 @@ class TransferPool:
         if self._stream is None:
             pack_blocks(self._pool, layer_start, num_layers, self._ids(block_ids), out)
             return _as_array(block_digests(front, num_units), num_layers)
-        with torch.cuda.stream(self._stream):
+        with self._queueing, torch.cuda.stream(self._stream):
             if after is not None:
                 self._stream.wait_event(after)
             pack_blocks(self._pool, layer_start, num_layers, self._ids(block_ids), out)
-            digests = block_digests(front, num_units).to("cpu", non_blocking=True)
-            self._wait_for_device()
+            digests = _to_host(block_digests(front, num_units))
+            done = _record(self._stream)
+        done.synchronize()
         return _as_array(digests, num_layers)
 
     def _scatter(
@@ -141,10 +153,11 @@ class TransferPool:
                 return False
             unpack_blocks(src, self._pool, layer_start, num_layers, self._ids(block_ids))
             return True
-        with torch.cuda.stream(self._stream):
-            digests = block_digests(front, num_units).to("cpu", non_blocking=True)
+        with self._queueing, torch.cuda.stream(self._stream):
+            digests = _to_host(block_digests(front, num_units))
             unpack_blocks(src, self._pool, layer_start, num_layers, self._ids(block_ids))
-            self._wait_for_device()
+            done = _record(self._stream)
+        done.synchronize()
         return accepts(_as_array(digests, num_layers))
 
     def _ids(self, block_ids: Sequence[int]) -> torch.Tensor:
@@ -153,11 +166,18 @@ class TransferPool:
             return ids
         return ids.pin_memory().to(self.device, non_blocking=True)
 
-    def _wait_for_device(self) -> None:
-        """Sleep, not spin, until what was queued on the side stream is done."""
-        done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
-        done.record(self._stream)
-        done.synchronize()
+
+def _to_host(digests: torch.Tensor) -> torch.Tensor:
+    """Into pinned memory, so that the copy is only queued."""
+    host = torch.empty(digests.shape, dtype=digests.dtype, pin_memory=True)
+    return host.copy_(digests, non_blocking=True)
+
+
+def _record(stream: torch.cuda.Stream) -> torch.cuda.Event:
+    """An event behind what was queued; waiting for it sleeps instead of spinning."""
+    done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+    done.record(stream)
+    return done
 
 
 def _side_stream(device: torch.device) -> torch.cuda.Stream | None:

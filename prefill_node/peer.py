@@ -83,6 +83,7 @@ class Peer:
         self._limits = agent.limits
         self._has_work = asyncio.Event()
         self._is_lost = False
+        self._shipping: set[asyncio.Task[None]] = set()
         self._running = asyncio.create_task(self._run())
 
     def send(self, frame: pb.SenderFrame) -> None:
@@ -149,7 +150,7 @@ class Peer:
         self._events.lost(self, error)
         if pumping is not None:
             pumping.cancel()
-            await asyncio.wait([pumping])
+            await asyncio.wait([pumping, *self._shipping])
         if self._stream is not None:
             await self._stream.close()
         if self._endpoint is not None and not await self._endpoint.close():
@@ -174,14 +175,18 @@ class Peer:
                 self._has_work.clear()
                 staging.release(slot)
                 continue
-            await self._ship(shipment, plan, slot, stream, endpoint)
+            shipping = asyncio.create_task(
+                self._ship(shipment, plan, slot, stream.hello.session_id, endpoint)
+            )
+            self._shipping.add(shipping)
+            shipping.add_done_callback(self._shipping.discard)
 
     async def _ship(
         self,
         shipment: Any,
         plan: FramePlan,
         slot: StagingSlot,
-        stream: KvSessionStream,
+        session_id: int,
         endpoint: Endpoint,
     ) -> None:
         """Pack one frame and post it. The slot is given back when its send has ended."""
@@ -194,10 +199,6 @@ class Peer:
                 block_ids=plan.block_ids,
                 after=plan.after,
             )
-        except asyncio.CancelledError:
-            self._agent.staging.release(slot)
-            self._events.did(shipment, machine.dropped())
-            raise
         except Exception:
             logger.exception("blocks could not be packed")
             self._agent.staging.release(slot)
@@ -208,7 +209,7 @@ class Peer:
             self._agent.staging.release(slot)
             self._events.did(shipment, machine.dropped())
             return
-        self._post(shipment, plan, slot, digests, stream.hello.session_id, endpoint)
+        self._post(shipment, plan, slot, digests, session_id, endpoint)
 
     def _post(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 
 _MAX_LANES = 32
 _FIELD_TRANSPORTS = 1 << 3  # UCP_EP_ATTR_FIELD_TRANSPORTS
@@ -40,9 +41,8 @@ class _EndpointAttributes(ctypes.Structure):
 
 def lanes_of(endpoint_handle: int) -> tuple[str, ...]:
     """UCX's names of the transports under an endpoint; empty when UCX does not say."""
-    try:
-        ucp = ctypes.CDLL("libucp.so.0")  # loaded by ucxx already
-    except OSError:
+    ucp = _ucp()
+    if ucp is None:
         return ()
     entries = (_Entry * _MAX_LANES)()
     attributes = _EndpointAttributes(field_mask=_FIELD_TRANSPORTS)
@@ -52,6 +52,15 @@ def lanes_of(endpoint_handle: int) -> tuple[str, ...]:
         return ()
     found = entries[: attributes.transports.num_entries]
     return tuple(dict.fromkeys((entry.transport_name or b"").decode() for entry in found))
+
+
+@functools.cache
+def _ucp() -> ctypes.CDLL | None:
+    """UCP as ucxx has loaded it."""
+    try:
+        return ctypes.CDLL("libucp.so.0")
+    except OSError:
+        return None
 
 
 def carrier(lanes: tuple[str, ...], *, on_device: bool) -> str:
