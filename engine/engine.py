@@ -24,7 +24,7 @@ from engine.block_manager import BlockManager
 from engine.kv_cache import KVCache, KVLayout
 from engine.limits import EngineLimits, Machine, resolve
 from engine.model_runner import ModelRunner
-from engine.models.config import CONFIG_FILE, ModelConfig
+from engine.models.config import ModelConfig
 from engine.models.decoder import Decoder
 from engine.sampler import Sampler
 from engine.stopping import check_finished
@@ -207,11 +207,10 @@ def _load(
     with progress.phase("load weights", total=total) as phase:
         if checkpoint is None:
             weights.fill_dummy(views, config.seed, phase)
-            config_text = (config.model / CONFIG_FILE).read_bytes()
-            fingerprint = weights.dummy_fingerprint(config_text, config.seed)
+            fingerprint = weights.dummy_fingerprint(model_config, config.seed)
         else:
             weights.load_weights(checkpoint, views, phase)
-            fingerprint = weights.fingerprint(checkpoint)
+            fingerprint = weights.fingerprint(model_config, checkpoint)
         views.clear()
         decoder.pack()
     return decoder, fingerprint

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from cluster.startup import Phase
+    from engine.models.config import ModelConfig
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -100,13 +101,13 @@ def num_bytes(tensor: torch.Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def fingerprint(checkpoint: Checkpoint) -> str:
-    """Hex digest that differs between checkpoints with other tensors or other values.
+def fingerprint(config: ModelConfig, checkpoint: Checkpoint) -> str:
+    """Hex digest that differs between models with other facts, other tensors or other values.
 
     Reads every name, type and shape, and 64 samples of each file rather than all of it: enough
     to tell apart fine-tunes of one model, at no cost in start-up time.
     """
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(repr(config).encode())
     for name in sorted(checkpoint.headers):
         header = checkpoint.headers[name]
         digest.update(f"{name} {header.dtype} {header.shape}\n".encode())
@@ -120,9 +121,9 @@ def fingerprint(checkpoint: Checkpoint) -> str:
     return digest.hexdigest()[:32]
 
 
-def dummy_fingerprint(config_text: bytes, seed: int) -> str:
+def dummy_fingerprint(config: ModelConfig, seed: int) -> str:
     """The same for weights that `fill_dummy` draws: equal where they are equal."""
-    return hashlib.sha256(b"dummy %d " % seed + config_text).hexdigest()[:32]
+    return hashlib.sha256(f"dummy {seed} {config!r}".encode()).hexdigest()[:32]
 
 
 def _checkpoint_files(folder: Path) -> tuple[Path, ...]:

@@ -134,15 +134,27 @@ def test_a_tensor_of_integers_is_refused(folder):
         load(folder)
 
 
+def fingerprint(folder):
+    return weights.fingerprint(ModelConfig.from_folder(folder), weights.open_checkpoint(folder))
+
+
 def test_fingerprints_differ_when_one_tensor_does(folder):
-    before = weights.fingerprint(weights.open_checkpoint(folder))
-    assert before == weights.fingerprint(weights.open_checkpoint(folder))
+    before = fingerprint(folder)
+    assert before == fingerprint(folder)
 
     def change(tensors):
         tensors["model.layers.0.self_attn.q_proj.weight"] += 1.0
 
     rewrite(folder, change)
-    assert before != weights.fingerprint(weights.open_checkpoint(folder))
+    assert before != fingerprint(folder)
+
+
+def test_fingerprints_differ_when_the_same_weights_compute_other_kv(folder):
+    before = fingerprint(folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["rope_parameters"]["rope_theta"] = 12345.0
+    (folder / "config.json").write_text(json.dumps(config))
+    assert before != fingerprint(folder)
 
 
 def test_dummy_weights_are_seeded_and_of_a_realistic_scale(folder):
