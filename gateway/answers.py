@@ -68,7 +68,7 @@ def _chat_choice(choice: Choice, piece: Piece, request: Request, token_bytes: To
         "message": {"role": "assistant", "content": piece.text, "refusal": None},
         "logprobs": logprobs,
         **ending(choice),
-        **token_id_fields(choice, piece, request),
+        **token_id_fields(choice, piece, request, is_first=True),
     }
 
 
@@ -79,7 +79,7 @@ def _text_choice(choice: Choice, piece: Piece, request: Request, token_bytes: To
         "text": echoed(choice, request) + piece.text,
         "logprobs": logprobs,
         **ending(choice),
-        **token_id_fields(choice, piece, request),
+        **token_id_fields(choice, piece, request, is_first=True),
     }
 
 
@@ -94,11 +94,14 @@ def ending(choice: Choice) -> Json:
     return {"finish_reason": reason, "stop_reason": choice.stop_reason}
 
 
-def token_id_fields(choice: Choice, piece: Piece, request: Request) -> Json:
+def token_id_fields(choice: Choice, piece: Piece, request: Request, *, is_first: bool) -> Json:
+    """Only where asked for; the prompt's ids once, with the first of a choice's own."""
     if not request.return_token_ids:
         return {}
+    if not is_first:
+        return {"token_ids": piece.token_ids}
     prompt = request.prompts[choice.index // request.n]
-    return {"prompt_token_ids": list(prompt.token_ids), "token_ids": piece.token_ids}
+    return {"prompt_token_ids": prompt.token_ids, "token_ids": piece.token_ids}
 
 
 def chat_logprobs(piece: Piece, token_bytes: TokenBytes) -> Json:

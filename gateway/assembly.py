@@ -54,6 +54,37 @@ def assemble(
             stream_interval=config.stream_interval,
         )
     )
+    dispatcher = _dispatcher(config, policy, measures, observe, clock)
+    nodes = dispatcher.nodes
+    admission = Admission(_limits(config), chance=random.random)
+    registry.register(
+        GatewayCollector(
+            measures, nodes, config.model_names[0], lambda: admission.num_queued_tokens
+        )
+    )
+    return Gateway(
+        config,
+        tokenizer=tokenizer,
+        validator=Validator(tokenizer, template),
+        nodes=nodes,
+        dispatcher=dispatcher,
+        admission=admission,
+        lookup=PrefixLookup(index, nodes, policy, tokenizer.executor),
+        policy=policy,
+        measures=measures,
+        clock=clock,
+        started_at=int(time.time()),
+    )
+
+
+def _dispatcher(
+    config: GatewayConfig,
+    policy: PolicyHolder,
+    measures: Measures,
+    observe: Callable[[Event], None],
+    clock: Clock,
+) -> Dispatcher:
+    """With its nodes, whose clients report to it."""
     gateway_id = f"gateway-{secrets.token_hex(8)}"
     dispatcher = Dispatcher(
         gateway_id,
@@ -76,31 +107,14 @@ def assemble(
             probe_timeout=config.probe_timeout,
         )
 
-    nodes = Nodes(new_client)
-    dispatcher.nodes = nodes
-    admission = Admission(
-        Limits(
-            max_num_reqs=config.max_num_reqs,
-            max_num_queued_reqs=config.max_num_queued_reqs,
-            max_num_queued_tokens=config.max_num_queued_tokens,
-        ),
-        chance=random.random,
-    )
-    registry.register(
-        GatewayCollector(
-            measures, nodes, config.model_names[0], lambda: admission.num_queued_tokens
-        )
-    )
-    return Gateway(
-        config,
-        tokenizer=tokenizer,
-        validator=Validator(tokenizer, template),
-        nodes=nodes,
-        dispatcher=dispatcher,
-        admission=admission,
-        lookup=PrefixLookup(index, nodes, policy, tokenizer.executor),
-        policy=policy,
-        measures=measures,
-        clock=clock,
-        started_at=int(time.time()),
+    names = {config.model.resolve().name, *config.model_names}
+    dispatcher.nodes = Nodes(new_client, model_names=frozenset(names))
+    return dispatcher
+
+
+def _limits(config: GatewayConfig) -> Limits:
+    return Limits(
+        max_num_reqs=config.max_num_reqs,
+        max_num_queued_reqs=config.max_num_queued_reqs,
+        max_num_queued_tokens=config.max_num_queued_tokens,
     )

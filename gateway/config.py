@@ -158,6 +158,8 @@ class GatewayConfig:
             raise _refused("api_key", "must be printable ASCII and not empty")
         if self.admin_token is not None and not self.admin_token.isascii():
             raise _refused("admin_token", "must be printable ASCII")
+        if not self.redis_url.startswith(("redis://", "rediss://", "unix://")):
+            raise _refused("redis_url", "must start with redis://, rediss:// or unix://")
         if any(not name for name in self.served_model_name):
             raise _refused("served_model_name", "must not be empty")
 

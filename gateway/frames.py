@@ -69,6 +69,7 @@ class Frames:
             request.wants_logprobs or request.return_token_ids or request.stream.continuous_usage
         )
         self._begun = [False] * len(generation.choices)
+        self._has_content = [False] * len(generation.choices)
         self._held = [Piece() for _ in generation.choices]
         self._offsets = [0] * len(generation.choices)
 
@@ -121,7 +122,9 @@ class Frames:
         return frames
 
     def _content(self, choice: Choice, piece: Piece) -> dict[str, Any]:
-        fields: dict[str, Any] = token_id_fields(choice, piece, self._request)
+        is_first = not self._has_content[choice.index]
+        self._has_content[choice.index] = True
+        fields: dict[str, Any] = token_id_fields(choice, piece, self._request, is_first=is_first)
         if self._is_chat:
             fields["delta"] = {"content": piece.text}
             if self._request.wants_logprobs:

@@ -85,10 +85,18 @@ class NodeEntry:
 
 
 class Nodes:
-    """`new_client` makes a client that is not started yet."""
+    """`new_client` makes a client that is not started yet.
 
-    def __init__(self, new_client: Callable[[NodeInfo], NodeClient]) -> None:
+    Nodes of other models than `model_names` may share the registry; they are left alone, because
+    this gateway's tokenizer is not theirs.
+    """
+
+    def __init__(
+        self, new_client: Callable[[NodeInfo], NodeClient], *, model_names: frozenset[str]
+    ) -> None:
         self._new_client = new_client
+        self._model_names = model_names
+        self._foreign: set[NodeId] = set()
         self._entries: dict[NodeName, NodeEntry] = {}
         self._retired: set[NodeEntry] = set()
         self._closing: set[asyncio.Task[None]] = set()
@@ -101,6 +109,8 @@ class Nodes:
 
     def apply(self, view: ClusterView) -> None:
         for info in view.nodes.values():
+            if not self._is_ours(info):
+                continue
             entry = self._entries.get(info.id.name)
             if entry is not None and entry.info.id == info.id:
                 entry.refresh(info)
@@ -159,6 +169,19 @@ class Nodes:
         self._entries.clear()
         self._retired.clear()
         await asyncio.gather(*self._closing, return_exceptions=True)
+
+    def _is_ours(self, info: NodeInfo) -> bool:
+        if info.model_name in self._model_names:
+            return True
+        if info.id not in self._foreign:
+            self._foreign.add(info.id)
+            logger.warning(
+                "node %s serves %s, which this gateway does not; add it to --served-model-name "
+                "if it is the same model",
+                info.id.name,
+                info.model_name,
+            )
+        return False
 
     def _add(self, info: NodeInfo) -> None:
         client = self._new_client(info)

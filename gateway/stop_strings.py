@@ -19,12 +19,13 @@ if TYPE_CHECKING:
 
 
 class StopMatcher:
-    __slots__ = ("_held", "_include", "_longest", "_stops", "matched")
+    """`stops` holds at least one string, none empty."""
+
+    __slots__ = ("_held", "_include", "_stops", "matched")
 
     def __init__(self, stops: Sequence[str], *, include: bool) -> None:
         self._stops = tuple(stops)
         self._include = include
-        self._longest = max(map(len, self._stops), default=0)
         self._held = ""
         self.matched: str | None = None
 
@@ -53,8 +54,14 @@ class StopMatcher:
 
     def _num_undecided(self, text: str) -> int:
         """Length of the longest end of `text` that begins some stop string."""
-        for length in range(min(self._longest - 1, len(text)), 0, -1):
-            end = text[-length:]
-            if any(stop.startswith(end) for stop in self._stops):
-                return length
-        return 0
+        return max(_overlap(text, stop) for stop in self._stops)
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that begins `stop` without being all of it."""
+    position = text.find(stop[0], max(0, len(text) - len(stop) + 1))
+    while position >= 0:
+        if stop.startswith(text[position:]):
+            return len(text) - position
+        position = text.find(stop[0], position + 1)
+    return 0

@@ -32,6 +32,7 @@ MAX_STOP_CHARS = 512
 MAX_SALT_CHARS = 128
 MAX_STOP_TOKEN_IDS = 128
 MAX_LOGIT_BIASES = 1024
+_MESSAGE_CHARS = 50  # what a message costs to render besides its text
 _FORBIDDEN_IN_SALT = "@/\\\0"
 # Passed on as they are: `SamplingParams` checks their ranges.
 _PLAIN_OPTIONS = (
@@ -114,7 +115,8 @@ class Validator:
             continue_final_message=continues,
             variables=template_variables(body),
         )
-        if sum(len(message["content"]) for message in messages) <= INLINE_CHARS:
+        num_chars = sum(_MESSAGE_CHARS + len(message["content"]) for message in messages)
+        if num_chars <= INLINE_CHARS:
             return render()
         return await asyncio.get_running_loop().run_in_executor(self._tokenizer.executor, render)
 

@@ -64,6 +64,7 @@ class FakeNode:
         compatibility_hash: str = "fake",
         max_model_len: int = 512,
         transports: tuple[str, ...] = ("loopback",),
+        model_name: str = "org/test-model",
     ) -> None:
         self.gates = Gates()
         self.step_seconds = step_seconds
@@ -80,7 +81,7 @@ class FakeNode:
             state=NodeState.READY,
             grpc_address="",
             metrics_address="",
-            model_name="fake-model",
+            model_name=model_name,
             compatibility_hash=compatibility_hash,
             block_size=16,
             max_model_len=max_model_len,

@@ -26,6 +26,7 @@ from gateway.tokenizer import Tokenizer
         {"shutdown_timeout": -1.0},
         {"api_key": ("",)},
         {"served_model_name": ("",)},
+        {"redis_url": "http://127.0.0.1"},
     ],
 )
 def test_a_value_that_cannot_work_is_refused_by_name(changes: dict[str, Any]) -> None:

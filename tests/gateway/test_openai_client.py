@@ -232,6 +232,21 @@ def test_a_seed_reaches_the_nodes_and_differs_between_choices(
     assert abs(seeds[1] - 7) > 1000
 
 
+def test_token_ids_are_returned_when_asked_for(client: openai.OpenAI) -> None:
+    asked = {"return_token_ids": True, "ignore_eos": True}
+    whole: Any = client.completions.create(
+        model=MODEL, prompt=[40, 41, 42], max_tokens=3, extra_body=asked
+    )
+    assert whole.choices[0].token_ids == whole.choices[0].prompt_token_ids == [40, 41, 42]
+    chunks: Any = client.completions.create(
+        model=MODEL, prompt=[40, 41, 42], max_tokens=3, stream=True, extra_body=asked
+    )
+    parts = [chunk.choices[0] for chunk in chunks]
+    assert [i for part in parts for i in part.token_ids] == [40, 41, 42]
+    assert parts[0].prompt_token_ids == [40, 41, 42]
+    assert not any(hasattr(part, "prompt_token_ids") for part in parts[1:])
+
+
 def test_models_are_listed_and_retrieved_with_a_slash(client: openai.OpenAI) -> None:
     listed = client.models.list().data
     assert [model.id for model in listed] == [MODEL, "alias"]

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 import httpx
 
-from cluster.node import NodeName
+from cluster.node import NodeName, NodeRole
+from tests.gateway.fake_node import FakeNode
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -72,3 +73,21 @@ def test_the_hand_off_names_this_gateway_and_the_decode_node(
     assert handoff.decode_address == running.decode.info.grpc_address
     assert running.decode.hub.is_open(handoff.gateway_id)
     assert len(handoff.transfer_id) == 16
+
+
+def test_nodes_of_another_model_in_the_same_registry_are_left_alone(
+    new_gateway: Callable[..., RunningGateway],
+) -> None:
+    running = new_gateway(num_prefill=0)
+
+    async def add(model_name: str, name: str) -> None:
+        node = FakeNode(
+            NodeRole.PREFILL, name, peers=running.nodes, model_name=model_name, max_model_len=8
+        )
+        await running.see(await node.start())
+
+    running.call(add("another-model", "foreign"))
+    assert {entry.info.id.name for entry in running.gateway.nodes} == {"decode-0"}
+    assert not running.gateway.is_ready
+    running.call(add("alias", "ours"))
+    running.until(lambda: running.gateway.is_ready)
