@@ -92,13 +92,14 @@ def log_sink(fact: Mapping[str, Fact]) -> None:
 
 
 def pipe_sink(file_descriptor: int) -> Sink:
-    """Writes each fact as one JSON line; a reader that has gone is no reason to stop."""
-    stream = os.fdopen(file_descriptor, "w", buffering=1)
+    """Writes each fact as one JSON line; a reader that has gone is no reason to stop. Raises
+    `OSError` for a descriptor that is not open; it stays open as long as the process."""
+    os.fstat(file_descriptor)
 
     def write(fact: Mapping[str, Fact]) -> None:
         try:
-            stream.write(json.dumps(fact) + "\n")
-        except (BrokenPipeError, ValueError):
+            os.write(file_descriptor, json.dumps(fact).encode() + b"\n")
+        except OSError:
             logger.debug("nobody reads the start-up report any more")
 
     return write

@@ -1,0 +1,218 @@
+"""A node's process: what ends it, in which order its parts end, and what it says of it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import socket
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+import pytest
+
+from cluster.errors import ConfigError, InternalError
+from cluster.member_config import MemberConfig
+from cluster.metrics import new_registry
+from cluster.node import NodeRole
+from cluster.node_process import EXIT_FAILED, NodeProcess, node_main
+from cluster.options import option
+from cluster.rpc import SessionHub
+from cluster.startup import PROGRESS_FD_VARIABLE, StartupReport
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Iterator, Mapping
+
+    from cluster.node import NodeInfo
+    from cluster.startup import Fact
+
+
+class RecordingMember:
+    """Notes the order of the end. Drains at once, unless it is held."""
+
+    def __init__(self, info: NodeInfo, log: list[str]) -> None:
+        self.info = info
+        self.log = log
+        self.may_drain = asyncio.Event()
+        self.may_drain.set()
+        self.is_draining = asyncio.Event()
+
+    def start(self, grpc_address: str, metrics_address: str) -> None:
+        self.log.append("announced")
+        self.addresses = (grpc_address, metrics_address)
+
+    async def drained(self, timeout_seconds: float) -> bool:
+        self.is_draining.set()
+        try:
+            async with asyncio.timeout(timeout_seconds):
+                await self.may_drain.wait()
+        except TimeoutError:
+            return False
+        self.log.append("drained")
+        return True
+
+    async def stop(self) -> None:
+        self.log.append("withdrawn")
+
+
+class World:
+    def __init__(self, info: NodeInfo, **options: Any) -> None:
+        self.log: list[str] = []
+        self.facts: list[Mapping[str, Fact]] = []
+        self.ready = asyncio.Event()
+        self.hub = SessionHub()
+        config = MemberConfig(port=0, metrics_port=0) if not options else MemberConfig(**options)
+        registry = new_registry(role="decode", version="0")
+        self.process = NodeProcess(config, self.hub, registry)
+        self.member = RecordingMember(info, self.log)
+
+    def start(self) -> asyncio.Task[None]:
+        report = StartupReport(self._on_fact)
+        return asyncio.create_task(
+            self.process.run(cast("Any", self.member), report, close=self._close)
+        )
+
+    def _on_fact(self, fact: Mapping[str, Fact]) -> None:
+        self.facts.append(fact)
+        self.ready.set()
+
+    async def _close(self) -> None:
+        self.log.append("closed")
+
+
+@pytest.fixture
+def run(
+    make_node: Callable[..., NodeInfo],
+) -> Iterator[Callable[..., None]]:
+    def runner(body: Callable[[World], Awaitable[None]], **options: Any) -> None:
+        async def bounded() -> None:
+            async with asyncio.timeout(20):
+                await body(World(make_node(), **options))
+
+        asyncio.run(bounded())
+
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield runner
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_drains_withdraws_and_closes_in_this_order(run: Any, number: int) -> None:
+    async def body(world: World) -> None:
+        running = world.start()
+        await world.ready.wait()
+        assert world.facts[-1]["event"] == "ready"
+        assert world.facts[-1]["grpc"] == world.member.addresses[0]
+        await asyncio.sleep(0)
+        os.kill(os.getpid(), number)
+        await running
+        assert world.log == ["announced", "drained", "withdrawn", "closed"]
+
+    run(body)
+
+
+def test_streams_still_open_at_the_end_of_the_timeout_are_ended(run: Any) -> None:
+    async def body(world: World) -> None:
+        world.member.may_drain.clear()
+        running = world.start()
+        await world.ready.wait()
+        session = world.hub.open("g")
+        await asyncio.sleep(0)
+        os.kill(os.getpid(), signal.SIGTERM)
+        await running
+        assert session.is_closed
+        assert world.log == ["announced", "withdrawn", "closed"]
+
+    run(body, port=0, metrics_port=0, shutdown_timeout=0.01)
+
+
+def test_a_fatal_error_ends_the_process_without_waiting_for_requests(run: Any) -> None:
+    async def body(world: World) -> None:
+        world.member.may_drain.clear()
+        running = world.start()
+        await world.ready.wait()
+        world.process.fail("The engine failed.")
+        with pytest.raises(InternalError, match="engine failed"):
+            await running
+        assert world.log[-2:] == ["withdrawn", "closed"]
+
+    run(body)
+
+
+def test_a_fatal_error_while_draining_ends_the_wait(run: Any) -> None:
+    async def body(world: World) -> None:
+        world.member.may_drain.clear()
+        running = world.start()
+        await world.ready.wait()
+        await asyncio.sleep(0)
+        os.kill(os.getpid(), signal.SIGTERM)
+        await world.member.is_draining.wait()
+        world.process.fail("The engine failed.")
+        with pytest.raises(InternalError):
+            await running
+        assert "drained" not in world.log
+
+    run(body)
+
+
+def test_a_port_that_is_taken_closes_what_was_opened_and_announces_nothing(run: Any) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+
+        async def body(world: World) -> None:
+            with pytest.raises(ConfigError, match="in use"):
+                await world.start()
+            assert world.log == ["closed"]
+
+        run(body, port=taken.getsockname()[1], metrics_port=0)
+
+
+# ---- the program around it ----------------------------------------------------------------
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], list[dict[str, Any]]]]:
+    """What the program tells its supervisor."""
+    reader, writer = os.pipe()
+    monkeypatch.setenv(PROGRESS_FD_VARIABLE, str(writer))
+    os.set_blocking(reader, False)
+    with os.fdopen(reader, "rb", buffering=0) as stream:
+        yield lambda: [json.loads(line) for line in (stream.read() or b"").splitlines()]
+    os.close(writer)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSection:
+    """What a node's own sections must have: a model."""
+
+    model: str = option("", help="The model.")
+
+
+def main_with(body: Callable[..., Awaitable[None]]) -> int:
+    return node_main(NodeRole.DECODE, (ModelSection,), ["--port", "0"], lambda: body)
+
+
+def test_a_configuration_that_cannot_work_is_told_to_the_supervisor_and_raised(told: Any) -> None:
+    async def body(loaded: Any, report: Any) -> None:
+        raise ConfigError("There are no weights.")
+
+    with pytest.raises(ConfigError):
+        main_with(body)
+    assert told()[-1] == {"event": "failed", "message": "There are no weights."}
+
+
+def test_a_node_that_fails_while_it_serves_has_an_exit_code_of_its_own(told: Any) -> None:
+    async def body(loaded: Any, report: Any) -> None:
+        raise InternalError("The engine failed.")
+
+    assert main_with(body) == EXIT_FAILED
+
+
+def test_a_node_that_was_told_to_stop_ends_well(told: Any) -> None:
+    async def body(loaded: Any, report: Any) -> None:
+        assert loaded[MemberConfig].port == 0
+
+    assert main_with(body) == 0
