@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from kv_transfer.protocol import FrameHeader
 
 
+EPOCH_MASK = 0xFFFFFFFF
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class IncomingSequence:
     """What a `Reserve` asks for."""
@@ -110,6 +113,11 @@ class IncomingTransfer:
     @property
     def transfer_id(self) -> bytes:
         return self.sequence.transfer_id
+
+    @property
+    def abort_epoch(self) -> int:
+        """The epoch after the ticket's: an abort's, and that of its acknowledgement."""
+        return (self.epoch + 1) & EPOCH_MASK
 
     @property
     def is_receiving(self) -> bool:

@@ -25,7 +25,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from decode_node.incoming import BlockProgress, IncomingSequence, IncomingTransfer
+from decode_node.incoming import EPOCH_MASK, BlockProgress, IncomingSequence, IncomingTransfer
+from decode_node.incoming_transfers import IncomingTransfers
 from decode_node.intake_instructions import (
     AskBlocks,
     Dropping,
@@ -48,13 +49,12 @@ from kv_transfer.lease import LeaseTable
 from kv_transfer.transfer import Ticket, TransferState
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     from cluster.errors import ServingError
     from kv_transfer.protocol import FrameHeader
 
 TOMBSTONE_LEASES = 2
-_EPOCH_MASK = 0xFFFFFFFF
 
 
 class Intake:
@@ -74,31 +74,12 @@ class Intake:
         self._drain_seconds = drain_seconds
         self._draw_nonce = draw_nonce
         self._leases = LeaseTable(lease_seconds)
-        self._transfers: dict[bytes, IncomingTransfer] = {}
-        self._latest: dict[str, bytes] = {}  # sequence_id -> its newest transfer
+        self.transfers = IncomingTransfers()
         self._open_sessions: set[int] = set()
         self._epoch = 0
 
-    @property
-    def transfers(self) -> Iterator[IncomingTransfer]:
-        """All that are remembered now, tombstones included. Metrics count them on a thread."""
-        return iter(list(self._transfers.values()))
-
-    @property
-    def num_active(self) -> int:
-        return sum(not transfer.state.is_final for transfer in self.transfers)
-
-    @property
-    def num_quarantined_blocks(self) -> int:
-        quarantined = (t for t in self.transfers if t.state is TransferState.QUARANTINED)
-        return sum(len(transfer.block_ids) for transfer in quarantined)
-
     def remaining_seconds(self, transfer_id: bytes, now: float) -> float:
         return self._leases.remaining_seconds(transfer_id, now)
-
-    def age_seconds(self, transfer_id: bytes, now: float) -> float:
-        """Since its `Reserve` came."""
-        return now - self._transfers[transfer_id].began_at
 
     # ---- sessions -------------------------------------------------------------------------
 
@@ -113,14 +94,14 @@ class Intake:
             return []
         self._open_sessions.remove(session_id)
         instructions: list[Instruction] = []
-        for transfer in self._of_session(session_id):
+        for transfer in self.transfers.of_session(session_id):
             instructions += self._abort(transfer, failure(reason), now)
         return [*instructions, Revoke(session_id)]
 
     def session_revoked(self, session_id: int, now: float) -> list[Instruction]:
         """The session's connection is cut and every operation posted on it has ended."""
         instructions: list[Instruction] = []
-        for transfer in self._of_session(session_id):
+        for transfer in self.transfers.of_session(session_id):
             transfer.is_cut = True
             instructions += self._settle(transfer, now)
         return instructions
@@ -132,19 +113,14 @@ class Intake:
     ) -> list[Instruction]:
         if session_id not in self._open_sessions:
             return []
-        refused = self._why_refused(sequence)
+        refused = self.transfers.why_refused(sequence)
         if refused is not None:
             return [SendRefused(session_id, sequence.transfer_id, failure(refused))]
-        older = [
-            transfer
-            for transfer in self.transfers
-            if transfer.sequence.sequence_id == sequence.sequence_id and not transfer.state.is_final
-        ]
+        older = self.transfers.unfinished(sequence.sequence_id)
         transfer = IncomingTransfer.begin(
             sequence, session_id, epoch=self._next_epoch(), nonce=self._draw_nonce(), now=now
         )
-        self._transfers[sequence.transfer_id] = transfer
-        self._latest[sequence.sequence_id] = sequence.transfer_id
+        self.transfers.add(transfer)
         self._leases.grant(sequence.transfer_id, now)
         transfer.is_waiting_for = {other.transfer_id for other in older}
         instructions: list[Instruction] = []
@@ -156,7 +132,7 @@ class Intake:
     def reserved(
         self, transfer_id: bytes, block_ids: tuple[int, ...], num_held_blocks: int, now: float
     ) -> list[Instruction]:
-        transfer = self._transfers[transfer_id]
+        transfer = self.transfers[transfer_id]
         transfer.is_asking = False
         transfer.block_ids = block_ids
         if transfer.state is not TransferState.PENDING:
@@ -178,7 +154,7 @@ class Intake:
         self, transfer_id: bytes, error: ServingError, now: float
     ) -> list[Instruction]:
         """The block source has no place, ever, or was told to stop asking."""
-        transfer = self._transfers[transfer_id]
+        transfer = self.transfers[transfer_id]
         transfer.is_asking = False
         if transfer.state is not TransferState.PENDING:
             return self._settle(transfer, now)
@@ -192,8 +168,8 @@ class Intake:
         self, session_id: int, header: FrameHeader, now: float
     ) -> tuple[Landing | Dropping, list[Instruction]]:
         """What to do with the payload behind this header. It is received in any case."""
-        transfer = self._transfers.get(header.transfer_id)
-        if transfer is None or transfer.session_id != session_id:
+        transfer = self.transfers.get(header.transfer_id, session_id)
+        if transfer is None:
             invalid = FailureReason.TICKET_INVALID
             return Dropping(header.transfer_id, invalid, is_counted=False), []
         reason = transfer.why_not_ours(header, self._incarnation)
@@ -210,14 +186,14 @@ class Intake:
 
     def may_scatter(self, transfer_id: bytes) -> bool:
         """Whether a landed payload is still wanted; asked right before it is scattered."""
-        transfer = self._transfers.get(transfer_id)
+        transfer = self.transfers.find(transfer_id)
         return transfer is not None and transfer.is_receiving
 
     def frame_ended(
         self, transfer_id: bytes, error: ServingError | None, num_units: int, now: float
     ) -> list[Instruction]:
         """A landing frame was verified and scattered (`num_units` of it), or dropped (0)."""
-        transfer = self._transfers.get(transfer_id)
+        transfer = self.transfers.find(transfer_id)
         if transfer is None:
             return []
         transfer.num_landing -= 1
@@ -243,12 +219,8 @@ class Intake:
         now: float,
     ) -> list[Instruction]:
         """Idempotent: asked again, the stored result is sent again."""
-        transfer = self._transfers.get(transfer_id)
-        if transfer is None or (transfer.session_id, transfer.nonce, transfer.epoch) != (
-            session_id,
-            nonce,
-            epoch,
-        ):
+        transfer = self.transfers.get(transfer_id, session_id)
+        if transfer is None or (transfer.nonce, transfer.epoch) != (nonce, epoch):
             error = failure(FailureReason.TICKET_INVALID)
             return [SendCommitted(session_id, transfer_id, error)]
         if transfer.state is TransferState.DONE:
@@ -264,7 +236,7 @@ class Intake:
         return [SendCommitted(session_id, transfer_id, error)]
 
     def started(self, transfer_id: bytes, now: float) -> list[Instruction]:
-        transfer = self._transfers[transfer_id]
+        transfer = self.transfers[transfer_id]
         transfer.is_starting = False
         committed = SendCommitted(transfer.session_id, transfer_id, None)
         return [committed, *self._finish(transfer, TransferState.DONE, now)]
@@ -273,7 +245,7 @@ class Intake:
         self, transfer_id: bytes, error: ServingError, now: float
     ) -> list[Instruction]:
         """The node could not take the sequence over; the blocks are still the transfer's."""
-        transfer = self._transfers[transfer_id]
+        transfer = self.transfers[transfer_id]
         transfer.is_starting = False
         transfer.error = error
         return [
@@ -294,8 +266,8 @@ class Intake:
         now: float,
     ) -> list[Instruction]:
         """`error` None: the prefill node needs the transfer no more."""
-        transfer = self._transfers.get(transfer_id)
-        if transfer is None or transfer.session_id != session_id or transfer.state.is_final:
+        transfer = self.transfers.get(transfer_id, session_id)
+        if transfer is None or transfer.state.is_final:
             return []
         transfer.num_to_drain = num_frames_posted
         if transfer.state is TransferState.QUARANTINED:
@@ -307,17 +279,17 @@ class Intake:
     def abort_acked(
         self, session_id: int, transfer_id: bytes, epoch: int, num_frames_posted: int, now: float
     ) -> list[Instruction]:
-        transfer = self._transfers.get(transfer_id)
-        if transfer is None or transfer.session_id != session_id:
+        transfer = self.transfers.get(transfer_id, session_id)
+        if transfer is None or transfer.state is not TransferState.QUARANTINED:
             return []
-        if transfer.state is not TransferState.QUARANTINED or epoch != self._next(transfer.epoch):
+        if epoch != transfer.abort_epoch:
             return []
         transfer.num_to_drain = num_frames_posted
         return self._settle(transfer, now)
 
     def cancelled(self, sequence_id: str, error: ServingError, now: float) -> list[Instruction]:
         """The node wants the sequence no more. Nothing when it runs or was never reserved."""
-        transfer = self._transfers.get(self._latest.get(sequence_id, b""))
+        transfer = self.transfers.latest(sequence_id)
         if transfer is None:
             return []
         return self._abort(transfer, error, now, report=ReportWithdrawn(transfer.sequence))
@@ -325,8 +297,7 @@ class Intake:
     def renewed(
         self, session_id: int, transfer_id: bytes, extend_seconds: float, now: float
     ) -> None:
-        transfer = self._transfers.get(transfer_id)
-        if transfer is not None and transfer.session_id == session_id:
+        if self.transfers.get(transfer_id, session_id) is not None:
             self._leases.renew(transfer_id, extend_seconds, now)
 
     def ticked(self, now: float) -> list[Instruction]:
@@ -334,17 +305,17 @@ class Intake:
         instructions: list[Instruction] = []
         for transfer_id in self._leases.expire(now):
             error = failure(FailureReason.LEASE_EXPIRED)
-            instructions += self._abort(self._transfers[transfer_id], error, now)
-        for transfer in list(self.transfers):
+            instructions += self._abort(self.transfers[transfer_id], error, now)
+        for transfer in self.transfers:
             if transfer.deadline is not None and now >= transfer.deadline:
                 instructions += self._abort(transfer, failure(FailureReason.DEADLINE), now)
             if transfer.drain_deadline is not None and now >= transfer.drain_deadline:
                 lost = FailureReason.LINK_LOST
                 instructions += self.session_lost(transfer.session_id, now, lost)
             if transfer.forget_at is not None and now >= transfer.forget_at:
-                self._forget(transfer)
+                self.transfers.forget(transfer)
         for transfer_id in self._leases.due_renewals(now):
-            session_id = self._transfers[transfer_id].session_id
+            session_id = self.transfers[transfer_id].session_id
             extension = self._leases.extension_seconds
             instructions.append(SendRenew(session_id, transfer_id, extension))
         return instructions
@@ -378,7 +349,7 @@ class Intake:
         else:
             transfer.drain_deadline = now + self._drain_seconds
             if tells_peer:
-                epoch = self._next(transfer.epoch)
+                epoch = transfer.abort_epoch
                 abort = SendAbort(transfer.session_id, transfer.transfer_id, epoch, error)
                 instructions.append(abort)
         return instructions + self._settle(transfer, now)
@@ -402,10 +373,9 @@ class Intake:
         transfer.forget_at = now + TOMBSTONE_LEASES * self._leases.duration_seconds
         self._leases.release(transfer.transfer_id)
         instructions: list[Instruction] = []
-        for other in self.transfers:
-            if transfer.transfer_id in other.is_waiting_for:
-                other.is_waiting_for.discard(transfer.transfer_id)
-                instructions += self._ask_if_first(other)
+        for newer in self.transfers.waiting_for(transfer.transfer_id):
+            newer.is_waiting_for.discard(transfer.transfer_id)
+            instructions += self._ask_if_first(newer)
         return instructions
 
     def _ask_if_first(self, transfer: IncomingTransfer) -> list[Instruction]:
@@ -426,31 +396,7 @@ class Intake:
         self._leases.release(transfer.transfer_id)
         return [Start(transfer.sequence, transfer.first_token_id)]
 
-    # ---- questions ------------------------------------------------------------------------
-
-    def _why_refused(self, sequence: IncomingSequence) -> FailureReason | None:
-        if sequence.transfer_id in self._transfers:
-            return FailureReason.TICKET_INVALID
-        latest = self._transfers.get(self._latest.get(sequence.sequence_id, b""))
-        if latest is None:
-            return None
-        if latest.state is TransferState.DONE or latest.is_starting:
-            return FailureReason.ALREADY_STARTED
-        is_newer = latest.state.is_final or sequence.attempt > latest.sequence.attempt
-        return None if is_newer else FailureReason.SUPERSEDED
-
-    def _of_session(self, session_id: int) -> list[IncomingTransfer]:
-        return [transfer for transfer in self.transfers if transfer.session_id == session_id]
-
     def _next_epoch(self) -> int:
-        self._epoch = self._next(self._next(self._epoch))
+        """Two apart: the one between is that of the ticket's abort."""
+        self._epoch = (self._epoch + 2) & EPOCH_MASK
         return self._epoch
-
-    @staticmethod
-    def _next(epoch: int) -> int:
-        return (epoch + 1) & _EPOCH_MASK
-
-    def _forget(self, transfer: IncomingTransfer) -> None:
-        del self._transfers[transfer.transfer_id]
-        if self._latest.get(transfer.sequence.sequence_id) == transfer.transfer_id:
-            del self._latest[transfer.sequence.sequence_id]

@@ -123,11 +123,11 @@ class KVReceiver:
 
     @property
     def num_transfers(self) -> int:
-        return self._intake.num_active
+        return self._intake.transfers.num_active
 
     @property
     def num_quarantined_blocks(self) -> int:
-        return self._intake.num_quarantined_blocks
+        return self._intake.transfers.num_quarantined_blocks
 
     @property
     def num_sessions(self) -> int:
@@ -315,10 +315,9 @@ class KVReceiver:
             failed = InternalError("The decode node could not start the sequence.")
             instructions = self._intake.start_failed(transfer_id, failed, self._clock())
         else:
+            began_at = self._intake.transfers[transfer_id].began_at
             self.agent.stats.transfers_done += 1
-            self.agent.stats.transfer_seconds += self._intake.age_seconds(
-                transfer_id, self._clock()
-            )
+            self.agent.stats.transfer_seconds += self._clock() - began_at
             instructions = self._intake.started(transfer_id, self._clock())
         self._execute(instructions)
 

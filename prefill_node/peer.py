@@ -221,29 +221,12 @@ class Peer:
         endpoint: Endpoint,
     ) -> None:
         seq, instructions = shipment.machine.posted()
-        ticket = shipment.machine.ticket
         payload_bytes = digests.size * self._limits.unit_bytes
-        header = FrameHeader(
-            transfer_id=shipment.transfer_id,
-            incarnation=ticket.incarnation,
-            epoch=ticket.epoch,
-            nonce=ticket.nonce,
-            seq=seq,
-            layer_start=plan.layer_start,
-            num_layers=plan.num_layers,
-            positions=plan.positions,
-            payload_bytes=payload_bytes,
-            digests=seal_digests(
-                digests,
-                seed=shipment.digest_seed,
-                layer_start=plan.layer_start,
-                positions=plan.positions,
-            ),
-        )
+        header = _header_of(shipment, plan, seq, payload_bytes, digests)
         header_bytes = pack_header(header, slot.header.numpy().data)
         sends = (
             endpoint.send(slot.header[:header_bytes], session_id),
-            endpoint.send(slot.payload[:payload_bytes], ticket.nonce),
+            endpoint.send(slot.payload[:payload_bytes], header.nonce),
         )
         began = time.perf_counter()
         ended = asyncio.gather(*sends, return_exceptions=True)
@@ -270,3 +253,28 @@ class Peer:
             spent = time.perf_counter() - began
             self._agent.stats.moved(self.transport_name, payload_bytes, spent)
         self._events.did(shipment, shipment.machine.settled(error))
+
+
+def _header_of(
+    shipment: Any, plan: FramePlan, seq: int, payload_bytes: int, digests: Any
+) -> FrameHeader:
+    """`digests` are those of the packed units; the frame carries them sealed."""
+    ticket = shipment.machine.ticket
+    sealed = seal_digests(
+        digests,
+        seed=shipment.digest_seed,
+        layer_start=plan.layer_start,
+        positions=plan.positions,
+    )
+    return FrameHeader(
+        transfer_id=shipment.transfer_id,
+        incarnation=ticket.incarnation,
+        epoch=ticket.epoch,
+        nonce=ticket.nonce,
+        seq=seq,
+        layer_start=plan.layer_start,
+        num_layers=plan.num_layers,
+        positions=plan.positions,
+        payload_bytes=payload_bytes,
+        digests=sealed,
+    )

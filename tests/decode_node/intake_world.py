@@ -335,7 +335,7 @@ class IntakeWorld:
     def finish(self) -> None:
         """Everything under way ends; time passes; then nothing may be held by anyone."""
         self._let_it_end()
-        if self.intake.num_active:
+        if self.intake.transfers.num_active:
             self.tick(LEASE_SECONDS)
             self._let_it_end()
             self.tick(DRAIN_SECONDS)
@@ -343,8 +343,8 @@ class IntakeWorld:
         for side in self.sides.values():
             assert not side.holds_blocks, "blocks are held for ever"
             assert len(side.endings) == 1, f"{len(side.endings)} endings"
-        assert self.intake.num_active == 0
-        assert self.intake.num_quarantined_blocks == 0
+        assert self.intake.transfers.num_active == 0
+        assert self.intake.transfers.num_quarantined_blocks == 0
         committed = [sent for sent in self.sent if isinstance(sent, SendCommitted)]
         assert len(committed) <= len(self.sides)
 

@@ -227,7 +227,7 @@ def test_a_commit_with_a_wrong_ticket_is_refused_and_changes_nothing(change: str
     assert isinstance(answer, SendCommitted)
     assert answer.error is not None
     assert answer.error.reason == "ticket_invalid"
-    assert next(world.intake.transfers).state is TransferState.ACTIVE
+    assert next(iter(world.intake.transfers)).state is TransferState.ACTIVE
 
 
 def test_blocks_of_an_aborted_transfer_are_quarantined_until_its_frames_are_drained() -> None:
@@ -236,7 +236,7 @@ def test_blocks_of_an_aborted_transfer_are_quarantined_until_its_frames_are_drai
     world.post(side)
     world.post(side)
     world.cancel(side)
-    assert world.intake.num_quarantined_blocks == 2
+    assert world.intake.transfers.num_quarantined_blocks == 2
     world.ack(side)
     world.arrive(side)
     world.arrive(side)
