@@ -51,8 +51,8 @@ def setup_logging(
 ) -> None:
     """Send all records to `stream` (standard error), replacing earlier set-ups.
 
-    `log_format` "auto" means: JSON unless the stream is a terminal. `context` (role, node_id) is put on
-    every line of the process. Raises `ConfigError` for an unknown level.
+    `log_format` "auto" means: JSON unless the stream is a terminal. `context` (role, node_id) is
+    put on every line of the process. Raises `ConfigError` for an unknown level.
     """
     if level.lower() not in LOG_LEVELS:
         raise ConfigError(f"must be one of {', '.join(LOG_LEVELS)}", param="log_level")

@@ -65,7 +65,11 @@ class DecodeNode:
         scheduler = DecodeScheduler(
             engine.block_manager, engine.max_num_batched_tokens, engine.max_num_seqs
         )
-        reservations = Reservations(engine.block_manager, num_running=lambda: scheduler.num_running)
+        reservations = Reservations(
+            engine.block_manager,
+            num_running=lambda: scheduler.num_running,
+            num_preempted=lambda: scheduler.num_preempted,
+        )
         self._snapshot = LoadSnapshot(
             scheduler,
             engine.block_manager,

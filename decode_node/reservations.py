@@ -7,7 +7,8 @@ Life of a reservation
     GONE      cancelled, in any state before STARTED; the blocks are free again
 
 Room is kept for what runs: one block for each running sequence stays free, so that a new
-hand-off does not make the next step preempt.
+hand-off does not make the next step preempt. Who was preempted comes first: as long as one
+waits for its blocks, nobody else gets any.
 """
 
 from __future__ import annotations
@@ -52,9 +53,11 @@ class Reservations:
         block_manager: BlockManager,
         *,
         num_running: Callable[[], int],
+        num_preempted: Callable[[], int],
     ) -> None:
         self._block_manager = block_manager
         self._num_running = num_running
+        self._num_preempted = num_preempted
         self._waiting: OrderedDict[str, _Waiting] = OrderedDict()
         self._reserved: dict[str, _Reserved] = {}
 
@@ -116,11 +119,15 @@ class Reservations:
 
     def _reserve(self, sequence_id: str, waiting: _Waiting) -> bool:
         sequence, manager = waiting.sequence, self._block_manager
+        if self._num_preempted():
+            return False
         num_running = self._num_running()
         spare = manager.num_free_blocks - num_running
         if num_running and self._num_blocks_for(sequence) > spare:
             return False
-        reservation = manager.reserve(sequence.block_hashes, sequence.num_prompt_tokens)
+        reservation = manager.reserve(
+            sequence.block_hashes, sequence.num_prompt_tokens, owner=f"hand-off of {sequence_id}"
+        )
         if reservation is None:
             return False
         self._reserved[sequence_id] = _Reserved(sequence, reservation)

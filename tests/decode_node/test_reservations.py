@@ -24,9 +24,14 @@ def make_sequence(name: str, num_tokens: int, first: int = 1) -> Sequence:
     return Sequence(request, block_size=BLOCK, root=root_hash("m", b""))
 
 
-def make(num_blocks: int, num_running: int = 0) -> tuple[BlockManager, Reservations]:
+def make(
+    num_blocks: int, num_running: int = 0, num_preempted: int = 0
+) -> tuple[BlockManager, Reservations]:
     manager = BlockManager(num_blocks, BLOCK)
-    return manager, Reservations(manager, num_running=lambda: num_running)
+    reservations = Reservations(
+        manager, num_running=lambda: num_running, num_preempted=lambda: num_preempted
+    )
+    return manager, reservations
 
 
 def test_a_prompt_gets_a_block_for_each_started_position() -> None:
@@ -58,6 +63,11 @@ def test_a_block_per_running_sequence_stays_free() -> None:
     assert not reservations.ask(make_sequence("a", 9)).done()
     assert reservations.num_waiting == 1
     assert reservations.queued_tokens == 9
+
+
+def test_nobody_is_served_while_a_preempted_sequence_waits_for_its_blocks() -> None:
+    _, reservations = make(8, num_preempted=1)
+    assert not reservations.ask(make_sequence("a", 4)).done()
 
 
 def test_a_prompt_that_can_never_fit_is_refused_at_once() -> None:

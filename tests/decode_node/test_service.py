@@ -56,7 +56,9 @@ class World:
         self.engine = ScriptedEngine(num_blocks)
         self.scheduler = DecodeScheduler(self.engine.block_manager, 64, 8)
         self.reservations = Reservations(
-            self.engine.block_manager, num_running=lambda: self.scheduler.num_running
+            self.engine.block_manager,
+            num_running=lambda: self.scheduler.num_running,
+            num_preempted=lambda: self.scheduler.num_preempted,
         )
         self.hub = SessionHub()
         self.handler = DecodeHandler(

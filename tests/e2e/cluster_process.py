@@ -12,9 +12,11 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 ROOT = Path(__file__).parent.parent.parent
 START_SECONDS = 90.0
@@ -26,9 +28,9 @@ class ClusterProcess:
     def __init__(self, *arguments: str, env: dict[str, str] | None = None) -> None:
         self.lines: list[str] = []
         self._found: queue.Queue[re.Match[str] | None] = queue.Queue()
+        command = [sys.executable, "-m", "baton", "serve", "--port", "0", "--admin-port", "0"]
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "baton", "serve", "--port", "0", "--admin-port", "0"]
-            + ["--admin-token", "e2e-token", *arguments],
+            [*command, "--admin-token", "e2e-token", *arguments],
             cwd=ROOT,
             env={**os.environ, **(env or {})},
             stdout=subprocess.PIPE,

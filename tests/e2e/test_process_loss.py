@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import openai
 import pytest
 
 from tests.e2e.cluster_process import ClusterProcess, eventually
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 pytestmark = pytest.mark.e2e
 ERROR_WITHIN_SECONDS = 5.0
@@ -64,7 +67,9 @@ def test_a_killed_node_hurts_only_its_own_and_serves_again(
             killed_at = time.monotonic()
             endings = [stream.result(60) for stream in streams]
         failed = [ending for ending in endings if ending.code is not None]
-        assert all(ending.code in ("node_lost", "kv_load_failed", "no_capacity") for ending in failed)
+        assert all(
+            ending.code in ("node_lost", "kv_load_failed", "no_capacity") for ending in failed
+        )
         assert all(ending.at - killed_at < ERROR_WITHIN_SECONDS for ending in failed)
         assert all(expected.startswith(ending.text) for ending in failed)
         assert all(ending.text == expected for ending in endings if ending.code is None)
