@@ -6,9 +6,9 @@ here: now and then while it works, and always before it goes idle.
 
 from __future__ import annotations
 
-import time
 from typing import TYPE_CHECKING, Protocol
 
+from cluster.clock import Clock, monotonic
 from cluster.node import NodeLoad
 
 if TYPE_CHECKING:
@@ -39,25 +39,27 @@ class LoadSnapshot:
         block_manager: BlockManager,
         *,
         more_waiting: Callable[[], tuple[int, int]] = lambda: (0, 0),
+        clock: Clock = monotonic,
     ) -> None:
         """`more_waiting` gives sequences and tokens that wait outside the scheduler."""
         self._scheduler = scheduler
         self._block_manager = block_manager
         self._more_waiting = more_waiting
+        self._clock = clock
         self._taken_at = 0.0
         self.value = NodeLoad()
         self.take()
 
     def take_sometimes(self) -> None:
         """Take one unless the last is fresh. Engine thread only."""
-        if time.monotonic() - self._taken_at >= REFRESH_SECONDS:
+        if self._clock() - self._taken_at >= REFRESH_SECONDS:
             self.take()
 
     def take(self) -> None:
         """Engine thread only, or before it starts."""
         scheduler, manager = self._scheduler, self._block_manager
         num_waiting, num_tokens = self._more_waiting()
-        self._taken_at = time.monotonic()
+        self._taken_at = self._clock()
         self.value = NodeLoad(
             num_running=scheduler.num_running,
             num_waiting=scheduler.num_waiting + num_waiting,

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence as SequenceOf
 from concurrent.futures import CancelledError
+from functools import partial
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -15,6 +15,9 @@ from cluster.request import SamplingParams, SequenceRequest, TokenDelta
 from engine.loop import MAX_FAILED_STEPS, EngineLoop
 from engine.schedule import ScheduledChunk, ScheduleDecision
 from engine.sequence import Sequence
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence as SequenceOf
 
 
 def make_sequence(name: str) -> Sequence:
@@ -101,13 +104,15 @@ class Harness:
             assert self.recorder.settled_once.acquire(timeout=10)
 
 
+def _note_thread(order: list[tuple[int, int]], number: int) -> None:
+    order.append((number, threading.get_ident()))
+
+
 def test_commands_run_in_order_on_one_thread() -> None:
     harness = Harness()
     harness.loop.start()
     order: list[tuple[int, int]] = []
-    futures = [
-        harness.loop.call(lambda i=i: order.append((i, threading.get_ident()))) for i in range(20)
-    ]
+    futures = [harness.loop.call(partial(_note_thread, order, number)) for number in range(20)]
     for future in futures:
         future.result(10)
     harness.loop.stop()
@@ -156,3 +161,16 @@ def test_stop_cancels_what_is_still_queued() -> None:
     harness.loop.stop()
     with pytest.raises(CancelledError):
         queued.result(0)
+
+
+def test_nobody_waits_for_a_thread_that_has_ended() -> None:
+    harness = Harness()
+    harness.loop.start()
+    harness.add(*(f"bad{i}" for i in range(MAX_FAILED_STEPS)))
+    assert harness.fatal_event.wait(10)
+    late = harness.loop.call(lambda: None)
+    harness.loop.stop()
+    with pytest.raises(CancelledError):
+        late.result(10)
+    with pytest.raises(CancelledError):
+        harness.loop.call(lambda: None).result(0)

@@ -1,0 +1,101 @@
+"""The `baton` command: each mistake has its exit code, and is said once."""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from baton.__main__ import EXIT_CONFIG, EXIT_INTERRUPTED, EXIT_USAGE, PROGRAMS, main
+from cluster.errors import ConfigError, UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+
+@pytest.fixture
+def doctor(monkeypatch: pytest.MonkeyPatch) -> Callable[[BaseException | int], list[list[str]]]:
+    """Put a program in the place of `baton doctor`; gives the arguments it was called with."""
+
+    def replace(outcome: BaseException | int) -> list[list[str]]:
+        calls: list[list[str]] = []
+
+        def run(argv: Sequence[str]) -> int:
+            calls.append(list(argv))
+            if isinstance(outcome, BaseException):
+                raise outcome
+            return outcome
+
+        module = ModuleType("baton.doctor")
+        module.main = run  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, "baton.doctor", module)
+        return calls
+
+    return replace
+
+
+def test_a_program_gets_its_arguments_and_its_exit_code_is_ours(doctor: Callable[..., Any]) -> None:
+    calls = doctor(4)
+    assert main(["doctor", "--json", "x"]) == 4
+    assert calls == [["--json", "x"]]
+
+
+@pytest.mark.parametrize(
+    ("error", "code"), [(ConfigError("no such folder"), EXIT_CONFIG), (UsageError("what?"), 2)]
+)
+def test_a_mistake_is_one_line_with_the_exit_code_of_its_kind(
+    doctor: Callable[..., Any], capsys: pytest.CaptureFixture[str], error: ConfigError, code: int
+) -> None:
+    doctor(error)
+    assert main(["doctor"]) == code
+    assert capsys.readouterr().err == f"baton doctor: {error.message}\n"
+
+
+def test_a_message_that_names_its_program_names_it_once(
+    doctor: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    doctor(UsageError("baton doctor: unknown flag --hurry."))
+    main(["doctor"])
+    assert capsys.readouterr().err == "baton doctor: unknown flag --hurry.\n"
+
+
+def test_a_package_that_is_missing_is_named_with_what_brings_it(
+    doctor: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    doctor(ModuleNotFoundError("No module named 'torch'", name="torch"))
+    assert main(["doctor"]) == EXIT_CONFIG
+    message = capsys.readouterr().err
+    assert "'torch'" in message
+    assert "pip install" in message
+
+
+def test_a_missing_module_of_our_own_is_a_defect_and_not_hidden(doctor: Callable[..., Any]) -> None:
+    doctor(ModuleNotFoundError("No module named 'engine.gone'", name="engine.gone"))
+    with pytest.raises(ModuleNotFoundError):
+        main(["doctor"])
+
+
+def test_an_interrupt_is_no_traceback(doctor: Callable[..., Any]) -> None:
+    doctor(KeyboardInterrupt())
+    assert main(["doctor"]) == EXIT_INTERRUPTED
+
+
+def test_help_lists_every_program(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert all(f"  {program.name} " in text for program in PROGRAMS)
+
+
+def test_no_command_and_an_unknown_one_are_usage_errors(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == EXIT_USAGE
+    assert main(["destroy"]) == EXIT_USAGE
+    assert "'destroy'" in capsys.readouterr().err
+
+
+def test_the_version_is_that_of_the_distribution(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    name, version = capsys.readouterr().out.split()
+    assert name == "baton"
+    assert version[0].isdigit()

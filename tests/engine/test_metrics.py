@@ -1,0 +1,82 @@
+"""An engine's and a transfer agent's numbers as Prometheus sees them."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, cast
+
+from prometheus_client import CollectorRegistry
+
+from cluster.node import NodeLoad
+from cluster.request import TokenDelta
+from engine.loop import LoopStats
+from engine.metrics import EngineCollector
+from engine.schedule import ScheduledChunk, ScheduleDecision
+from kv_transfer.metrics import TransferCollector
+from kv_transfer.stats import TransferStats
+from tests.sequences import make_sequence
+
+if TYPE_CHECKING:
+    from prometheus_client.registry import Collector
+
+
+def values(collector: Collector) -> CollectorRegistry:
+    registry = CollectorRegistry()
+    registry.register(collector)
+    return registry
+
+
+def test_the_states_of_blocks_add_up_to_the_pool() -> None:
+    load = NodeLoad(
+        num_blocks=100, num_free_blocks=60, num_cached_blocks=20, num_quarantined_blocks=5
+    )
+    registry = values(EngineCollector(lambda: load, LoopStats()))
+    states = {
+        state: registry.get_sample_value("baton_kv_blocks", {"state": state})
+        for state in ("free", "cached", "used", "quarantined")
+    }
+    assert states == {"free": 40, "cached": 20, "used": 35, "quarantined": 5}
+
+
+def test_counts_that_are_a_moment_apart_never_show_less_than_nothing() -> None:
+    load = NodeLoad(num_blocks=8, num_free_blocks=8, num_quarantined_blocks=3)
+    registry = values(EngineCollector(lambda: load, LoopStats()))
+    assert registry.get_sample_value("baton_kv_blocks", {"state": "used"}) == 0
+
+
+def test_the_collector_reads_live_counts() -> None:
+    stats = LoopStats()
+    registry = values(EngineCollector(lambda: NodeLoad(num_running=2, queued_tokens=9), stats))
+    assert registry.get_sample_value("baton_engine_steps_total") == 0
+    sequences = [make_sequence(range(3)), make_sequence(range(5))]
+    chunks = (ScheduledChunk(sequences[0], 3), ScheduledChunk(sequences[1], 4))
+    output = SimpleNamespace(
+        sampled_sequences=(sequences[0],),
+        deltas=(TokenDelta(sequence_id="a", token_ids=(1,), num_cached_tokens=2),),
+    )
+    stats.count(ScheduleDecision(chunks, preempted=(sequences[1],)), cast("Any", output), 0.5)
+    expected = {
+        "baton_engine_steps_total": 1,
+        "baton_engine_step_seconds_total": 0.5,
+        "baton_computed_tokens_total": 7,
+        "baton_sampled_tokens_total": 1,
+        "baton_cached_tokens_total": 2,
+        "baton_preemptions_total": 1,
+        "baton_sequences_running": 2,
+        "baton_queued_tokens": 9,
+    }
+    assert {name: registry.get_sample_value(name) for name in expected} == expected
+
+
+def test_transfers_are_counted_by_transport_and_failures_by_reason_and_policy() -> None:
+    stats = TransferStats()
+    registry = values(TransferCollector(stats, policy="fail", transports=lambda: ("shm", "shm")))
+    stats.moved("shm", 100, 0.25)
+    stats.moved("shm", 50, 0.25)
+    stats.failures["link_lost"] += 1
+    labels = {"transport": "shm"}
+    assert registry.get_sample_value("baton_kv_transfer_bytes_total", labels) == 150
+    assert registry.get_sample_value("baton_kv_transfer_frame_seconds_total", labels) == 0.5
+    assert registry.get_sample_value("baton_kv_transport_in_use", labels) == 1
+    failed = {"reason": "link_lost", "policy": "fail"}
+    assert registry.get_sample_value("baton_kv_load_failures_total", failed) == 1
