@@ -22,7 +22,7 @@ from engine.sequence import Sequence
 if TYPE_CHECKING:
     from engine.engine import Engine
 
-Case = dict[str, list[int]]
+Expected = dict[str, list[dict[str, list[int]]]]
 OpenEngine = Callable[..., "Engine"]
 RunGreedy = Callable[..., list[Sequence]]
 
@@ -48,9 +48,10 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def expected(checkpoints: Path) -> dict[str, list[Case]]:
+def expected(checkpoints: Path) -> Expected:
     """`{family: [{"prompt": [...], "tokens": [...]}]}`, the reference's greedy tokens."""
-    return json.loads((checkpoints / "expected.json").read_text())
+    cases: Expected = json.loads((checkpoints / "expected.json").read_text())
+    return cases
 
 
 @pytest.fixture(scope="session")

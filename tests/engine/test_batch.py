@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import pytest
 import torch
 
@@ -11,11 +13,14 @@ from engine.batch import BatchBuilder
 from engine.schedule import ScheduledChunk
 from engine.sequence import Sequence
 
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
 BLOCK_SIZE = 4
 
 
 @pytest.fixture
-def builder():
+def builder() -> BatchBuilder:
     return BatchBuilder(
         block_size=BLOCK_SIZE,
         max_num_seqs=4,
@@ -25,7 +30,9 @@ def builder():
     )
 
 
-def sequence(name, num_tokens, *, computed=0, table=()):
+def sequence(
+    name: str, num_tokens: int, *, computed: int = 0, table: Iterable[int] = ()
+) -> Sequence:
     made = Sequence(
         SequenceRequest(
             sequence_id=name,
@@ -41,11 +48,11 @@ def sequence(name, num_tokens, *, computed=0, table=()):
     return made
 
 
-def decode(sequence):
+def decode(sequence: Sequence) -> ScheduledChunk:
     return ScheduledChunk(sequence, 1)
 
 
-def test_a_prefill_batch_lays_chunks_one_after_the_other(builder):
+def test_a_prefill_batch_lays_chunks_one_after_the_other(builder: BatchBuilder) -> None:
     first = sequence("a", 6, table=[7, 3])
     second = sequence("b", 9, computed=4, table=[1, 0, 5])
     batch = builder.build_prefill([ScheduledChunk(first, 6), ScheduledChunk(second, 3)])
@@ -56,12 +63,13 @@ def test_a_prefill_batch_lays_chunks_one_after_the_other(builder):
     assert batch.seq_lens.tolist() == [6, 7]
     assert batch.block_tables[:, :2].tolist() == [[7, 3], [1, 0]]
     assert batch.max_seqlen_q == 6
+    assert batch.sample_indices is not None
     assert batch.sample_indices.tolist() == [5]  # the second stops short of its last token
     assert batch.num_samples == 1
     assert not batch.is_decode
 
 
-def test_a_decode_batch_is_the_last_token_of_each_sequence(builder):
+def test_a_decode_batch_is_the_last_token_of_each_sequence(builder: BatchBuilder) -> None:
     batch = builder.build_decode(
         [
             decode(sequence("a", 6, computed=5, table=[7, 3])),
@@ -78,7 +86,7 @@ def test_a_decode_batch_is_the_last_token_of_each_sequence(builder):
     assert batch.num_samples == 2
 
 
-def test_padding_rows_read_and_write_nothing(builder):
+def test_padding_rows_read_and_write_nothing(builder: BatchBuilder) -> None:
     batch = builder.build_decode([decode(sequence("a", 6, computed=5, table=[7, 3]))], num_rows=4)
     assert batch.seq_lens.tolist() == [6, 0, 0, 0]
     assert batch.slot_mapping.tolist() == [13, -1, -1, -1]
@@ -86,7 +94,7 @@ def test_padding_rows_read_and_write_nothing(builder):
     assert not batch.block_tables[1:].any()
 
 
-def test_dtypes_are_those_the_kernels_take(builder):
+def test_dtypes_are_those_the_kernels_take(builder: BatchBuilder) -> None:
     batch = builder.build_decode([decode(sequence("a", 1, table=[2]))])
     for tensor in (batch.token_ids, batch.positions, batch.slot_mapping):
         assert tensor.dtype == torch.int64
@@ -94,7 +102,7 @@ def test_dtypes_are_those_the_kernels_take(builder):
         assert tensor.dtype == torch.int32
 
 
-def test_tables_are_of_few_widths(builder):
+def test_tables_are_of_few_widths(builder: BatchBuilder) -> None:
     """A kernel is compiled anew for strides that are no multiple of 16."""
     for num_tokens in (1, 5, 32):
         table = list(range(-(-num_tokens // BLOCK_SIZE)))
@@ -103,7 +111,7 @@ def test_tables_are_of_few_widths(builder):
         assert batch.block_tables.shape == (1, 16)
 
 
-def test_a_table_that_grew_is_seen(builder):
+def test_a_table_that_grew_is_seen(builder: BatchBuilder) -> None:
     growing = sequence("a", 4, computed=3, table=[7])
     builder.build_decode([decode(growing)])
     growing.append_token(55)
@@ -114,7 +122,7 @@ def test_a_table_that_grew_is_seen(builder):
     assert batch.slot_mapping.tolist() == [8]
 
 
-def test_a_preempted_sequence_that_got_other_blocks_is_seen(builder):
+def test_a_preempted_sequence_that_got_other_blocks_is_seen(builder: BatchBuilder) -> None:
     moved = sequence("a", 6, computed=5, table=[7, 3])
     builder.build_decode([decode(moved)])
     moved.block_table = [1, 2]  # what free and allocate leave behind
@@ -122,7 +130,7 @@ def test_a_preempted_sequence_that_got_other_blocks_is_seen(builder):
     assert batch.block_tables[:, :2].tolist() == [[1, 2]]
 
 
-def test_more_sequences_than_rows_take_turns(builder):
+def test_more_sequences_than_rows_take_turns(builder: BatchBuilder) -> None:
     """Rows are twice `max_num_seqs`; nine sequences of which four run at a time need more."""
     sequences = [sequence(f"s{i}", 2, computed=1, table=[10 + i]) for i in range(12)]
     for _ in range(2):
@@ -132,7 +140,7 @@ def test_more_sequences_than_rows_take_turns(builder):
             assert batch.block_tables[:, 0].tolist() == [each.block_table[0] for each in running]
 
 
-def test_a_step_like_the_one_before_is_filled_anew(builder):
+def test_a_step_like_the_one_before_is_filled_anew(builder: BatchBuilder) -> None:
     one, two = (sequence(n, 2, computed=1, table=[b]) for n, b in (("a", 3), ("b", 4)))
     two.token_ids[-1] = 77
     assert builder.build_decode([decode(one)]).token_ids.tolist() == [101]

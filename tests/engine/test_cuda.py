@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from engine.engine import Engine
+    from tests.engine.conftest import Expected, OpenEngine, RunGreedy
 
 pytestmark = pytest.mark.gpu
 
@@ -37,14 +38,6 @@ SHAPE = {
     "rope_theta": 500000.0,
     "torch_dtype": "bfloat16",
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _gpu() -> None:
-    import torch
-
-    if not torch.cuda.is_available():
-        pytest.skip("needs an NVIDIA GPU")
 
 
 @pytest.fixture(scope="module")
@@ -133,12 +126,14 @@ def close(first: list[list[float]], second: list[list[float]], tolerance: float)
 
 
 @pytest.mark.parametrize("num_seqs", [1, 2, 3, 8, 9, 17, 20])
-def test_a_graph_computes_what_single_kernels_compute(open_dummy, graphs, num_seqs):
+def test_a_graph_computes_what_single_kernels_compute(
+    open_dummy: OpenEngine, graphs: Engine, num_seqs: int
+) -> None:
     eager = open_dummy(enforce_eager=True)
     close(decode_log(graphs, num_seqs, 20), decode_log(eager, num_seqs, 20), 0.05)
 
 
-def test_padding_rows_do_not_touch_the_pool(graphs):
+def test_padding_rows_do_not_touch_the_pool(graphs: Engine) -> None:
     """Three sequences run in a graph of four rows: the fourth writes nowhere."""
     tensor = graphs.kv_cache.tensor
     tensor.zero_()
@@ -153,7 +148,7 @@ def test_padding_rows_do_not_touch_the_pool(graphs):
         graphs.block_manager.free(sequence)
 
 
-def test_decode_gives_the_logprobs_of_a_prefill(graphs):
+def test_decode_gives_the_logprobs_of_a_prefill(graphs: Engine) -> None:
     """Each decoded token's probability equals that of computing all tokens in one chunk."""
     sequence = start(graphs, "decoded", prompt_of(100, 1))
     decoded = step(graphs, (sequence, 100))
@@ -168,7 +163,7 @@ def test_decode_gives_the_logprobs_of_a_prefill(graphs):
     graphs.block_manager.free(sequence)
 
 
-def test_chunks_of_any_size_give_the_same_logprob(graphs):
+def test_chunks_of_any_size_give_the_same_logprob(graphs: Engine) -> None:
     prompt = prompt_of(2000, 3)
     found = []
     for chunk in (2000, 512, 300, 129):
@@ -181,13 +176,13 @@ def test_chunks_of_any_size_give_the_same_logprob(graphs):
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
-def test_other_types_work_too(open_dummy, dtype):
+def test_other_types_work_too(open_dummy: OpenEngine, dtype: str) -> None:
     half = open_dummy(dtype=dtype)
     eager = open_dummy(dtype=dtype, enforce_eager=True)
     close(decode_log(half, 5, 5), decode_log(eager, 5, 5), 0.02)
 
 
-def test_the_engine_stays_within_its_share_of_the_gpu(open_dummy):
+def test_the_engine_stays_within_its_share_of_the_gpu(open_dummy: OpenEngine) -> None:
     import torch
 
     device = torch.device("cuda", 0)
@@ -202,7 +197,7 @@ def test_the_engine_stays_within_its_share_of_the_gpu(open_dummy):
     assert 0.5 * share * total < taken < share * total
 
 
-def test_what_does_not_fit_is_refused_with_the_arithmetic(open_dummy):
+def test_what_does_not_fit_is_refused_with_the_arithmetic(open_dummy: OpenEngine) -> None:
     from cluster.errors import ConfigError
 
     with pytest.raises(ConfigError, match=r"Weights .* \+ workspace .* raise --gpu-memory"):
@@ -210,7 +205,9 @@ def test_what_does_not_fit_is_refused_with_the_arithmetic(open_dummy):
 
 
 @pytest.mark.parametrize("family", ["llama3", "mistral", "qwen2", "qwen3"])
-def test_greedy_tokens_in_float32_equal_the_reference(family, expected, open_engine, run_greedy):
+def test_greedy_tokens_in_float32_equal_the_reference(
+    family: str, expected: Expected, open_engine: OpenEngine, run_greedy: RunGreedy
+) -> None:
     cases = expected[family]
     engine = open_engine(family, device="cuda", kv_cache_memory_bytes=POOL_BYTES)
     sequences = run_greedy(engine, [case["prompt"] for case in cases], chunk=512, num_tokens=24)
@@ -218,7 +215,7 @@ def test_greedy_tokens_in_float32_equal_the_reference(family, expected, open_eng
     assert outputs == [case["tokens"] for case in cases]
 
 
-def test_done_is_recorded_when_the_kv_of_a_step_is_written(graphs):
+def test_done_is_recorded_when_the_kv_of_a_step_is_written(graphs: Engine) -> None:
     sequence = start(graphs, "done", prompt_of(64, 2))
     output = graphs.step(ScheduleDecision((ScheduledChunk(sequence, 32),)))
     assert output.done is not None

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
 import pytest
 import torch
 
@@ -10,23 +13,36 @@ from cluster.prefix_hash import root_hash
 from cluster.request import FinishReason, SamplingParams, SequenceRequest
 from cluster.startup import StartupReport
 from engine.config import EngineConfig
-from engine.engine import Engine
+from engine.engine import Engine, StepOutput
 from engine.schedule import ScheduledChunk, ScheduleDecision
 from engine.sequence import Sequence, SequenceStatus
 
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from tests.engine.conftest import OpenEngine
+
+Start = Callable[..., Sequence]
+
 
 @pytest.fixture(scope="module")
-def engine(open_engine):
+def engine(open_engine: OpenEngine) -> Engine:
     return open_engine("qwen3", max_model_len=128)
 
 
 @pytest.fixture
-def start(engine):
+def start(engine: Engine) -> Iterator[Start]:
     """`start(prompt, ...)`: a sequence with blocks for its prompt, freed after the test."""
-    started = []
+    started: list[Sequence] = []
 
-    def start(prompt, **sampling):
-        settings = {"max_tokens": 4, "seed": 0, "temperature": 0.0, "ignore_eos": True} | sampling
+    def start(prompt: Iterable[int], **sampling: Any) -> Sequence:
+        settings: dict[str, Any] = {
+            "max_tokens": 4,
+            "seed": 0,
+            "temperature": 0.0,
+            "ignore_eos": True,
+        } | sampling
         name = f"s{len(started)}"
         sequence = Sequence(
             SequenceRequest(
@@ -38,7 +54,7 @@ def start(engine):
             block_size=engine.config.block_size,
             root=root_hash("test", name.encode()),
         )
-        assert engine.block_manager.allocate(sequence, len(prompt))
+        assert engine.block_manager.allocate(sequence, sequence.num_prompt_tokens)
         started.append(sequence)
         return sequence
 
@@ -49,13 +65,15 @@ def start(engine):
     engine.block_manager.check_integrity()
 
 
-def step(engine, *chunks):
+def step(engine: Engine, *chunks: tuple[Sequence, int]) -> StepOutput:
     for sequence, length in chunks:
         assert engine.block_manager.allocate(sequence, sequence.num_computed_tokens + length)
     return engine.step(ScheduleDecision(tuple(ScheduledChunk(*chunk) for chunk in chunks)))
 
 
-def test_a_chunk_that_stops_short_of_the_prompts_end_draws_nothing(engine, start):
+def test_a_chunk_that_stops_short_of_the_prompts_end_draws_nothing(
+    engine: Engine, start: Start
+) -> None:
     sequence = start(range(10, 50))
     output = step(engine, (sequence, 32))
     assert output.deltas == ()
@@ -64,7 +82,7 @@ def test_a_chunk_that_stops_short_of_the_prompts_end_draws_nothing(engine, start
     assert sequence.num_output_tokens == 0
 
 
-def test_only_chunks_that_end_draw_and_in_their_order(engine, start):
+def test_only_chunks_that_end_draw_and_in_their_order(engine: Engine, start: Start) -> None:
     first, second, third = start(range(10, 30)), start(range(20, 60)), start(range(5, 8))
     output = step(engine, (first, 20), (second, 10), (third, 3))
     assert output.sampled_sequences == (first, third)
@@ -75,19 +93,19 @@ def test_only_chunks_that_end_draw_and_in_their_order(engine, start):
     ]
 
 
-def test_the_first_delta_tells_how_much_was_cached(engine, start):
+def test_the_first_delta_tells_how_much_was_cached(engine: Engine, start: Start) -> None:
     sequence = start(range(10, 50))
     assert step(engine, (sequence, 40)).deltas[0].num_cached_tokens == 0
     assert step(engine, (sequence, 1)).deltas[0].num_cached_tokens is None
 
 
-def test_computed_blocks_can_be_hit_as_soon_as_they_are_full(engine, start):
+def test_computed_blocks_can_be_hit_as_soon_as_they_are_full(engine: Engine, start: Start) -> None:
     sequence = start(range(10, 50))
     step(engine, (sequence, 32))
     assert len(engine.block_manager.match_prefix(sequence.block_hashes)) == 2
 
 
-def test_max_tokens_ends_a_sequence_and_leaves_its_blocks(engine, start):
+def test_max_tokens_ends_a_sequence_and_leaves_its_blocks(engine: Engine, start: Start) -> None:
     sequence = start(range(10, 20), max_tokens=2)
     step(engine, (sequence, 10))
     (delta,) = step(engine, (sequence, 1)).deltas
@@ -96,7 +114,7 @@ def test_max_tokens_ends_a_sequence_and_leaves_its_blocks(engine, start):
     assert sequence.block_table
 
 
-def test_a_stop_token_is_named(engine, start):
+def test_a_stop_token_is_named(engine: Engine, start: Start) -> None:
     probe = start(range(10, 20))
     step(engine, (probe, 10))
     drawn = probe.token_ids[-1]
@@ -106,7 +124,7 @@ def test_a_stop_token_is_named(engine, start):
     assert delta.stop_token_id == drawn
 
 
-def test_the_models_context_ends_a_sequence(engine, start):
+def test_the_models_context_ends_a_sequence(engine: Engine, start: Start) -> None:
     sequence = start(range(100, 226), max_tokens=100)
     step(engine, (sequence, 126))
     assert not sequence.is_finished
@@ -115,11 +133,11 @@ def test_the_models_context_ends_a_sequence(engine, start):
     assert sequence.num_tokens == 128
 
 
-def test_the_kv_of_each_layer_is_announced_when_it_is_written(engine, start):
+def test_the_kv_of_each_layer_is_announced_when_it_is_written(engine: Engine, start: Start) -> None:
     sequence = start(range(10, 30))
-    seen = []
+    seen: list[tuple[int, list[bool]]] = []
 
-    def on_layer(layer):
+    def on_layer(layer: int) -> None:
         block = sequence.block_table[0]
         written = engine.kv_cache.tensor[:, block].abs().sum(dim=(1, 2, 3, 4)) > 0
         seen.append((layer, written.tolist()))
@@ -129,7 +147,7 @@ def test_the_kv_of_each_layer_is_announced_when_it_is_written(engine, start):
     assert seen == [(0, [True, False]), (1, [True, True])]
 
 
-def test_decode_gives_the_tokens_of_a_whole_prefill(engine, start):
+def test_decode_gives_the_tokens_of_a_whole_prefill(engine: Engine, start: Start) -> None:
     """A sequence that lost its blocks is computed again in one chunk and continues alike."""
     sequence = start(range(10, 30), max_tokens=100)
     step(engine, (sequence, 20))
@@ -140,13 +158,13 @@ def test_decode_gives_the_tokens_of_a_whole_prefill(engine, start):
     assert again.token_ids == sequence.token_ids
 
 
-def test_kv_is_written_outside_inference_mode_too(engine):
+def test_kv_is_written_outside_inference_mode_too(engine: Engine) -> None:
     """What a node receives from a peer is scattered into the pool by another thread."""
     engine.kv_cache.as_bytes()[:, 0].copy_(torch.zeros(1, dtype=torch.uint8))
 
 
-def test_progress_names_every_phase(checkpoints):
-    facts = []
+def test_progress_names_every_phase(checkpoints: Path) -> None:
+    facts: list[Mapping[str, Any]] = []
     config = EngineConfig(model=checkpoints / "qwen2", device="cpu", num_threads=1)
     Engine.create(config, progress=StartupReport(sink=facts.append))
     assert [fact["phase"] for fact in facts if fact["event"] == "begin"] == [
@@ -156,7 +174,7 @@ def test_progress_names_every_phase(checkpoints):
     ]
 
 
-def test_dummy_weights_need_only_the_config(checkpoints, tmp_path):
+def test_dummy_weights_need_only_the_config(checkpoints: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_bytes((checkpoints / "llama3" / "config.json").read_bytes())
     config = EngineConfig(model=tmp_path, device="cpu", load_format="dummy", num_threads=1)
     engine = Engine.create(config, progress=StartupReport(sink=lambda fact: None))
@@ -168,12 +186,12 @@ def test_dummy_weights_need_only_the_config(checkpoints, tmp_path):
         )
 
 
-def test_a_context_that_does_not_fit_the_pool_is_refused_at_start(open_engine):
+def test_a_context_that_does_not_fit_the_pool_is_refused_at_start(open_engine: OpenEngine) -> None:
     message = r"is 488\.3 KiB, but .* takes 1\.0 MiB: lower --max-model-len to at most 480"
     with pytest.raises(ConfigError, match=message):
         open_engine("qwen3", kv_cache_memory_bytes=500_000)
 
 
-def test_the_fingerprint_is_of_the_weights(open_engine, engine):
+def test_the_fingerprint_is_of_the_weights(open_engine: OpenEngine, engine: Engine) -> None:
     assert engine.weights_fingerprint == open_engine("qwen3").weights_fingerprint
     assert engine.weights_fingerprint != open_engine("qwen2").weights_fingerprint

@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from engine.sequence import Sequence
+    from tests.engine.conftest import Expected, OpenEngine, RunGreedy
 
 FAMILIES = (
     "llama3",
@@ -15,15 +23,15 @@ FAMILIES = (
 )
 
 
-def _outputs(sequences) -> list[list[int]]:
+def _outputs(sequences: Iterable[Sequence]) -> list[list[int]]:
     return [sequence.output_token_ids for sequence in sequences]
 
 
 @pytest.mark.parametrize("chunk", [32, 512, 1024])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_batch_of_sixteen_prompts_equals_the_reference(
-    family, chunk, expected, open_engine, run_greedy
-):
+    family: str, chunk: int, expected: Expected, open_engine: OpenEngine, run_greedy: RunGreedy
+) -> None:
     cases = expected[family]
     sequences = run_greedy(
         open_engine(family), [case["prompt"] for case in cases], chunk=chunk, num_tokens=24
@@ -32,7 +40,9 @@ def test_a_batch_of_sixteen_prompts_equals_the_reference(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_prompts_run_one_by_one_equal_the_reference(family, expected, open_engine, run_greedy):
+def test_prompts_run_one_by_one_equal_the_reference(
+    family: str, expected: Expected, open_engine: OpenEngine, run_greedy: RunGreedy
+) -> None:
     engine = open_engine(family, enable_prefix_caching=False)
     for case in expected[family][:6]:
         (sequence,) = run_greedy(engine, [case["prompt"]], chunk=32, num_tokens=24)
@@ -41,8 +51,8 @@ def test_prompts_run_one_by_one_equal_the_reference(family, expected, open_engin
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_tokens_do_not_depend_on_what_the_prefix_cache_holds(
-    family, expected, open_engine, run_greedy
-):
+    family: str, expected: Expected, open_engine: OpenEngine, run_greedy: RunGreedy
+) -> None:
     cases = expected[family]
     engine = open_engine(family)
     prompts = [case["prompt"] for case in cases]
@@ -63,14 +73,18 @@ def test_tokens_do_not_depend_on_what_the_prefix_cache_holds(
     }
 
 
-def test_blocks_of_another_size_give_the_same_tokens(expected, open_engine, run_greedy):
+def test_blocks_of_another_size_give_the_same_tokens(
+    expected: Expected, open_engine: OpenEngine, run_greedy: RunGreedy
+) -> None:
     cases = expected["mistral"]
     engine = open_engine("mistral", block_size=32)
     sequences = run_greedy(engine, [case["prompt"] for case in cases], chunk=48, num_tokens=24)
     assert _outputs(sequences) == [case["tokens"] for case in cases]
 
 
-def test_bfloat16_stays_close_to_float32(expected, open_engine, run_greedy):
+def test_bfloat16_stays_close_to_float32(
+    expected: Expected, open_engine: OpenEngine, run_greedy: RunGreedy
+) -> None:
     """Not token for token: the types round differently. But most first tokens must agree."""
     cases = expected["llama3"]
     engine = open_engine("llama3", dtype="bfloat16")

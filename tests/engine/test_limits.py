@@ -1,24 +1,27 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from cluster.errors import ConfigError
 from engine.config import EngineConfig
-from engine.limits import Machine, resolve
+from engine.limits import EngineLimits, Machine, resolve
 from engine.models.config import ModelConfig
 
+ResolveLimits = Callable[..., EngineLimits]
 SLOW_CPU = Machine(num_gpus=0, cpu_is_fast_at_bfloat16=False)
 FAST_CPU = Machine(num_gpus=0, cpu_is_fast_at_bfloat16=True)
 TWO_GPUS = Machine(num_gpus=2, cpu_is_fast_at_bfloat16=True)
 
 
 @pytest.fixture
-def limits(tmp_path):
-    def limits(machine, stored="bfloat16", **options):
+def limits(tmp_path: Path) -> ResolveLimits:
+    def limits(machine: Machine, stored: str = "bfloat16", **options: Any) -> EngineLimits:
         facts = {
             "architectures": ["LlamaForCausalLM"],
             "hidden_size": 64,
@@ -49,40 +52,42 @@ def limits(tmp_path):
     ],
 )
 def test_auto_keeps_the_checkpoints_type_where_the_processor_is_fast_at_it(
-    limits, machine, stored, dtype
-):
+    limits: ResolveLimits, machine: Machine, stored: str, dtype: torch.dtype
+) -> None:
     assert limits(machine, stored).dtype == dtype
 
 
-def test_a_given_type_wins(limits):
+def test_a_given_type_wins(limits: ResolveLimits) -> None:
     assert limits(SLOW_CPU, "float32", dtype="bfloat16").dtype == torch.bfloat16
 
 
-def test_auto_takes_a_gpu_when_there_is_one(limits):
+def test_auto_takes_a_gpu_when_there_is_one(limits: ResolveLimits) -> None:
     assert limits(TWO_GPUS).device == torch.device("cuda", 0)
     assert limits(FAST_CPU).device == torch.device("cpu")
     assert limits(TWO_GPUS, device="cpu").device == torch.device("cpu")
     assert limits(TWO_GPUS, device="cuda:1").device == torch.device("cuda", 1)
 
 
-def test_a_gpu_that_is_not_there_is_refused(limits):
+def test_a_gpu_that_is_not_there_is_refused(limits: ResolveLimits) -> None:
     with pytest.raises(ConfigError, match="this process sees 2 GPUs"):
         limits(TWO_GPUS, device="cuda:2")
 
 
-def test_a_step_is_smaller_on_a_cpu_unless_told_otherwise(limits):
+def test_a_step_is_smaller_on_a_cpu_unless_told_otherwise(limits: ResolveLimits) -> None:
     assert limits(TWO_GPUS).max_num_batched_tokens == 8192
     assert limits(FAST_CPU).max_num_batched_tokens == 512
     assert limits(FAST_CPU, max_num_batched_tokens=64).max_num_batched_tokens == 64
 
 
-def test_a_small_model_on_a_cpu_runs_on_one_thread_unless_told_otherwise(limits):
+def test_a_small_model_on_a_cpu_runs_on_one_thread_unless_told_otherwise(
+    limits: ResolveLimits,
+) -> None:
     assert limits(FAST_CPU).num_threads == 1
     assert limits(FAST_CPU, num_threads=4).num_threads == 4
     assert limits(TWO_GPUS).num_threads is None
 
 
-def test_the_context_is_the_models_unless_a_shorter_one_is_asked(limits):
+def test_the_context_is_the_models_unless_a_shorter_one_is_asked(limits: ResolveLimits) -> None:
     assert limits(FAST_CPU).max_model_len == 2048
     assert limits(FAST_CPU, max_model_len=100).max_model_len == 100
     with pytest.raises(ConfigError, match="--max-model-len 4096 exceeds the 2048 tokens"):
@@ -100,6 +105,6 @@ def test_the_context_is_the_models_unless_a_shorter_one_is_asked(limits):
         ({"max_model_len": 0}, "--max-model-len must be at least 1"),
     ],
 )
-def test_an_option_out_of_range_is_refused(option, message):
+def test_an_option_out_of_range_is_refused(option: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         EngineConfig(model=Path("model"), **option)

@@ -1,13 +1,20 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from cluster.errors import ConfigError
 from engine.models.config import ModelConfig, RopeScaling
 
-LLAMA = {
+if TYPE_CHECKING:
+    from pathlib import Path
+
+Read = Callable[..., ModelConfig]
+
+LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
     "hidden_size": 4096,
     "intermediate_size": 14336,
@@ -34,8 +41,8 @@ QWEN2 = LLAMA | {"architectures": ["Qwen2ForCausalLM"], "rope_scaling": None}
 
 
 @pytest.fixture
-def read(tmp_path):
-    def read(config, generation_config=None):
+def read(tmp_path: Path) -> Read:
+    def read(config: object, generation_config: object = None) -> ModelConfig:
         (tmp_path / "config.json").write_text(json.dumps(config))
         if generation_config is not None:
             (tmp_path / "generation_config.json").write_text(json.dumps(generation_config))
@@ -44,7 +51,7 @@ def read(tmp_path):
     return read
 
 
-def test_llama_3_1_is_read_with_its_rope_scaling(read):
+def test_llama_3_1_is_read_with_its_rope_scaling(read: Read) -> None:
     config = read(LLAMA)
     assert config.head_size == 128
     assert config.num_kv_heads == 8
@@ -63,65 +70,65 @@ def test_llama_3_1_is_read_with_its_rope_scaling(read):
     assert config.num_parameters == 8_030_261_248
 
 
-def test_older_and_newer_spelling_of_the_same_model_are_equal(read):
+def test_older_and_newer_spelling_of_the_same_model_are_equal(read: Read) -> None:
     newer = {key: value for key, value in LLAMA.items() if key not in ("rope_theta", "torch_dtype")}
     newer["rope_parameters"] = newer.pop("rope_scaling") | {"rope_theta": 500000.0}
     newer["dtype"] = "bfloat16"
     assert read(newer) == read(LLAMA)
 
 
-def test_qwen2_has_biases_on_q_k_v_only(read):
+def test_qwen2_has_biases_on_q_k_v_only(read: Read) -> None:
     config = read(QWEN2)
     assert config.attention_bias
     assert not config.output_bias
 
 
-def test_qwen3_has_qk_norm_and_its_own_head_size(read):
+def test_qwen3_has_qk_norm_and_its_own_head_size(read: Read) -> None:
     config = read(QWEN2 | {"architectures": ["Qwen3ForCausalLM"], "head_dim": 64})
     assert config.qk_norm
     assert config.head_size == 64
     assert not config.attention_bias
 
 
-def test_a_window_holds_for_every_layer_of_mistral(read):
+def test_a_window_holds_for_every_layer_of_mistral(read: Read) -> None:
     mistral = QWEN2 | {"architectures": ["MistralForCausalLM"], "sliding_window": 4096}
     assert read(mistral).layer_windows == (4096,) * 32
     assert read(mistral | {"sliding_window": None}).layer_windows == (None,) * 32
 
 
-def test_a_window_of_qwen_counts_only_when_switched_on_and_from_its_layer_on(read):
+def test_a_window_of_qwen_counts_only_when_switched_on_and_from_its_layer_on(read: Read) -> None:
     windowed = QWEN2 | {"sliding_window": 1024, "max_window_layers": 30}
     assert read(windowed).layer_windows == (None,) * 32
     switched_on = read(windowed | {"use_sliding_window": True})
     assert switched_on.layer_windows == (None,) * 30 + (1024,) * 2
 
 
-def test_yarn_lengthens_the_context(read):
+def test_yarn_lengthens_the_context(read: Read) -> None:
     yarn = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
     config = read(QWEN2 | {"max_position_embeddings": 32768, "rope_scaling": yarn})
     assert config.longest_context == 131072
 
 
-def test_end_tokens_of_generation_config_count_too(read):
+def test_end_tokens_of_generation_config_count_too(read: Read) -> None:
     config = read(QWEN2 | {"eos_token_id": 7}, {"eos_token_id": [9, 7]})
     assert config.eos_token_ids == (9, 7)
 
 
-def test_end_tokens_beyond_the_vocabulary_are_left_out(read):
+def test_end_tokens_beyond_the_vocabulary_are_left_out(read: Read) -> None:
     assert read(QWEN2 | {"eos_token_id": [7, 999_999]}).eos_token_ids == (7,)
 
 
-def test_a_missing_folder_is_named(tmp_path):
+def test_a_missing_folder_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"no model folder at .*nowhere"):
         ModelConfig.from_folder(tmp_path / "nowhere")
 
 
-def test_a_folder_without_config_is_refused(tmp_path):
+def test_a_folder_without_config_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"holds no config\.json"):
         ModelConfig.from_folder(tmp_path)
 
 
-def test_a_config_that_is_no_json_is_refused(tmp_path):
+def test_a_config_that_is_no_json_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ConfigError, match="cannot be read"):
         ModelConfig.from_folder(tmp_path)
@@ -150,6 +157,8 @@ def test_a_config_that_is_no_json_is_refused(tmp_path):
         ({"head_dim": 33}, "odd head size"),
     ],
 )
-def test_what_cannot_be_computed_is_refused_by_name(read, change, message):
+def test_what_cannot_be_computed_is_refused_by_name(
+    read: Read, change: dict[str, object], message: str
+) -> None:
     with pytest.raises(ConfigError, match=message):
         read(LLAMA | change)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -13,33 +14,41 @@ from engine import weights
 from engine.models.config import ModelConfig
 from engine.models.decoder import Decoder
 
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from pathlib import Path
+
+    Tensors = dict[str, torch.Tensor]
+
 CPU = torch.device("cpu")
 
 
 @pytest.fixture
-def folder(checkpoints, tmp_path):
+def folder(checkpoints: Path, tmp_path: Path) -> Path:
     """A copy of a sharded checkpoint, to be damaged."""
     return shutil.copytree(checkpoints / "qwen2", tmp_path / "model")
 
 
-def build(folder, dtype=torch.float32):
+def build(folder: Path, dtype: torch.dtype = torch.float32) -> Decoder:
     config = ModelConfig.from_folder(folder)
     return Decoder(config, max_model_len=64, dtype=dtype, device=CPU)
 
 
-def load(folder, dtype=torch.float32):
+def load(
+    folder: Path, dtype: torch.dtype = torch.float32
+) -> tuple[Tensors, list[Mapping[str, Any]]]:
     views = build(folder, dtype).checkpoint_views()
-    facts = []
+    facts: list[Mapping[str, Any]] = []
     with StartupReport(sink=facts.append).phase("load weights") as phase:
         weights.load_weights(weights.open_checkpoint(folder), views, phase)
     return views, facts
 
 
-def first_shard(folder):
+def first_shard(folder: Path) -> Path:
     return min(folder.glob("*.safetensors"))
 
 
-def rewrite(folder, change):
+def rewrite(folder: Path, change: Callable[[Tensors], object]) -> None:
     """Apply `change` to the tensors of the shard that holds the first layer's q_proj."""
     index = json.loads((folder / weights.INDEX_FILE).read_text())["weight_map"]
     path = folder / index["model.layers.0.self_attn.q_proj.weight"]
@@ -48,9 +57,9 @@ def rewrite(folder, change):
     save_file(tensors, path)
 
 
-def test_merged_matrices_hold_the_checkpoints_tensors(folder):
+def test_merged_matrices_hold_the_checkpoints_tensors(folder: Path) -> None:
     views, _ = load(folder)
-    stored = {}
+    stored: Tensors = {}
     for path in folder.glob("*.safetensors"):
         stored |= load_file(path)
     assert views.keys() == stored.keys() - {"lm_head.weight"}
@@ -58,7 +67,7 @@ def test_merged_matrices_hold_the_checkpoints_tensors(folder):
         assert torch.equal(view, stored[name]), name
 
 
-def test_every_byte_of_the_model_is_reported_as_progress(folder):
+def test_every_byte_of_the_model_is_reported_as_progress(folder: Path) -> None:
     views, facts = load(folder)
     advances = [fact["done"] for fact in facts if fact["event"] == "advance"]
     assert advances == sorted(advances)
@@ -67,27 +76,27 @@ def test_every_byte_of_the_model_is_reported_as_progress(folder):
     assert advances[-1] <= sum(map(weights.num_bytes, views.values()))
 
 
-def test_another_type_than_the_checkpoints_is_converted(folder):
+def test_another_type_than_the_checkpoints_is_converted(folder: Path) -> None:
     exact, _ = load(folder)
     rounded, _ = load(folder, torch.bfloat16)
     name = "model.layers.1.mlp.up_proj.weight"
     assert torch.equal(rounded[name], exact[name].bfloat16())
 
 
-def test_a_folder_without_safetensors_is_refused(folder):
+def test_a_folder_without_safetensors_is_refused(folder: Path) -> None:
     for path in folder.glob("*.safetensors*"):
         path.unlink()
     with pytest.raises(ConfigError, match=r"holds neither model\.safetensors nor"):
         weights.open_checkpoint(folder)
 
 
-def test_an_index_that_names_a_missing_file_is_refused(folder):
+def test_an_index_that_names_a_missing_file_is_refused(folder: Path) -> None:
     first_shard(folder).unlink()
     with pytest.raises(ConfigError, match="which is not in"):
         weights.open_checkpoint(folder)
 
 
-def test_an_index_cannot_point_outside_its_folder(folder):
+def test_an_index_cannot_point_outside_its_folder(folder: Path) -> None:
     index = {"weight_map": {"a": "../elsewhere.safetensors"}}
     (folder / weights.INDEX_FILE).write_text(json.dumps(index))
     shutil.copy(first_shard(folder), folder.parent / "elsewhere.safetensors")
@@ -96,21 +105,21 @@ def test_an_index_cannot_point_outside_its_folder(folder):
 
 
 @pytest.mark.parametrize("num_bytes", [0, 5, 100, -1])
-def test_a_truncated_file_is_named(folder, num_bytes):
+def test_a_truncated_file_is_named(folder: Path, num_bytes: int) -> None:
     path = first_shard(folder)
     path.write_bytes(path.read_bytes()[:num_bytes])
     with pytest.raises(ConfigError, match=f"{path.name} is not a whole safetensors file"):
         weights.open_checkpoint(folder)
 
 
-def test_a_missing_tensor_is_named(folder):
+def test_a_missing_tensor_is_named(folder: Path) -> None:
     rewrite(folder, lambda tensors: tensors.pop("model.layers.0.self_attn.q_proj.weight"))
     with pytest.raises(ConfigError, match=r"lacks model\.layers\.0\.self_attn\.q_proj\.weight"):
         load(folder)
 
 
-def test_a_tensor_of_another_shape_is_named(folder):
-    def widen(tensors):
+def test_a_tensor_of_another_shape_is_named(folder: Path) -> None:
+    def widen(tensors: Tensors) -> None:
         tensors["model.layers.0.self_attn.q_proj.weight"] = torch.zeros(64, 65)
 
     rewrite(folder, widen)
@@ -118,14 +127,14 @@ def test_a_tensor_of_another_shape_is_named(folder):
         load(folder)
 
 
-def test_a_tensor_that_would_be_ignored_is_refused(folder):
+def test_a_tensor_that_would_be_ignored_is_refused(folder: Path) -> None:
     rewrite(folder, lambda tensors: tensors.update({"model.layers.0.extra.bias": torch.ones(1)}))
     with pytest.raises(ConfigError, match=r"does not use: model\.layers\.0\.extra\.bias"):
         load(folder)
 
 
-def test_a_tensor_of_integers_is_refused(folder):
-    def quantize(tensors):
+def test_a_tensor_of_integers_is_refused(folder: Path) -> None:
+    def quantize(tensors: Tensors) -> None:
         name = "model.layers.0.self_attn.q_proj.weight"
         tensors[name] = tensors[name].to(torch.int8)
 
@@ -134,22 +143,22 @@ def test_a_tensor_of_integers_is_refused(folder):
         load(folder)
 
 
-def fingerprint(folder):
+def fingerprint(folder: Path) -> str:
     return weights.fingerprint(ModelConfig.from_folder(folder), weights.open_checkpoint(folder))
 
 
-def test_fingerprints_differ_when_one_tensor_does(folder):
+def test_fingerprints_differ_when_one_tensor_does(folder: Path) -> None:
     before = fingerprint(folder)
     assert before == fingerprint(folder)
 
-    def change(tensors):
+    def change(tensors: Tensors) -> None:
         tensors["model.layers.0.self_attn.q_proj.weight"] += 1.0
 
     rewrite(folder, change)
     assert before != fingerprint(folder)
 
 
-def test_fingerprints_differ_when_the_same_weights_compute_other_kv(folder):
+def test_fingerprints_differ_when_the_same_weights_compute_other_kv(folder: Path) -> None:
     before = fingerprint(folder)
     config = json.loads((folder / "config.json").read_text())
     config["rope_parameters"]["rope_theta"] = 12345.0
@@ -157,8 +166,8 @@ def test_fingerprints_differ_when_the_same_weights_compute_other_kv(folder):
     assert before != fingerprint(folder)
 
 
-def test_dummy_weights_are_seeded_and_of_a_realistic_scale(folder):
-    def draw(seed):
+def test_dummy_weights_are_seeded_and_of_a_realistic_scale(folder: Path) -> None:
+    def draw(seed: int) -> Tensors:
         views = build(folder).checkpoint_views()
         with StartupReport(sink=lambda fact: None).phase("load weights") as phase:
             weights.fill_dummy(views, seed, phase)

@@ -15,6 +15,7 @@ import os
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 NUM_TOKENS = 24
@@ -24,7 +25,7 @@ PROMPT_LENGTHS = (
     *(5, 20, 31, 33, 40, 64, 100, 600),
 )
 _VOCAB = 320
-_SIZES = {
+_SIZES: dict[str, Any] = {
     "vocab_size": _VOCAB,
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -60,7 +61,7 @@ def _repository_paths() -> set[Path]:
     return {REPOSITORY, Path(__file__).resolve().parent}
 
 
-def _models() -> dict[str, object]:
+def _models() -> dict[str, Any]:
     from transformers import (
         LlamaConfig,
         LlamaForCausalLM,
@@ -121,7 +122,7 @@ def _models() -> dict[str, object]:
     }
 
 
-def _randomize(model, seed: int) -> None:
+def _randomize(model: Any, seed: int) -> None:
     """Fill what initialisation leaves at 0 or 1, so that a bias or a norm left out is noticed."""
     import torch
 
@@ -138,7 +139,10 @@ def _prompts(seed: int) -> list[list[int]]:
     import torch
 
     generator = torch.Generator().manual_seed(seed)
-    draw = lambda n: torch.randint(2, _VOCAB, (n,), generator=generator).tolist()  # noqa: E731
+
+    def draw(length: int) -> list[int]:
+        return torch.randint(2, _VOCAB, (length,), generator=generator).tolist()
+
     shared = draw(2 * BLOCK_SIZE)
     prompts = []
     for index, length in enumerate(PROMPT_LENGTHS):
