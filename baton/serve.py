@@ -91,7 +91,9 @@ async def serve(loaded: LoadedConfig) -> int:
                 await stop.wait()
                 console.print("Draining; Ctrl-C again ends at once.")
         except ConfigError as error:
-            console.print(f"baton serve: {error.message}", style="red", markup=False)
+            console.print(
+                f"baton serve: {error.message}", style="red", markup=False, soft_wrap=True
+            )
             return EXIT_NOT_READY
         finally:
             await supervisor.stop()

@@ -101,6 +101,8 @@ class Supervisor:
         if self._stopping:
             return
         child = Child(spec, on_fact=self._on_fact, on_line=self._on_line)
+        if (before := self._children.get(spec.name)) is not None:
+            child.ready_facts = before.ready_facts  # until it says where it serves itself
         self._children[spec.name] = child
         spawning = asyncio.create_task(child.start())
         self._spawning.add(spawning)

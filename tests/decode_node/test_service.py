@@ -11,12 +11,15 @@ from cluster.errors import Cancelled, InvalidRequest, NodeUnavailable, Overloade
 from cluster.node import Incarnation, NodeId, NodeName, NodeState
 from cluster.request import FinishReason, Handoff
 from cluster.rpc import SessionHub
+from decode_node.incoming import IncomingSequence
 from decode_node.loop import DecodeObserver
 from decode_node.reservations import Reservations
 from decode_node.scheduler import DecodeScheduler
 from decode_node.service import DecodeHandler, Remembered
 from engine.load import LoadSnapshot
 from engine.loop import EngineLoop
+from kv_transfer.transports.loopback import LoopbackNetwork, LoopbackTransport
+from tests.kv_twins import COMPATIBLE, decode_side, until
 from tests.node_parts import (
     GATEWAY,
     FakeMember,
@@ -508,3 +511,25 @@ def test_the_oldest_of_too_many_remembered_ids_is_forgotten() -> None:
     assert "a" in remembered
     assert "b" not in remembered
     assert "c" in remembered
+
+
+# ---- a real receiver ------------------------------------------------------------------------
+
+
+def test_a_hand_off_given_up_before_it_began_to_ask_leaves_nothing_behind() -> None:
+    """Reserve and the loss of its sender in one turn of the loop: the asking must still end."""
+
+    async def body() -> None:
+        async with decode_side(LoopbackTransport(LoopbackNetwork())) as decode:
+            receiver = decode.receiver
+            session = receiver.open_session(NodeId(NodeName("p"), Incarnation(1)), COMPATIBLE)
+            wanted = request("a")
+            incoming = IncomingSequence(
+                transfer_id=bytes(16), attempt=1, request=wanted, gateway_id=GATEWAY
+            )
+            receiver.reserve_asked(session, incoming)
+            receiver.close_session(session)
+            await until(lambda: receiver.num_transfers == 0)
+            assert not decode.source.owned
+
+    asyncio.run(body())
