@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from cluster.request import KVLoadFailurePolicy, SequenceRequest
@@ -135,6 +135,14 @@ class IncomingTransfer:
         return self.is_cut or (
             self.num_to_drain is not None and self.num_arrived >= self.num_to_drain
         )
+
+    def bury(self, forget_at: float) -> None:
+        """Keep only what a late message may ask for."""
+        self.forget_at = forget_at
+        self.block_ids = ()
+        self.progress = BlockProgress.of((), 0)
+        request = replace(self.sequence.request, prompt_token_ids=())
+        self.sequence = replace(self.sequence, request=request)
 
     def why_not_ours(self, header: FrameHeader, incarnation: int) -> FailureReason | None:
         """Why a frame that names this transfer is none of its own; None when it is."""

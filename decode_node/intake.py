@@ -116,7 +116,7 @@ class Intake:
         refused = self.transfers.why_refused(sequence)
         if refused is not None:
             return [SendRefused(session_id, sequence.transfer_id, failure(refused))]
-        older = self.transfers.unfinished(sequence.sequence_id)
+        older = self.transfers.of_sequence(sequence.sequence_id)
         transfer = IncomingTransfer.begin(
             sequence, session_id, epoch=self._next_epoch(), nonce=self._draw_nonce(), now=now
         )
@@ -312,8 +312,7 @@ class Intake:
             if transfer.drain_deadline is not None and now >= transfer.drain_deadline:
                 lost = FailureReason.LINK_LOST
                 instructions += self.session_lost(transfer.session_id, now, lost)
-            if transfer.forget_at is not None and now >= transfer.forget_at:
-                self.transfers.forget(transfer)
+        self.transfers.forget_until(now)
         for transfer_id in self._leases.due_renewals(now):
             session_id = self.transfers[transfer_id].session_id
             extension = self._leases.extension_seconds
@@ -368,9 +367,8 @@ class Intake:
     ) -> list[Instruction]:
         """It is over; a newer attempt of its sequence may ask for blocks now."""
         transfer.state = state
-        transfer.drain_deadline = None
-        transfer.deadline = None
-        transfer.forget_at = now + TOMBSTONE_LEASES * self._leases.duration_seconds
+        tombstone_seconds = TOMBSTONE_LEASES * self._leases.duration_seconds
+        self.transfers.end(transfer, forget_at=now + tombstone_seconds)
         self._leases.release(transfer.transfer_id)
         instructions: list[Instruction] = []
         for newer in self.transfers.waiting_for(transfer.transfer_id):

@@ -41,7 +41,7 @@ from decode_node.intake_instructions import (
     StopAsking,
 )
 from decode_node.receiver_session import ReceiverSession
-from kv_transfer.failures import FailureReason
+from kv_transfer.failures import FailureReason, failure_label
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine, Sequence
@@ -167,7 +167,6 @@ class KVReceiver:
                 expires_in_seconds=self._intake.remaining_seconds(transfer.transfer_id, now),
             )
             for transfer in self._intake.transfers
-            if not transfer.state.is_final
         ]
 
     def sweep(self) -> None:
@@ -270,7 +269,7 @@ class KVReceiver:
                 case Free(sequence):
                     self._source.release(sequence.sequence_id)
                 case ReportFailed(sequence, error):
-                    self.agent.stats.failures[error.reason or error.code] += 1
+                    self.agent.stats.failures[failure_label(error)] += 1
                     self._source.on_transfer_failed(sequence.sequence_id, error)
                 case ReportWithdrawn(sequence):
                     self._source.on_transfer_withdrawn(sequence.sequence_id)

@@ -57,6 +57,8 @@ _MESSAGES = {
     FailureReason.INTERNAL: "The transfer failed inside the node.",
 }
 
+_REASONS = frozenset(reason.value for reason in FailureReason)
+
 _CLASSES: dict[FailureReason, type[ServingError]] = {
     FailureReason.DEADLINE: DeadlineExceeded,
     FailureReason.LEASE_EXPIRED: LeaseExpired,
@@ -68,3 +70,8 @@ def failure(reason: FailureReason) -> ServingError:
     """The typed error of a cause."""
     cls = _CLASSES.get(reason, TransferFailed)
     return cls(_MESSAGES.get(reason, _MESSAGES[FailureReason.ABORTED]), reason=reason.value)
+
+
+def failure_label(error: ServingError) -> str:
+    """A metric label: one of the reasons above, else the error's code. Peers cannot add any."""
+    return error.reason if error.reason in _REASONS else error.code

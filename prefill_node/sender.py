@@ -31,7 +31,7 @@ from cluster.errors import InternalError, ServingError
 from cluster.proto import node_pb2 as pb
 from cluster.rpc import open_channel
 from kv_transfer.digests import digest_seed
-from kv_transfer.failures import FailureReason, failure
+from kv_transfer.failures import FailureReason, failure, failure_label
 from kv_transfer.lease import LeaseTable
 from kv_transfer.outgoing import (
     FreeSources,
@@ -126,7 +126,6 @@ class KVSender:
         self._by_transfer: dict[bytes, Sending] = {}
         self._tombstones: dict[bytes, _Tombstone] = {}
         self._peers: dict[NodeId, Peer] = {}
-        self._closing: set[Peer] = set()
         self._sweeping: asyncio.Task[None] | None = None
 
     @property
@@ -282,7 +281,7 @@ class KVSender:
                     self._count_done(shipment)
                     self._events.on_committed(shipment.sequence_id)
                 case ReportFailed(error):
-                    self.agent.stats.failures[error.reason or error.code] += 1
+                    self.agent.stats.failures[failure_label(error)] += 1
                     self._events.on_failed(shipment.sequence_id, error)
                 case FreeSources():
                     self._forget(shipment)
