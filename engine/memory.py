@@ -62,10 +62,9 @@ class GpuMemory:
 
 
 def num_blocks_on_gpu(config: EngineConfig, need: KVNeed, memory: GpuMemory) -> int:
-    if config.num_gpu_blocks_override is not None:
-        return config.num_gpu_blocks_override
-    if config.kv_cache_memory_bytes is not None:
-        return _blocks_of_given_pool(config.kv_cache_memory_bytes, need)
+    given = _given_blocks(config, need, memory.free - memory.workspace, "the GPU")
+    if given is not None:
+        return given
     share = int(memory.total * config.gpu_memory_utilization)
     beside = memory.workspace + OUTSIDE_ALLOCATOR_BYTES
     pool = share - memory.weights - beside
@@ -84,20 +83,20 @@ def num_blocks_on_gpu(config: EngineConfig, need: KVNeed, memory: GpuMemory) -> 
 
 def num_blocks_on_cpu(config: EngineConfig, need: KVNeed, *, available_bytes: int) -> int:
     """`available_bytes`: main memory that is free once the weights are loaded."""
-    if config.num_gpu_blocks_override is not None:
-        return config.num_gpu_blocks_override
-    if config.kv_cache_memory_bytes is not None:
-        return _blocks_of_given_pool(config.kv_cache_memory_bytes, need)
-    wanted = max(min(DEFAULT_CPU_POOL_BYTES, need.bytes_of_all), need.bytes_of_one)
-    if wanted > available_bytes // 2:
+    given = _given_blocks(config, need, available_bytes, "this machine")
+    if given is not None:
+        return given
+    most = available_bytes // 2
+    if need.bytes_of_one > most:
         raise ConfigError(
             f"The KV of one sequence of {need.max_model_len} tokens takes "
             f"{shown(need.bytes_of_one)}, more than half of the {shown(available_bytes)} of "
             f"memory that is free. Lower --max-model-len to at most "
-            f"{need.longest_within(available_bytes // 2)}, or set --kv-cache-memory-bytes.",
+            f"{need.longest_within(most)}, or set --kv-cache-memory-bytes.",
             param="max_model_len",
         )
-    return wanted // need.block_bytes
+    pool = max(min(DEFAULT_CPU_POOL_BYTES, need.bytes_of_all, most), need.bytes_of_one)
+    return pool // need.block_bytes
 
 
 def check_weights_fit(weights_bytes: int, free_bytes: int, where: str) -> None:
@@ -112,13 +111,17 @@ def check_weights_fit(weights_bytes: int, free_bytes: int, where: str) -> None:
 def available_main_memory() -> int:
     """Bytes that can be had without swapping, bounded by this process's control group."""
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    meminfo = Path("/proc/meminfo")
-    if meminfo.is_file():
-        for line in meminfo.read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                free = int(line.split()[1]) * 1024
-    limit, used = (_control_group(name) for name in ("memory.max", "memory.current"))
-    return free if limit is None or used is None else max(0, min(free, limit - used))
+    meminfo = _table_of(Path("/proc/meminfo"))
+    if "MemAvailable:" in meminfo:
+        free = meminfo["MemAvailable:"] * 1024
+    group = Path("/sys/fs/cgroup")
+    limit, used = (_number_in(group / name) for name in ("memory.max", "memory.current"))
+    if limit is None or used is None:
+        return free
+    # Files that were read, checkpoints above all, count as used but make room when asked.
+    pages = _table_of(group / "memory.stat")
+    used -= pages.get("inactive_file", 0) + pages.get("active_file", 0)
+    return max(0, min(free, limit - used))
 
 
 def shown(num_bytes: int) -> str:
@@ -129,10 +132,34 @@ def shown(num_bytes: int) -> str:
     return f"{num_bytes / 1024:.1f} KiB"
 
 
-def _control_group(name: str) -> int | None:
-    path = Path("/sys/fs/cgroup") / name
+def _number_in(path: Path) -> int | None:
     text = path.read_text().strip() if path.is_file() else ""
     return int(text) if text.isdecimal() else None
+
+
+def _table_of(path: Path) -> dict[str, int]:
+    """The lines "name number ..." of a file of the kernel; empty where there is no such file."""
+    lines = path.read_text().splitlines() if path.is_file() else []
+    rows = [line.split() for line in lines]
+    return {row[0]: int(row[1]) for row in rows if len(row) > 1 and row[1].isdecimal()}
+
+
+def _given_blocks(config: EngineConfig, need: KVNeed, free_bytes: int, where: str) -> int | None:
+    """The blocks that the configuration names, None when it leaves them to the engine."""
+    if config.num_gpu_blocks_override is not None:
+        name, num_blocks = "num_gpu_blocks_override", config.num_gpu_blocks_override
+    elif config.kv_cache_memory_bytes is not None:
+        name = "kv_cache_memory_bytes"
+        num_blocks = _blocks_of_given_pool(config.kv_cache_memory_bytes, need)
+    else:
+        return None
+    if num_blocks * need.block_bytes > free_bytes:
+        raise ConfigError(
+            f"--{name.replace('_', '-')} asks for {shown(num_blocks * need.block_bytes)} of KV, "
+            f"but {where} has {shown(max(0, free_bytes))} free.",
+            param=name,
+        )
+    return num_blocks
 
 
 def _blocks_of_given_pool(pool_bytes: int, need: KVNeed) -> int:

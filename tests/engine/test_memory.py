@@ -63,7 +63,7 @@ def test_a_model_beyond_the_gpu_is_told_so() -> None:
 def test_a_given_pool_is_taken_exactly() -> None:
     given = config(kv_cache_memory_bytes=2 * GIB)
     assert memory.num_blocks_on_gpu(given, NEED, gpu()) == 2 * GIB // NEED.block_bytes
-    assert memory.num_blocks_on_cpu(given, NEED, available_bytes=GIB) == 2 * GIB // NEED.block_bytes
+    assert memory.num_blocks_on_cpu(given, NEED, available_bytes=3 * GIB) == 1024
 
 
 def test_a_given_pool_too_small_for_one_sequence_is_refused() -> None:
@@ -87,6 +87,18 @@ def test_a_cpu_pool_is_256_mib_unless_one_sequence_needs_more() -> None:
 def test_a_sequence_beyond_main_memory_is_refused_with_a_length_that_fits() -> None:
     with pytest.raises(ConfigError, match="Lower --max-model-len to at most 4096"):
         memory.num_blocks_on_cpu(config(), NEED, available_bytes=GIB)
+
+
+def test_a_pool_beyond_what_is_free_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"asks for 2\.00 GiB of KV, but this machine has 1\.00"):
+        memory.num_blocks_on_cpu(config(kv_cache_memory_bytes=2 * GIB), NEED, available_bytes=GIB)
+    with pytest.raises(ConfigError, match=r"num-gpu-blocks-override asks for .* the GPU has"):
+        memory.num_blocks_on_gpu(config(num_gpu_blocks_override=1 << 20), NEED, gpu())
+
+
+def test_a_small_machine_gets_a_pool_of_half_of_what_is_free() -> None:
+    need = KVNeed(block_bytes=64 * 1024, block_size=16, max_model_len=2048, max_num_seqs=256)
+    assert memory.num_blocks_on_cpu(config(), need, available_bytes=128 << 20) == 1024
 
 
 def test_an_override_is_the_number_of_blocks() -> None:
