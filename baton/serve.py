@@ -12,6 +12,7 @@ Values travel to the children as `BATON_*` variables, so no secret is ever in an
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import secrets
 import signal
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import aiohttp
+import redis
 from rich.console import Console
 
 from baton.admin_token import remove_admin_token, write_admin_token
@@ -31,6 +33,8 @@ from baton.progress import StartupView
 from baton.supervisor import Supervisor
 from cluster.config import load_config, render_config
 from cluster.errors import ConfigError
+from cluster.logging import redact
+from cluster.redis_client import check_redis_url
 from engine.config import EngineConfig
 from gateway.config import GatewayConfig
 from kv_transfer.config import KVTransferConfig
@@ -45,6 +49,7 @@ EXIT_NOT_READY = 4
 EXIT_GRACE_SECONDS = 5.0
 MEETING_SECONDS = 20.0
 POLL_SECONDS = 0.05
+REDIS_SECONDS = 3.0
 SECTIONS = (ServeConfig, GatewayConfig, EngineConfig, KVTransferConfig)
 
 
@@ -104,8 +109,26 @@ async def serve(loaded: LoadedConfig) -> int:
 def redis_url_for(loaded: LoadedConfig, stack: ExitStack) -> str:
     """The operator's Redis, else a private one that lives as long as `stack`."""
     if loaded.is_explicit("redis_url"):
+        check_redis_answers(loaded[GatewayConfig].redis_url)
         return loaded[GatewayConfig].redis_url
     return stack.enter_context(EmbeddedRedis()).url
+
+
+def check_redis_answers(url: str) -> None:
+    """Raise `ConfigError` now: without its registry the cluster would wait for itself."""
+    check_redis_url(url)
+    try:
+        with contextlib.closing(
+            redis.Redis.from_url(
+                url, socket_timeout=REDIS_SECONDS, socket_connect_timeout=REDIS_SECONDS
+            )
+        ) as client:
+            client.ping()
+    except (redis.RedisError, OSError) as error:
+        raise ConfigError(
+            f"Redis does not answer at {redact(url)}: {error}. Without --redis-url a private one "
+            "is started."
+        ) from error
 
 
 async def bring_up(supervisor: Supervisor) -> None:

@@ -268,7 +268,8 @@ def _build(
         if each is None:
             raise
         got = "" if each.secret else f", got {_shown(values[each.name])}"
-        _raise_for(each, error.message.rstrip(".") + got, origins[each.name])
+        said = error.message.removeprefix(each.flag).strip(" :").rstrip(".")
+        _raise_for(each, said + got, origins[each.name])
 
 
 def _row(each: Option, value: Any) -> str:
