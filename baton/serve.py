@@ -126,7 +126,7 @@ def check_redis_answers(url: str) -> None:
             client.ping()
     except (redis.RedisError, OSError) as error:
         raise ConfigError(
-            f"Redis does not answer at {redact(url)}: {error}. Without --redis-url a private one "
+            f"Redis does not answer at {redact(url)}: {str(error).rstrip('.')}. Without --redis-url a private one "
             "is started."
         ) from error
 

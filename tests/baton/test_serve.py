@@ -62,8 +62,7 @@ def loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LoadedConfig:
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
-    arguments = ["--redis-url", "redis://127.0.0.1:1/0"]  # nobody connects to it here
-    return load_config("baton serve", SECTIONS, arguments, {}, positional="model")
+    return load_config("baton serve", SECTIONS, [], {}, positional="model")
 
 
 @pytest.fixture
@@ -166,3 +165,11 @@ def test_work_that_fails_says_so_and_work_that_is_given_up_is_over() -> None:
         assert ended.is_set()
 
     asyncio.run(body())
+
+
+def test_a_redis_that_does_not_answer_is_refused_before_anything_starts() -> None:
+    arguments = ["--redis-url", "redis://:secret@127.0.0.1:1/0"]
+    given = load_config("baton serve", SECTIONS, arguments, {}, positional="model")
+    with pytest.raises(ConfigError, match="Redis does not answer at redis://") as caught:
+        asyncio.run(serve(given))
+    assert "secret" not in caught.value.message
