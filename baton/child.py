@@ -95,32 +95,41 @@ class Child:
 
     async def start(self) -> None:
         """Spawn it. One that cannot be spawned has ENDED at once, with the reason."""
-        reader, writer = os.pipe()
-        environment = {**os.environ, **self.spec.environment, PROGRESS_FD_VARIABLE: str(writer)}
+        pipes: list[int] = []
         try:
-            self._process = await asyncio.create_subprocess_exec(
-                *self.spec.program,
-                *self.spec.arguments,
-                env=environment,
-                pass_fds=(writer,),
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=asyncio.subprocess.PIPE,
-                stderr=asyncio.subprocess.STDOUT,
-                start_new_session=True,
-                preexec_fn=die_with_parent,
-            )
+            pipes += [*os.pipe(), *os.pipe()]
+            facts, facts_end, lines, lines_end = pipes
+            process = await self._spawn(facts_end, lines_end)
         except OSError as error:
-            os.close(reader)
+            for descriptor in pipes:
+                os.close(descriptor)
             self.failure = f"it cannot be started: {error.strerror}"
             self._end()
             return
-        finally:
-            os.close(writer)
+        os.close(facts_end)
+        os.close(lines_end)
+        self._process = process
         self._readers = {
-            asyncio.create_task(self._read_facts(reader)),
-            asyncio.create_task(self._read_lines(self._process)),
+            asyncio.create_task(self._read(facts, self._take_fact)),
+            asyncio.create_task(self._read(lines, self._take_line)),
         }
-        self._waiter = asyncio.create_task(self._wait(self._process))
+        self._waiter = asyncio.create_task(self._wait(process))
+
+    async def _spawn(self, facts_end: int, lines_end: int) -> asyncio.subprocess.Process:
+        """Its output goes to pipes of ours: asyncio would not see it end before those of its
+        own are closed, which a grandchild can put off for ever."""
+        environment = {**os.environ, **self.spec.environment, PROGRESS_FD_VARIABLE: str(facts_end)}
+        return await asyncio.create_subprocess_exec(
+            *self.spec.program,
+            *self.spec.arguments,
+            env=environment,
+            pass_fds=(facts_end,),
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=lines_end,
+            stderr=asyncio.subprocess.STDOUT,
+            start_new_session=True,
+            preexec_fn=die_with_parent,
+        )
 
     def terminate(self) -> None:
         """Ask it to drain and end."""
@@ -136,7 +145,7 @@ class Child:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, number)
 
-    async def _read_facts(self, descriptor: int) -> None:
+    async def _read(self, descriptor: int, take: Callable[[bytes], None]) -> None:
         stream = asyncio.StreamReader()
         loop = asyncio.get_running_loop()
         transport, _ = await loop.connect_read_pipe(
@@ -144,15 +153,15 @@ class Child:
         )
         try:
             async for line in lines_of(stream):
-                fact = parse_fact(line)
-                if fact is None:
-                    logger.debug("%s sent no start-up fact: %.80r", self.spec.name, line)
-                else:
-                    self._take_fact(fact)
+                take(line)
         finally:
             transport.close()
 
-    def _take_fact(self, fact: Facts) -> None:
+    def _take_fact(self, line: bytes) -> None:
+        fact = parse_fact(line)
+        if fact is None:
+            logger.debug("%s sent no start-up fact: %.80r", self.spec.name, line)
+            return
         if fact["event"] == "ready" and self.state is ChildState.STARTING:
             self.state = ChildState.READY
             self.ready_facts = fact
@@ -161,19 +170,14 @@ class Child:
             self.failure = fact["message"]
         self._on_fact(self, fact)
 
-    async def _read_lines(self, process: asyncio.subprocess.Process) -> None:
-        if process.stdout is None:
-            return
-        async for line in lines_of(process.stdout):
-            self._take_line(line.decode(errors="replace").rstrip())
-
-    def _take_line(self, line: str) -> None:
+    def _take_line(self, line: bytes) -> None:
+        text = line.decode(errors="replace").rstrip()
         command = self.spec.arguments[0] if self.spec.arguments else ""
-        words = line.removeprefix(f"baton {command}: ")
-        if self.state is ChildState.STARTING and words != line:
+        words = text.removeprefix(f"baton {command}: ")
+        if self.state is ChildState.STARTING and words != text:
             self.failure = self.failure or words
         else:
-            self._on_line(self, line)
+            self._on_line(self, text)
 
     async def _wait(self, process: asyncio.subprocess.Process) -> None:
         await process.wait()

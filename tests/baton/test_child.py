@@ -151,3 +151,18 @@ def test_lines_of_gives_the_end_of_a_stream_that_has_no_line_feed() -> None:
     lines = asyncio.run(run())
     assert lines[0] == b"ab\n"
     assert b"".join(lines[1:]) == b"longer than the limit\nend"
+
+
+def test_a_grandchild_that_keeps_the_pipes_open_does_not_hide_the_end() -> None:
+    stays = "import subprocess, sys; subprocess.Popen([sys.executable, '-c', %r])"
+    waits = "import signal; signal.alarm(15); signal.pause()"
+
+    async def run() -> Child:
+        heard = Heard(spec(stays % waits))
+        await heard.child.start()
+        async with asyncio.timeout(10):
+            await heard.child.ended.wait()
+        heard.child.kill()
+        return heard.child
+
+    assert asyncio.run(run()).exit_code == 0

@@ -108,3 +108,12 @@ def test_a_waiting_one_that_is_cancelled_hears_of_it() -> None:
     reservations.cancel("b")
     with pytest.raises(Cancelled):
         waiting.result(0)
+
+
+def test_one_who_gives_up_waiting_cannot_end_it_under_the_engines_hands() -> None:
+    _, reservations = make(4)
+    reservations.ask(make_sequence("a", 12))
+    waiting = reservations.ask(make_sequence("b", 12))
+    assert not waiting.cancel()
+    reservations.cancel("a")
+    assert waiting.done()

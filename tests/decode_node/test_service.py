@@ -415,9 +415,13 @@ def test_a_sequence_that_has_ended_outlives_its_deadline_in_peace() -> None:
     async def body(world: World) -> None:
         world.handler.submit(GATEWAY, request("a", deadline=5.0), None)
         await world.gateway.until_end()
+        await world.reserve(request("b", deadline=5.0))
+        world.handler.on_transfer_withdrawn("b")
+        world.handler.release("b")
         advance_timers(10.0)
         await settle(world.loop)
         assert await world.gateway.published() == []
+        assert world.receiver.cancelled == []
 
     run(body)
 

@@ -195,11 +195,12 @@ def test_cancel_while_queued_frees_it_without_a_word_to_the_sender() -> None:
 
 def test_cancel_while_sending_withdraws_once_and_publishes_nothing() -> None:
     async def body(world: World) -> None:
-        await world.sending()
+        await world.sending(num_tokens=40)
         world.handler.cancel("a")
         world.handler.cancel("a")
         world.engine.may_step.set()
         await settle(world.loop)
+        assert world.sender.of("chunk") == [("chunk", "a", 8)], "what is left is not computed"
         assert world.sender.of("abort") == [("abort", "a")]
         assert world.sender.of("commit") == []
         assert world.engine.block_manager.num_held_blocks > 0, "a send may still read them"
