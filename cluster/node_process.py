@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 CLOSE_GRACE_SECONDS = 1.0
 EXIT_FAILED = 1
 # The engine's thread and the event loop share the interpreter; a token must not wait 5 ms for it.
-SWITCH_INTERVAL_SECONDS = 0.0005
+SWITCH_INTERVAL_SECONDS = 0.00005
 
 
 class NodeProcess:
