@@ -185,6 +185,24 @@ def test_an_aborted_transfer_keeps_its_blocks_until_every_posted_frame_has_been_
     run(scenario)
 
 
+def test_a_payload_that_was_awaited_when_the_transfer_was_aborted_is_not_scattered() -> None:
+    async def scenario(peer: HandDriven, decode: DecodeSide) -> None:
+        request = make_request(2 * BLOCK_SIZE)
+        name = request.sequence_id
+        _, frames = await two_frames(peer, request)
+        await peer.post_header(frames[0][0])
+        await until(lambda: decode.receiver.agent.staging.num_free == 3)  # a slot waits for it
+        decode.receiver.cancel(name)
+        abort = (await peer.next("abort")).abort
+        before = decode.pool.clone()
+        await peer.endpoint.send(frames[0][1], frames[0][0].nonce)
+        peer.acknowledge(abort, num_frames_posted=1)
+        await until(lambda: name not in decode.source.owned)
+        assert torch.equal(decode.pool, before)
+
+    run(scenario)
+
+
 def test_a_peer_that_never_acknowledges_is_cut_off_and_only_then_are_its_blocks_freed() -> None:
     async def scenario(peer: HandDriven, decode: DecodeSide) -> None:
         request = make_request(2 * BLOCK_SIZE)
