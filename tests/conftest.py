@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+pytest_plugins = ["tests.checkpoints"]
+
 # Told by the driver's device files: most rooms' tests do without torch.
 HAS_GPU = any(Path(device).exists() for device in ("/dev/nvidiactl", "/dev/dxg"))
 

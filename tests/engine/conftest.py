@@ -1,79 +1,24 @@
-"""What tests of a whole engine share: tiny real checkpoints and a greedy driver."""
+"""What tests of a whole engine share: a greedy driver. Its checkpoints: `tests/checkpoints.py`."""
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterable
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 
 from cluster.prefix_hash import root_hash
 from cluster.request import SamplingParams, SequenceRequest
-from cluster.startup import StartupReport
-from engine.config import EngineConfig
 from engine.schedule import ScheduledChunk, ScheduleDecision
 from engine.sequence import Sequence
+from tests.checkpoints import Expected, OpenEngine
 
 if TYPE_CHECKING:
     from engine.engine import Engine
 
-Expected = dict[str, list[dict[str, list[int]]]]
-OpenEngine = Callable[..., "Engine"]
+__all__ = ["Expected", "OpenEngine", "RunGreedy"]
+
 RunGreedy = Callable[..., list[Sequence]]
-
-
-@pytest.fixture(scope="session")
-def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder with one tiny checkpoint per family, and what `transformers` generates from each."""
-    folder = tmp_path_factory.mktemp("checkpoints")
-    script = Path(__file__).with_name("transformers_reference.py")
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    done = subprocess.run(
-        [sys.executable, "-I", str(script), str(folder)],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    if done.returncode:
-        pytest.fail(f"transformers_reference.py failed:\n{done.stderr[-4000:]}")
-    return folder
-
-
-@pytest.fixture(scope="session")
-def expected(checkpoints: Path) -> Expected:
-    """`{family: [{"prompt": [...], "tokens": [...]}]}`, the reference's greedy tokens."""
-    cases: Expected = json.loads((checkpoints / "expected.json").read_text())
-    return cases
-
-
-@pytest.fixture(scope="session")
-def open_engine(checkpoints: Path) -> OpenEngine:
-    """`open_engine("qwen3", max_num_seqs=4)`: a small float32 engine on the CPU."""
-
-    from engine.engine import Engine  # tests of this folder that need no torch stay quick
-
-    def open_engine(family: str, **options: Any) -> Engine:
-        settings: dict[str, Any] = {
-            "model": checkpoints / family,
-            "device": "cpu",
-            "dtype": "float32",
-            "max_model_len": 1024,
-            "max_num_seqs": 16,
-            "max_num_batched_tokens": 1024,
-            "num_threads": 1,
-        }
-        config = EngineConfig(**settings | options)
-        return Engine.create(config, progress=StartupReport(sink=lambda fact: None))
-
-    return open_engine
 
 
 @pytest.fixture(scope="session")

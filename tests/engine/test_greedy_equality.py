@@ -6,21 +6,13 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.checkpoints import FAMILIES
+
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from engine.sequence import Sequence
     from tests.engine.conftest import Expected, OpenEngine, RunGreedy
-
-FAMILIES = (
-    "llama3",
-    "llama_biased_tied",
-    "mistral",
-    "qwen2",
-    "qwen2_yarn_windows",
-    "qwen3",
-    "qwen3_untied",
-)
 
 
 def _outputs(sequences: Iterable[Sequence]) -> list[list[int]]:

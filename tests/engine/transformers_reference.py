@@ -1,10 +1,11 @@
 """Writes tiny seeded checkpoints with `transformers` and the tokens it generates from them.
 
 Run as a script, alone, from another folder: `transformers` probes for a package named `kernels`,
-and this repository has one. Usage: `transformers_reference.py OUTPUT_FOLDER`.
+and this repository has one. Usage: `transformers_reference.py OUTPUT_FOLDER [CHECKPOINT...]`.
 
 Output: one folder per family in Hugging Face layout, and `expected.json`:
-`{family: [{"prompt": [...], "tokens": [...]}, ...]}`, greedy, in float32.
+`{family: [{"prompt": [...], "tokens": [...]}, ...]}`, greedy, in float32. A chat checkpoint given
+is a family named as its folder; its tokens may end early, with the end token.
 """
 
 from __future__ import annotations
@@ -24,6 +25,21 @@ PROMPT_LENGTHS = (
     *(1, BLOCK_SIZE - 1, BLOCK_SIZE, BLOCK_SIZE + 1, 2 * BLOCK_SIZE, 50, 77, 96),
     *(5, 20, 31, 33, 40, 64, 100, 600),
 )
+_CHATS = (
+    (("user", "Hello!"),),
+    (("user", "What does os.path.join do?"),),
+    (("system", "You answer briefly."), ("user", "Tell me a story about a lighthouse.")),
+    (
+        ("user", "Who are you?"),
+        ("assistant", "I am a small model that serves as an example."),
+        (
+            "user",
+            "What is the difference between a list and a tuple in Python, and when is "
+            "one better than the other? Explain it in a few sentences, please.",
+        ),
+    ),
+)
+_CUTS = (1, 15, 16, 17, 31, 32, 33, 47, 48, 49, 50, 64)
 _VOCAB = 320
 _SIZES: dict[str, Any] = {
     "vocab_size": _VOCAB,
@@ -151,8 +167,42 @@ def _prompts(seed: int) -> list[list[int]]:
     return prompts
 
 
-def main(output: Path) -> None:
+def _chats(folder: Path) -> list[list[int]]:
+    """Chats as a gateway renders them, and the longest one cut off around block boundaries."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    chats = []
+    for turns in _CHATS:
+        roles = [{"role": role, "content": text} for role, text in turns]
+        rendered = tokenizer.apply_chat_template(roles, add_generation_prompt=True, tokenize=False)
+        chats.append(tokenizer(rendered, add_special_tokens=False)["input_ids"])
+    longest = max(chats, key=len)
+    if len(longest) <= max(_CUTS):
+        raise ValueError("No chat is long enough to be cut.")
+    return [longest[:length] for length in _CUTS] + chats
+
+
+def _generate(model: Any, prompts: list[list[int]]) -> list[dict[str, list[int]]]:
     import torch
+
+    cases = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt])
+        generated = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=NUM_TOKENS,
+            pad_token_id=0,
+        )
+        cases.append({"prompt": prompt, "tokens": generated[0, len(prompt) :].tolist()})
+    return cases
+
+
+def main(output: Path, checkpoints: list[Path]) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
 
     torch.manual_seed(0)
     torch.set_num_threads(1)
@@ -161,18 +211,10 @@ def main(output: Path) -> None:
         _randomize(model, seed)
         model.eval()
         model.save_pretrained(output / family, max_shard_size="100KB")
-        cases = []
-        for prompt in _prompts(seed):
-            ids = torch.tensor([prompt])
-            generated = model.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                do_sample=False,
-                max_new_tokens=NUM_TOKENS,
-                pad_token_id=0,
-            )
-            cases.append({"prompt": prompt, "tokens": generated[0, len(prompt) :].tolist()})
-        expected[family] = cases
+        expected[family] = _generate(model, _prompts(seed))
+    for folder in checkpoints:
+        checkpoint: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        expected[folder.name] = _generate(checkpoint.eval(), _chats(folder))
     (output / "expected.json").write_text(json.dumps(expected))
 
 
@@ -180,4 +222,4 @@ if __name__ == "__main__":
     _forget_repository()
     os.environ["HF_HUB_OFFLINE"] = "1"
     warnings.simplefilter("ignore")
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), [Path(folder) for folder in sys.argv[2:]])
