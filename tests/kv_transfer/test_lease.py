@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kv_transfer.lease import LeaseTable
@@ -68,6 +68,7 @@ def test_renewals_fall_due_six_times_per_lease() -> None:
     assert due == [5, 10, 15, 20, 25, 30]
 
 
+@settings(deadline=None)
 @given(
     st.lists(
         st.tuples(

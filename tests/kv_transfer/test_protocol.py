@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kv_transfer.protocol import (
@@ -57,6 +57,7 @@ def test_what_an_earlier_header_left_in_the_buffer_is_ignored() -> None:
     assert parse_header(memoryview(buffer), LIMITS).seq == 5
 
 
+@settings(deadline=None)
 @given(st.integers(0), st.integers(0, 7))
 def test_any_flipped_bit_is_refused(place: int, bit: int) -> None:
     data = packed(make_header())
@@ -65,6 +66,7 @@ def test_any_flipped_bit_is_refused(place: int, bit: int) -> None:
         parse_header(memoryview(data), LIMITS)
 
 
+@settings(deadline=None)
 @given(st.integers(0, 200))
 def test_a_truncated_header_is_refused(length: int) -> None:
     data = packed(make_header())
@@ -72,6 +74,7 @@ def test_a_truncated_header_is_refused(length: int) -> None:
         parse_header(memoryview(data[: length % len(data)]), LIMITS)
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=400))
 def test_noise_is_refused(data: bytes) -> None:
     with pytest.raises(FrameMalformed):
