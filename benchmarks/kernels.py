@@ -185,7 +185,8 @@ def token_cases(num_tokens: int) -> Iterator[Case]:
     heads = HEADS + 2 * KV_HEADS
     positions = torch.randint(0, 4096, (num_tokens,), device=DEVICE)
     cos_sin = torch.randn(4096, HEAD_SIZE, device=DEVICE)
-    slots = torch.randperm(4 * num_tokens // BLOCK_SIZE * BLOCK_SIZE)[:num_tokens].to(DEVICE)
+    num_slots = max(1, 4 * num_tokens // BLOCK_SIZE) * BLOCK_SIZE
+    slots = torch.randperm(num_slots)[:num_tokens].to(DEVICE)
 
     def norm() -> Callable[[], object]:
         x, residual, weight = (
