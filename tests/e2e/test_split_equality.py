@@ -157,7 +157,8 @@ def test_prompts_that_share_their_beginnings_find_them_on_both_nodes(
     reference = expected[family]
 
     async def main() -> None:
-        async with split_pair(open_engine(family), open_engine(family)) as pair:
+        engines = [open_engine(family, max_num_batched_tokens=40) for _ in range(2)]
+        async with split_pair(*engines) as pair:
             hits = []
             for _ in range(2):
                 requests = [make_request(each["prompt"], GREEDY) for each in reference]
