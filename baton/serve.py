@@ -126,8 +126,8 @@ def check_redis_answers(url: str) -> None:
             client.ping()
     except (redis.RedisError, OSError) as error:
         raise ConfigError(
-            f"Redis does not answer at {redact(url)}: {str(error).rstrip('.')}. Without --redis-url a private one "
-            "is started."
+            f"Redis does not answer at {redact(url)}: {str(error).rstrip('.')}. "
+            "Without --redis-url a private one is started."
         ) from error
 
 

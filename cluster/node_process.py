@@ -15,7 +15,6 @@ import asyncio
 import logging
 import os
 import signal
-import sys
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -38,15 +37,12 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 CLOSE_GRACE_SECONDS = 1.0
 EXIT_FAILED = 1
-# The engine's thread and the event loop share the interpreter; a token must not wait 5 ms for it.
-SWITCH_INTERVAL_SECONDS = 0.00005
 
 
 class NodeProcess:
     """Runs one node. `server` is there for the role to add its services before `start`."""
 
     def __init__(self, config: MemberConfig, hub: SessionHub, registry: CollectorRegistry) -> None:
-        sys.setswitchinterval(SWITCH_INTERVAL_SECONDS)
         self.server: grpc.aio.Server = create_server()
         self._config = config
         self._hub = hub
@@ -153,10 +149,13 @@ def node_main(
         node_id=member.node_name or role.value,
     )
     report = StartupReport()
+    # Imported late: a gateway has its own, and help and a wrong flag need none.
+    import uvloop
+
     try:
         with report.phase("load programs"):
             body = load_body()
-        asyncio.run(_awaited(body(loaded, report)))
+        uvloop.run(_awaited(body(loaded, report)))
     except ConfigError as error:
         report.failed(error.message)
         raise

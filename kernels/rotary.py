@@ -2,34 +2,58 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 from kernels.dispatch import jit, next_power_of_two, runs_triton, tl
 
 
+class RotaryRows(NamedTuple):
+    """What a step's tokens are turned by, the same in every layer. float32."""
+
+    cos: torch.Tensor  # [num_tokens, 1, 1, rotary_dim / 2]
+    signed_sin: torch.Tensor  # [num_tokens, 1, 2, rotary_dim / 2]: negative, then positive
+
+
+def gather_rotary(positions: torch.Tensor, cos_sin_cache: torch.Tensor) -> RotaryRows:
+    """These tokens' rows of the cache, as the CPU wants them."""
+    half = cos_sin_cache.shape[1] // 2
+    rows = cos_sin_cache.index_select(0, positions).view(len(positions), 1, 2, half)
+    cos, sin = rows[:, :, :1], rows[:, :, 1:]
+    return RotaryRows(cos, torch.cat((-sin, sin), dim=2))
+
+
 def apply_rotary(
-    query: torch.Tensor, key: torch.Tensor, positions: torch.Tensor, cos_sin_cache: torch.Tensor
+    query: torch.Tensor,
+    key: torch.Tensor,
+    positions: torch.Tensor,
+    cos_sin_cache: torch.Tensor,
+    *,
+    rows: RotaryRows | None = None,
 ) -> None:
     """Rotates query and key in place; elements from rotary_dim on stay as they are.
 
     query: `[num_tokens, num_heads, head_size]`, key: `[num_tokens, num_kv_heads, head_size]`, last
     dimension contiguous (views into a qkv projection are fine). positions: int32 or int64
     `[num_tokens]`. cos_sin_cache: float32 `[max_len, rotary_dim]`, contiguous; a row holds
-    rotary_dim / 2 cosines, then as many sines. Computed in float32.
+    rotary_dim / 2 cosines, then as many sines. Computed in float32. rows: what `gather_rotary`
+    gave for the same positions; spares the CPU to look them up anew in each layer.
     """
     assert cos_sin_cache.dtype == torch.float32
     assert cos_sin_cache.shape[1] <= query.shape[2] == key.shape[2]
     if runs_triton(query):
         _apply_rotary_triton(query, key, positions, cos_sin_cache)
         return
-    cos, sin = cos_sin_cache.index_select(0, positions).unsqueeze(1).chunk(2, dim=-1)
+    if rows is None:
+        rows = gather_rotary(positions, cos_sin_cache)
     if _lies_behind(key, query):
         num_heads = query.shape[1] + key.shape[1]
         shape = (query.shape[0], num_heads, query.shape[2])
-        _rotate_reference(query.as_strided(shape, query.stride()), cos, sin)
+        _rotate_reference(query.as_strided(shape, query.stride()), rows)
         return
-    _rotate_reference(query, cos, sin)
-    _rotate_reference(key, cos, sin)
+    _rotate_reference(query, rows)
+    _rotate_reference(key, rows)
 
 
 def _lies_behind(key: torch.Tensor, query: torch.Tensor) -> bool:
@@ -39,14 +63,13 @@ def _lies_behind(key: torch.Tensor, query: torch.Tensor) -> bool:
     return key.stride() == query.stride() and gap == heads_bytes < query.stride(0) * query.itemsize
 
 
-def _rotate_reference(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
-    """Rotates `[num_tokens, heads, head_size]` by `[num_tokens, 1, rotary_dim / 2]`."""
-    half = cos.shape[-1]
-    first, second = x[..., :half], x[..., half : 2 * half]
-    old_first, old_second = first.float(), second.float()
-    new_first = torch.mul(old_first, cos).addcmul_(old_second, sin, value=-1)
-    second.copy_(torch.mul(old_second, cos).addcmul_(old_first, sin))
-    first.copy_(new_first)
+def _rotate_reference(x: torch.Tensor, rows: RotaryRows) -> None:
+    """Rotates `[num_tokens, heads, head_size]` in place."""
+    half = rows.cos.shape[-1]
+    halves = x[..., : 2 * half].view(*x.shape[:-1], 2, half)
+    wide = halves.float()
+    turned = torch.mul(wide, rows.cos).addcmul_(wide.flip(2), rows.signed_sin)
+    halves.copy_(turned)
 
 
 def _apply_rotary_triton(

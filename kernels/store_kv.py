@@ -2,38 +2,71 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 from kernels.dispatch import jit, next_power_of_two, runs_triton, tl
 
 
+class StorePlan(NamedTuple):
+    """Where a step's tokens go, the same in every layer.
+
+    `tokens`: which tokens are stored, None for all. `block_ids`, `offsets`: int64, one for each
+    of them.
+    """
+
+    tokens: torch.Tensor | None
+    block_ids: torch.Tensor
+    offsets: torch.Tensor
+
+
+def plan_store(slot_mapping: torch.Tensor, block_size: int) -> StorePlan:
+    """What `store_kv` would work out anew in each layer. For tensors on the CPU."""
+    slots = slot_mapping.long()
+    kept = slots >= 0
+    tokens = None
+    if not kept.all():
+        tokens = kept.nonzero().squeeze(1)
+        slots = slots[tokens]
+    return StorePlan(tokens, slots // block_size, slots % block_size)
+
+
 def store_kv(
-    key: torch.Tensor, value: torch.Tensor, kv_layer: torch.Tensor, slot_mapping: torch.Tensor
+    key: torch.Tensor,
+    value: torch.Tensor,
+    kv_layer: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    *,
+    plan: StorePlan | None = None,
 ) -> None:
     """Stores token i at slot `slot_mapping[i]` = block_id * block_size + offset; -1 skips it.
 
     key, value: `[num_tokens, num_kv_heads, head_size]`, last dimension contiguous (views into a qkv
     projection are fine), in kv_layer's dtype. kv_layer: `[num_blocks, 2, num_kv_heads, block_size,
-    head_size]`, contiguous. slot_mapping: int32 or int64 `[num_tokens]`, no slot twice.
+    head_size]`, contiguous. slot_mapping: int32 or int64 `[num_tokens]`, no slot twice. plan: what
+    `plan_store` made of it; spares the CPU to make it anew in each layer.
     """
     assert key.shape == value.shape
     assert key.dtype == value.dtype == kv_layer.dtype
     if runs_triton(kv_layer):
         _store_kv_triton(key, value, kv_layer, slot_mapping)
     else:
-        _store_kv_reference(key, value, kv_layer, slot_mapping)
+        plan = plan or plan_store(slot_mapping, kv_layer.shape[3])
+        _store_kv_reference(key, value, kv_layer, plan)
 
 
 def _store_kv_reference(
-    key: torch.Tensor, value: torch.Tensor, kv_layer: torch.Tensor, slot_mapping: torch.Tensor
+    key: torch.Tensor, value: torch.Tensor, kv_layer: torch.Tensor, plan: StorePlan
 ) -> None:
-    new_kv = torch.stack((key, value), dim=1)
-    slots = slot_mapping.long()
-    kept = slots >= 0
-    if not kept.all():
-        new_kv, slots = new_kv[kept], slots[kept]
-    block_size = kv_layer.shape[3]
-    kv_layer[slots // block_size, :, :, slots % block_size] = new_kv
+    if plan.tokens is not None:
+        key, value = key[plan.tokens], value[plan.tokens]
+    if len(plan.block_ids) == 1:  # two plain copies cost a third of a scatter
+        slot = kv_layer[int(plan.block_ids), :, :, int(plan.offsets)]
+        slot[0].copy_(key[0])
+        slot[1].copy_(value[0])
+        return
+    kv_layer[plan.block_ids, :, :, plan.offsets] = torch.stack((key, value), dim=1)
 
 
 def _store_kv_triton(

@@ -14,7 +14,7 @@ Families differ only in `ModelConfig`. Norm, rotation, storage and attention are
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch.nn.functional import embedding
@@ -25,9 +25,9 @@ from kernels.attention_plan import plan_decode, plan_prefill
 from kernels.paged_attention import paged_attention
 from kernels.prefill_attention import prefill_attention
 from kernels.rms_norm import rms_norm
-from kernels.rotary import apply_rotary
+from kernels.rotary import RotaryRows, apply_rotary, gather_rotary
 from kernels.silu_mul import silu_mul
-from kernels.store_kv import store_kv
+from kernels.store_kv import StorePlan, plan_store, store_kv
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -36,6 +36,17 @@ if TYPE_CHECKING:
     from engine.batch import Batch
     from engine.models.config import ModelConfig
     from kernels.attention_plan import AttentionPlan
+
+
+class StepPlan(NamedTuple):
+    """What all layers of a pass would work out alike. On a GPU there is none: kernels do it."""
+
+    attention: dict[int | None, AttentionPlan]  # by sliding window
+    slots: StorePlan | None
+    rotary: RotaryRows | None
+
+
+_NO_PLAN = StepPlan({}, None, None)
 
 
 class DecoderLayer:
@@ -86,7 +97,7 @@ class DecoderLayer:
         batch: Batch,
         kv_layer: torch.Tensor,
         cos_sin: torch.Tensor,
-        plan: AttentionPlan | None,
+        plan: StepPlan,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Store these tokens' KV and attend: `[num_tokens, num_heads * head_size]`, residual."""
         if residual is None:
@@ -100,9 +111,9 @@ class DecoderLayer:
         if self.q_norm is not None and self.k_norm is not None:
             query = rms_norm(query, self.q_norm, self._eps)
             key = rms_norm(key, self.k_norm, self._eps)
-        apply_rotary(query, key, batch.positions, cos_sin)
-        store_kv(key, value, kv_layer, batch.slot_mapping)
-        attended = self._attention(query, kv_layer, batch, plan)
+        apply_rotary(query, key, batch.positions, cos_sin, rows=plan.rotary)
+        store_kv(key, value, kv_layer, batch.slot_mapping, plan=plan.slots)
+        attended = self._attention(query, kv_layer, batch, plan.attention.get(self._window))
         return attended.view(num_tokens, -1), residual
 
     def transform(
@@ -223,10 +234,9 @@ class Decoder:
         """
         hidden = embedding(batch.token_ids, self._embedding)
         residual: torch.Tensor | None = None
-        plans = self._plans(batch, kv_layers[0])
+        plan = self._plan(batch, kv_layers[0])
         last = len(self._layers) - 1
         for index, layer in enumerate(self._layers):
-            plan = plans.get(self.config.layer_windows[index])
             attended, residual = layer.attend(
                 hidden, residual, batch, kv_layers[index], self._cos_sin, plan
             )
@@ -242,13 +252,18 @@ class Decoder:
         normed, _ = rms_norm(hidden, self._norm, self.config.rms_norm_eps, residual=residual)
         return normed
 
-    def _plans(self, batch: Batch, kv_layer: torch.Tensor) -> dict[int | None, AttentionPlan]:
-        """The attention plan of each window that a layer has; none on a GPU."""
+    def _plan(self, batch: Batch, kv_layer: torch.Tensor) -> StepPlan:
         if batch.seq_lens.is_cuda:
-            return {}
-        return {window: self._plan(batch, kv_layer, window) for window in self._windows}
+            return _NO_PLAN
+        return StepPlan(
+            {window: self._attention_plan(batch, kv_layer, window) for window in self._windows},
+            plan_store(batch.slot_mapping, kv_layer.shape[3]),
+            gather_rotary(batch.positions, self._cos_sin),
+        )
 
-    def _plan(self, batch: Batch, kv_layer: torch.Tensor, window: int | None) -> AttentionPlan:
+    def _attention_plan(
+        self, batch: Batch, kv_layer: torch.Tensor, window: int | None
+    ) -> AttentionPlan:
         num_heads = self.config.num_heads
         if batch.is_decode:
             return plan_decode(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -34,7 +36,7 @@ def test_both_ends_seal_alike() -> None:
     ids=["transfer", "tenant", "layer", "position"],
 )
 def test_the_same_bytes_elsewhere_have_other_digests_in_every_unit(
-    change: dict[str, object],
+    change: dict[str, Any],
 ) -> None:
     assert not np.any(seal() == seal(**change))
 

@@ -30,10 +30,10 @@ def test_scattering_what_was_gathered_copies_the_blocks_and_gives_the_same_diges
         one, other = TransferPool(source), TransferPool(target)
         slot = torch.zeros(4096, dtype=torch.uint8)
         whole = {"layer_start": 0, "num_layers": NUM_LAYERS}
-        digests = await one.gather(slot, **whole, block_ids=(5, 9), after=None)  # type: ignore[arg-type]
+        digests = await one.gather(slot, **whole, block_ids=(5, 9), after=None)
         assert await other.scatter(
             slot,
-            **whole,  # type: ignore[arg-type]
+            **whole,
             block_ids=(30, 2),
             accepts=lambda found: np.array_equal(found, digests),
         )
@@ -53,7 +53,7 @@ def test_a_slot_that_is_not_accepted_leaves_the_blocks_alone() -> None:
         whole = {"layer_start": 0, "num_layers": NUM_LAYERS}
         assert not await pool.scatter(
             slot,
-            **whole,  # type: ignore[arg-type]
+            **whole,
             block_ids=(1,),
             accepts=lambda _: False,
         )
