@@ -18,6 +18,8 @@ import signal
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING
 
+import uvloop
+
 from cluster.config import LoadedConfig, load_config, render_config
 from cluster.errors import ConfigError, InternalError
 from cluster.logging import setup_logging
@@ -149,9 +151,6 @@ def node_main(
         node_id=member.node_name or role.value,
     )
     report = StartupReport()
-    # Imported late: a gateway has its own, and help and a wrong flag need none.
-    import uvloop
-
     try:
         with report.phase("load programs"):
             body = load_body()
