@@ -154,7 +154,11 @@ def test_an_error_before_the_first_token_has_its_own_status(running: RunningGate
 
 def test_an_error_after_the_first_token_is_an_event(running: RunningGateway) -> None:
     running.decode.error = TransferFailed("The KV did not arrive.")
-    assert OpenStream(running).error() == "kv_load_failed"
+    running.do(running.decode.gates.start.clear)
+    stream = OpenStream(running)
+    assert stream.has_text.wait(20)
+    running.do(running.decode.gates.start.set)
+    assert stream.error() == "kv_load_failed"
     assert code_of(post(running)) == (503, "kv_load_failed")
     everything_is_given_back(running)
 
