@@ -33,7 +33,10 @@ class KVTransferConfig:
         group=_TRANSFER,
     )
     ucx_tls: str | None = option(
-        None, help="Transports UCX may use (UCX_TLS). Default: all it finds.", group=_TRANSFER
+        None,
+        help="Transports UCX may use (UCX_TLS). Default: all it finds. Shared memory (sm) is not "
+        "recommended: a peer that is killed while it writes can block it for all others.",
+        group=_TRANSFER,
     )
     staging_slot_bytes: int | None = option(
         None,

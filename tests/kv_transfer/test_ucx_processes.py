@@ -143,7 +143,21 @@ def test_a_killed_prefill_node_costs_its_blocks_for_less_than_a_second(tls: str)
                 await until(lambda: len(decode.source.free) == NUM_BLOCKS, seconds=1.0)
                 assert decode.source.errors[half["sequence"]].retryable
                 assert decode.receiver.num_transfers == 0
-            async with prefill_child(tls, decode, "forever") as process:
+
+    asyncio.run(main())
+
+
+def test_a_node_pairs_with_the_next_after_its_peer_was_killed() -> None:
+    """Over TCP, which is what UCX takes between processes unless told otherwise. A sender that is
+    killed while it writes can leave the receiver's shared-memory queue blocked for all others."""
+
+    async def main() -> None:
+        async with decode_side(ucx("tcp"), **OPTIONS) as decode:  # type: ignore[arg-type]
+            async with prefill_child("tcp", decode, "half") as process:
+                await process.line(what="half")
+                process.signal(signal.SIGKILL)
+                await until(lambda: len(decode.source.free) == NUM_BLOCKS, seconds=5.0)
+            async with prefill_child("tcp", decode, "forever") as process:
                 await process.line(what="committed")
 
     asyncio.run(main())
