@@ -135,14 +135,16 @@ def test_a_killed_decode_node_is_noticed_within_a_second_and_its_successor_is_pa
 @pytest.mark.parametrize("tls", ["tcp", "sm,tcp"])
 def test_a_killed_prefill_node_costs_its_blocks_for_less_than_a_second(tls: str) -> None:
     async def main() -> None:
-        async with decode_side(ucx(tls), **OPTIONS) as decode:  # type: ignore[arg-type]
-            async with prefill_child(tls, decode, "half") as process:
-                half = await process.line(what="half")
-                assert half["sequence"] in decode.source.owned
-                process.signal(signal.SIGKILL)
-                await until(lambda: len(decode.source.free) == NUM_BLOCKS, seconds=1.0)
-                assert decode.source.errors[half["sequence"]].retryable
-                assert decode.receiver.num_transfers == 0
+        async with (
+            decode_side(ucx(tls), **OPTIONS) as decode,  # type: ignore[arg-type]
+            prefill_child(tls, decode, "half") as process,
+        ):
+            half = await process.line(what="half")
+            assert half["sequence"] in decode.source.owned
+            process.signal(signal.SIGKILL)
+            await until(lambda: len(decode.source.free) == NUM_BLOCKS, seconds=1.0)
+            assert decode.source.errors[half["sequence"]].retryable
+            assert decode.receiver.num_transfers == 0
 
     asyncio.run(main())
 
