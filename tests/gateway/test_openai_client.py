@@ -295,15 +295,15 @@ def test_a_client_that_leaves_a_stream_frees_both_nodes(
     client: openai.OpenAI, gateway: RunningGateway
 ) -> None:
     before = gateway.gateway.measures.num_disconnected
-    stream = client.chat.completions.create(
-        model=MODEL,
-        messages=ASK,
-        stream=True,
-        max_tokens=400,
-        extra_body={"ignore_eos": True},
-    )
     gateway.do(gateway.decode.gates.tokens.clear)
     try:
+        stream = client.chat.completions.create(
+            model=MODEL,
+            messages=ASK,
+            stream=True,
+            max_tokens=400,
+            extra_body={"ignore_eos": True},
+        )
         next(iter(stream))
         stream.close()
         gateway.until(lambda: gateway.decode.is_idle and gateway.prefill.is_idle)
