@@ -14,7 +14,8 @@ What a plan holds is the same in all layers; `gathered_attention.py` runs it.
 5. bfloat16 products are compiled by oneDNN for every new shape, which takes milliseconds, and a
    decode step has a new number of keys each time. So their extents are rounded up a little: fewer
    than ten shapes per doubling. Their scores are rounded to bfloat16, as everywhere in that dtype.
-   Small groups are computed in float32 instead, where a call costs a third as much.
+   Small groups are computed in float32 instead, where a call costs a third as much. So is KV in
+   float8, which no product takes.
 
 Decode is the case of one query token per sequence.
 """
@@ -163,7 +164,9 @@ def _plan(
     than sequences). Sequences without a query token or with seq_len 0 are left out."""
     tables = block_tables.numpy()
     spans = _spans(first_tokens, seq_lens, pool.block_size, sliding_window)
-    bytes_per_block = pool.block_elements * pool.dtype.itemsize
+    # Float8 is widened when gathered.
+    itemsize = 4 if pool.dtype == torch.float8_e4m3fn else pool.dtype.itemsize
+    bytes_per_block = pool.block_elements * itemsize
     return [
         _plan_group(tables, spans_of_group, pool, sliding_window)
         for spans_of_group in _groups(spans, bytes_per_block)
@@ -220,7 +223,7 @@ def _plan_group(
     most_queries = max(span.query_len for span in group)
     elements = len(group) * num_blocks * pool.block_elements
     # A float16 matrix product on the CPU is several times slower than the detour.
-    in_float = pool.dtype == torch.float16 or (
+    in_float = pool.dtype in (torch.float16, torch.float8_e4m3fn) or (
         pool.dtype == torch.bfloat16 and most_queries == 1 and elements <= _MAX_WIDENED
     )
     rounds = pool.dtype == torch.bfloat16 and not in_float

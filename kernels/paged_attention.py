@@ -46,6 +46,7 @@ def paged_attention(
     out: torch.Tensor | None = None,
     sliding_window: int | None = None,
     plan: AttentionPlan | None = None,
+    kv_scales: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention of each sequence's newest token, whose key and value are already stored.
 
@@ -55,14 +56,18 @@ def paged_attention(
     read. seq_lens: int32 `[num_seqs]`, the current token included; a row of length 0 (padding)
     gives zeros. With a sliding_window of w a token sees itself and the w - 1 before it.
     plan: what `plan_decode` made of the same tables, lengths and window; spares the CPU to make it
-    anew in each layer. Returns out, `[num_seqs, num_heads, head_size]` contiguous.
+    anew in each layer. kv_scales: float32 `[2, num_kv_heads]` where kv_layer is float8_e4m3fn, what
+    its keys and values are to be multiplied by. Returns out, `[num_seqs, num_heads, head_size]`
+    contiguous.
     """
     if out is None:
         out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-    assert query.dtype == kv_layer.dtype == out.dtype
+    assert query.dtype == out.dtype
+    assert (kv_layer.dtype == query.dtype) == (kv_scales is None)
     assert kv_layer.is_contiguous()
     assert out.is_contiguous()
     if runs_triton(query):
+        assert kv_scales is None, "this kernel reads no float8"
         _paged_attention_triton(query, kv_layer, block_tables, seq_lens, scale, out, sliding_window)
         return out
     if plan is None:
@@ -70,7 +75,7 @@ def paged_attention(
             block_tables, seq_lens, kv_layer,
             num_heads=query.shape[1], sliding_window=sliding_window,
         )  # fmt: skip
-    gathered_attention(query, kv_layer, plan, scale=scale, out=out)
+    gathered_attention(query, kv_layer, plan, scale=scale, out=out, kv_scales=kv_scales)
     return out
 
 

@@ -33,6 +33,7 @@ def prefill_attention(
     out: torch.Tensor | None = None,
     sliding_window: int | None = None,
     plan: AttentionPlan | None = None,
+    kv_scales: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Causal attention of the newest tokens of each sequence, whose KV is already stored.
 
@@ -44,15 +45,18 @@ def prefill_attention(
     a padding sequence has no query tokens. max_seqlen_q: the most tokens of one sequence. With a
     sliding_window of w a token sees itself and the w - 1 before it.
     plan: what `plan_prefill` made of the same tables, lengths and window; spares the CPU to make it
-    anew in each layer. Returns out, `[num_tokens, num_heads, head_size]` contiguous; tokens that no
-    sequence owns are left as they were.
+    anew in each layer. kv_scales: float32 `[2, num_kv_heads]` where kv_layer is float8_e4m3fn, what
+    its keys and values are to be multiplied by. Returns out, `[num_tokens, num_heads, head_size]`
+    contiguous; tokens that no sequence owns are left as they were.
     """
     if out is None:
         out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-    assert query.dtype == kv_layer.dtype == out.dtype
+    assert query.dtype == out.dtype
+    assert (kv_layer.dtype == query.dtype) == (kv_scales is None)
     assert kv_layer.is_contiguous()
     assert out.is_contiguous()
     if runs_triton(query):
+        assert kv_scales is None, "this kernel reads no float8"
         _prefill_attention_triton(
             query, kv_layer, block_tables, cu_seqlens_q, seq_lens, max_seqlen_q, scale, out,
             sliding_window,
@@ -63,7 +67,7 @@ def prefill_attention(
             block_tables, cu_seqlens_q, seq_lens, kv_layer,
             num_heads=query.shape[1], sliding_window=sliding_window,
         )  # fmt: skip
-    gathered_attention(query, kv_layer, plan, scale=scale, out=out)
+    gathered_attention(query, kv_layer, plan, scale=scale, out=out, kv_scales=kv_scales)
     return out
 
 

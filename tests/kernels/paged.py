@@ -24,6 +24,7 @@ class PagedCase:
     seq_lens: torch.Tensor
     # Float64 on the CPU, one `[2, num_kv_heads, seq_len, head_size]` per sequence.
     dense_kv: list[torch.Tensor]
+    kv_scales: torch.Tensor | None = None
 
     @property
     def scale(self) -> float:
@@ -59,24 +60,29 @@ def paged_case(
     dtype: torch.dtype,
     device: torch.device,
     block_size: int = 16,
+    is_float8: bool = False,
 ) -> PagedCase:
-    """Random normal queries, keys and values; the query is a view into a wider projection."""
+    """Random normal queries, keys and values; the query is a view into a wider projection.
+
+    is_float8: the pool is float8_e4m3fn with another scale for each head; what is expected is
+    attention to what it can hold.
+    """
     num_heads, num_kv_heads = heads
     num_blocks = [-(-length // block_size) for length in seq_lens]
-    kv_layer = torch.full(
-        (sum(num_blocks) + 3, 2, num_kv_heads, block_size, head_size), math.nan, dtype=dtype
-    )
+    shape = (sum(num_blocks) + 3, 2, num_kv_heads, block_size, head_size)
+    kv_scales = 0.5 + torch.rand(2, num_kv_heads) if is_float8 else None
+    kv_layer = torch.full(shape, math.nan, dtype=torch.float8_e4m3fn if is_float8 else dtype)
     free_blocks = torch.randperm(len(kv_layer))
     tables = torch.full((len(seq_lens), max(num_blocks) + 2), NO_BLOCK, dtype=torch.int32)
     dense = []
     for row, (length, count) in enumerate(zip(seq_lens, num_blocks, strict=True)):
         owned, free_blocks = free_blocks[:count], free_blocks[count:]
         tables[row, :count] = owned
-        kv = torch.randn(2, num_kv_heads, length, head_size).to(dtype)
+        kv = torch.randn(2, num_kv_heads, length, head_size).to(kv_layer.dtype)
         for place, block_id in enumerate(owned.tolist()):
             part = kv[:, :, place * block_size : (place + 1) * block_size]
             kv_layer[block_id, :, :, : part.shape[2]] = part
-        dense.append(kv.double())
+        dense.append(kv.double() if kv_scales is None else kv.double() * kv_scales[..., None, None])
     projection = torch.randn(sum(query_lens), num_heads + 3, head_size).to(dtype)
     return PagedCase(
         query=projection.to(device)[:, :num_heads],
@@ -85,6 +91,7 @@ def paged_case(
         cu_seqlens_q=torch.tensor([0, *query_lens], device=device).cumsum(0).int(),
         seq_lens=torch.tensor(seq_lens, dtype=torch.int32, device=device),
         dense_kv=dense,
+        kv_scales=None if kv_scales is None else kv_scales.to(device),
     )
 
 
