@@ -26,9 +26,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from benchmarks.results_file import RESULTS, machine_facts, write_section
 from benchmarks.serve_process import ROOT, ServeProcess
 from loadtest.config import BenchConfig
-from loadtest.metadata import collect_metadata
 from loadtest.run import run
 from loadtest.workload import PlainVocabulary, plan_requests
 
@@ -38,8 +38,6 @@ if TYPE_CHECKING:
     from loadtest.report import BenchResult
 
 POCKET_MODEL = ROOT / "baton" / "pocket_model"
-RESULTS = Path(__file__).parent / "RESULTS.md"
-BEGIN, END = "<!-- pocket: begin -->", "<!-- pocket: end -->"
 INPUT_LEN, OUTPUT_LEN, BATCH = 64, 128, 16
 CHAT_INPUT_LEN, CHAT_OUTPUT_LEN, NUM_CHATS = 8, 16, 10
 # Numbers of prompts in one round, one at a time and for each of the 16 streams.
@@ -127,6 +125,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"reference: {reference.facts}; before Baton was started: {alone[0]:.1f} tok/s in turn, "
         f"{alone[1]:.1f} in a batch",
         f"load average before: {load:.2f} on {num_cores} cores",
+        f"{INPUT_LEN} tokens in, {OUTPUT_LEN} out, greedy; {NUM_CHATS} chats",
     ]
     text = "\n".join([table, "", *(f"- {fact}" for fact in facts + machine_facts())])
     print(text)
@@ -249,37 +248,13 @@ def render_table(rows: Sequence[Row]) -> str:
     )
 
 
-def machine_facts() -> list[str]:
-    metadata = collect_metadata()
-    versions = ", ".join(f"{name} {value}" for name, value in metadata.packages.items())
-    return [
-        f"{INPUT_LEN} tokens in, {OUTPUT_LEN} out, greedy; {NUM_CHATS} chats",
-        f"date: {metadata.date}, commit {metadata.git_commit or 'unknown'}",
-        f"machine: {metadata.cpu_model}, {metadata.num_cores} cores, "
-        f"{metadata.memory_bytes / 2**30:.0f} GiB, {metadata.platform}",
-        f"Python {metadata.python}; {versions}",
-    ]
-
-
 def write_unless_busy(text: str, load_per_core: float) -> int:
     if load_per_core > BUSY_LOAD_PER_CORE:
         print("\nNot written: the machine was busy with something else.", file=sys.stderr)
         return EXIT_BUSY
-    write_section(RESULTS, text)
+    write_section("pocket", "Pocket model, CPU (`make bench`)", text)
     print(f"\nWrote {RESULTS.relative_to(ROOT)}.")
     return 0
-
-
-def write_section(path: Path, text: str) -> None:
-    """Replace what stands between the markers; without markers a section is added at the end."""
-    before = path.read_text() if path.exists() else "# Results\n"
-    section = f"{BEGIN}\n{text}\n{END}"
-    if BEGIN in before and END in before:
-        head, _, rest = before.partition(BEGIN)
-        after = head + section + rest.partition(END)[2]
-    else:
-        after = before.rstrip("\n") + f"\n\n## Pocket model, CPU (`make bench`)\n\n{section}\n"
-    path.write_text(after)
 
 
 if __name__ == "__main__":

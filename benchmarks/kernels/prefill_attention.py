@@ -1,0 +1,75 @@
+"""Paged prefill attention; opponent: cuDNN over contiguous keys and values."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+from benchmarks.kernels.inputs import (
+    DEVICE,
+    HEAD_SIZE,
+    HEADS,
+    KV_HEADS,
+    SCALE,
+    normal,
+    paged_kv,
+)
+from benchmarks.kernels.timing import Call, Case
+from kernels.prefill_attention import prefill_attention
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+def cases() -> Iterator[Case]:
+    for num_tokens in (2048, 8192, 32768):
+        yield prefill_case(num_tokens, 0)
+    yield prefill_case(2048, 0, num_seqs=4)
+    yield prefill_case(2048, 30720)
+    yield prefill_case(64, 8192)
+
+
+def attention_flops(num_tokens: int, prefix: int) -> int:
+    pairs = num_tokens * prefix + num_tokens * (num_tokens + 1) // 2
+    return 4 * HEADS * HEAD_SIZE * pairs
+
+
+def prefill_case(num_tokens: int, prefix: int, num_seqs: int = 1) -> Case:
+    def make() -> Call:
+        kv_layer, tables, lengths = paged_kv([prefix + num_tokens] * num_seqs)
+        query = normal(num_tokens * num_seqs, HEADS, HEAD_SIZE)
+        starts = torch.arange(num_seqs + 1, dtype=torch.int32, device=DEVICE) * num_tokens
+        out = torch.empty_like(query)
+        return lambda: prefill_attention(
+            query,
+            kv_layer,
+            tables,
+            starts,
+            lengths,
+            max_seqlen_q=num_tokens,
+            scale=SCALE,
+            out=out,
+        )
+
+    has_peer = prefix == 0
+    return Case(
+        f"prefill_attention {num_seqs} x {num_tokens} after {prefix}",
+        make,
+        num_flops=num_seqs * attention_flops(num_tokens, prefix),
+        peer="cuDNN, contiguous" if has_peer else "",
+        make_peer=(lambda: cudnn_call(num_seqs, num_tokens)) if has_peer else None,
+    )
+
+
+def cudnn_call(num_seqs: int, num_tokens: int) -> Call:
+    query = normal(num_seqs, HEADS, num_tokens, HEAD_SIZE)
+    key, value = (normal(num_seqs, KV_HEADS, num_tokens, HEAD_SIZE) for _ in range(2))
+
+    def call() -> torch.Tensor:
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            return scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+
+    return call
