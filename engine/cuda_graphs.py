@@ -75,7 +75,7 @@ class DecodeGraphs:
             torch.cuda.synchronize()
 
     def replay(self, batch: Batch, num_seqs: int) -> torch.Tensor:
-        """Normed hidden states `[num_seqs, hidden_size]`, valid until the next replay."""
+        """Hidden states `[num_seqs, hidden_size]`, valid until the next replay."""
         num_rows, width = batch.block_tables.shape
         self._tables[:num_rows, :width].copy_(batch.block_tables)
         self._graphs[num_rows].replay()

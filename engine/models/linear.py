@@ -1,14 +1,26 @@
-"""One matrix of weights, and the fastest way this device has to multiply by it."""
+"""A matrix of weights, and the fastest way this device has to multiply by it.
+
+A decoder is a residual stream that passes through four matrices per layer. What stands before
+or behind a product belongs to it, so that it can be one kernel: the norm before (`normed`), the
+gated activation behind (`normed_silu_mul`), the sum with the stream (`add_to`).
+
+Life of a matrix
+    1. A `MatrixFactory` builds it empty from its `MatrixSpec`.
+    2. The loader fills the views that `checkpoint_views` names, which is the merge of several
+       matrices of the checkpoint into one.
+    3. `pack` gives it its fastest layout; the views are void from now on.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
+from typing import NamedTuple, Protocol
 
 import torch
 from torch.nn.functional import linear
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
+from kernels.rms_norm import rms_norm
+from kernels.silu_mul import silu_mul
 
 # Rows for which a packed layout is chosen. 16 or more gives the layout that is fast from two
 # rows up to whole prompts; 1 would choose one that is slow at everything else.
@@ -20,30 +32,80 @@ _linear_packed: Callable[..., torch.Tensor] = (
 )
 
 
-class Linear:
-    """`y = x @ weight.T + bias` for x `[num_tokens, in_size]`.
+class MatrixSpec(NamedTuple):
+    """What is known of a matrix before it exists.
 
-    1. Built empty; the loader fills `weight` and `bias` in place, by slices where several
-       checkpoint tensors make up one matrix.
-    2. `pack()`, once filled: on a CPU the weights move into oneDNN's blocked layout (2 to 3
-       times faster than the plain one at 16 rows) and `weight` is given up.
+    `parts`: the matrices of the checkpoint that are stacked into this one, from the first row
+    on: their names (without ".weight") and numbers of rows.
     """
 
-    __slots__ = ("_packed", "bias", "weight")
+    parts: Mapping[str, int]
+    in_size: int
+    bias: bool
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-        """`weight` `[out_size, in_size]`, `bias` `[out_size]`."""
+    @property
+    def out_size(self) -> int:
+        return sum(self.parts.values())
+
+
+class Matrix(Protocol):
+    """`y = x @ weight.T + bias` for x `[num_rows, in_size]`, and what belongs to the product.
+
+    `residual` is the stream: `[num_rows, hidden_size]`, contiguous, in the model's type, as are
+    the results.
+    """
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """`[num_rows, out_size]`."""
+
+    def normed(self, residual: torch.Tensor, norm_weight: torch.Tensor, eps: float) -> torch.Tensor:
+        """The product with `rms_norm(residual)`: `[num_rows, out_size]`."""
+
+    def normed_silu_mul(
+        self, residual: torch.Tensor, norm_weight: torch.Tensor, eps: float
+    ) -> torch.Tensor:
+        """`silu(gate) * up` of `normed`, gate being its first half: `[num_rows, out_size / 2]`."""
+
+    def add_to(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """`residual + y`. It may take the memory of `residual`: use only the result."""
+
+    def checkpoint_views(self) -> dict[str, torch.Tensor]:
+        """Name in the checkpoint -> memory to fill."""
+
+    def pack(self) -> None:
+        """Once, after the views are filled."""
+
+
+MatrixFactory = Callable[[MatrixSpec], Matrix]
+
+
+class Linear:
+    """The `Matrix` of plain weights.
+
+    On a CPU `pack` moves them into oneDNN's blocked layout, 2 to 3 times faster than the plain
+    one at 16 rows, and `weight` is given up.
+    """
+
+    __slots__ = ("_packed", "_parts", "bias", "weight")
+
+    def __init__(
+        self,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        parts: Mapping[str, int] | None = None,
+    ) -> None:
+        """`weight` `[out_size, in_size]`, `bias` `[out_size]`. `parts`: as in `MatrixSpec`."""
         self.weight = weight
         self.bias = bias
+        self._parts = parts or {}
         self._packed: torch.Tensor | None = None
 
     @classmethod
-    def empty(
-        cls, out_size: int, in_size: int, *, bias: bool, dtype: torch.dtype, device: torch.device
-    ) -> Linear:
+    def empty(cls, spec: MatrixSpec, *, dtype: torch.dtype, device: torch.device) -> Linear:
         return cls(
-            torch.empty(out_size, in_size, dtype=dtype, device=device),
-            torch.empty(out_size, dtype=dtype, device=device) if bias else None,
+            torch.empty(spec.out_size, spec.in_size, dtype=dtype, device=device),
+            torch.empty(spec.out_size, dtype=dtype, device=device) if spec.bias else None,
+            spec.parts,
         )
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
@@ -51,6 +113,32 @@ class Linear:
         if packed is None:
             return linear(x, self.weight, self.bias)
         return _linear_packed(x, packed, self.bias, "none", [], "")
+
+    def normed(self, residual: torch.Tensor, norm_weight: torch.Tensor, eps: float) -> torch.Tensor:
+        return self(rms_norm(residual, norm_weight, eps))
+
+    def normed_silu_mul(
+        self, residual: torch.Tensor, norm_weight: torch.Tensor, eps: float
+    ) -> torch.Tensor:
+        return silu_mul(self.normed(residual, norm_weight, eps))
+
+    def add_to(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        if self._packed is not None:
+            return self(x).add_(residual)
+        if self.bias is not None:
+            residual += self.bias
+        # The sum is made before the product is rounded, and nothing else is read or written.
+        return residual.addmm_(x, self.weight.t())
+
+    def checkpoint_views(self) -> dict[str, torch.Tensor]:
+        views: dict[str, torch.Tensor] = {}
+        begin = 0
+        for name, size in self._parts.items():
+            views[f"{name}.weight"] = self.weight[begin : begin + size]
+            if self.bias is not None:
+                views[f"{name}.bias"] = self.bias[begin : begin + size]
+            begin += size
+        return views
 
     def pack(self, *, keep_weight: bool = False) -> None:
         """`keep_weight`: the plain matrix is still needed elsewhere (tied embeddings)."""

@@ -1,0 +1,182 @@
+"""One layer of a decoder: its weights and the two halves of its computation.
+
+Both halves take the residual stream and give it back with their sum in it; what they compute
+in between never meets the stream but through `Matrix`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from engine.models.linear import MatrixSpec
+from kernels.paged_attention import paged_attention
+from kernels.prefill_attention import prefill_attention
+from kernels.rms_norm import rms_norm
+from kernels.rotary import RotaryRows, apply_rotary
+from kernels.store_kv import StorePlan, store_kv
+
+if TYPE_CHECKING:
+    from engine.batch import Batch
+    from engine.models.config import ModelConfig
+    from engine.models.linear import Matrix, MatrixFactory
+    from kernels.attention_plan import AttentionPlan
+
+
+class StepPlan(NamedTuple):
+    """What all layers of a pass would work out alike. On a GPU there is none: kernels do it."""
+
+    attention: dict[int | None, AttentionPlan]  # by sliding window
+    slots: StorePlan | None
+    rotary: RotaryRows | None
+
+
+NO_PLAN = StepPlan({}, None, None)
+
+
+class DecoderLayer:
+    """`make_matrix` decides how weights are kept; everything else is in `config`."""
+
+    __slots__ = (
+        "_eps",
+        "_heads",
+        "_scale",
+        "_window",
+        "down",
+        "gate_up",
+        "input_norm",
+        "k_norm",
+        "output",
+        "post_norm",
+        "prefix",
+        "q_norm",
+        "qkv",
+    )
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        layer: int,
+        make_matrix: MatrixFactory,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        def vector(size: int) -> torch.Tensor:
+            return torch.empty(size, dtype=dtype, device=device)
+
+        self.prefix = f"model.layers.{layer}"
+        self._heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
+        self._eps = config.rms_norm_eps
+        self._scale = config.head_size**-0.5
+        self._window = config.layer_windows[layer]
+        self.input_norm = vector(config.hidden_size)
+        self.post_norm = vector(config.hidden_size)
+        self.q_norm = vector(config.head_size) if config.qk_norm else None
+        self.k_norm = vector(config.head_size) if config.qk_norm else None
+        qkv, output, gate_up, down = _specs(config, self.prefix)
+        self.qkv: Matrix = make_matrix(qkv)
+        self.output: Matrix = make_matrix(output)
+        self.gate_up: Matrix = make_matrix(gate_up)
+        self.down: Matrix = make_matrix(down)
+
+    def matrices(self) -> tuple[Matrix, ...]:
+        return (self.qkv, self.output, self.gate_up, self.down)
+
+    def checkpoint_views(self) -> dict[str, torch.Tensor]:
+        """Name in the checkpoint -> memory to fill."""
+        views = {
+            f"{self.prefix}.input_layernorm.weight": self.input_norm,
+            f"{self.prefix}.post_attention_layernorm.weight": self.post_norm,
+        }
+        if self.q_norm is not None and self.k_norm is not None:
+            views[f"{self.prefix}.self_attn.q_norm.weight"] = self.q_norm
+            views[f"{self.prefix}.self_attn.k_norm.weight"] = self.k_norm
+        for matrix in self.matrices():
+            views |= matrix.checkpoint_views()
+        return views
+
+    def attend(
+        self,
+        residual: torch.Tensor,
+        batch: Batch,
+        kv_layer: torch.Tensor,
+        cos_sin: torch.Tensor,
+        plan: StepPlan,
+    ) -> torch.Tensor:
+        """Store these tokens' KV and attend: `[num_tokens, num_heads * head_size]`.
+
+        Leaves the stream as it is: only the rows that go on need the sum (`transform`).
+        """
+        num_tokens = residual.shape[0]
+        qkv = self.qkv.normed(residual, self.input_norm, self._eps)
+        heads = qkv.view(num_tokens, sum(self._heads), -1)
+        query, key, value = torch.split_with_sizes(heads, self._heads, dim=1)
+        if self.q_norm is not None and self.k_norm is not None:
+            query = rms_norm(query, self.q_norm, self._eps)
+            key = rms_norm(key, self.k_norm, self._eps)
+        apply_rotary(query, key, batch.positions, cos_sin, rows=plan.rotary)
+        store_kv(key, value, kv_layer, batch.slot_mapping, plan=plan.slots)
+        attended = self._attention(query, kv_layer, batch, plan.attention.get(self._window))
+        return attended.view(num_tokens, -1)
+
+    def transform(self, attended: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """The rest of the layer, row by row: the stream `[num_rows, hidden_size]` behind it."""
+        residual = _join(self.output, attended, residual)
+        activated = self.gate_up.normed_silu_mul(residual, self.post_norm, self._eps)
+        return _join(self.down, activated, residual)
+
+    def _attention(
+        self,
+        query: torch.Tensor,
+        kv_layer: torch.Tensor,
+        batch: Batch,
+        plan: AttentionPlan | None,
+    ) -> torch.Tensor:
+        if batch.is_decode:
+            return paged_attention(
+                query,
+                kv_layer,
+                batch.block_tables,
+                batch.seq_lens,
+                scale=self._scale,
+                sliding_window=self._window,
+                plan=plan,
+            )
+        return prefill_attention(
+            query,
+            kv_layer,
+            batch.block_tables,
+            batch.cu_seqlens_q,
+            batch.seq_lens,
+            max_seqlen_q=batch.max_seqlen_q,
+            scale=self._scale,
+            sliding_window=self._window,
+            plan=plan,
+        )
+
+
+def _join(matrix: Matrix, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+    """The stream with a product added: the only place where anything is added to it."""
+    return matrix.add_to(x, residual)
+
+
+def _specs(config: ModelConfig, prefix: str) -> tuple[MatrixSpec, ...]:
+    """qkv, output, gate_up and down."""
+    attention, mlp = f"{prefix}.self_attn", f"{prefix}.mlp"
+    hidden, intermediate = config.hidden_size, config.intermediate_size
+    query_size = config.num_heads * config.head_size
+    kv_size = config.num_kv_heads * config.head_size
+    qkv = {
+        f"{attention}.q_proj": query_size,
+        f"{attention}.k_proj": kv_size,
+        f"{attention}.v_proj": kv_size,
+    }
+    gate_up = {f"{mlp}.gate_proj": intermediate, f"{mlp}.up_proj": intermediate}
+    return (
+        MatrixSpec(qkv, hidden, config.attention_bias),
+        MatrixSpec({f"{attention}.o_proj": hidden}, query_size, config.output_bias),
+        MatrixSpec(gate_up, hidden, config.mlp_bias),
+        MatrixSpec({f"{mlp}.down_proj": hidden}, intermediate, config.mlp_bias),
+    )
