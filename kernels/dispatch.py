@@ -6,6 +6,9 @@
 3. Tests enter `interpreted()` in a process started with TRITON_INTERPRET=1: CPU tensors then take
    the Triton path too, executed by Triton's interpreter.
 
+4. A kernel of the decode path may start before the one in front of it has ended, see
+   `chained_launch`.
+
 A Triton launch uses the current CUDA device, which must be the one of its tensors. Nothing here or
 in the kernels waits for the device or reads a CUDA tensor on the host, so every kernel can be
 captured in a CUDA graph.
@@ -23,13 +26,17 @@ import torch
 try:
     import triton
     import triton.language as tl
+    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 except ImportError:
-    triton = tl = None
+    triton = tl = gdc_launch_dependents = gdc_wait = None
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 __all__ = [
+    "chained_launch",
+    "gdc_launch_dependents",
+    "gdc_wait",
     "interpreted",
     "jit",
     "jit_for_any",
@@ -87,6 +94,30 @@ def interpreted() -> Iterator[None]:
 def next_power_of_two(n: int) -> int:
     """The smallest power of two >= n, for n >= 1: extents of Triton tiles."""
     return 1 << (n - 1).bit_length()
+
+
+@lru_cache(maxsize=16)
+def chained_launch(device: torch.device) -> bool:
+    """Whether kernels on `device` may start before the previous kernel of the stream has ended.
+
+    That is programmatic dependent launch (compute capability 9.0 and newer): it hides what a
+    kernel does before it needs the other's results, such as starting to read weights, and the
+    launch itself. A kernel that takes part
+
+    1. gets the answer as a `CHAINED: tl.constexpr` and, if true, is launched with
+       `launch_pdl=True`;
+    2. calls `gdc_launch_dependents()` early: from then on the next kernel may take free places;
+    3. calls `gdc_wait()` in every program, before the first read of anything that an earlier
+       kernel of the step may have written and before its own first write: then all kernels in
+       front of it have ended. Only weights and what the host filled long ago may be read before;
+    4. calls both on every path: a program that returns without waiting would let the kernels
+       behind it overtake the one in front.
+
+    Kernels that know nothing of it (torch's, for instance) may stand anywhere between.
+    """
+    if device.type != "cuda" or gdc_wait is None:
+        return False
+    return torch.cuda.get_device_capability(device)[0] >= 9
 
 
 @lru_cache(maxsize=16)
