@@ -13,6 +13,7 @@ from baton.child import ChildSpec
 from cluster.config import to_environment
 from cluster.errors import ConfigError
 from cluster.options import option
+from cluster.performance_mode import differing_by_role
 from engine.config import EngineConfig
 from gateway.config import GatewayConfig
 from kv_transfer.config import KVTransferConfig
@@ -86,7 +87,7 @@ def child_specs(
     """Nodes first, gateway last: it is the first to be stopped."""
     serve, engine = loaded[ServeConfig], loaded[EngineConfig]
     placements = place_nodes(serve.prefill, serve.decode, engine.device, count_gpus())
-    transfer = to_environment(loaded[KVTransferConfig])
+    own_to_nodes = unset_node_options(loaded)
     shared = {
         "BATON_REDIS_URL": redis_url,
         "BATON_LOG_LEVEL": loaded[GatewayConfig].log_level,
@@ -102,13 +103,17 @@ def child_specs(
         )
         arguments = [placement.role, "--node-name", placement.name, "--port", "0"]
         arguments += ["--host", "127.0.0.1", "--kv-port", "0", "--metrics-port", "0"]
-        specs.append(
-            ChildSpec(placement.name, arguments, to_environment(config) | transfer | shared)
-        )
+        settings = to_environment(config, loaded[KVTransferConfig], leave_out=own_to_nodes)
+        specs.append(ChildSpec(placement.name, arguments, settings | shared))
     gateway = to_environment(serve_gateway_config(loaded[GatewayConfig]))
     token = {"BATON_ADMIN_TOKEN": admin_token}
     specs.append(ChildSpec("gateway", ["gateway"], gateway | shared | token))
     return specs
+
+
+def unset_node_options(loaded: LoadedConfig) -> frozenset[str]:
+    """Options that nodes take from the table of their own role, since nobody set them here."""
+    return frozenset(name for name in differing_by_role() if not loaded.is_explicit(name))
 
 
 def serve_gateway_config(config: GatewayConfig) -> GatewayConfig:

@@ -34,6 +34,7 @@ from baton.supervisor import Supervisor
 from cluster.config import load_config, render_config
 from cluster.errors import ConfigError
 from cluster.logging import redact
+from cluster.performance_mode import differing_by_role, presets_of
 from cluster.redis_client import check_redis_url
 from engine.config import EngineConfig
 from gateway.config import GatewayConfig
@@ -60,10 +61,11 @@ def main(argv: Sequence[str]) -> int:
         argv,
         os.environ,
         positional="model",
+        presets=presets_of("gateway"),
         description="Serve a model on this machine: gateway, prefill and decode nodes, Redis.",
     )
     if loaded.show_config:
-        print(render_config(loaded), end="")
+        print(render_config(loaded, differing_by_role()), end="")
         return 0
     return asyncio.run(serve(loaded))
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import enum
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar, cast
@@ -34,14 +34,34 @@ from cluster.errors import ConfigError, UsageError
 from cluster.options import Option, option, options_of, section_name
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Collection, Sequence
 
-__all__ = ["LoadedConfig", "Presets", "load_config", "option", "render_config", "to_environment"]
+__all__ = [
+    "ChoosePresets",
+    "LoadedConfig",
+    "PresetValue",
+    "Presets",
+    "load_config",
+    "option",
+    "render_config",
+    "to_environment",
+]
 
 S = TypeVar("S")
 
+
+@dataclass(frozen=True, slots=True)
+class PresetValue:
+    """What a preset sets an option to; `row` says in words where its table has it."""
+
+    value: object
+    row: str
+
+
 # option name -> its value -> values of other options, e.g. rows of --performance-mode.
-Presets = Mapping[str, Mapping[str, Mapping[str, object]]]
+Presets = Mapping[str, Mapping[str, Mapping[str, PresetValue]]]
+# Called with the values that are set explicitly, not yet validated, over the defaults.
+ChoosePresets = Callable[[Mapping[str, object]], Presets]
 
 _DEFAULT = "default"
 _REDACTED = "[redacted]"
@@ -79,7 +99,7 @@ def load_config(
     env: Mapping[str, str],
     *,
     positional: str | None = None,
-    presets: Presets | None = None,
+    presets: ChoosePresets | None = None,
     description: str | None = None,
 ) -> LoadedConfig:
     """Build the sections of `program`; raises `UsageError` or `ConfigError`.
@@ -94,20 +114,28 @@ def load_config(
     if config_path is not None:
         members = {section_name(s): [o.name for o in options_of(s)] for s in sections}
         sources.append(read_file(config_path, options, members))
-    sources.append(_preset_source(options, sources, presets or {}))
+    if presets is not None:
+        sources.append(_preset_source(options, sources, presets))
     origins = {o.name: _origin_of(o.name, sources) for o in options}
     values = _validate(options, sources, origins)
     built = {section: _build(section, options, values, origins) for section in sections}
     return LoadedConfig(program, built, tuple(options), origins, line.show_config)
 
 
-def render_config(loaded: LoadedConfig) -> str:
-    """The text of `--show-config`: valid YAML, each value with its origin as a comment."""
+def render_config(loaded: LoadedConfig, left_open: Mapping[str, str] | None = None) -> str:
+    """The text of `--show-config`: valid YAML, each value with its origin as a comment.
+
+    `left_open`: options that this program leaves to those it starts, unless they are set
+    explicitly, and in words what these will choose. They become comments as well.
+    """
+    left_open = {n: w for n, w in (left_open or {}).items() if not loaded.is_explicit(n)}
     lines: list[str] = []
     for section in loaded.sections:
         lines.append(f"{section_name(section)}:")
         rows = [
-            (_row(o, loaded.value(o.name)), loaded.origins[o.name])
+            (f"  # {o.name}: set by each node", left_open[o.name])
+            if o.name in left_open
+            else (_row(o, loaded.value(o.name)), loaded.origins[o.name])
             for o in loaded.options
             if o.section is section
         ]
@@ -116,17 +144,18 @@ def render_config(loaded: LoadedConfig) -> str:
     return "\n".join(lines) + "\n"
 
 
-def to_environment(*sections: object) -> dict[str, str]:
+def to_environment(*sections: object, leave_out: Collection[str] = frozenset()) -> dict[str, str]:
     """Section instances as `BATON_*` variables that `load_config` reads back to equal ones.
 
     For a program that starts others: secrets travel in the environment, never in arguments.
-    None and empty lists are left out, being what an unset variable means.
+    None and empty lists are left out, being what an unset variable means; so are the options
+    named in `leave_out`, which the other program decides.
     """
     variables: dict[str, str] = {}
     for section in sections:
         for each in options_of(type(section)):
             value = getattr(section, each.name)
-            if value in (None, (), ""):
+            if value in (None, (), "") or each.name in leave_out:
                 continue
             plain = _plain(value)
             is_text = isinstance(plain, str)
@@ -149,19 +178,20 @@ def _flatten(sections: Sequence[type]) -> list[Option]:
 
 
 def _preset_source(
-    options: Sequence[Option], sources: Sequence[Source], presets: Presets
+    options: Sequence[Option], sources: Sequence[Source], presets: ChoosePresets
 ) -> Source:
     result = Source()
     known = {o.name: o for o in options}
-    for selector, rows in presets.items():
-        chosen = next(
-            (s.values[selector] for s in sources if selector in s.values), known[selector].default
-        )
-        for name, value in rows.get(str(_plain(chosen)), {}).items():
+    given = {name: o.default for name, o in known.items() if not o.is_required}
+    for source in reversed(sources):
+        given |= source.values
+    for selector, rows in presets(given).items():
+        chosen = given[selector]
+        for name, preset in rows.get(str(_plain(chosen)), {}).items():
             if name not in known:
                 raise TypeError(f"Preset {selector}={chosen} sets the unknown option {name!r}.")
-            result.values[name] = value
-            result.origins[name] = f"preset {selector.replace('_', '-')} {chosen}"
+            result.values[name] = preset.value
+            result.origins[name] = f"{selector.replace('_', '-')} {chosen}, row {preset.row}"
     return result
 
 

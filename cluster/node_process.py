@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     import grpc
     from prometheus_client import CollectorRegistry
 
+    from cluster.config import ChoosePresets
     from cluster.member import Member
     from cluster.node import NodeRole
     from cluster.rpc import SessionHub
@@ -127,6 +128,8 @@ def node_main(
     sections: Sequence[type],
     argv: Sequence[str],
     load_body: Callable[[], NodeBody],
+    *,
+    presets: ChoosePresets | None = None,
 ) -> int:
     """The `main` of a node's program; its exit code.
 
@@ -138,6 +141,7 @@ def node_main(
         argv,
         os.environ,
         positional="model",
+        presets=presets,
         description=f"Run one {role} node.",
     )
     if loaded.show_config:

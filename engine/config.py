@@ -8,6 +8,8 @@ from typing import Literal
 
 from cluster.config import option
 from cluster.errors import ConfigError
+from cluster.performance_mode import HELP as PERFORMANCE_MODE_HELP
+from cluster.performance_mode import PerformanceMode
 
 DType = Literal["auto", "bfloat16", "float16", "float32"]
 LoadFormat = Literal["auto", "dummy"]
@@ -76,6 +78,14 @@ class EngineConfig:
     max_num_batched_tokens: int | None = option(
         None, help="Most tokens in one step. Default: 8192 on a GPU, 512 on a CPU.", group=_STEP
     )
+    performance_mode: PerformanceMode = option("balanced", help=PERFORMANCE_MODE_HELP, group=_STEP)
+    max_cudagraph_capture_size: int | None = option(
+        None,
+        help="Most sequences of a decode step that a CUDA graph is captured for. Default: "
+        "max-num-seqs.",
+        group=_STEP,
+        advanced=True,
+    )
     enforce_eager: bool = option(
         False, help="Do not use CUDA graphs for decode steps.", group=_STEP, advanced=True
     )
@@ -93,6 +103,7 @@ class EngineConfig:
             "num_gpu_blocks_override",
             "max_num_seqs",
             "max_num_batched_tokens",
+            "max_cudagraph_capture_size",
         ):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -30,8 +30,9 @@ _WARM_UP_RUNS = 2
 
 
 def capture_sizes(max_num_seqs: int) -> list[int]:
-    """1, 2, 4, then every eighth, up to and including `max_num_seqs`."""
-    sizes = [size for size in (1, 2, 4, *range(8, max_num_seqs + 1, 8)) if size <= max_num_seqs]
+    """1, 2, 4, every eighth to 256, then every 32nd, up to and including `max_num_seqs`."""
+    steps = (1, 2, 4, *range(8, 257, 8), *range(288, max_num_seqs + 1, 32))
+    sizes = [size for size in steps if size <= max_num_seqs]
     return sizes if sizes[-1] == max_num_seqs else [*sizes, max_num_seqs]
 
 
@@ -58,6 +59,11 @@ class DecodeGraphs:
             self._size_of[: size + 1] = [size] * (size + 1)
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._outputs: dict[int, torch.Tensor] = {}
+
+    @property
+    def max_rows(self) -> int:
+        """Longer batches have no graph."""
+        return self._sizes[-1]
 
     def padded(self, num_seqs: int) -> int:
         """Rows of the graph that runs `num_seqs` sequences."""

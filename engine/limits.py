@@ -48,12 +48,16 @@ class Machine:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineLimits:
-    """Everything the configuration left open, decided. `num_threads` None: torch's choice."""
+    """Everything the configuration left open, decided. `num_threads` None: torch's choice.
+
+    `max_graph_rows`: most sequences of a decode step that a CUDA graph is captured for.
+    """
 
     device: torch.device
     dtype: torch.dtype
     max_model_len: int
     max_num_seqs: int
+    max_graph_rows: int
     max_num_batched_tokens: int
     num_threads: int | None
 
@@ -73,6 +77,9 @@ def resolve(config: EngineConfig, model: ModelConfig, machine: Machine) -> Engin
         dtype=dtype,
         max_model_len=_max_model_len(config, model),
         max_num_seqs=config.max_num_seqs,
+        max_graph_rows=min(
+            config.max_cudagraph_capture_size or config.max_num_seqs, config.max_num_seqs
+        ),
         max_num_batched_tokens=config.max_num_batched_tokens
         or (_GPU_BATCHED_TOKENS if on_gpu else _CPU_BATCHED_TOKENS),
         num_threads=config.num_threads or (1 if is_small and not on_gpu else None),

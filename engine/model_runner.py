@@ -46,7 +46,7 @@ class ModelRunner:
             self._decoder,
             self._kv_layers,
             self._batches.buffer,
-            max_num_seqs=self._limits.max_num_seqs,
+            max_num_seqs=self._limits.max_graph_rows,
             table_width=table_width(-(-self._limits.max_model_len // self._block_size)),
             device=self._limits.device,
         )
@@ -75,9 +75,9 @@ class ModelRunner:
     def _decode(
         self, chunks: SequenceOf[ScheduledChunk], on_layer: Callable[[int], None] | None
     ) -> torch.Tensor | None:
-        if self._graphs is None or on_layer is not None:
+        num_seqs = len(chunks)
+        if self._graphs is None or on_layer is not None or num_seqs > self._graphs.max_rows:
             batch = self._batches.build_decode(chunks)
             return self._decoder.forward(batch, self._kv_layers, on_layer)
-        num_seqs = len(chunks)
         batch = self._batches.build_decode(chunks, self._graphs.padded(num_seqs))
         return self._graphs.replay(batch, num_seqs)

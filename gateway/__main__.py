@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from cluster.config import load_config, render_config
 from cluster.errors import ConfigError
 from cluster.logging import setup_logging
+from cluster.performance_mode import presets_of
 from cluster.startup import StartupReport
 from gateway.config import GatewayConfig
 
@@ -24,6 +25,7 @@ def main(argv: Sequence[str]) -> int:
         argv,
         os.environ,
         positional="model",
+        presets=presets_of("gateway"),
         description="The HTTP edge of a cluster: OpenAI-compatible API, routing, admin API.",
     )
     if loaded.show_config:

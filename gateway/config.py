@@ -8,6 +8,8 @@ from typing import Literal
 
 from cluster.config import option
 from cluster.errors import ConfigError
+from cluster.performance_mode import HELP as PERFORMANCE_MODE_HELP
+from cluster.performance_mode import PerformanceMode
 
 LogLevel = Literal["debug", "info", "warning", "error"]
 
@@ -112,6 +114,9 @@ class GatewayConfig:
         help="Seconds it has to answer that question before its requests end with node_lost.",
         group=_CLUSTER,
         advanced=True,
+    )
+    performance_mode: PerformanceMode = option(
+        "balanced", help=PERFORMANCE_MODE_HELP, group=_LIMITS
     )
     max_num_reqs: int = option(
         4096, help="Most sequences in flight; more are refused as overloaded.", group=_LIMITS

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from cluster.node import NodeRole
 from cluster.node_process import NodeBody, node_main
+from cluster.performance_mode import presets_of
 from engine.config import EngineConfig
 from kv_transfer.config import KVTransferConfig
 
@@ -21,7 +22,13 @@ def load_body() -> NodeBody:
 
 
 def main(argv: Sequence[str]) -> int:
-    return node_main(NodeRole.PREFILL, (EngineConfig, KVTransferConfig), argv, load_body)
+    return node_main(
+        NodeRole.PREFILL,
+        (EngineConfig, KVTransferConfig),
+        argv,
+        load_body,
+        presets=presets_of(NodeRole.PREFILL),
+    )
 
 
 if __name__ == "__main__":

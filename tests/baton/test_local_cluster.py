@@ -5,8 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
 
-from baton.local_cluster import node_engine_config, place_nodes
+from baton.local_cluster import child_specs, node_engine_config, place_nodes
+from baton.serve import SECTIONS
+from cluster.config import LoadedConfig, load_config, render_config
+from cluster.performance_mode import differing_by_role, presets_of
 from engine.config import EngineConfig
 
 
@@ -52,3 +56,33 @@ def test_nodes_on_one_processor_share_its_cores() -> None:
     config = EngineConfig(model=Path("m"))
     given = node_engine_config(config, placement, is_memory_explicit=False, num_cores=8)
     assert given.num_threads == 4
+
+
+def load_serve(*argv: str) -> LoadedConfig:
+    return load_config(
+        "baton serve", SECTIONS, argv, {}, positional="model", presets=presets_of("gateway")
+    )
+
+
+def test_nodes_of_a_local_cluster_take_their_own_rows_of_the_performance_mode() -> None:
+    loaded = load_serve("--performance-mode", "interactivity", "--device", "cpu")
+    specs = child_specs(loaded, redis_url="redis://x", admin_token="t", log_format="json")
+    variables = {spec.name: spec.environment for spec in specs}
+    for node in ("prefill-0", "decode-0"):
+        assert variables[node]["BATON_PERFORMANCE_MODE"] == "interactivity"
+        assert "BATON_MAX_NUM_SEQS" not in variables[node]
+    assert variables["gateway"]["BATON_MAX_NUM_QUEUED_REQS"] == "256"
+
+
+def test_what_was_set_for_the_local_cluster_reaches_its_nodes() -> None:
+    loaded = load_serve("--max-num-seqs", "7", "--device", "cpu")
+    specs = child_specs(loaded, redis_url="redis://x", admin_token="t", log_format="json")
+    assert [spec.environment.get("BATON_MAX_NUM_SEQS") for spec in specs] == ["7", "7", None]
+
+
+def test_show_config_of_a_local_cluster_names_the_rows_its_nodes_choose() -> None:
+    text = render_config(load_serve("--num-staging-slots", "3"), differing_by_role())
+    line = next(line for line in text.splitlines() if "max_num_seqs" in line)
+    assert line.lstrip().startswith("#")
+    assert "row prefill --max-num-seqs; row decode --max-num-seqs" in line
+    assert yaml.safe_load(text)["kv_transfer"]["num_staging_slots"] == 3

@@ -4,13 +4,23 @@ import traceback
 from dataclasses import dataclass, is_dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import pytest
 import yaml
 
-from cluster.config import load_config, option, render_config, to_environment
+from cluster.config import (
+    Presets,
+    PresetValue,
+    load_config,
+    option,
+    render_config,
+    to_environment,
+)
 from cluster.errors import ConfigError, UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 
 class Transport(StrEnum):
@@ -205,11 +215,16 @@ def test_empty_variables_are_unset_and_none_clears_an_optional() -> None:
 
 
 def test_a_preset_sits_between_file_and_default(tmp_path: Path) -> None:
-    presets = {"mode": {"throughput": {"block_size": 64, "memory": 0.95}}}
+    rows = {"block_size": PresetValue(64, "blocks"), "memory": PresetValue(0.95, "share")}
+
+    def presets(given: Mapping[str, object]) -> Presets:
+        assert given["memory"] == (0.5 if given["mode"] == "throughput" else 0.9)
+        return {"mode": {"throughput": rows}}
+
     path = write(tmp_path, "memory: 0.5\n")
     loaded = load("m", "--mode", "throughput", "--config", path, presets=presets)
     assert loaded[EngineConfig].block_size == 64
-    assert loaded.origins["block_size"] == "preset mode throughput"
+    assert loaded.origins["block_size"] == "mode throughput, row blocks"
     assert loaded[EngineConfig].memory == 0.5
     assert load("m", presets=presets)[EngineConfig].block_size == 16
 
