@@ -82,6 +82,7 @@ class DecodeNode:
             self._snapshot,
             on_step=self.handler.on_step,
         )
+        engine.watch(on_fatal)
         self.loop = EngineLoop(
             engine, scheduler, observer, on_fatal=on_fatal, on_idle=self._snapshot.take
         )
@@ -121,6 +122,7 @@ class DecodeNode:
         await self._receiver.close()
         self.loop.stop()
         await self._agent.close()
+        self.engine.close()
 
     def _is_idle(self) -> bool:
         return self.handler.num_streams == 0 and self._receiver.num_transfers == 0

@@ -19,13 +19,16 @@ import numpy as np
 import torch
 
 from engine.block_tables import BlockTableRows
+from engine.tensor_parallel.wire import StepHeader
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from collections.abc import Sequence as SequenceOf
 
     from numpy.typing import NDArray
 
     from engine.schedule import ScheduledChunk
+    from engine.tensor_parallel.wire import Announce
 
 _PADDING_SLOT = -1
 # Block tables are this many columns wide, or a multiple: a kernel is compiled anew for a row
@@ -150,6 +153,13 @@ class InputBuffer:
             staging.tensors = self.device_views(shape)
         return staging.arrays
 
+    @property
+    def filled(self) -> memoryview:
+        """The bytes of the arrays that were given last, to be sent elsewhere or filled at once."""
+        staging = self._staging[self._turn]
+        end = staging.shape.num_bytes if staging.shape is not None else 0
+        return staging.memory.numpy()[:end].data
+
     def upload(self) -> list[torch.Tensor]:
         """Send what was filled; the arrays on the device, in the order of `HostArrays`."""
         staging = self._staging[self._turn]
@@ -195,7 +205,10 @@ class BatchBuilder:
         max_num_batched_tokens: int,
         max_model_len: int,
         device: torch.device,
+        announce: Announce | None = None,
     ) -> None:
+        """`announce` hears of each batch before it is uploaded: other ranks run it too."""
+        self._announce = announce
         max_blocks = table_width(-(-max_model_len // block_size))
         self._block_size = block_size
         # Twice the rows: a sequence that skips a few steps keeps its row.
@@ -229,7 +242,7 @@ class BatchBuilder:
         arrays.slot_mapping[:num_seqs] = self._slots(tables, np.arange(num_seqs), positions)
         if num_rows > num_seqs:
             _pad(arrays, num_seqs)
-        return _batch(self.buffer.upload(), num_samples=num_seqs, max_seqlen_q=1, is_decode=True)
+        return self._send(StepHeader(True, num_rows, num_rows, num_seqs, width, 1))
 
     def build_prefill(self, chunks: SequenceOf[ScheduledChunk]) -> Batch:
         """Chunks of any length, one after the other."""
@@ -252,11 +265,26 @@ class BatchBuilder:
         arrays.cu_seqlens_q[0] = 0
         arrays.cu_seqlens_q[1:] = ends
         arrays.block_tables[:] = tables
+        longest = int(lengths.max())
+        return self._send(StepHeader(False, num_tokens, len(chunks), len(sampled), width, longest))
+
+    def receive(self, header: StepHeader, fill: Callable[[memoryview], None]) -> Batch:
+        """The batch that another rank announced. `fill` writes its packed arrays."""
+        num_samples = 0 if header.is_decode else header.num_samples
+        self.buffer.arrays(
+            BatchShape(header.num_tokens, header.num_rows, num_samples, header.table_width)
+        )
+        fill(self.buffer.filled)
+        return self._send(header)
+
+    def _send(self, header: StepHeader) -> Batch:
+        if self._announce is not None:
+            self._announce(header, self.buffer.filled)
         return _batch(
             self.buffer.upload(),
-            num_samples=len(sampled),
-            max_seqlen_q=int(lengths.max()),
-            is_decode=False,
+            num_samples=header.num_samples,
+            max_seqlen_q=header.max_seqlen_q,
+            is_decode=header.is_decode,
         )
 
     def _slots(

@@ -44,6 +44,13 @@ class EngineConfig:
     device: str = option(
         "auto", help="auto, cpu, cuda or cuda:N. auto: a GPU if there is one.", group=_MODEL
     )
+    tensor_parallel_size: int = option(
+        1,
+        help="Split the model over this many GPUs of the machine, from the device on.",
+        group=_MODEL,
+        short="-tp",
+        aliases=("--tp-size",),
+    )
     max_model_len: int | None = option(
         None,
         help="Longest prompt plus output, in tokens. Default: what the model was built for.",
@@ -97,6 +104,7 @@ class EngineConfig:
         if self.block_size not in (8, 16, 32, 64, 128):
             raise _refused("block_size", "must be 8, 16, 32, 64 or 128")
         for name in (
+            "tensor_parallel_size",
             "max_model_len",
             "num_threads",
             "kv_cache_memory_bytes",

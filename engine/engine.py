@@ -13,6 +13,7 @@ The engine knows no role and no network, and belongs to one thread at a time.
 from __future__ import annotations
 
 import threading
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -28,15 +29,21 @@ from engine.models.config import ModelConfig
 from engine.models.decoder import Decoder
 from engine.sampler import Sampler
 from engine.stopping import check_finished
+from engine.tensor_parallel.crew import Crew
+from engine.tensor_parallel.shard import WHOLE, Shard
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from contextlib import AbstractContextManager
 
     from cluster.startup import StartupReport
     from engine.config import EngineConfig
     from engine.sampler import SampledToken
     from engine.schedule import ScheduleDecision
     from engine.sequence import Sequence
+    from engine.tensor_parallel.ranks import Ranks
+    from engine.tensor_parallel.seat import Seat
+    from engine.tensor_parallel.wire import StepHeader
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,11 +71,18 @@ class Engine:
         runner: ModelRunner,
         kv_cache: KVCache,
         weights_fingerprint: str,
+        kv_layout: KVLayout | None = None,
+        kv_shards: tuple[torch.Tensor, ...] = (),
+        crew: Crew | None = None,
     ) -> None:
+        """`kv_layout`, `kv_shards`, `crew`: of a model that several ranks share."""
         self.config = config
         self.model_config = model_config
         self.limits = limits
         self.kv_cache = kv_cache
+        self.kv_layout = kv_layout or kv_cache.layout
+        self._kv_shards = kv_shards
+        self._crew = crew
         self.weights_fingerprint = weights_fingerprint
         self.eos_token_ids = frozenset(model_config.eos_token_ids)
         self.block_manager = BlockManager(
@@ -94,31 +108,88 @@ class Engine:
     def max_num_batched_tokens(self) -> int:
         return self.limits.max_num_batched_tokens
 
+    @property
+    def kv_pools(self) -> tuple[torch.Tensor, ...]:
+        """The KV pool of each rank as bytes, for moving blocks: uint8 `[num_layers, num_blocks,
+        bytes]`, each with an equal part of the KV heads, in their order."""
+        return self._kv_shards or (self.kv_cache.as_bytes(),)
+
+    def watch(self, on_lost: Callable[[BaseException], None]) -> None:
+        """Call `on_lost`, from any thread, when a rank of this engine dies between steps."""
+        if self._crew is not None:
+            self._crew.watch(on_lost)
+
+    @property
+    def worker_pids(self) -> list[int]:
+        """Processes of the other ranks."""
+        return [] if self._crew is None else self._crew.pids
+
+    def close(self) -> None:
+        """End the processes of the other ranks. Idempotent."""
+        if self._crew is not None:
+            self._crew.close()
+
     @classmethod
-    def create(cls, config: EngineConfig, *, progress: StartupReport) -> Engine:
-        """Raises `ConfigError`, in one line, for whatever would keep it from serving."""
+    def create(
+        cls, config: EngineConfig, *, progress: StartupReport, seat: Seat | None = None
+    ) -> Engine:
+        """Raises `ConfigError`, in one line, for whatever would keep it from serving.
+
+        `seat`: of a worker, which builds the shard of its rank. Rank 0 starts the workers.
+        """
+        if config.tensor_parallel_size == 1 or seat is not None:
+            return cls._build(config, progress, seat, None)
         model_config = ModelConfig.from_folder(config.model)
+        Shard(0, config.tensor_parallel_size).fitted(model_config)
         limits = resolve(config, model_config, Machine.here())
+        crew = Crew.start(config, on_gpu=limits.on_gpu)
+        try:
+            return cls._build(config, progress, crew.seat, crew)
+        except BaseException:
+            crew.close()
+            raise
+
+    @classmethod
+    def _build(
+        cls,
+        config: EngineConfig,
+        progress: StartupReport,
+        seat: Seat | None,
+        crew: Crew | None,
+    ) -> Engine:
+        whole = ModelConfig.from_folder(config.model)
+        shard = WHOLE if seat is None else seat.shard.fitted(whole)
+        limits = resolve(config, whole, Machine.here(), rank=shard.rank)
         _enter_thread(limits)
         # Another engine of this process is not part of this one's share.
         others_bytes = torch.cuda.memory_allocated(limits.device) if limits.on_gpu else 0
-        decoder, fingerprint = _load(config, model_config, limits, progress)
+        ranks = None
+        if seat is not None:
+            with progress.phase("connect ranks"):
+                ranks = seat.connect(whole, limits)
+        decoder, fingerprint = _load(config, whole, limits, progress, ranks)
         layout = KVLayout(
-            num_layers=model_config.num_layers,
+            num_layers=whole.num_layers,
             block_size=config.block_size,
-            num_kv_heads=model_config.num_kv_heads,
-            head_size=model_config.head_size,
+            num_kv_heads=whole.num_kv_heads,
+            head_size=whole.head_size,
             dtype=limits.dtype,
         )
         with progress.phase("allocate KV"):
-            kv_cache = _allocate_kv(config, limits, layout, decoder, others_bytes)
-        runner = ModelRunner(decoder, kv_cache, limits)
+            if seat is not None:
+                seat.rendezvous.exchange({})  # all have loaded: what follows is done together
+            kv_cache, kv_shards = _allocate_kv(config, limits, layout, decoder, others_bytes, seat)
+        runner = ModelRunner(decoder, kv_cache, limits, None if crew is None else crew.announce)
         with torch.inference_mode():
             with progress.phase("warm up"):
                 warm_up.warm_up(decoder, kv_cache.layers, limits)
             if limits.on_gpu and not config.enforce_eager:
                 runner.capture_graphs(progress)
-        return cls(config, model_config, limits, runner, kv_cache, fingerprint)
+        return cls(config, whole, limits, runner, kv_cache, fingerprint, layout, kv_shards, crew)
+
+    def follow(self, header: StepHeader, fill: Callable[[memoryview], None]) -> None:
+        """On a worker: run the batch that rank 0 announced; `fill` writes its packed inputs."""
+        self._runner.follow(header, fill)
 
     def step(
         self, decision: ScheduleDecision, *, on_layer: Callable[[int], None] | None = None
@@ -133,7 +204,7 @@ class Engine:
             _enter_thread(self.limits)
         chunks, is_decode = decision.chunks, decision.is_decode
         sampled = tuple(chunk.sequence for chunk in chunks if is_decode or chunk.samples)
-        with torch.inference_mode():
+        with torch.inference_mode(), self._together():
             logits = self._runner.run(chunks, is_decode=is_decode, on_layer=on_layer)
             done = _record_done(self.limits)
             tokens = [] if logits is None else self._sampler.sample(logits, sampled)
@@ -142,6 +213,10 @@ class Engine:
             self.block_manager.mark_computed(chunk.sequence)
         deltas = tuple(map(self._advance, sampled, tokens))
         return StepOutput(deltas, sampled, done)
+
+    def _together(self) -> AbstractContextManager[None]:
+        """A step of several ranks is watched: one that is lost would leave it waiting."""
+        return nullcontext() if self._crew is None else self._crew.stepping()
 
     def _advance(self, sequence: Sequence, token: SampledToken) -> TokenDelta:
         """Append the token, or end the sequence; say so."""
@@ -186,30 +261,34 @@ def _load(
     model_config: ModelConfig,
     limits: EngineLimits,
     progress: StartupReport,
+    ranks: Ranks | None,
 ) -> tuple[Decoder, str]:
-    """The decoder with its weights in place, and their fingerprint."""
+    """The decoder with its weights, or its shard of them, in place; the fingerprint of all."""
+    shard = WHOLE if ranks is None else ranks.shard
+    shard_config = shard.of_model(model_config)
     is_dummy = config.load_format == "dummy"
     checkpoint = None if is_dummy else weights.open_checkpoint(config.model)
-    weights_bytes = model_config.num_parameters * limits.dtype.itemsize
+    weights_bytes = shard_config.num_parameters * limits.dtype.itemsize
     if limits.on_gpu:
         free, where = torch.cuda.mem_get_info(limits.device)[0], "the GPU"
     else:
         free, where = memory.available_main_memory(), "this machine"
     memory.check_weights_fit(weights_bytes, free, where)
     decoder = Decoder(
-        model_config,
+        shard_config,
         max_model_len=limits.max_model_len,
         dtype=limits.dtype,
         device=limits.device,
+        ranks=ranks,
     )
     views = decoder.checkpoint_views()
     total = sum(map(weights.num_bytes, views.values()))
     with progress.phase("load weights", total=total) as phase:
         if checkpoint is None:
-            weights.fill_dummy(views, config.seed, phase)
+            weights.fill_dummy(views, config.seed, phase, shard)
             fingerprint = weights.dummy_fingerprint(model_config, config.seed)
         else:
-            weights.load_weights(checkpoint, views, phase)
+            weights.load_weights(checkpoint, views, phase, shard)
             fingerprint = weights.fingerprint(model_config, checkpoint)
         views.clear()
         decoder.pack()
@@ -222,28 +301,43 @@ def _allocate_kv(
     layout: KVLayout,
     decoder: Decoder,
     others_bytes: int,
-) -> KVCache:
+    seat: Seat | None,
+) -> tuple[KVCache, tuple[torch.Tensor, ...]]:
+    """The pool of this rank, of which `layout` describes the whole; and, on rank 0 of several,
+    those of all ranks as bytes."""
+    layout = layout if seat is None else layout.shard(seat.shard.size)
     need = memory.KVNeed(
         block_bytes=layout.block_bytes,
         block_size=layout.block_size,
         max_model_len=limits.max_model_len,
         max_num_seqs=limits.max_num_seqs,
     )
-    if not limits.on_gpu:
-        num_blocks = memory.num_blocks_on_cpu(
-            config, need, available_bytes=memory.available_main_memory()
-        )
-        return KVCache.allocate(layout, num_blocks, limits.device)
+    num_blocks = _num_blocks(config, limits, need, layout, decoder, others_bytes)
+    if seat is None:
+        return KVCache.allocate(layout, num_blocks, limits.device), ()
+    return seat.allocate_kv(layout, num_blocks, limits.device)
+
+
+def _num_blocks(
+    config: EngineConfig,
+    limits: EngineLimits,
+    need: memory.KVNeed,
+    layout: KVLayout,
+    decoder: Decoder,
+    others_bytes: int,
+) -> int:
     device = limits.device
+    if not limits.on_gpu:
+        available = memory.available_main_memory() // config.tensor_parallel_size
+        return memory.num_blocks_on_cpu(config, need, available_bytes=available)
     weights_bytes = torch.cuda.memory_allocated(device) - others_bytes
     one_block = KVCache.allocate(layout, 1, device)
     with torch.inference_mode():
         workspace = warm_up.measure_workspace(decoder, one_block.layers[0], limits)
     del one_block
     free, total = torch.cuda.mem_get_info(device)
-    num_blocks = memory.num_blocks_on_gpu(
+    return memory.num_blocks_on_gpu(
         config,
         need,
         memory.GpuMemory(total=total, free=free, weights=weights_bytes, workspace=workspace),
     )
-    return KVCache.allocate(layout, num_blocks, device)

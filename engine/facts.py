@@ -25,7 +25,7 @@ def node_info(node: NodeId, role: NodeRole, engine: Engine) -> NodeInfo:
         grpc_address="",
         metrics_address="",
         model_name=engine.config.model.resolve().name,
-        compatibility_hash=engine.kv_cache.layout.compatibility_hash(
+        compatibility_hash=engine.kv_layout.compatibility_hash(
             engine.weights_fingerprint, PROTOCOL_VERSION
         ),
         block_size=engine.block_manager.block_size,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -32,6 +32,10 @@ class KVLayout:
     def block_bytes(self) -> int:
         """Bytes of one block over all layers."""
         return self.num_layers * self.unit_bytes
+
+    def shard(self, num_shards: int) -> KVLayout:
+        """What one of several ranks holds: an equal part of the KV heads."""
+        return replace(self, num_kv_heads=self.num_kv_heads // num_shards)
 
     def compatibility_hash(self, model_key: str, protocol_version: int) -> str:
         """Hex digest, equal on two nodes exactly when one may use KV the other computed.
@@ -66,19 +70,17 @@ class KVCache:
     @classmethod
     def allocate(cls, layout: KVLayout, num_blocks: int, device: torch.device) -> KVCache:
         """Zeroed: what was never written must still be finite, since masked KV is multiplied."""
-        shape = (
-            layout.num_layers,
-            num_blocks,
-            2,
-            layout.num_kv_heads,
-            layout.block_size,
-            layout.head_size,
-        )
+        num_bytes = num_blocks * layout.block_bytes
         if device.type == "cpu":
             # The system's zero pages: a block takes memory when it is first written.
-            pages = torch.from_numpy(np.zeros(num_blocks * layout.block_bytes, dtype=np.uint8))
-            return cls(pages.view(layout.dtype).view(shape), layout)
-        return cls(torch.zeros(shape, dtype=layout.dtype, device=device), layout)
+            return cls.over(torch.from_numpy(np.zeros(num_bytes, dtype=np.uint8)), layout)
+        return cls.over(torch.zeros(num_bytes, dtype=torch.uint8, device=device), layout)
+
+    @classmethod
+    def over(cls, memory: torch.Tensor, layout: KVLayout) -> KVCache:
+        """As many blocks as `memory` has, uint8 `[num_blocks * block_bytes]`, zeroed."""
+        shape = (2, layout.num_kv_heads, layout.block_size, layout.head_size)
+        return cls(memory.view(layout.dtype).view(layout.num_layers, -1, *shape), layout)
 
     @property
     def num_blocks(self) -> int:

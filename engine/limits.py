@@ -66,9 +66,15 @@ class EngineLimits:
         return self.device.type == "cuda"
 
 
-def resolve(config: EngineConfig, model: ModelConfig, machine: Machine) -> EngineLimits:
-    """Raises `ConfigError` when the machine or the model cannot do what is asked."""
-    device = _device(config.device, machine)
+def resolve(
+    config: EngineConfig, model: ModelConfig, machine: Machine, *, rank: int = 0
+) -> EngineLimits:
+    """Raises `ConfigError` when the machine or the model cannot do what is asked.
+
+    `rank`: of several that share the model, each on a GPU of its own, one beside the other.
+    """
+    first = _device(config.device, machine, config.tensor_parallel_size)
+    device = torch.device("cuda", first.index + rank) if first.type == "cuda" else first
     on_gpu = device.type == "cuda"
     dtype = _dtype(config.dtype, model, machine, on_gpu=on_gpu)
     is_small = model.num_parameters * dtype.itemsize < _SINGLE_THREAD_WEIGHT_BYTES
@@ -86,7 +92,7 @@ def resolve(config: EngineConfig, model: ModelConfig, machine: Machine) -> Engin
     )
 
 
-def _device(name: str, machine: Machine) -> torch.device:
+def _device(name: str, machine: Machine, num_ranks: int) -> torch.device:
     if name == "auto":
         name = "cuda" if machine.num_gpus else "cpu"
     device = torch.device(name)
@@ -96,6 +102,12 @@ def _device(name: str, machine: Machine) -> torch.device:
     if index >= machine.num_gpus:
         raise ConfigError(
             f"--device {name}: this process sees {machine.num_gpus} GPUs.", param="device"
+        )
+    if index + num_ranks > machine.num_gpus:
+        raise ConfigError(
+            f"--tensor-parallel-size {num_ranks} from cuda:{index} on: this process sees "
+            f"{machine.num_gpus} GPUs.",
+            param="tensor_parallel_size",
         )
     return torch.device("cuda", index)
 

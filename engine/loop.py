@@ -7,8 +7,8 @@ Life of the thread
     3. While the scheduler has work: decide, step, settle. The observer hears of a decision
        before it runs and of its output after, both on this thread.
     4. A step that raises ends the sequences of that step with `InternalError`; the others go
-       on. After `MAX_FAILED_STEPS` in a row the engine is beyond help: `on_fatal` is called
-       and the thread ends.
+       on. After `MAX_FAILED_STEPS` in a row, or when a rank of the model is lost, the engine is
+       beyond help: `on_fatal` is called and the thread ends.
     5. `stop()` ends it after the step that runs. However the thread ends, commands still
        queued are cancelled, and so are those given later: nobody waits for an answer in vain.
 
@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from cluster.errors import InternalError
 from cluster.request import TokenDelta
+from engine.tensor_parallel.failures import RankLost
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -185,6 +186,8 @@ class EngineLoop:
         began = time.perf_counter()
         try:
             output = self._engine.step(decision)
+        except RankLost:  # no step can run any more
+            raise
         except Exception as error:  # one bad step must not end the node
             self._fail_step(decision, error)
             return

@@ -21,12 +21,20 @@ if TYPE_CHECKING:
     from engine.limits import EngineLimits
     from engine.models.decoder import Decoder
     from engine.schedule import ScheduledChunk
+    from engine.tensor_parallel.wire import Announce, StepHeader
 
 
 class ModelRunner:
     """One model over one KV pool. Not thread-safe; calls run under `torch.inference_mode`."""
 
-    def __init__(self, decoder: Decoder, kv_cache: KVCache, limits: EngineLimits) -> None:
+    def __init__(
+        self,
+        decoder: Decoder,
+        kv_cache: KVCache,
+        limits: EngineLimits,
+        announce: Announce | None = None,
+    ) -> None:
+        """`announce`: tells the other ranks of the same model what to run."""
         self._decoder = decoder
         self._kv_layers = kv_cache.layers
         self._limits = limits
@@ -37,6 +45,7 @@ class ModelRunner:
             max_num_batched_tokens=limits.max_num_batched_tokens,
             max_model_len=limits.max_model_len,
             device=limits.device,
+            announce=announce,
         )
         self._graphs: DecodeGraphs | None = None
 
@@ -71,6 +80,18 @@ class ModelRunner:
             batch = self._batches.build_prefill(chunks)
             hidden = self._decoder.forward(batch, self._kv_layers, on_layer)
         return None if hidden is None else self._decoder.logits(hidden)
+
+    def follow(self, header: StepHeader, fill: Callable[[memoryview], None]) -> None:
+        """Run what rank 0 announced, as it does; `fill` writes the packed inputs."""
+        batch = self._batches.receive(header, fill)
+        if header.is_decode and self._graphs is not None:
+            hidden: torch.Tensor | None = self._graphs.replay(batch, header.num_samples)
+        else:
+            hidden = self._decoder.forward(batch, self._kv_layers)
+            if hidden is not None:
+                hidden = hidden[: header.num_samples]
+        if hidden is not None:
+            self._decoder.logits(hidden)
 
     def _decode(
         self, chunks: SequenceOf[ScheduledChunk], on_layer: Callable[[int], None] | None

@@ -16,13 +16,14 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from cluster.errors import ConfigError
 from engine.models.json_facts import read_json_object
+from engine.tensor_parallel.shard import WHOLE, Shard
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -70,30 +71,40 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 
 
 def load_weights(
-    checkpoint: Checkpoint, views: Mapping[str, torch.Tensor], progress: Phase
+    checkpoint: Checkpoint,
+    views: Mapping[str, torch.Tensor],
+    progress: Phase,
+    shard: Shard = WHOLE,
 ) -> None:
-    """Fill every view from the tensor of its name; `progress` advances in bytes filled."""
-    _check_complete(checkpoint, views)
+    """Fill every view from the tensor of its name, or from the part of it that the shard has;
+    `progress` advances in bytes filled."""
+    _check_complete(checkpoint, views, shard)
     for path in checkpoint.files:
         try:
             with safe_open(path, framework="pt") as file:
                 for name in file.offset_keys():
                     if name in views:
-                        views[name].copy_(file.get_tensor(name))
+                        views[name].copy_(_part(file, name, shard))
                         progress.advance(num_bytes(views[name]))
         except (OSError, SafetensorError) as error:
             raise _bad(f"{path.name} cannot be read: {error}") from error
 
 
-def fill_dummy(views: Mapping[str, torch.Tensor], seed: int, progress: Phase) -> None:
-    """Random weights of a realistic scale, drawn on the device, the same for the same seed."""
-    device = next(iter(views.values())).device
-    generator = torch.Generator(device=device).manual_seed(seed)
+def fill_dummy(
+    views: Mapping[str, torch.Tensor], seed: int, progress: Phase, shard: Shard = WHOLE
+) -> None:
+    """Random weights of a realistic scale, drawn on the device, the same for the same seed
+    however many shards there are: each tensor is drawn whole, from a seed of its own."""
     for name, view in views.items():
         if name.endswith("norm.weight"):
             view.fill_(1.0)
         else:
-            view.normal_(0.0, _DUMMY_STD, generator=generator)
+            dim = shard.cut_dim(name)
+            whole = view if dim is None else view.new_empty(shard.whole_shape(name, view.shape))
+            generator = torch.Generator(device=view.device).manual_seed(_seed_of(name, seed))
+            whole.normal_(0.0, _DUMMY_STD, generator=generator)
+            if dim is not None:
+                view.copy_(whole.narrow(dim, *shard.range_of(whole.shape[dim])))
         progress.advance(num_bytes(view))
 
 
@@ -155,20 +166,39 @@ def _read_headers(path: Path) -> list[TensorHeader]:
     return headers
 
 
-def _check_complete(checkpoint: Checkpoint, views: Mapping[str, torch.Tensor]) -> None:
+def _part(file: Any, name: str, shard: Shard) -> torch.Tensor:
+    """What the shard has of a tensor; nothing else of it is read."""
+    dim = shard.cut_dim(name)
+    if dim is None:
+        return cast("torch.Tensor", file.get_tensor(name))
+    stored = file.get_slice(name)
+    begin, count = shard.range_of(stored.get_shape()[dim])
+    cut = (slice(None),) * dim + (slice(begin, begin + count),)
+    return cast("torch.Tensor", stored[cut])
+
+
+def _seed_of(name: str, seed: int) -> int:
+    digest = hashlib.blake2b(f"{seed} {name}".encode(), digest_size=7).digest()
+    return int.from_bytes(digest, "little")
+
+
+def _check_complete(
+    checkpoint: Checkpoint, views: Mapping[str, torch.Tensor], shard: Shard
+) -> None:
     headers = checkpoint.headers
     missing = [name for name in views if name not in headers]
     if missing:
         raise _bad(f"the checkpoint lacks {_listed(missing)}")
     # A tensor that is not used (a bias, an adapter) would silently give other answers.
     unknown = [name for name in headers if name not in views and not _is_redundant(name)]
-    if unknown:
+    if unknown and shard.rank == 0:  # other ranks have not all of them
         raise _bad(f"the checkpoint has tensors that this model does not use: {_listed(unknown)}")
     for name, view in views.items():
         header = headers[name]
-        if header.shape != tuple(view.shape):
-            wanted = list(view.shape)
-            raise _bad(f"{name} has shape {list(header.shape)}; config.json asks for {wanted}")
+        wanted = shard.whole_shape(name, view.shape)
+        if header.shape != wanted:
+            asked = list(wanted)
+            raise _bad(f"{name} has shape {list(header.shape)}; config.json asks for {asked}")
         if header.dtype not in _LOADABLE:
             raise _bad(f"{name} is stored as {header.dtype}; supported are {', '.join(_LOADABLE)}")
 

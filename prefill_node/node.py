@@ -72,6 +72,7 @@ class PrefillNode:
             on_scheduled=self.handler.on_scheduled,
             on_step=self.handler.on_step,
         )
+        engine.watch(on_fatal)
         self.loop = EngineLoop(
             engine, scheduler, self._observer, on_fatal=on_fatal, on_idle=self._snapshot.take
         )
@@ -112,6 +113,7 @@ class PrefillNode:
         await self._sender.close()
         self.loop.stop()
         await self._agent.close()
+        self.engine.close()
 
     def _load(self) -> NodeLoad:
         return replace(self._snapshot.value, num_transfers=self._sender.num_transfers)

@@ -9,6 +9,10 @@ One pass
     4. `logits` turns them into `[num_samples, vocab_size]`: apart, so that a captured graph
        need hold no logits of padding rows.
 
+A model over several GPUs is one such decoder for each rank (`engine/tensor_parallel`): each has
+some heads and columns, and they meet in the embedding, behind the two sums of each layer, and in
+the logits.
+
 Families differ only in `ModelConfig`, and in how their weights are kept: `MatrixFactory`. Norm,
 rotation, storage and attention are kernels.
 """
@@ -24,6 +28,8 @@ from torch.nn.functional import embedding
 from engine.models.decoder_layer import NO_PLAN, DecoderLayer, StepPlan
 from engine.models.linear import Linear
 from engine.models.rope import cos_sin_cache
+from engine.tensor_parallel.shard import WHOLE
+from engine.tensor_parallel.sharded import sharded_factory
 from kernels.attention_plan import plan_decode, plan_prefill
 from kernels.rotary import gather_rotary
 from kernels.store_kv import plan_store
@@ -35,6 +41,7 @@ if TYPE_CHECKING:
     from engine.batch import Batch
     from engine.models.config import ModelConfig
     from engine.models.linear import MatrixFactory
+    from engine.tensor_parallel.ranks import Ranks
     from kernels.attention_plan import AttentionPlan
 
 
@@ -52,20 +59,32 @@ class Decoder:
         dtype: torch.dtype,
         device: torch.device,
         make_matrix: MatrixFactory | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
-        """`make_matrix` builds the matrices of the layers; None keeps them as they are."""
+        """`make_matrix` builds the matrices of the layers; None keeps them as they are.
+
+        `ranks`: this is one shard of a model, `config` says what this rank has of it, and all
+        ranks call `forward` and `logits` with the same batches.
+        """
         self.config = config
+        self._ranks = ranks
         self._windows = frozenset(config.layer_windows)
         self._cos_sin = cos_sin_cache(config, max_model_len, device)
-        self._embedding = torch.empty(
-            config.vocab_size, config.hidden_size, dtype=dtype, device=device
-        )
+        shard = WHOLE if ranks is None else ranks.shard
+        _, num_columns = shard.range_of(config.vocab_size)
+        tied = config.tie_word_embeddings
+        num_embedded = config.vocab_size if shard.holds_embedding else num_columns if tied else 0
+        self._embedding = torch.empty(num_embedded, config.hidden_size, dtype=dtype, device=device)
         self._norm = torch.empty(config.hidden_size, dtype=dtype, device=device)
         self._lm_head = Linear(
-            self._embedding if config.tie_word_embeddings else torch.empty_like(self._embedding),
+            self._embedding[:num_columns]
+            if tied
+            else self._embedding.new_empty(num_columns, config.hidden_size),
             None,
         )
         make_matrix = make_matrix or partial(Linear.empty, dtype=dtype, device=device)
+        if ranks is not None:
+            make_matrix = sharded_factory(make_matrix, ranks)
         self._layers = [
             DecoderLayer(config, layer, make_matrix, dtype=dtype, device=device)
             for layer in range(config.num_layers)
@@ -76,7 +95,9 @@ class Decoder:
 
         Views of the merged matrices: filling them is the merge.
         """
-        views = {"model.embed_tokens.weight": self._embedding, "model.norm.weight": self._norm}
+        views = {"model.norm.weight": self._norm}
+        if len(self._embedding):
+            views["model.embed_tokens.weight"] = self._embedding
         if not self.config.tie_word_embeddings:
             views["lm_head.weight"] = self._lm_head.weight
         for layer in self._layers:
@@ -100,11 +121,13 @@ class Decoder:
 
         `kv_layers[i]`: `[num_blocks, 2, num_kv_heads, block_size, head_size]`, written to.
         """
-        residual = embedding(batch.token_ids, self._embedding)
+        residual = self._embed(batch.token_ids)
         plan = self._plan(batch, kv_layers[0])
         last = len(self._layers) - 1
         for index, layer in enumerate(self._layers):
             attended = layer.attend(residual, batch, kv_layers[index], self._cos_sin, plan)
+            if self._ranks is not None and (on_layer is not None or _ends_here(batch, index, last)):
+                self._ranks.settle()  # the KV of the other ranks is written, too
             if on_layer is not None:
                 on_layer(index)
             if index == last:
@@ -115,6 +138,13 @@ class Decoder:
                     residual = residual.index_select(0, batch.sample_indices)
             residual = layer.transform(attended, residual)
         return residual
+
+    def _embed(self, token_ids: torch.Tensor) -> torch.Tensor:
+        if self._ranks is None:
+            return embedding(token_ids, self._embedding)
+        if self._ranks.shard.holds_embedding:
+            return self._ranks.from_first(embedding(token_ids, self._embedding))
+        return self._ranks.from_first(self._norm.new_empty(len(token_ids), self.config.hidden_size))
 
     def _plan(self, batch: Batch, kv_layer: torch.Tensor) -> StepPlan:
         if batch.seq_lens.is_cuda:
@@ -151,4 +181,12 @@ class Decoder:
 
         The final norm is part of it.
         """
-        return self._lm_head.normed(hidden, self._norm, self.config.rms_norm_eps)
+        logits = self._lm_head.normed(hidden, self._norm, self.config.rms_norm_eps)
+        if self._ranks is None:
+            return logits
+        return self._ranks.gather_logits(logits, self.config.vocab_size)
+
+
+def _ends_here(batch: Batch, layer: int, last: int) -> bool:
+    """Whether no sum follows that would show that the other ranks have written their KV."""
+    return layer == last and batch.num_samples == 0

@@ -1,0 +1,129 @@
+"""The ranks of one model on the GPUs of one machine.
+
+Small tensors (decode steps, short prompts) are summed by `kernels.peer_sum`, one kernel over
+memory that the GPUs share; everything larger goes to NCCL. Both are queued on the current stream
+and can be captured in CUDA graphs.
+
+Logits are pushed: each rank copies its columns into the buffer of rank 0, then all meet. A rank
+writes there again only after the embeddings of the next step, which rank 0 sends behind its
+sampling of this one: so logits must be read on the stream of the step.
+
+NVLink multicast is not used.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from engine.tensor_parallel.peer_memory import export, open_peer
+from engine.tensor_parallel.ranks import as_rank_lost, c10d, first_rank_options
+from kernels.peer_sum import MAX_PROGRAMS, PeerInboxes, inbox_words, peer_sum
+
+if TYPE_CHECKING:
+    from engine.tensor_parallel.rendezvous import Rendezvous
+    from engine.tensor_parallel.shard import Shard
+
+_NO_MULTICAST = {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1"}
+
+
+class GpuRanks:
+    """See the module. `largest_sum`: bytes of the largest tensor of a decode step;
+    `logits_shape`: most rows, and the columns of one rank."""
+
+    def __init__(
+        self,
+        shard: Shard,
+        store: Any,
+        rendezvous: Rendezvous,
+        device: torch.device,
+        *,
+        largest_sum: int,
+        logits_shape: tuple[int, int],
+        dtype: torch.dtype,
+    ) -> None:
+        os.environ.update(_NO_MULTICAST)
+        self._shard = shard
+        self._inboxes = self._share_inboxes(rendezvous, device, inbox_words(largest_sum))
+        self._logits = self._share_logits(rendezvous, device, logits_shape, dtype)
+        self._tick = torch.zeros(1, device=device)
+        self._group = c10d.ProcessGroupNCCL(store, shard.rank, shard.size)
+        with as_rank_lost():
+            self._group.allreduce([self._tick]).wait()  # connects, which a capture could not
+        self.settle()
+        torch.cuda.synchronize(device)
+
+    @property
+    def shard(self) -> Shard:
+        return self._shard
+
+    def from_first(self, x: torch.Tensor) -> torch.Tensor:
+        if self._inboxes.holds(x):
+            return peer_sum(x, self._inboxes, contributes=self._shard.rank == 0)
+        with as_rank_lost():
+            self._group.broadcast([x], first_rank_options()).wait()
+        return x
+
+    def sum(self, x: torch.Tensor) -> torch.Tensor:
+        if self._inboxes.holds(x):
+            return peer_sum(x, self._inboxes)
+        with as_rank_lost():
+            self._group.allreduce([x]).wait()
+        return x
+
+    def gather_logits(self, part: torch.Tensor, vocab_size: int) -> torch.Tensor:
+        begin = self._shard.range_of(vocab_size)[0]
+        num_rows, columns = part.shape
+        self._logits[:num_rows, begin : begin + columns].copy_(part)
+        self.settle()
+        if self._shard.rank:
+            return part
+        logits = self._logits[:num_rows, :vocab_size]
+        return logits if logits.is_contiguous() else logits.contiguous()
+
+    def settle(self) -> None:
+        peer_sum(self._tick, self._inboxes)
+
+    def close(self) -> None:
+        self._group.abort()
+
+    def _share_inboxes(
+        self, rendezvous: Rendezvous, device: torch.device, capacity: int
+    ) -> PeerInboxes:
+        rank, size = self._shard.rank, self._shard.size
+        own = torch.zeros(2, size, capacity, dtype=torch.int64, device=device)
+        torch.cuda.synchronize(device)
+        facts = rendezvous.exchange({"inbox": export(own)})
+        # Kept as long as the group: closing a mapping would take the memory from under a kernel.
+        self._mapped = [
+            own if other == rank else open_peer(each["inbox"], device)
+            for other, each in enumerate(facts)
+        ]
+        return PeerInboxes(
+            rank=rank,
+            size=size,
+            addresses=torch.tensor(
+                [each.data_ptr() for each in self._mapped], dtype=torch.int64, device=device
+            ),
+            epochs=torch.zeros(MAX_PROGRAMS, dtype=torch.int32, device=device),
+            capacity=capacity,
+        )
+
+    def _share_logits(
+        self,
+        rendezvous: Rendezvous,
+        device: torch.device,
+        shape: tuple[int, int],
+        dtype: torch.dtype,
+    ) -> torch.Tensor:
+        """The buffer of rank 0, `[rows, size * columns]`, on every rank."""
+        num_rows, columns = shape[0], shape[1] * self._shard.size
+        if self._shard.rank == 0:
+            own = torch.zeros(num_rows, columns, dtype=dtype, device=device)
+            torch.cuda.synchronize(device)
+            rendezvous.exchange({"logits": export(own)})
+            return own
+        first = rendezvous.exchange({})[0]
+        return open_peer(first["logits"], device).view(dtype).view(num_rows, columns)

@@ -1,0 +1,62 @@
+"""The matrices of one rank: those behind which the ranks must meet.
+
+Each rank multiplies its own columns of `o_proj` and `down_proj`; the sum of the products is the
+whole one. Rank 0 alone adds the residual stream and the bias, so the sum is the new stream, on
+all ranks alike.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+    from engine.models.linear import Matrix, MatrixFactory, MatrixSpec
+    from engine.tensor_parallel.ranks import Ranks
+
+_SUMMED = ("o_proj", "down_proj")
+
+
+class SummedMatrix:
+    """A `Matrix` that is cut by columns. Only `add_to` is ever asked of it."""
+
+    __slots__ = ("_matrix", "_ranks")
+
+    def __init__(self, matrix: Matrix, ranks: Ranks) -> None:
+        self._matrix = matrix
+        self._ranks = ranks
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return self._ranks.sum(self._matrix(x))
+
+    def normed(self, residual: torch.Tensor, norm_weight: torch.Tensor, eps: float) -> torch.Tensor:
+        raise NotImplementedError("the input of this matrix is cut: it cannot be normed here")
+
+    def normed_silu_mul(
+        self, residual: torch.Tensor, norm_weight: torch.Tensor, eps: float
+    ) -> torch.Tensor:
+        raise NotImplementedError("the input of this matrix is cut: it cannot be normed here")
+
+    def add_to(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        if self._ranks.shard.rank:
+            return self._ranks.sum(self._matrix(x))
+        return self._ranks.sum(self._matrix.add_to(x, residual))
+
+    def checkpoint_views(self) -> dict[str, torch.Tensor]:
+        return self._matrix.checkpoint_views()
+
+    def pack(self) -> None:
+        self._matrix.pack()
+
+
+def sharded_factory(make_matrix: MatrixFactory, ranks: Ranks) -> MatrixFactory:
+    """The same factory, but what is cut by columns is summed over the ranks."""
+
+    def make(spec: MatrixSpec) -> Matrix:
+        if not all(name.rpartition(".")[2] in _SUMMED for name in spec.parts):
+            return make_matrix(spec)
+        has_bias = spec.bias and ranks.shard.rank == 0
+        return SummedMatrix(make_matrix(spec._replace(bias=has_bias)), ranks)
+
+    return make

@@ -1,0 +1,141 @@
+"""Sums a small tensor over the ranks of a node in one kernel, through memory they share.
+
+Each rank owns an inbox that every other rank can write to (peer access over NVLink):
+
+    inbox  int64 [2, size, capacity]    by parity of the epoch, then by sender
+
+A word of an inbox carries 4 bytes of payload and 4 bytes of epoch, written together, so data need
+neither a fence nor a flag of their own: whoever finds the epoch it waits for has the payload (the
+"LL" protocol of NCCL). One call is one epoch. Every program of a launch works alone:
+
+    1. It reads its own epoch counter and writes its words into the inboxes of the others.
+    2. It waits until the words of all others are in its own inbox.
+    3. It adds them up in the order of ranks, in float32: all ranks get the same bits.
+    4. It stores its epoch for the next call.
+
+Why two parities are enough: a program that writes epoch e has received all of e - 1, which a peer
+sends in a kernel that runs after its kernel of e - 2 has ended, inbox read. Whatever an earlier
+call with other sizes left in an inbox has another epoch.
+
+A launch has at most `MAX_PROGRAMS` programs, so all of them run at once and none waits for a peer
+that cannot start. All ranks must make the same calls in the same order. Nothing is read on the
+host, so calls can be captured in CUDA graphs. A rank that never comes leaves the others waiting
+for ever: watch the processes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from kernels.dispatch import jit_for_any, next_power_of_two, tl
+
+MAX_PROGRAMS = 128
+_SMALLEST_BLOCK = 256  # words of one program
+_LARGEST_BLOCK = 8192
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PeerInboxes:
+    """One rank's way to the others.
+
+    `addresses`: int64 `[size]` on the device, of all inboxes, the own one included, as this
+    rank's device sees them. `epochs`: int32 `[MAX_PROGRAMS]` on the device, zero at first.
+    `capacity`: words that one sender can have in an inbox at once, `inbox_words(...)`.
+    """
+
+    rank: int
+    size: int
+    addresses: torch.Tensor
+    epochs: torch.Tensor
+    capacity: int
+
+    def holds(self, tensor: torch.Tensor) -> bool:
+        """Whether `peer_sum` can take a tensor of this size."""
+        return tensor.numel() * tensor.element_size() <= 4 * self.capacity
+
+
+def inbox_words(num_bytes: int) -> int:
+    """Capacity for tensors of up to `num_bytes`; at most `MAX_PROGRAMS * 8192`."""
+    words = -(-num_bytes // 4)
+    region = next_power_of_two(max(_SMALLEST_BLOCK, -(-words // MAX_PROGRAMS)))
+    return MAX_PROGRAMS * min(region, _LARGEST_BLOCK)
+
+
+def peer_sum(x: torch.Tensor, inboxes: PeerInboxes, *, contributes: bool = True) -> torch.Tensor:
+    """Replaces x by its sum over all ranks, and returns it.
+
+    x: contiguous, bfloat16, float16 or float32, a multiple of 4 bytes, within the capacity.
+    `contributes` False: this rank adds nothing and the contents of x do not matter. That makes a
+    broadcast of a sum with one contributor.
+    """
+    assert x.is_contiguous()
+    assert inboxes.holds(x)
+    num_bytes = x.numel() * x.element_size()
+    assert num_bytes % 4 == 0
+    num_words = num_bytes // 4
+    if num_words == 0:
+        return x
+    block = next_power_of_two(max(_SMALLEST_BLOCK, -(-num_words // MAX_PROGRAMS)))
+    words = x.view(-1).view(torch.int32)
+    _peer_sum_kernel[(-(-num_words // block),)](
+        words, inboxes.addresses, inboxes.epochs, num_words,
+        RANK=inboxes.rank, SIZE=inboxes.size, CAPACITY=inboxes.capacity,
+        REGION=inboxes.capacity // MAX_PROGRAMS, BLOCK=block, CONTRIBUTES=contributes,
+        KIND=_KINDS[x.dtype], num_warps=min(8, max(1, block // 256)),
+    )  # fmt: skip
+    return x
+
+
+_KINDS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+@jit_for_any("num_words")
+def _peer_sum_kernel(
+    x_ptr: tl.tensor, inboxes_ptr: tl.tensor, epochs_ptr: tl.tensor, num_words: tl.tensor,
+    RANK: tl.constexpr, SIZE: tl.constexpr, CAPACITY: tl.constexpr, REGION: tl.constexpr,
+    BLOCK: tl.constexpr, CONTRIBUTES: tl.constexpr, KIND: tl.constexpr,
+) -> None:  # fmt: skip
+    program = tl.program_id(0)
+    epoch = tl.load(epochs_ptr + program) + 1
+    column = tl.arange(0, BLOCK)
+    word = program * BLOCK + column
+    mask = word < num_words
+    mine = tl.zeros([BLOCK], dtype=tl.int32)
+    if CONTRIBUTES:
+        mine = tl.load(x_ptr + word, mask=mask, other=0)
+    place = (epoch & 1).to(tl.int64) * (SIZE * CAPACITY) + program * REGION + column
+    letter = (epoch.to(tl.int64) << 32) | (mine.to(tl.int64) & 0xFFFFFFFF)
+    for peer in tl.static_range(SIZE):
+        if peer != RANK:
+            inbox = tl.load(inboxes_ptr + peer).to(tl.pointer_type(tl.int64))
+            tl.store(inbox + place + RANK * CAPACITY, letter, mask=mask)
+    own = tl.load(inboxes_ptr + RANK).to(tl.pointer_type(tl.int64))
+    low = tl.zeros([BLOCK], dtype=tl.float32)
+    high = tl.zeros([BLOCK], dtype=tl.float32)
+    for sender in tl.static_range(SIZE):
+        words = mine
+        if sender != RANK:
+            letters = own + place + sender * CAPACITY
+            got = tl.load(letters, mask=mask, other=0, volatile=True)
+            while tl.max((mask & ((got >> 32).to(tl.int32) != epoch)).to(tl.int32), axis=0) != 0:
+                got = tl.load(letters, mask=mask, other=0, volatile=True)
+            words = got.to(tl.int32)
+        if KIND == "fp32":
+            low += words.to(tl.float32, bitcast=True)
+        elif KIND == "bf16":
+            low += (words << 16).to(tl.float32, bitcast=True)
+            high += (words & -65536).to(tl.float32, bitcast=True)
+        else:
+            low += words.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+            high += (words >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    total = low.to(tl.int32, bitcast=True)
+    if KIND == "bf16":
+        lower = low.to(tl.bfloat16).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+        total = (high.to(tl.bfloat16).to(tl.int16, bitcast=True).to(tl.int32) << 16) | lower
+    if KIND == "fp16":
+        lower = low.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+        total = (high.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32) << 16) | lower
+    tl.store(x_ptr + word, total, mask=mask)
+    tl.store(epochs_ptr + program, epoch)
