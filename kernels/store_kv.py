@@ -63,7 +63,7 @@ def store_kv(
         _store_kv_triton(key, value, kv_layer, slot_mapping, kv_scales)
     else:
         plan = plan or plan_store(slot_mapping, kv_layer.shape[3])
-        _store_kv_reference(key, value, kv_layer, plan, kv_scales)
+        store_rows(key, value, kv_layer, plan, kv_scales)
 
 
 def to_float8(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -71,13 +71,14 @@ def to_float8(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return (x.float() / scale).clamp(-FLOAT8_MAX, FLOAT8_MAX).to(torch.float8_e4m3fn)
 
 
-def _store_kv_reference(
+def store_rows(
     key: torch.Tensor,
     value: torch.Tensor,
     kv_layer: torch.Tensor,
     plan: StorePlan,
     kv_scales: torch.Tensor | None,
 ) -> None:
+    """`store_kv` of planned tokens on the CPU."""
     if kv_scales is not None:
         key = to_float8(key, kv_scales[0, :, None]).view(torch.uint8)
         value = to_float8(value, kv_scales[1, :, None]).view(torch.uint8)
@@ -115,7 +116,7 @@ def _store_kv_triton(
 
 
 @jit
-def _to_float8(x: tl.tensor, scale: tl.tensor, FLOAT8_MAX: tl.constexpr) -> tl.tensor:
+def float8_of(x: tl.tensor, scale: tl.tensor, FLOAT8_MAX: tl.constexpr) -> tl.tensor:
     """As `to_float8`."""
     x = x.to(tl.float32) / scale
     x = tl.clamp(x, -FLOAT8_MAX, FLOAT8_MAX, propagate_nan=tl.PropagateNan.ALL)
@@ -146,7 +147,7 @@ def _store_kv_kernel(
     if SCALED:
         key_scale = tl.load(scales_ptr + head, mask=head < HEADS, other=1.0)
         value_scale = tl.load(scales_ptr + HEADS + head, mask=head < HEADS, other=1.0)
-        key = _to_float8(key, key_scale, FLOAT8_MAX)
-        value = _to_float8(value, value_scale, FLOAT8_MAX)
+        key = float8_of(key, key_scale, FLOAT8_MAX)
+        value = float8_of(value, value_scale, FLOAT8_MAX)
     tl.store(target_ptr, key, mask=mask)
     tl.store(target_ptr + HEADS * BLOCK_SIZE * HEAD_SIZE, value, mask=mask)
