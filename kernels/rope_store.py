@@ -28,7 +28,8 @@ from kernels.dispatch import (
     tl,
 )
 from kernels.rms_norm import rms_norm
-from kernels.store_kv import FLOAT8_MAX, StorePlan, float8_of, plan_store, store_rows
+
+FLOAT8_MAX = 448.0  # of float8_e4m3fn
 
 # Heads of a program: few where few tokens must fill the GPU, more where there are enough.
 _FEW_HEADS, _MANY_HEADS = 4, 16
@@ -38,11 +39,14 @@ _FEW_TOKENS = 512
 class TokenPlan(NamedTuple):
     """What a step's tokens have in common in all layers, as the CPU wants it.
 
-    cos: float32 `[num_tokens, 1, 1, head_size / 2]`. signed_sin: float32 `[num_tokens, 1, 2,
+    `stored`: which tokens are, None for all. `block_ids`, `offsets`: int64, one for each of them.
+    `cos`: float32 `[num_tokens, 1, 1, head_size / 2]`. `signed_sin`: float32 `[num_tokens, 1, 2,
     head_size / 2]`, negative, then positive.
     """
 
-    slots: StorePlan
+    stored: torch.Tensor | None
+    block_ids: torch.Tensor
+    offsets: torch.Tensor
     cos: torch.Tensor
     signed_sin: torch.Tensor
 
@@ -57,7 +61,14 @@ def plan_tokens(
     half = cos_sin_cache.shape[1] // 2
     rows = cos_sin_cache.index_select(0, positions).view(len(positions), 1, 2, half)
     cos, sin = rows[:, :, :1], rows[:, :, 1:]
-    return TokenPlan(plan_store(slot_mapping, block_size), cos, torch.cat((-sin, sin), dim=2))
+    slots = slot_mapping.long()
+    kept = slots >= 0
+    stored = None
+    if not kept.all():
+        stored = kept.nonzero().squeeze(1)
+        slots = slots[stored]
+    signed_sin = torch.cat((-sin, sin), dim=2)
+    return TokenPlan(stored, slots // block_size, slots % block_size, cos, signed_sin)
 
 
 def rope_store(
@@ -122,7 +133,7 @@ def _rope_store_reference(
         query, key = rms_norm(query, q_norm, eps), rms_norm(key, k_norm, eps)
         _rotate(query, plan)
         _rotate(key, plan)
-    store_rows(key, value, kv_layer, plan.slots, kv_scales)
+    _store(key, value, kv_layer, plan, kv_scales)
     return query
 
 
@@ -132,6 +143,32 @@ def _rotate(x: torch.Tensor, plan: TokenPlan) -> None:
     wide = halves.float()
     turned = torch.mul(wide, plan.cos).addcmul_(wide.flip(2), plan.signed_sin)
     halves.copy_(turned)
+
+
+def _store(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    kv_layer: torch.Tensor,
+    plan: TokenPlan,
+    kv_scales: torch.Tensor | None,
+) -> None:
+    if kv_scales is not None:
+        key = _to_float8(key, kv_scales[0, :, None]).view(torch.uint8)
+        value = _to_float8(value, kv_scales[1, :, None]).view(torch.uint8)
+        kv_layer = kv_layer.view(torch.uint8)  # few operations take float8
+    if plan.stored is not None:
+        key, value = key[plan.stored], value[plan.stored]
+    if len(plan.block_ids) == 1:  # two plain copies cost a third of a scatter
+        slot = kv_layer[int(plan.block_ids), :, :, int(plan.offsets)]
+        slot[0].copy_(key[0])
+        slot[1].copy_(value[0])
+        return
+    kv_layer[plan.block_ids, :, :, plan.offsets] = torch.stack((key, value), dim=1)
+
+
+def _to_float8(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """x / scale, saturated; NaN stays NaN."""
+    return (x.float() / scale).clamp(-FLOAT8_MAX, FLOAT8_MAX).to(torch.float8_e4m3fn)
 
 
 def _rope_store_triton(
@@ -214,8 +251,8 @@ def _rope_store_kernel(
         second = tl.load(head_ptr + HALF, mask=mask, other=0.0).to(tl.float32)
     if SCALED:
         scale = tl.load(scales_ptr + side * KV_HEADS + head, mask=head < KV_HEADS, other=1.0)
-        first = float8_of(first, scale, FLOAT8_MAX)
-        second = float8_of(second, scale, FLOAT8_MAX)
+        first = _float8_of(first, scale, FLOAT8_MAX)
+        second = _float8_of(second, scale, FLOAT8_MAX)
     row = ((slot // BLOCK_SIZE * 2 + side) * KV_HEADS + head) * BLOCK_SIZE + slot % BLOCK_SIZE
     target_ptr = kv_ptr + row * HEAD_SIZE + column
     tl.store(target_ptr, first.to(kv_ptr.dtype.element_ty), mask=mask)
@@ -242,3 +279,10 @@ def _turned(
         weight = tl.load(norm_ptr + HALF + column, mask=column < HALF, other=0.0).to(tl.float32)
         second = second * scale * weight
     return first * cos - second * sin, second * cos + first * sin
+
+
+@jit
+def _float8_of(x: tl.tensor, scale: tl.tensor, FLOAT8_MAX: tl.constexpr) -> tl.tensor:
+    """As `_to_float8`."""
+    x = tl.clamp(x / scale, -FLOAT8_MAX, FLOAT8_MAX, propagate_nan=tl.PropagateNan.ALL)
+    return x.to(tl.float8e4nv)

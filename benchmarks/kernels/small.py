@@ -21,9 +21,8 @@ from benchmarks.kernels.timing import Call, Case
 from kernels.block_digest import block_digests
 from kernels.copy_blocks import pack_blocks, unpack_blocks
 from kernels.rms_norm import rms_norm
-from kernels.rotary import apply_rotary
+from kernels.rope_store import rope_store
 from kernels.silu_mul import silu_mul
-from kernels.store_kv import store_kv
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -45,24 +44,18 @@ def token_cases(num_tokens: int) -> Iterator[Case]:
     slots = torch.randperm(num_slots)[:num_tokens].to(DEVICE)
 
     def norm() -> Call:
-        x, residual, weight = (
-            normal(num_tokens, HIDDEN),
-            normal(num_tokens, HIDDEN),
-            normal(HIDDEN),
-        )
-        return lambda: rms_norm(x, weight, 1e-5, residual=residual)
+        x, weight = normal(num_tokens, HIDDEN), normal(HIDDEN)
+        return lambda: rms_norm(x, weight, 1e-5)
 
-    def rotary() -> Call:
-        qkv = normal(num_tokens, heads, HEAD_SIZE)
-        query, key = qkv[:, :HEADS], qkv[:, HEADS : HEADS + KV_HEADS]
-        return lambda: apply_rotary(query, key, positions, cos_sin)
-
-    def store() -> Call:
-        qkv = normal(num_tokens, heads, HEAD_SIZE)
-        key, value = qkv[:, HEADS : HEADS + KV_HEADS], qkv[:, HEADS + KV_HEADS :]
+    def rope(is_float8: bool) -> Call:
+        qkv = normal(num_tokens, heads * HEAD_SIZE)
         num_blocks = max(1, 4 * num_tokens // BLOCK_SIZE)
         kv_layer = normal(num_blocks, 2, KV_HEADS, BLOCK_SIZE, HEAD_SIZE)
-        return lambda: store_kv(key, value, kv_layer, slots)
+        scales = None
+        if is_float8:
+            kv_layer = kv_layer.to(torch.float8_e4m3fn)
+            scales = torch.ones(2, KV_HEADS, device=DEVICE)
+        return lambda: rope_store(qkv, kv_layer, slots, positions, cos_sin, kv_scales=scales)
 
     def silu() -> Call:
         gate_up = normal(num_tokens, 2 * INTERMEDIATE)
@@ -70,9 +63,11 @@ def token_cases(num_tokens: int) -> Iterator[Case]:
 
     row = 2 * num_tokens
     suffix = f"{num_tokens} tokens"
-    yield Case(f"rms_norm with residual, {suffix}", norm, num_bytes=4 * HIDDEN * row)
-    yield Case(f"rotary, {suffix}", rotary, num_bytes=2 * (HEADS + KV_HEADS) * HEAD_SIZE * row)
-    yield Case(f"store_kv, {suffix}", store, num_bytes=2 * KV_TOKEN_BYTES * num_tokens)
+    yield Case(f"rms_norm, {suffix}", norm, num_bytes=2 * HIDDEN * row)
+    rope_bytes = 2 * heads * HEAD_SIZE * row
+    yield Case(f"rope_store, {suffix}", lambda: rope(False), num_bytes=rope_bytes)
+    saved = num_tokens * KV_TOKEN_BYTES // 2
+    yield Case(f"rope_store to fp8, {suffix}", lambda: rope(True), num_bytes=rope_bytes - saved)
     yield Case(f"silu_mul, {suffix}", silu, num_bytes=3 * INTERMEDIATE * row)
 
 

