@@ -1,51 +1,34 @@
-"""Root-mean-square norm over the last dimension, optionally fused with the residual add."""
+"""Root-mean-square norm over the last dimension."""
 
 from __future__ import annotations
-
-from typing import overload
 
 import torch
 import torch.nn.functional as F
 
-from kernels.dispatch import jit, next_power_of_two, runs_triton, tl
+from kernels.dispatch import (
+    chained_launch,
+    gdc_launch_dependents,
+    gdc_wait,
+    jit,
+    next_power_of_two,
+    runs_triton,
+    tl,
+)
 
 
-@overload
-def rms_norm(
-    x: torch.Tensor, weight: torch.Tensor, eps: float, *, residual: None = None
-) -> torch.Tensor: ...
-@overload
-def rms_norm(
-    x: torch.Tensor, weight: torch.Tensor, eps: float, *, residual: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]: ...
-
-
-def rms_norm(
-    x: torch.Tensor, weight: torch.Tensor, eps: float, *, residual: torch.Tensor | None = None
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """Returns `y = norm(x) * weight`, or `(y, new_residual)` with `new_residual = x + residual`.
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """`norm(x) * weight`, contiguous, in x's dtype; computed in float32.
 
     x: `[..., size]`, last dimension contiguous; a view of 2 or 3 dimensions with strides is fine.
-    weight: `[size]`. residual: like x, contiguous; it is not changed. y and new_residual are
-    contiguous, in x's dtype. The sum is rounded to x's dtype before it is normed; the norm itself
-    is in float32.
+    weight: `[size]`.
     """
     assert x.shape[-1] == weight.shape[0]
     if runs_triton(x):
-        return _rms_norm_triton(x, weight, eps, residual)
-    return _rms_norm_reference(x, weight, eps, residual)
+        return _rms_norm_triton(x, weight, eps)
+    return _rms_norm_reference(x, weight, eps)
 
 
-def _rms_norm_reference(
-    x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    if residual is None:
-        return _norm_on_cpu(x, weight, eps)
-    total = x + residual
-    return _norm_on_cpu(total, weight, eps), total
-
-
-def _norm_on_cpu(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+def _rms_norm_reference(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """In half precision torch's own converts at each of its steps; here that is done once."""
     if x.dtype == torch.float32:
         return F.rms_norm(x, weight.shape, weight, eps)
@@ -55,25 +38,21 @@ def _norm_on_cpu(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Ten
     return wide.mul_(scale).mul_(weight.float()).to(x.dtype)
 
 
-def _rms_norm_triton(
-    x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+def _rms_norm_triton(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     size = x.shape[-1]
     # A per-head norm sees [num_tokens, num_heads, head_size], strided where it is cut out of qkv.
     rows = x if x.dim() == 3 else x.reshape(-1, 1, size)
     assert rows.stride(-1) == 1
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    total = y if residual is None else torch.empty_like(y)
-    assert residual is None or residual.is_contiguous()
     num_rows = rows.shape[0] * rows.shape[1]
+    chained = chained_launch(x.device)
     if num_rows:
         _rms_norm_kernel[(num_rows,)](
-            rows, weight, residual if residual is not None else rows, y, total,
-            rows.stride(0), rows.stride(1), rows.shape[1], eps,
-            SIZE=size, BLOCK=next_power_of_two(size), ADDS=residual is not None,
-            num_warps=_num_warps(size),
+            rows, weight, y, rows.stride(0), rows.stride(1), rows.shape[1], eps,
+            SIZE=size, BLOCK=next_power_of_two(size), CHAINED=chained,
+            num_warps=_num_warps(size), launch_pdl=chained,
         )  # fmt: skip
-    return y if residual is None else (y, total)
+    return y
 
 
 def _num_warps(size: int) -> int:
@@ -83,21 +62,19 @@ def _num_warps(size: int) -> int:
 
 @jit
 def _rms_norm_kernel(
-    x_ptr: tl.tensor, weight_ptr: tl.tensor, residual_ptr: tl.tensor, y_ptr: tl.tensor,
-    total_ptr: tl.tensor, x_stride: tl.tensor, x_head_stride: tl.tensor, num_heads: tl.tensor,
-    eps: tl.tensor, SIZE: tl.constexpr, BLOCK: tl.constexpr, ADDS: tl.constexpr,
+    x_ptr: tl.tensor, weight_ptr: tl.tensor, y_ptr: tl.tensor, x_stride: tl.tensor,
+    x_head_stride: tl.tensor, num_heads: tl.tensor, eps: tl.tensor, SIZE: tl.constexpr,
+    BLOCK: tl.constexpr, CHAINED: tl.constexpr,
 ) -> None:  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     mask = column < SIZE
+    weight = tl.load(weight_ptr + column, mask=mask, other=0.0).to(tl.float32)
+    if CHAINED:
+        gdc_launch_dependents()
+        gdc_wait()
     x_row = x_ptr + row // num_heads * x_stride + row % num_heads * x_head_stride
     x = tl.load(x_row + column, mask=mask, other=0.0).to(tl.float32)
-    if ADDS:
-        x += tl.load(residual_ptr + row * SIZE + column, mask=mask, other=0.0).to(tl.float32)
-        rounded = x.to(total_ptr.dtype.element_ty)
-        tl.store(total_ptr + row * SIZE + column, rounded, mask=mask)
-        x = rounded.to(tl.float32)
-    weight = tl.load(weight_ptr + column, mask=mask, other=0.0).to(tl.float32)
     scale = 1.0 / tl.sqrt_rn(tl.sum(x * x, axis=0) / SIZE + eps)
     tl.store(
         y_ptr + row * SIZE + column, (x * scale * weight).to(y_ptr.dtype.element_ty), mask=mask

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from kernels.dispatch import jit, runs_triton, tl
+from kernels.dispatch import chained_launch, gdc_launch_dependents, gdc_wait, jit, runs_triton, tl
 
 _BLOCK = 1024
 
@@ -29,17 +29,22 @@ def _silu_mul_triton(gate_up: torch.Tensor) -> torch.Tensor:
     num_rows = out.numel() // size
     if num_rows:
         blocks_per_row = -(-size // _BLOCK)
+        chained = chained_launch(gate_up.device)
         _silu_mul_kernel[(num_rows * blocks_per_row,)](
-            gate_up, out, blocks_per_row, SIZE=size, BLOCK=_BLOCK, num_warps=4
-        )
+            gate_up, out, blocks_per_row, SIZE=size, BLOCK=_BLOCK, CHAINED=chained, num_warps=4,
+            launch_pdl=chained,
+        )  # fmt: skip
     return out
 
 
 @jit
 def _silu_mul_kernel(
     gate_up_ptr: tl.tensor, out_ptr: tl.tensor, blocks_per_row: tl.tensor, SIZE: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr, CHAINED: tl.constexpr,
 ) -> None:  # fmt: skip
+    if CHAINED:
+        gdc_launch_dependents()
+        gdc_wait()
     program = tl.program_id(0)
     row = (program // blocks_per_row).to(tl.int64)
     column = program % blocks_per_row * BLOCK + tl.arange(0, BLOCK)
