@@ -69,6 +69,7 @@ def encode_sequence(request: SequenceRequest) -> pb.Sequence:
         sampling=_encode_sampling(request.sampling),
         cache_salt=request.cache_salt,
         priority=request.priority,
+        num_emitted_tokens=request.num_emitted_tokens,
     )
     if request.deadline_seconds is not None:
         message.deadline_seconds = max(request.deadline_seconds, _SHORTEST_DEADLINE_SECONDS)
@@ -82,6 +83,8 @@ def decode_sequence(message: pb.Sequence) -> SequenceRequest:
     _check_token_ids("prompt_token_ids", prompt)
     if len(message.cache_salt) > MAX_SALT_BYTES:
         raise InvalidRequest("cache_salt is too long.", param="cache_salt")
+    if message.num_emitted_tokens >= min(len(prompt), message.sampling.max_tokens):
+        raise InvalidRequest("num_emitted_tokens is out of range.", param="num_emitted_tokens")
     deadline = message.deadline_seconds
     if not math.isfinite(deadline) or deadline < 0:
         raise InvalidRequest("deadline_seconds is out of range.", param="deadline_seconds")
@@ -93,6 +96,7 @@ def decode_sequence(message: pb.Sequence) -> SequenceRequest:
         cache_salt=message.cache_salt,
         deadline_seconds=deadline or None,
         priority=message.priority,
+        num_emitted_tokens=message.num_emitted_tokens,
     )
 
 

@@ -85,6 +85,10 @@ class SequenceRequest:
     """One token stream to produce. `cache_salt` separates tenants in the prefix cache.
 
     `deadline_seconds` is what is left, a duration: instants never cross the wire.
+
+    A stream that goes on elsewhere after its nodes were lost has what the client got at the end
+    of its prompt: the last `num_emitted_tokens` of `prompt_token_ids` count as output for
+    penalties, limits and `min_tokens`, so it continues as it would have.
     """
 
     sequence_id: str
@@ -94,6 +98,7 @@ class SequenceRequest:
     cache_salt: bytes = b""
     deadline_seconds: float | None = None
     priority: int = 0  # lower is earlier
+    num_emitted_tokens: int = 0
 
 
 class KVLoadFailurePolicy(StrEnum):

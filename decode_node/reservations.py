@@ -71,7 +71,7 @@ class Reservations:
 
     @property
     def queued_tokens(self) -> int:
-        return sum(waiting.sequence.num_prompt_tokens for waiting in self._waiting.values())
+        return sum(waiting.sequence.num_tokens for waiting in self._waiting.values())
 
     def ask(self, sequence: Sequence) -> Future[ReservedBlocks]:
         """Blocks for the prompt, now or once there is room. Raises when it can never fit."""
@@ -126,7 +126,7 @@ class Reservations:
         if num_running and self._num_blocks_for(sequence) > spare:
             return False
         reservation = manager.reserve(
-            sequence.block_hashes, sequence.num_prompt_tokens, owner=f"hand-off of {sequence_id}"
+            sequence.block_hashes, sequence.num_tokens, owner=f"hand-off of {sequence_id}"
         )
         if reservation is None:
             return False
@@ -138,4 +138,4 @@ class Reservations:
 
     def _num_blocks_for(self, sequence: Sequence) -> int:
         """For the prompt and the first token that decode will add."""
-        return -(-(sequence.num_prompt_tokens + 1) // self._block_manager.block_size)
+        return -(-(sequence.num_tokens + 1) // self._block_manager.block_size)

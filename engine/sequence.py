@@ -81,7 +81,7 @@ class Sequence:
         self.request = request
         self.block_size = block_size
         self.root = root
-        self.num_prompt_tokens = len(request.prompt_token_ids)
+        self.num_prompt_tokens = len(request.prompt_token_ids) - request.num_emitted_tokens
         self.token_ids: list[int] = [*request.prompt_token_ids, *output_token_ids]
         self.block_table: list[int] = []
         self.block_hashes: list[BlockHash] = []

@@ -52,6 +52,7 @@ def assemble(
         Policy(
             local_prefill_tokens=config.local_prefill_tokens,
             stream_interval=config.stream_interval,
+            stream_recovery=config.stream_recovery,
         )
     )
     dispatcher = _dispatcher(config, policy, measures, observe, clock)

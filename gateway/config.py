@@ -103,6 +103,11 @@ class GatewayConfig:
         "0: never.",
         group=_CLUSTER,
     )
+    stream_recovery: bool = option(
+        False,
+        help="Continue a stream on other nodes when those that worked on it are lost.",
+        group=_CLUSTER,
+    )
     probe_after: float = option(
         1.5,
         help="Seconds a node that owes tokens may be silent before it is asked whether it lives.",

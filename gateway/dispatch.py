@@ -4,7 +4,9 @@ Life of a sequence here
     1. `submit` places it, tells the prefill node (or the decode node alone), debits both.
     2. Frames from nodes, losses of nodes and passing time are events for its machine; what the
        machine says is carried out: deliver, cancel, ask.
-    3. Its ending is delivered once, its debits are taken back, and it is forgotten: whatever
+    3. An attempt that nodes or transfers failed may be followed by another on other nodes
+       (`retries.py`); its listener notices nothing.
+    4. Its ending is delivered once, its debits are taken back, and it is forgotten: whatever
        comes for it later is dropped.
 """
 
@@ -13,15 +15,16 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from cluster.codec import encode_handoff, encode_sequence
 from cluster.errors import Cancelled, NodeUnavailable, ServingError
 from cluster.membership import SessionLost, SessionOpened
 from cluster.proto import node_pb2 as pb
 from cluster.request import Handoff, SequenceRequest, TokenDelta
-from gateway.router import Demand, Placement, choose
+from gateway.active import ActiveSequence, Listener, demand_of
+from gateway.retries import RetryBudget, Stream
+from gateway.router import Placement, choose, choose_again
 from gateway.sequence_machine import (
     AskDecode,
     CancelDecode,
@@ -30,7 +33,6 @@ from gateway.sequence_machine import (
     Instructions,
     Patience,
     SequenceMachine,
-    SequenceState,
 )
 
 if TYPE_CHECKING:
@@ -47,40 +49,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 SWEEP_SECONDS = 0.1
-# What a sequence is expected to generate, for the memory forecast, when it may generate more.
-EXPECTED_OUTPUT_TOKENS = 512
-
-
-class Listener(Protocol):
-    """Who gets a sequence's tokens. Called on the event loop; must not block."""
-
-    def deliver(self, delta: TokenDelta, now: float) -> None:
-        """One call has `finish_reason` or `error`: the last. None follows a `cancel`."""
-
-
-@dataclass(slots=True)
-class ActiveSequence:
-    """One sequence in flight. `prefill` None: prefilled on the decode node."""
-
-    request: SequenceRequest
-    machine: SequenceMachine
-    placement: Placement
-    prefill: NodeEntry | None
-    decode: NodeEntry
-    listener: Listener
-    began_at: float
-    num_queued_tokens: int  # debited at the node that prefills until the first token is there
-    num_reserved_tokens: int  # debited at the decode node until the end
-    num_output_tokens: int = 0
-    first_token_at: float = 0.0
-
-    @property
-    def prefilling(self) -> NodeEntry:
-        return self.decode if self.prefill is None else self.prefill
-
-    @property
-    def state(self) -> SequenceState:
-        return self.machine.state
 
 
 class Dispatcher:
@@ -103,6 +71,8 @@ class Dispatcher:
         self._clock = clock
         self._observe = observe
         self._active: dict[str, ActiveSequence] = {}
+        self._attempts: dict[str, str] = {}  # of each stream, the attempt in flight
+        self._budget = RetryBudget()
         self.nodes: Nodes  # set once by who wires both: clients need the dispatcher first
 
     @property
@@ -119,58 +89,79 @@ class Dispatcher:
     ) -> None:
         """Raises `NodeUnavailable` when no pair can take it; nothing has happened then."""
         now = self._clock()
-        demand = _demand(request)
         policy = self._policy.current
         placement = choose(
             self.nodes.candidates(num_cached_tokens),
-            demand,
+            demand_of(request),
             local_prefill_tokens=policy.local_prefill_tokens,
         )
         self._measures.routing_decision.observe(self._clock() - now)
-        active = self._activate(request, placement, demand, listener, now)
+        seconds = request.deadline_seconds
+        stream = Stream(
+            request,
+            deadline=None if seconds is None else now + seconds,
+            recovers=policy.stream_recovery,
+            kv_load_failure_policy=policy.kv_load_failure_policy,
+        )
+        self._budget.deposit()
+        self._start(stream, request, placement, num_cached_tokens, listener, now)
+
+    def _start(
+        self,
+        stream: Stream,
+        request: SequenceRequest,
+        placement: Placement,
+        num_cached_tokens: Mapping[NodeName, int],
+        listener: Listener,
+        now: float,
+    ) -> None:
+        """One attempt. Raises `NodeUnavailable`; nothing has happened then."""
+        active = self._activate(stream, request, placement, listener, now)
         active.num_queued_tokens -= num_cached_tokens.get(active.prefilling.info.id.name, 0)
         active.prefilling.tally.queued_tokens += active.num_queued_tokens
-        handoff = None
-        if placement.prefill is not None:
-            handoff = Handoff(
-                transfer_id=os.urandom(16),
-                attempt=1,
-                decode=placement.decode.id,
-                decode_address=placement.decode.grpc_address,
-                gateway_id=self._gateway_id,
-                kv_load_failure_policy=policy.kv_load_failure_policy,
-            )
-        frame = pb.GatewayFrame(
-            submit=pb.Submit(
-                sequence=encode_sequence(request),
-                handoff=None if handoff is None else encode_handoff(handoff),
-            )
-        )
-        if not active.prefilling.client.send(frame):
+        if not active.prefilling.client.send(self._submit_frame(active)):
             self._forget(active)
             raise NodeUnavailable("The chosen node went away.", retry_after_seconds=1.0)
 
+    def _submit_frame(self, active: ActiveSequence) -> pb.GatewayFrame:
+        handoff = None
+        if active.prefill is not None:
+            decode = active.placement.decode
+            handoff = Handoff(
+                transfer_id=os.urandom(16),
+                attempt=active.stream.num_attempts,
+                decode=decode.id,
+                decode_address=decode.grpc_address,
+                gateway_id=self._gateway_id,
+                kv_load_failure_policy=active.stream.kv_load_failure_policy,
+            )
+        return pb.GatewayFrame(
+            submit=pb.Submit(
+                sequence=encode_sequence(active.request),
+                handoff=None if handoff is None else encode_handoff(handoff),
+            )
+        )
+
     def cancel(self, sequence_id: str) -> None:
         """The client is gone, or has all it wants: both nodes stop, nothing is delivered."""
-        active = self._active.get(sequence_id)
+        active = self._active.get(self._attempts.get(sequence_id, ""))
         if active is not None:
             self._carry_out(active, active.machine.cancel(), self._clock())
 
-    def fail(self, sequence_id: str, error: ServingError) -> None:
-        active = self._active.get(sequence_id)
-        if active is not None:
-            self._carry_out(active, active.machine.fail(error), self._clock())
-
     def fail_all(self, error: ServingError) -> None:
-        for sequence_id in list(self._active):
-            self.fail(sequence_id, error)
+        for active in list(self._active.values()):
+            self.fail(active, error)
 
     def cancel_request(self, request_id: str) -> int:
         """By an operator: its client gets a typed error. The number of sequences that ended."""
-        found = [s for s, a in self._active.items() if a.request.request_id == request_id]
-        for sequence_id in found:
-            self.fail(sequence_id, Cancelled("An operator cancelled this request."))
+        found = [a for a in self._active.values() if a.request.request_id == request_id]
+        for active in found:
+            self.fail(active, Cancelled("An operator cancelled this request."))
         return len(found)
+
+    def fail(self, active: ActiveSequence, error: ServingError) -> None:
+        """For a reason of this gateway's own: no other attempt follows."""
+        self._carry_out(active, active.machine.fail(error), self._clock(), is_retried=False)
 
     # ---- from nodes ----------------------------------------------------------------------
 
@@ -231,11 +222,22 @@ class Dispatcher:
 
     # ---- carrying out --------------------------------------------------------------------
 
-    def _carry_out(self, active: ActiveSequence, instructions: Instructions, now: float) -> None:
+    def _carry_out(
+        self,
+        active: ActiveSequence,
+        instructions: Instructions,
+        now: float,
+        *,
+        is_retried: bool = True,
+    ) -> None:
+        ending: TokenDelta | None = None
         for instruction in instructions:
             match instruction:
                 case Deliver(delta):
-                    self._deliver(active, delta, now)
+                    if delta.error is None:
+                        self._deliver(active, delta, now)
+                    else:
+                        ending = delta
                 case CancelPrefill():
                     if active.prefill is not None:
                         self._send_cancel(active.prefill, active.request.sequence_id)
@@ -246,6 +248,30 @@ class Dispatcher:
                     active.decode.client.send(pb.GatewayFrame(orphaned=orphaned))
         if active.machine.is_finished:
             self._forget(active)
+        if ending is not None and not (is_retried and self._has_retried(active, ending, now)):
+            active.listener.deliver(ending, now)
+
+    def _has_retried(self, active: ActiveSequence, ending: TokenDelta, now: float) -> bool:
+        """Start another attempt if the error, the stream and the cluster allow one."""
+        stream, error = active.stream, ending.error
+        kind = None if error is None else stream.retry_kind(error, self._budget)
+        if kind is None or error is None:
+            return False
+        request = stream.next_attempt(kind, error, active.placement, now)
+        try:
+            placement = choose_again(
+                self.nodes.candidates({}),
+                demand_of(request),
+                suspects=stream.suspects,
+                avoided=stream.avoided,
+            )
+            self._start(stream, request, placement, {}, active.listener, now)
+        except NodeUnavailable as unavailable:
+            logger.info("%s: no other nodes for it: %s", stream.id, unavailable.message)
+            return False
+        self._measures.retries[kind.value, error.reason or error.code] += 1
+        logger.info("%s: %s after %s", stream.id, kind.value, error.reason or error.code)
+        return True
 
     def _deliver(self, active: ActiveSequence, delta: TokenDelta, now: float) -> None:
         if delta.token_ids:
@@ -255,6 +281,7 @@ class Dispatcher:
             elif active.num_output_tokens == 1 and active.prefill is not None:
                 self._measures.handoff_gap.observe(now - active.first_token_at)
             active.num_output_tokens += len(delta.token_ids)
+        active.stream.deliver(delta)
         active.listener.deliver(delta, now)
 
     def _send_cancel(self, entry: NodeEntry, sequence_id: str) -> None:
@@ -265,21 +292,22 @@ class Dispatcher:
 
     def _activate(
         self,
+        stream: Stream,
         request: SequenceRequest,
         placement: Placement,
-        demand: Demand,
         listener: Listener,
         now: float,
     ) -> ActiveSequence:
         prefill = None if placement.prefill is None else self._entry(placement.prefill)
-        deadline = request.deadline_seconds
+        demand = demand_of(request)
         active = ActiveSequence(
+            stream=stream,
             request=request,
             machine=SequenceMachine(
                 request.sequence_id,
                 has_prefill=prefill is not None,
                 now=now,
-                deadline=None if deadline is None else now + deadline,
+                deadline=stream.deadline,
                 patience=self._patience,
             ),
             placement=placement,
@@ -291,6 +319,7 @@ class Dispatcher:
             num_reserved_tokens=demand.num_tokens,
         )
         self._active[request.sequence_id] = active
+        self._attempts[stream.id] = request.sequence_id
         self._measures.num_waiting += 1
         if prefill is not None:
             prefill.tally.num_sequences += 1
@@ -316,6 +345,7 @@ class Dispatcher:
     def _forget(self, active: ActiveSequence) -> None:
         if self._active.pop(active.request.sequence_id, None) is None:
             return
+        self._attempts.pop(active.stream.id, None)
         if active.num_output_tokens:
             self._measures.num_running -= 1
         else:
@@ -326,9 +356,3 @@ class Dispatcher:
         self.nodes.close_if_idle(active.decode)
         if active.prefill is not None:
             self.nodes.close_if_idle(active.prefill)
-
-
-def _demand(request: SequenceRequest) -> Demand:
-    num_prompt_tokens = len(request.prompt_token_ids)
-    expected = min(request.sampling.max_tokens, EXPECTED_OUTPUT_TOKENS)
-    return Demand(num_prompt_tokens=num_prompt_tokens, num_tokens=num_prompt_tokens + expected)

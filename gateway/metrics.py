@@ -100,6 +100,14 @@ class GatewayCollector(Collector):
         yield _by_reason(
             "baton_admission_rejections", "Requests refused as overload.", measures.rejections
         )
+        retries = CounterMetricFamily(
+            "baton_retries",
+            "Attempts on other nodes, by kind and cause.",
+            labels=["kind", "reason"],
+        )
+        for labels, count in sorted(measures.retries.items()):
+            retries.add_metric(list(labels), count)
+        yield retries
         for name, text, count in (
             ("disconnected_clients", "Clients that left early.", measures.num_disconnected),
             ("prompt_tokens", "Prompt tokens taken in.", measures.num_prompt_tokens),

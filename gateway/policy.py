@@ -17,6 +17,7 @@ class Policy:
     local_prefill_tokens: int = 0
     stream_interval: int = 1
     kv_load_failure_policy: KVLoadFailurePolicy = KVLoadFailurePolicy.FAIL
+    stream_recovery: bool = False
 
     def __post_init__(self) -> None:
         if self.local_prefill_tokens < 0:

@@ -26,6 +26,9 @@ from cluster.node import NodeInfo, NodeRole, NodeState
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
+    from collections.abc import Set as AbstractSet
+
+    from cluster.node import NodeId
 
 PREFILL_MS_PER_TOKEN = 1 / 37
 DECODE_MS_PER_SEQUENCE = 0.5
@@ -100,6 +103,21 @@ def choose(
     return Placement(
         prefill=None if is_local else prefill.node, decode=decode.node, costs=tuple(costs)
     )
+
+
+def choose_again(
+    candidates: Sequence[Candidate],
+    demand: Demand,
+    *,
+    suspects: AbstractSet[NodeId],
+    avoided: AbstractSet[NodeId],
+) -> Placement:
+    """A pair for what failed elsewhere: without `avoided` nodes if that is possible, else without
+    `suspects`. `NodeUnavailable` when there is none."""
+    fresh = [candidate for candidate in candidates if candidate.node.id not in avoided]
+    if _pools(fresh):
+        return choose(fresh, demand)
+    return choose((c for c in candidates if c.node.id not in suspects), demand)
 
 
 def _pools(

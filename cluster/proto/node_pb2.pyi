@@ -185,7 +185,7 @@ class Submit(_message.Message):
     def __init__(self, sequence: _Optional[_Union[Sequence, _Mapping]] = ..., handoff: _Optional[_Union[Handoff, _Mapping]] = ...) -> None: ...
 
 class Sequence(_message.Message):
-    __slots__ = ("sequence_id", "request_id", "prompt_token_ids", "sampling", "cache_salt", "deadline_seconds", "priority")
+    __slots__ = ("sequence_id", "request_id", "prompt_token_ids", "sampling", "cache_salt", "deadline_seconds", "priority", "num_emitted_tokens")
     SEQUENCE_ID_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -193,6 +193,7 @@ class Sequence(_message.Message):
     CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
     DEADLINE_SECONDS_FIELD_NUMBER: _ClassVar[int]
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
+    NUM_EMITTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     sequence_id: str
     request_id: str
     prompt_token_ids: _containers.RepeatedScalarFieldContainer[int]
@@ -200,7 +201,8 @@ class Sequence(_message.Message):
     cache_salt: bytes
     deadline_seconds: float
     priority: int
-    def __init__(self, sequence_id: _Optional[str] = ..., request_id: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., cache_salt: _Optional[bytes] = ..., deadline_seconds: _Optional[float] = ..., priority: _Optional[int] = ...) -> None: ...
+    num_emitted_tokens: int
+    def __init__(self, sequence_id: _Optional[str] = ..., request_id: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., cache_salt: _Optional[bytes] = ..., deadline_seconds: _Optional[float] = ..., priority: _Optional[int] = ..., num_emitted_tokens: _Optional[int] = ...) -> None: ...
 
 class Sampling(_message.Message):
     __slots__ = ("max_tokens", "seed", "min_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias", "num_logprobs", "stop_token_ids", "ignore_eos")

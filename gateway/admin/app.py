@@ -46,6 +46,7 @@ class PolicyChange(BaseModel):
 
     local_prefill_tokens: int | None = None
     stream_interval: int | None = None
+    stream_recovery: bool | None = None
     kv_load_failure_policy: Literal["fail", "recompute"] | None = None
 
 
@@ -182,6 +183,7 @@ def _policy_view(gateway: Gateway) -> Json:
         "kv_load_failure_policy": policy.kv_load_failure_policy.value,
         "local_prefill_tokens": policy.local_prefill_tokens,
         "stream_interval": policy.stream_interval,
+        "stream_recovery": policy.stream_recovery,
     }
 
 

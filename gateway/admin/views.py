@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from cluster.proto import node_pb2 as pb
-    from gateway.dispatch import ActiveSequence
+    from gateway.active import ActiveSequence
     from gateway.nodes import NodeEntry
 
 Json = dict[str, Any]

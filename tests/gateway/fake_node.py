@@ -209,8 +209,11 @@ def _num_prompt(sequence: SequenceRequest) -> int:
 
 
 def echo(sequence: SequenceRequest, position: int) -> TokenDelta:
-    """The output token at `position`: the prompt again, then the end token."""
-    prompt, sampling = sequence.prompt_token_ids, sequence.sampling
+    """The output token at `position`, counted from where this attempt begins: the prompt again,
+    then the end token."""
+    num_emitted, sampling = sequence.num_emitted_tokens, sequence.sampling
+    prompt = sequence.prompt_token_ids[: _num_prompt(sequence) - num_emitted]
+    position += num_emitted
     is_end = position >= len(prompt) and not sampling.ignore_eos
     token_id = EOS if is_end else prompt[position % len(prompt)]
     is_stop = is_end or token_id in sampling.stop_token_ids

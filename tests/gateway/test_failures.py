@@ -168,8 +168,7 @@ def test_one_failed_choice_ends_the_whole_request(running: RunningGateway) -> No
     stream = OpenStream(running, n=4)
     running.until(lambda: len(_active(running)) == 4)
     running.until(lambda: all(a.state.name == "STARTED" for a in _active(running)))
-    first = _active(running)[0].request.sequence_id
-    running.do(running.gateway.dispatcher.fail, first, TransferFailed("x"))
+    running.do(running.gateway.dispatcher.fail, _active(running)[0], TransferFailed("x"))
     assert stream.error() == "kv_load_failed"
     everything_is_given_back(running)
 

@@ -1,0 +1,58 @@
+"""One attempt at one sequence, as the dispatcher keeps it while it is in flight."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from gateway.router import Demand
+
+if TYPE_CHECKING:
+    from cluster.request import SequenceRequest, TokenDelta
+    from gateway.nodes import NodeEntry
+    from gateway.retries import Stream
+    from gateway.router import Placement
+    from gateway.sequence_machine import SequenceMachine, SequenceState
+
+# What a sequence is expected to generate, for the memory forecast, when it may generate more.
+EXPECTED_OUTPUT_TOKENS = 512
+
+
+class Listener(Protocol):
+    """Who gets a sequence's tokens. Called on the event loop; must not block."""
+
+    def deliver(self, delta: TokenDelta, now: float) -> None:
+        """One call has `finish_reason` or `error`: the last. None follows a `cancel`."""
+
+
+@dataclass(slots=True)
+class ActiveSequence:
+    """One attempt in flight. `prefill` None: prefilled on the decode node."""
+
+    stream: Stream
+    request: SequenceRequest
+    machine: SequenceMachine
+    placement: Placement
+    prefill: NodeEntry | None
+    decode: NodeEntry
+    listener: Listener
+    began_at: float
+    num_queued_tokens: int  # debited at the node that prefills until the first token is there
+    num_reserved_tokens: int  # debited at the decode node until the end
+    num_output_tokens: int = 0
+    first_token_at: float = 0.0
+
+    @property
+    def prefilling(self) -> NodeEntry:
+        return self.decode if self.prefill is None else self.prefill
+
+    @property
+    def state(self) -> SequenceState:
+        return self.machine.state
+
+
+def demand_of(request: SequenceRequest) -> Demand:
+    num_prompt_tokens = len(request.prompt_token_ids)
+    expected = request.sampling.max_tokens - request.num_emitted_tokens
+    expected = min(expected, EXPECTED_OUTPUT_TOKENS)
+    return Demand(num_prompt_tokens=num_prompt_tokens, num_tokens=num_prompt_tokens + expected)
