@@ -28,8 +28,12 @@ from torch.nn.functional import embedding
 from engine.models.decoder_layer import NO_PLAN, DecoderLayer, StepPlan
 from engine.models.linear import Linear
 from engine.models.rope import cos_sin_cache
+<<<<<<< HEAD
 from engine.tensor_parallel.shard import WHOLE
 from engine.tensor_parallel.sharded import sharded_factory
+=======
+from engine.offload import tensor_bytes
+>>>>>>> 2bd996f (Keep layers in main memory and fetch them while others compute)
 from kernels.attention_plan import plan_decode, plan_prefill
 from kernels.rope_store import plan_tokens
 
@@ -40,6 +44,7 @@ if TYPE_CHECKING:
     from engine.batch import Batch
     from engine.models.config import ModelConfig
     from engine.models.linear import MatrixFactory
+    from engine.offload import OffloadedLayers
     from engine.tensor_parallel.ranks import Ranks
     from kernels.attention_plan import AttentionPlan
 
@@ -59,11 +64,13 @@ class Decoder:
         device: torch.device,
         make_matrix: MatrixFactory | None = None,
         ranks: Ranks | None = None,
+        offloaded: OffloadedLayers | None = None,
     ) -> None:
         """`make_matrix` builds the matrices of the layers; None keeps them as they are.
 
         `ranks`: this is one shard of a model, `config` says what this rank has of it, and all
-        ranks call `forward` and `logits` with the same batches.
+        ranks call `forward` and `logits` with the same batches. `offloaded`: the layers that
+        live in main memory.
         """
         self.config = config
         self._ranks = ranks
@@ -84,10 +91,17 @@ class Decoder:
         make_matrix = make_matrix or partial(Linear.empty, dtype=dtype, device=device)
         if ranks is not None:
             make_matrix = sharded_factory(make_matrix, ranks)
-        self._layers = [
-            DecoderLayer(config, layer, make_matrix, dtype=dtype, device=device)
-            for layer in range(config.num_layers)
-        ]
+        self._offloaded = offloaded
+        self._layers: list[DecoderLayer] = []
+        for index in range(config.num_layers):
+            layer = DecoderLayer(config, index, make_matrix, dtype=dtype, device=device)
+            if offloaded is not None and index in offloaded:
+                offloaded.take_out(layer)
+            self._layers.append(layer)
+
+    def layer_bytes(self) -> list[int]:
+        """Bytes of the weights of each layer; also on the device "meta", before any exist."""
+        return [tensor_bytes(layer) for layer in self._layers]
 
     def checkpoint_views(self) -> dict[str, torch.Tensor]:
         """Where each tensor of a Hugging Face checkpoint belongs: name -> memory to fill.
@@ -105,9 +119,14 @@ class Decoder:
 
     def pack(self) -> None:
         """Give each filled matrix its fastest layout; the views are void from now on."""
-        for layer in self._layers:
+        for index, layer in enumerate(self._layers):
+            if self._offloaded is not None and index in self._offloaded:
+                self._offloaded.adopt(layer)
+                continue
             for matrix in layer.matrices():
                 matrix.pack()
+        if self._offloaded is not None:
+            self._offloaded.finish()
         self._lm_head.pack(keep_weight=self.config.tie_word_embeddings)
 
     def forward(
@@ -123,7 +142,12 @@ class Decoder:
         residual = self._embed(batch.token_ids)
         plan = self._plan(batch, kv_layers[0])
         last = len(self._layers) - 1
+        offloaded = self._offloaded
+        if offloaded is not None:
+            offloaded.begin()
         for index, layer in enumerate(self._layers):
+            if offloaded is not None:
+                offloaded.enter(index)
             attended = layer.attend(residual, batch, kv_layers[index], self._cos_sin, plan)
             if self._ranks is not None and (on_layer is not None or _ends_here(batch, index, last)):
                 self._ranks.settle()  # the KV of the other ranks is written, too
@@ -136,6 +160,8 @@ class Decoder:
                     attended = attended.index_select(0, batch.sample_indices)
                     residual = residual.index_select(0, batch.sample_indices)
             residual = layer.transform(attended, residual)
+            if offloaded is not None:
+                offloaded.leave(index)
         return residual
 
     def _embed(self, token_ids: torch.Tensor) -> torch.Tensor:
