@@ -28,12 +28,9 @@ from torch.nn.functional import embedding
 from engine.models.decoder_layer import NO_PLAN, DecoderLayer, StepPlan
 from engine.models.linear import Linear
 from engine.models.rope import cos_sin_cache
-<<<<<<< HEAD
+from engine.offload import tensor_bytes
 from engine.tensor_parallel.shard import WHOLE
 from engine.tensor_parallel.sharded import sharded_factory
-=======
-from engine.offload import tensor_bytes
->>>>>>> 2bd996f (Keep layers in main memory and fetch them while others compute)
 from kernels.attention_plan import plan_decode, plan_prefill
 from kernels.rope_store import plan_tokens
 
