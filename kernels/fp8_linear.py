@@ -1,0 +1,135 @@
+"""Products in FP8: activations are quantised row by row, the matrix units multiply e4m3 by e4m3.
+
+This is the W8A8 of FP8 checkpoints and the fast way for many rows. For few rows, where only reading
+the weights counts, `skinny_linear` takes the same weights and leaves the activations as they are.
+
+Stored value = value / scale, rounded to nearest, saturated at +-448.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from kernels.dispatch import jit, next_power_of_two, runs_triton, tl
+
+FP8 = torch.float8_e4m3fn
+_MAX = 448.0
+# Rows of zeros get this scale instead of 0.
+_MIN_SCALE = 1e-12
+
+
+def quantize_rows(
+    x: torch.Tensor, scale: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`[M, K]` -> (float8_e4m3fn `[M, K]`, float32 `[M, 1]`).
+
+    scale: a static one, float32 `[1]`, for all rows; None takes each row's largest magnitude / 448.
+    x's rows may be strided.
+    """
+    assert x.dim() == 2
+    assert x.stride(1) == 1
+    if runs_triton(x):
+        return _quantize_rows_triton(x, scale)
+    return _quantize_rows_reference(x, scale)
+
+
+def _quantize_rows_reference(
+    x: torch.Tensor, scale: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    wide = x.float()
+    if scale is None:
+        scales = wide.abs().amax(1, keepdim=True).div_(_MAX).clamp_(min=_MIN_SCALE)
+    else:
+        scales = scale.float().expand(x.shape[0], 1).contiguous()
+    return (wide / scales).clamp_(-_MAX, _MAX).to(FP8), scales
+
+
+def quantize_weight(
+    weight: torch.Tensor, *, per_channel: bool = True
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`[N, K]` -> (float8_e4m3fn `[N, K]`, float32 `[N]` or `[1]`). Once per matrix, at load."""
+    largest = weight.abs().amax(1) if per_channel else weight.abs().amax().view(1)
+    scale = largest.float().div_(_MAX).clamp_(min=_MIN_SCALE)
+    quantized = (weight.float() / scale.view(-1, 1)).clamp_(-_MAX, _MAX).to(FP8)
+    return quantized, scale
+
+
+def fp8_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    *,
+    input_scale: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`x @ (weight * weight_scale).T + bias` with x quantised: `[M, K]` -> `[M, N]` in x's dtype.
+
+    weight: float8_e4m3fn `[N, K]`, N and K multiples of 16. weight_scale: float32 `[N]` or `[1]`.
+    input_scale: static, float32 `[1]`; None quantises every row by its own largest value.
+    """
+    assert weight.dtype == FP8
+    if x.shape[0] == 0:
+        return x.new_empty(0, weight.shape[0])
+    quantized, scales = quantize_rows(x, input_scale)
+    if not x.is_cuda:
+        y = (quantized.float() * scales) @ (weight.float() * weight_scale.view(-1, 1)).t()
+        return (y if bias is None else y + bias.float()).to(x.dtype)
+    return _scaled_product(quantized, scales, weight, weight_scale, bias, x.dtype)
+
+
+def _scaled_product(
+    x: torch.Tensor,
+    scales: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """The library's product with a scale per row and column, which knows bfloat16 results only."""
+    columns = weight_scale.view(1, -1).expand(1, weight.shape[0]).contiguous()
+    if dtype == torch.bfloat16:
+        return torch._scaled_mm(
+            x, weight.t(), scale_a=scales, scale_b=columns, bias=bias, out_dtype=dtype
+        )
+    one = torch.ones((), device=x.device)
+    y = torch._scaled_mm(x, weight.t(), scale_a=one, scale_b=one, out_dtype=torch.float32)
+    y.mul_(scales).mul_(columns)
+    return (y if bias is None else y.add_(bias)).to(dtype)
+
+
+def _quantize_rows_triton(
+    x: torch.Tensor, scale: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    num_rows, size = x.shape
+    quantized = torch.empty(num_rows, size, dtype=FP8, device=x.device)
+    scales = torch.empty(num_rows, 1, dtype=torch.float32, device=x.device)
+    if num_rows:
+        _quantize_rows_kernel[(num_rows,)](
+            x, scale, quantized, scales, x.stride(0), MAX=_MAX, MIN_SCALE=_MIN_SCALE,
+            SIZE=size, BLOCK=next_power_of_two(size), ROUNDS=not x.is_cuda, num_warps=8 if size > 2048 else 4,
+        )  # fmt: skip
+    return quantized, scales
+
+
+@jit
+def _quantize_rows_kernel(
+    x_ptr: tl.tensor, scale_ptr: tl.tensor, quantized_ptr: tl.tensor, scales_ptr: tl.tensor,
+    x_stride: tl.tensor, MAX: tl.constexpr, MIN_SCALE: tl.constexpr, SIZE: tl.constexpr,
+    BLOCK: tl.constexpr, ROUNDS: tl.constexpr,
+) -> None:  # fmt: skip
+    """ROUNDS: Triton's interpreter loses the carry of a mantissa that is rounded up, so it is given
+    four significant bits (Veltkamp's splitting)."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    mask = column < SIZE
+    x = tl.load(x_ptr + row * x_stride + column, mask=mask, other=0.0).to(tl.float32)
+    if scale_ptr is None:
+        scale = tl.maximum(tl.max(tl.abs(x), axis=0) / MAX, MIN_SCALE)
+    else:
+        scale = tl.load(scale_ptr)
+    tl.store(scales_ptr + row, scale)
+    y = tl.minimum(tl.maximum(x / scale, -MAX), MAX)
+    if ROUNDS:
+        shifted = y * 1048577.0
+        y = shifted - (shifted - y)
+    tl.store(quantized_ptr + row * SIZE + column, y.to(quantized_ptr.dtype.element_ty), mask=mask)

@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kernels.fp8_linear import FP8, fp8_linear, quantize_rows, quantize_weight
+
+Place = tuple[torch.device, torch.dtype]
+# Half the distance of neighbours in e4m3, relative to the smaller one.
+ROUNDING = 2.0**-4
+
+
+@pytest.mark.parametrize("shape", [(1, 64), (5, 80), (3, 1000)])
+def test_rows_use_the_whole_range(device_and_dtype: Place, shape: tuple[int, int]) -> None:
+    device, dtype = device_and_dtype
+    x = (torch.randn(shape) * torch.logspace(-3, 3, shape[0])[:, None]).to(device, dtype)
+    quantized, scales = quantize_rows(x)
+    assert quantized.dtype == FP8
+    assert scales.shape == (shape[0], 1)
+    assert torch.equal(quantized.float().abs().amax(1).cpu(), torch.full(shape[:1], 448.0))
+    restored = quantized.float() * scales
+    error = (restored - x.float()).abs().cpu()
+    smallest = scales.cpu() * 2.0**-9
+    assert (error <= ROUNDING * 1.01 * x.float().abs().cpu() + smallest).all()
+
+
+def test_a_static_scale_saturates(device: torch.device) -> None:
+    x = torch.tensor([[1.0, -3.0, 500.0, -500.0]], device=device)
+    quantized, scales = quantize_rows(x, torch.tensor([0.5], device=device))
+    assert quantized.float().cpu().tolist() == [[2.0, -6.0, 448.0, -448.0]]
+    assert scales.cpu().tolist() == [[0.5]]
+
+
+def test_rows_of_zeros_stay_zero(device: torch.device) -> None:
+    quantized, scales = quantize_rows(torch.zeros(2, 32, device=device))
+    assert torch.equal(quantized.float().cpu(), torch.zeros(2, 32))
+    assert scales.isfinite().all()
+
+
+def test_strided_rows(device: torch.device) -> None:
+    x = torch.randn(4, 96, device=device)[:, 32:64]
+    quantized, scales = quantize_rows(x)
+    torch.testing.assert_close(quantized.float() * scales, x, rtol=ROUNDING, atol=0.02)
+
+
+@pytest.mark.parametrize("per_channel", [True, False])
+@pytest.mark.parametrize("num_rows", [0, 1, 37])
+def test_product_of_the_quantised_values(
+    device_and_dtype: Place, num_rows: int, per_channel: bool
+) -> None:
+    device, dtype = device_and_dtype
+    x = torch.randn(num_rows, 192).to(device, dtype)
+    weight, scale = quantize_weight(torch.randn(80, 192) / 14, per_channel=per_channel)
+    assert scale.shape == (80 if per_channel else 1,)
+    bias = torch.randn(80).to(device, dtype)
+    y = fp8_linear(x, weight.to(device), scale.to(device), bias=bias)
+    assert y.shape == (num_rows, 80)
+    assert y.dtype == dtype
+    quantized, scales = quantize_rows(x)
+    left = quantized.double().cpu() * scales.double().cpu()
+    right = weight.double() * scale.double().view(-1, 1)
+    expected = left @ right.T + bias.double().cpu()
+    error = (y.double().cpu() - expected).norm()
+    assert error.item() <= max(1e-3, torch.finfo(dtype).eps) * expected.norm().item()
