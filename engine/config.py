@@ -10,9 +10,11 @@ from cluster.config import option
 from cluster.errors import ConfigError
 from cluster.performance_mode import HELP as PERFORMANCE_MODE_HELP
 from cluster.performance_mode import PerformanceMode
+from engine.models.quantization import QuantizationMethod  # noqa: TC001
 
 DType = Literal["auto", "bfloat16", "float16", "float32"]
 LoadFormat = Literal["auto", "dummy"]
+KVCacheDType = Literal["auto", "fp8", "fp8_e4m3"]
 
 _MODEL = "Model"
 _CACHE = "KV cache"
@@ -41,6 +43,13 @@ class EngineConfig:
         group=_MODEL,
         advanced=True,
     )
+    quantization: QuantizationMethod | None = option(
+        None,
+        help="How the matrices are quantised. Default: as the checkpoint says. fp8 also quantises "
+        "a checkpoint that is not, while it is loaded; any other method must be the checkpoint's.",
+        group=_MODEL,
+        short="-q",
+    )
     device: str = option(
         "auto", help="auto, cpu, cuda or cuda:N. auto: a GPU if there is one.", group=_MODEL
     )
@@ -62,6 +71,12 @@ class EngineConfig:
         help="CPU threads of one step. Default: 1 for weights below 64 MiB, else torch's choice.",
         group=_STEP,
         advanced=True,
+    )
+    kv_cache_dtype: KVCacheDType = option(
+        "auto",
+        help="Type of the KV cache. auto: as dtype. fp8 and fp8_e4m3: 8-bit floats, divided by "
+        "the checkpoint's scales of KV where it has them; all nodes must agree.",
+        group=_CACHE,
     )
     gpu_memory_utilization: float = option(
         0.9,

@@ -20,13 +20,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from cluster.request import TokenDelta
-from engine import memory, warm_up, weights
+from engine import memory, warm_up
 from engine.block_manager import BlockManager
 from engine.kv_cache import KVCache, KVLayout
 from engine.limits import EngineLimits, Machine, resolve
 from engine.model_runner import ModelRunner
-from engine.models.config import ModelConfig
-from engine.models.decoder import Decoder
+from engine.models.loading import load_decoder, read_model
 from engine.sampler import Sampler
 from engine.stopping import check_finished
 from engine.tensor_parallel.crew import Crew
@@ -38,10 +37,11 @@ if TYPE_CHECKING:
 
     from cluster.startup import StartupReport
     from engine.config import EngineConfig
+    from engine.models.config import ModelConfig
+    from engine.models.decoder import Decoder
     from engine.sampler import SampledToken
     from engine.schedule import ScheduleDecision
     from engine.sequence import Sequence
-    from engine.tensor_parallel.ranks import Ranks
     from engine.tensor_parallel.seat import Seat
     from engine.tensor_parallel.wire import StepHeader
 
@@ -139,7 +139,7 @@ class Engine:
         """
         if config.tensor_parallel_size == 1 or seat is not None:
             return cls._build(config, progress, seat, None)
-        model_config = ModelConfig.from_folder(config.model)
+        model_config = read_model(config)
         Shard(0, config.tensor_parallel_size).fitted(model_config)
         limits = resolve(config, model_config, Machine.here())
         crew = Crew.start(config, on_gpu=limits.on_gpu)
@@ -157,7 +157,7 @@ class Engine:
         seat: Seat | None,
         crew: Crew | None,
     ) -> Engine:
-        whole = ModelConfig.from_folder(config.model)
+        whole = read_model(config)
         shard = WHOLE if seat is None else seat.shard.fitted(whole)
         limits = resolve(config, whole, Machine.here(), rank=shard.rank)
         _enter_thread(limits)
@@ -167,13 +167,13 @@ class Engine:
         if seat is not None:
             with progress.phase("connect ranks"):
                 ranks = seat.connect(whole, limits)
-        decoder, fingerprint = _load(config, whole, limits, progress, ranks)
+        decoder, fingerprint = load_decoder(config, whole, limits, progress, ranks)
         layout = KVLayout(
             num_layers=whole.num_layers,
             block_size=config.block_size,
             num_kv_heads=whole.num_kv_heads,
             head_size=whole.head_size,
-            dtype=limits.dtype,
+            dtype=limits.kv_dtype,
         )
         with progress.phase("allocate KV"):
             if seat is not None:
@@ -254,45 +254,6 @@ def _record_done(limits: EngineLimits) -> torch.cuda.Event | None:
     event = torch.cuda.Event()  # type: ignore[no-untyped-call]
     event.record()
     return event
-
-
-def _load(
-    config: EngineConfig,
-    model_config: ModelConfig,
-    limits: EngineLimits,
-    progress: StartupReport,
-    ranks: Ranks | None,
-) -> tuple[Decoder, str]:
-    """The decoder with its weights, or its shard of them, in place; the fingerprint of all."""
-    shard = WHOLE if ranks is None else ranks.shard
-    shard_config = shard.of_model(model_config)
-    is_dummy = config.load_format == "dummy"
-    checkpoint = None if is_dummy else weights.open_checkpoint(config.model)
-    weights_bytes = shard_config.num_parameters * limits.dtype.itemsize
-    if limits.on_gpu:
-        free, where = torch.cuda.mem_get_info(limits.device)[0], "the GPU"
-    else:
-        free, where = memory.available_main_memory(), "this machine"
-    memory.check_weights_fit(weights_bytes, free, where)
-    decoder = Decoder(
-        shard_config,
-        max_model_len=limits.max_model_len,
-        dtype=limits.dtype,
-        device=limits.device,
-        ranks=ranks,
-    )
-    views = decoder.checkpoint_views()
-    total = sum(map(weights.num_bytes, views.values()))
-    with progress.phase("load weights", total=total) as phase:
-        if checkpoint is None:
-            weights.fill_dummy(views, config.seed, phase, shard)
-            fingerprint = weights.dummy_fingerprint(model_config, config.seed)
-        else:
-            weights.load_weights(checkpoint, views, phase, shard)
-            fingerprint = weights.fingerprint(model_config, checkpoint)
-        views.clear()
-        decoder.pack()
-    return decoder, fingerprint
 
 
 def _allocate_kv(

@@ -23,6 +23,8 @@ _DTYPES = {
     "float16": torch.float16,
     "float32": torch.float32,
 }
+# Ada and Hopper; earlier GPUs cannot multiply 8-bit floats.
+_FLOAT8_CAPABILITY = (8, 9)
 _GPU_BATCHED_TOKENS = 8192
 # A chunk of a small model takes about as long as a person notices; larger ones gain nothing.
 _CPU_BATCHED_TOKENS = 512
@@ -36,6 +38,7 @@ class Machine:
 
     num_gpus: int
     cpu_is_fast_at_bfloat16: bool
+    gpus_have_float8: bool = True
 
     @classmethod
     def here(cls) -> Machine:
@@ -43,7 +46,9 @@ class Machine:
         fast = can_pack(torch.bfloat16, torch.device("cpu")) and (
             torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
         )
-        return cls(torch.cuda.device_count() if torch.cuda.is_available() else 0, fast)
+        num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        capabilities = (torch.cuda.get_device_capability(index) for index in range(num_gpus))
+        return cls(num_gpus, fast, all(each >= _FLOAT8_CAPABILITY for each in capabilities))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +60,7 @@ class EngineLimits:
 
     device: torch.device
     dtype: torch.dtype
+    kv_dtype: torch.dtype
     max_model_len: int
     max_num_seqs: int
     max_graph_rows: int
@@ -77,10 +83,13 @@ def resolve(
     device = torch.device("cuda", first.index + rank) if first.type == "cuda" else first
     on_gpu = device.type == "cuda"
     dtype = _dtype(config.dtype, model, machine, on_gpu=on_gpu)
+    if on_gpu and not machine.gpus_have_float8:
+        _check_no_float8(config, model)
     is_small = model.num_parameters * dtype.itemsize < _SINGLE_THREAD_WEIGHT_BYTES
     return EngineLimits(
         device=device,
         dtype=dtype,
+        kv_dtype=dtype if config.kv_cache_dtype == "auto" else torch.float8_e4m3fn,
         max_model_len=_max_model_len(config, model),
         max_num_seqs=config.max_num_seqs,
         max_graph_rows=min(
@@ -90,6 +99,17 @@ def resolve(
         or (_GPU_BATCHED_TOKENS if on_gpu else _CPU_BATCHED_TOKENS),
         num_threads=config.num_threads or (1 if is_small and not on_gpu else None),
     )
+
+
+def _check_no_float8(config: EngineConfig, model: ModelConfig) -> None:
+    major, minor = _FLOAT8_CAPABILITY
+    needs = f"needs GPUs of compute capability {major}.{minor} or higher"
+    if config.kv_cache_dtype != "auto":
+        raise ConfigError(
+            f"--kv-cache-dtype {config.kv_cache_dtype} {needs}.", param="kv_cache_dtype"
+        )
+    if model.quantization is not None and model.quantization.is_float8:
+        raise ConfigError(f"A model in 8-bit floats {needs}.", param="quantization")
 
 
 def _device(name: str, machine: Machine, num_ranks: int) -> torch.device:

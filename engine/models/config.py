@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Literal, cast
 
 from cluster.errors import ConfigError
 from engine.models.json_facts import JsonFacts, read_json_object
+from engine.models.quantization import Quantization
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -56,6 +57,7 @@ class ModelConfig:
 
     `layer_windows[i]` is how many latest tokens layer i attends to, itself included; None
     means all. `attention_bias` is of q, k and v, `output_bias` of the attention's output.
+    `quantization` is how the checkpoint stores its matrices, None for plain floats.
     """
 
     architecture: str
@@ -78,6 +80,7 @@ class ModelConfig:
     layer_windows: tuple[int | None, ...]
     eos_token_ids: tuple[int, ...]
     torch_dtype: CheckpointDType
+    quantization: Quantization | None = None
 
     @classmethod
     def from_folder(cls, folder: Path) -> ModelConfig:
@@ -113,6 +116,7 @@ class ModelConfig:
             layer_windows=_layer_windows(architecture, facts, num_layers),
             eos_token_ids=_eos_token_ids(folder, facts, vocab_size),
             torch_dtype=_torch_dtype(facts),
+            quantization=Quantization.from_facts(facts),
         )
 
     @property
@@ -148,8 +152,6 @@ def _architecture(facts: JsonFacts) -> str:
 
 
 def _refuse_what_is_not_computed(facts: JsonFacts) -> None:
-    if facts.has("quantization_config"):
-        raise ConfigError(f"{CONFIG_FILE}: quantized checkpoints are not supported.", param="model")
     activation = facts.string("hidden_act", "silu")
     if activation != "silu":
         raise ConfigError(f"{CONFIG_FILE}: hidden_act {activation!r} is not supported.")

@@ -60,11 +60,13 @@ class Decoder:
         dtype: torch.dtype,
         device: torch.device,
         make_matrix: MatrixFactory | None = None,
+        kv_dtype: torch.dtype | None = None,
         ranks: Ranks | None = None,
         offloaded: OffloadedLayers | None = None,
     ) -> None:
         """`make_matrix` builds the matrices of the layers; None keeps them as they are.
 
+        `kv_dtype`: of the KV pool where that is not `dtype`.
         `ranks`: this is one shard of a model, `config` says what this rank has of it, and all
         ranks call `forward` and `logits` with the same batches. `offloaded`: the layers that
         live in main memory.
@@ -91,7 +93,9 @@ class Decoder:
         self._offloaded = offloaded
         self._layers: list[DecoderLayer] = []
         for index in range(config.num_layers):
-            layer = DecoderLayer(config, index, make_matrix, dtype=dtype, device=device)
+            layer = DecoderLayer(
+                config, index, make_matrix, dtype=dtype, kv_dtype=kv_dtype or dtype, device=device
+            )
             if offloaded is not None and index in offloaded:
                 offloaded.take_out(layer)
             self._layers.append(layer)

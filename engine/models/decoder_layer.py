@@ -62,6 +62,7 @@ class DecoderLayer:
         make_matrix: MatrixFactory,
         *,
         dtype: torch.dtype,
+        kv_dtype: torch.dtype,
         device: torch.device,
     ) -> None:
         def vector(size: int) -> torch.Tensor:
@@ -75,7 +76,10 @@ class DecoderLayer:
         self.post_norm = vector(config.hidden_size)
         self.q_norm = vector(config.head_size) if config.qk_norm else None
         self.k_norm = vector(config.head_size) if config.qk_norm else None
+        # What stored keys and values are multiplied by, where their type needs it.
         self.kv_scales: torch.Tensor | None = None
+        if kv_dtype != dtype:
+            self.kv_scales = torch.ones(2, config.num_kv_heads, device=device)
         qkv, output, gate_up, down = _specs(config, self.prefix)
         self.qkv: Matrix = make_matrix(qkv)
         self.output: Matrix = make_matrix(output)
@@ -94,6 +98,9 @@ class DecoderLayer:
         if self.q_norm is not None and self.k_norm is not None:
             views[f"{self.prefix}.self_attn.q_norm.weight"] = self.q_norm
             views[f"{self.prefix}.self_attn.k_norm.weight"] = self.k_norm
+        if self.kv_scales is not None:
+            views[f"{self.prefix}.self_attn.k_scale"] = self.kv_scales[0]
+            views[f"{self.prefix}.self_attn.v_scale"] = self.kv_scales[1]
         for matrix in self.matrices():
             views |= matrix.checkpoint_views()
         return views

@@ -48,6 +48,13 @@ class JsonFacts:
             raise self._wrong(name, "an object")
         return JsonFacts(value, self._source)
 
+    def children(self) -> list[JsonFacts]:
+        """Every value of this object, each of which must be an object."""
+        for name, value in self._values.items():
+            if not isinstance(value, dict):
+                raise self._wrong(name, "an object")
+        return [JsonFacts(value, self._source) for value in self._values.values()]
+
     def integer(self, name: str, default: int | None = None) -> int:
         value = self._get(name, default)
         if isinstance(value, bool) or not isinstance(value, int):

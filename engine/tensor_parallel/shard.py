@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 _CUT_BY_ROWS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 _CUT_BY_COLUMNS = ("o_proj", "down_proj")
+# Kinds of views with an entry for each head; with a column for each input or group of inputs.
+_OF_HEADS = ("k_scale", "v_scale")
+_OF_COLUMNS = ("weight", "qweight", "scales", "zeros")
 _VOCABULARY = ("lm_head.weight", "model.embed_tokens.weight")
 
 
@@ -67,16 +70,17 @@ class Shard:
         return begin, min(each, count - begin)
 
     def cut_dim(self, name: str) -> int | None:
-        """The dimension along which this checkpoint tensor is cut; None: each rank has it all."""
+        """The dimension along which this view (`engine/weight_views.py`) is cut; None: each rank
+        has it all."""
         if self.is_whole:
             return None
         if name in _VOCABULARY:
             return None if self.holds_embedding and name != "lm_head.weight" else 0
         module, _, kind = name.rpartition(".")
         matrix = module.rpartition(".")[2]
-        if matrix in _CUT_BY_ROWS:
+        if kind in _OF_HEADS or (matrix in _CUT_BY_ROWS and kind != "input_scale"):
             return 0
-        if matrix in _CUT_BY_COLUMNS and kind == "weight":
+        if matrix in _CUT_BY_COLUMNS and kind in _OF_COLUMNS:
             return 1
         return None
 

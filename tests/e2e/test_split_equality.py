@@ -174,6 +174,31 @@ def test_prompts_that_share_their_beginnings_find_them_on_both_nodes(
 
 
 @pytest.mark.parametrize("family", ["llama3", "qwen2", POCKET_MODEL])
+def test_tokens_from_kv_in_8_bit_floats_are_those_of_one_node(
+    family: str, expected: Expected, open_engine: OpenEngine
+) -> None:
+    prompts = [each["prompt"] for each in expected[family]]
+
+    async def main() -> None:
+        engines = [
+            open_engine(family, max_num_batched_tokens=64, kv_cache_dtype="fp8") for _ in range(2)
+        ]
+        async with split_pair(*engines) as pair:
+            alone, split, again = [], [], []
+            for prompt in prompts:  # alone in their batches, so that every step is the same
+                alone += await pair.alone([make_request(prompt, GREEDY, salt=b"alone")])
+                split += await pair.split([make_request(prompt, GREEDY, salt=b"split")])
+                again += await pair.split([make_request(prompt, GREEDY, salt=b"split")])
+            assert token_ids(split) == token_ids(alone)
+            assert token_ids(again) == token_ids(alone)  # from cached blocks, on both nodes
+            assert sum(answer.was_handed_off for answer in split) >= len(prompts) - 1
+            assert sum(answer.num_cached_tokens for answer in again) > 0
+            assert token_ids(alone) != [each["tokens"] for each in expected[family]]
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("family", ["llama3", "qwen2", POCKET_MODEL])
 def test_seeded_tokens_under_every_penalty_are_those_of_one_node(
     family: str, expected: Expected, open_engine: OpenEngine
 ) -> None:

@@ -144,7 +144,7 @@ def test_a_config_that_is_no_json_is_refused(tmp_path: Path) -> None:
         ({"num_hidden_layers": 0}, "num_hidden_layers must be a positive integer"),
         ({"num_key_value_heads": 5}, "do not divide into 5 key/value heads"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported"),
-        ({"quantization_config": {"bits": 4}}, "quantized checkpoints are not supported"),
+        ({"quantization_config": {"bits": 4}}, "quant_method '', which is not supported"),
         ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "'dynamic' is not supported"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "lacks low_freq_factor"),
         ({"rope_scaling": {"rope_type": "linear", "factor": 0}}, "factor must be positive"),
