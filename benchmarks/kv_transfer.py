@@ -122,7 +122,7 @@ def make_config(arguments: argparse.Namespace) -> KVTransferConfig:
 def decode_process(arguments: argparse.Namespace, where: Connection, started: Connection) -> None:
     async def main() -> None:
         pool = make_pool(arguments, arguments.target)
-        agent = TransferAgent.create(pool, make_config(arguments))
+        agent = TransferAgent.create((pool,), make_config(arguments))
         node_id = NodeId(NodeName("decode"), new_incarnation())
         receiver = KVReceiver(
             node_id=node_id,
@@ -159,7 +159,7 @@ class Bench:
         self._moved_before = 0
         pool = make_pool(arguments, arguments.source)
         self._table = torch.randperm(arguments.num_blocks).tolist()
-        self.agent = TransferAgent.create(pool, make_config(arguments))
+        self.agent = TransferAgent.create((pool,), make_config(arguments))
         self.sender = KVSender(
             node_id=NodeId(NodeName("prefill"), new_incarnation()),
             compatibility=COMPATIBLE,

@@ -20,6 +20,8 @@ from kv_transfer.stats import TransferStats
 from kv_transfer.transports.ucx import UcxTransport
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from kv_transfer.config import KVTransferConfig
     from kv_transfer.transports.base import Endpoint, Transport
 
@@ -27,35 +29,39 @@ if TYPE_CHECKING:
 class TransferAgent:
     """One per process."""
 
-    def __init__(self, pool: torch.Tensor, config: KVTransferConfig, transport: Transport) -> None:
-        """`pool` is uint8 `[num_layers, num_blocks, unit_bytes]`. Raises `ConfigError` when a
-        staging slot is too small for one unit."""
+    def __init__(
+        self, pools: Sequence[torch.Tensor], config: KVTransferConfig, transport: Transport
+    ) -> None:
+        """`pools`: as `TransferPool` takes them, one for each rank of the model. Raises
+        `ConfigError` when a staging slot is too small for one unit."""
         self.config = config
         self.transport = transport
-        self.pool = TransferPool(pool)
+        self.pool = TransferPool(*pools)
         self.stats = TransferStats()
-        slot_bytes = config.slot_bytes_for(pool.device.type)
+        device = self.pool.device
+        slot_bytes = config.slot_bytes_for(device.type)
         self.limits = FrameLimits(self.pool.num_layers, self.pool.unit_bytes, slot_bytes)
         self.staging = Staging(
             slot_bytes=slot_bytes,
             num_slots=config.num_staging_slots,
             limits=self.limits,
-            device=pool.device,
+            device=device,
         )
         self._in_use: dict[Endpoint, str] = {}
 
     @classmethod
-    def create(cls, pool: torch.Tensor, config: KVTransferConfig) -> TransferAgent:
-        """Over UCX. The event loop's thread is bound to the pool's device."""
-        if pool.device.type == "cuda":
-            torch.cuda.set_device(pool.device)
-            torch.cuda.synchronize(pool.device)
+    def create(cls, pools: Sequence[torch.Tensor], config: KVTransferConfig) -> TransferAgent:
+        """Over UCX. The event loop's thread is bound to the device of the first pool."""
+        device = pools[0].device
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+            torch.cuda.synchronize(device)
         transport = UcxTransport(
             ucx_tls=config.ucx_tls,
-            moves_device_memory=pool.device.type == "cuda",
+            moves_device_memory=device.type == "cuda",
             connect_seconds=config.pairing_seconds,
         )
-        return cls(pool, config, transport)
+        return cls(pools, config, transport)
 
     @property
     def transports_in_use(self) -> tuple[str, ...]:

@@ -3,6 +3,10 @@
     pool  uint8 [num_layers, num_blocks, unit_bytes], a view of the KV tensor
     slot  uint8 [num_layers of the frame, blocks of the frame, unit_bytes], contiguous
 
+A model that several GPUs share has one pool for each, with an equal part of the KV heads. In a
+slot their units are whole again, so nodes with other numbers of GPUs exchange the same bytes. All
+of these pools are mapped into this process; the moves run on the device of the first.
+
 Moves run on a thread of their own, so that neither the copy nor the wait for the device stops
 the event loop; a small one in host memory is done at once. On CUDA a move is queued on a side
 stream; the thread then waits for an event, so a move has ended, and is visible to everyone,
@@ -35,11 +39,14 @@ Verdict = Callable[["NDArray[np.uint64]"], bool]
 class TransferPool:
     """Gathers blocks into slots and scatters slots into blocks, with digests of each unit."""
 
-    def __init__(self, pool: torch.Tensor) -> None:
-        if pool.dtype != torch.uint8 or pool.dim() != 3:
-            raise TypeError("The pool must be uint8 [num_layers, num_blocks, unit_bytes].")
-        self._pool = pool
-        self._stream = _side_stream(pool.device)
+    def __init__(self, *shards: torch.Tensor) -> None:
+        """One pool, or the pools of all ranks in their order, alike in shape."""
+        self._pool = shards[0]
+        for each in shards:
+            if each.dtype != torch.uint8 or each.dim() != 3 or each.shape != self._pool.shape:
+                raise TypeError("A pool must be uint8 [num_layers, num_blocks, bytes].")
+        self._shards = shards
+        self._stream = _side_stream(self._pool.device)
         # On a device two threads: one queues the next move while the other waits for the last.
         num_threads = 1 if self._stream is None else 2
         self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="kv-pool")
@@ -55,7 +62,8 @@ class TransferPool:
 
     @property
     def unit_bytes(self) -> int:
-        return self._pool.shape[2]
+        """Of a whole unit, the parts of all ranks together."""
+        return self._pool.shape[2] * len(self._shards)
 
     async def gather(
         self,
@@ -126,12 +134,12 @@ class TransferPool:
         front = slot[: num_units * self.unit_bytes]
         out = front.view(num_layers, len(block_ids), self.unit_bytes)
         if self._stream is None:
-            pack_blocks(self._pool, layer_start, num_layers, self._ids(block_ids), out)
+            self._pack(out, layer_start, num_layers, self._ids(block_ids))
             return _as_array(block_digests(front, num_units), num_layers)
         with self._queueing, torch.cuda.stream(self._stream):
             if after is not None:
                 self._stream.wait_event(after)
-            pack_blocks(self._pool, layer_start, num_layers, self._ids(block_ids), out)
+            self._pack(out, layer_start, num_layers, self._ids(block_ids))
             digests = _to_host(block_digests(front, num_units))
             done = _record(self._stream)
         done.synchronize()
@@ -151,14 +159,24 @@ class TransferPool:
         if self._stream is None:
             if not accepts(_as_array(block_digests(front, num_units), num_layers)):
                 return False
-            unpack_blocks(src, self._pool, layer_start, num_layers, self._ids(block_ids))
+            self._unpack(src, layer_start, num_layers, self._ids(block_ids))
             return True
         with self._queueing, torch.cuda.stream(self._stream):
             digests = _to_host(block_digests(front, num_units))
-            unpack_blocks(src, self._pool, layer_start, num_layers, self._ids(block_ids))
+            self._unpack(src, layer_start, num_layers, self._ids(block_ids))
             done = _record(self._stream)
         done.synchronize()
         return accepts(_as_array(digests, num_layers))
+
+    def _pack(self, out: torch.Tensor, first: int, num_layers: int, ids: torch.Tensor) -> None:
+        for part, shard in enumerate(self._shards):
+            pack_blocks(shard, first, num_layers, ids, out, part=part, num_parts=len(self._shards))
+
+    def _unpack(self, src: torch.Tensor, first: int, num_layers: int, ids: torch.Tensor) -> None:
+        for part, shard in enumerate(self._shards):
+            unpack_blocks(
+                src, shard, first, num_layers, ids, part=part, num_parts=len(self._shards)
+            )
 
     def _ids(self, block_ids: Sequence[int]) -> torch.Tensor:
         ids = torch.tensor(block_ids, dtype=torch.int64)

@@ -124,7 +124,7 @@ async def run_prefill_node(loaded: LoadedConfig, report: StartupReport) -> None:
     config = loaded[MemberConfig]
     engine = Engine.create(loaded[EngineConfig], progress=report)
     with report.phase("open transport"):
-        agent = TransferAgent.create(engine.kv_cache.as_bytes(), loaded[KVTransferConfig])
+        agent = TransferAgent.create(engine.kv_pools, loaded[KVTransferConfig])
     registry = new_registry(role=NodeRole.PREFILL.value, version=VERSION)
     stores = NodeStores(config.redis_url, registry)
     hub = SessionHub()

@@ -220,7 +220,7 @@ async def decode_side(
     clock = ManualClock()
     source = Source(list(range(NUM_BLOCKS)))
     node_id = NodeId(NodeName(name), new_incarnation())
-    agent = TransferAgent(pool, make_config(**options), transport)
+    agent = TransferAgent((pool,), make_config(**options), transport)
     receiver = KVReceiver(
         node_id=node_id, compatibility=compatibility, agent=agent, source=source, clock=clock
     )
@@ -250,7 +250,7 @@ async def prefill_side(
     pool = make_pool(1, unit_bytes=unit_bytes)
     clock = ManualClock()
     owner = Owner()
-    agent = TransferAgent(pool, make_config(**options), transport)
+    agent = TransferAgent((pool,), make_config(**options), transport)
     sender = KVSender(
         node_id=NodeId(NodeName(name), new_incarnation()),
         compatibility=compatibility,

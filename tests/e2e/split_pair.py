@@ -238,7 +238,7 @@ class _Hearing:
 
 def _agent(engine: Engine, network: LoopbackNetwork) -> TransferAgent:
     config = KVTransferConfig(kv_port=0, staging_slot_bytes=SLOT_BYTES, num_staging_slots=4)
-    return TransferAgent(engine.kv_cache.as_bytes(), config, LoopbackTransport(network))
+    return TransferAgent(engine.kv_pools, config, LoopbackTransport(network))
 
 
 @asynccontextmanager

@@ -15,6 +15,7 @@ from cluster.request import SamplingParams, SequenceRequest, TokenDelta
 from engine.loop import MAX_FAILED_STEPS, EngineLoop
 from engine.schedule import ScheduledChunk, ScheduleDecision
 from engine.sequence import Sequence
+from engine.tensor_parallel.failures import RankLost
 
 if TYPE_CHECKING:
     from collections.abc import Sequence as SequenceOf
@@ -69,10 +70,12 @@ class Recorder:
 
 
 class ScriptedEngine:
-    """Fails the steps of sequences whose name begins with "bad"."""
+    """Fails the steps of sequences whose name begins with "bad"; "lost" loses a rank."""
 
     def step(self, decision: ScheduleDecision) -> Any:
         name = decision.chunks[0].sequence.sequence_id
+        if name.startswith("lost"):
+            raise RankLost("Rank 1 is gone.")
         if name.startswith("bad"):
             raise RuntimeError("the device is unhappy")
         delta = TokenDelta(sequence_id=name, token_ids=(5,))
@@ -174,3 +177,13 @@ def test_nobody_waits_for_a_thread_that_has_ended() -> None:
         late.result(10)
     with pytest.raises(CancelledError):
         harness.loop.call(lambda: None).result(0)
+
+
+def test_a_lost_rank_ends_the_thread_at_its_first_step() -> None:
+    harness = Harness()
+    harness.loop.start()
+    harness.add("lost-1")
+    assert harness.fatal_event.wait(10)
+    assert [type(error) for error in harness.fatal] == [RankLost]
+    assert harness.loop.stats.num_failed_steps == 0
+    harness.loop.stop()

@@ -70,3 +70,24 @@ def test_no_blocks_and_no_layers(device: torch.device) -> None:
     unpack_blocks(nothing, pool, 0, 2, no_ids)
     unpack_blocks(nothing[:0], pool, 2, 0, no_ids)
     assert torch.equal(pool, before)
+
+
+@pytest.mark.parametrize(("heads", "num_parts", "row"), [(4, 2, 160), (8, 4, 4100), (2, 2, 15)])
+def test_parts_of_units_make_whole_ones_in_the_order_of_heads(
+    device: torch.device, heads: int, num_parts: int, row: int
+) -> None:
+    """`row`: bytes that one head keeps of the keys of a block."""
+    whole = random_bytes(3, 5, 2, heads, row, device=device)
+    shards = [each.flatten(2).contiguous() for each in whole.chunk(num_parts, dim=3)]
+    ids = torch.tensor([4, 1], device=device)
+    out = torch.full((2, 2, 2 * heads * row), 0xA5, dtype=torch.uint8, device=device)
+    for part, shard in enumerate(shards):
+        pack_blocks(shard, 1, 2, ids, out, part=part, num_parts=num_parts)
+    assert torch.equal(out, whole[1:][:, ids].flatten(2))
+    there = [random_bytes(*shard.shape, device=device) for shard in shards]
+    expected = [each.clone() for each in there]
+    to = torch.tensor([0, 3], device=device)
+    for part in range(num_parts):
+        unpack_blocks(out, there[part], 1, 2, to, part=part, num_parts=num_parts)
+        expected[part][1:, to] = shards[part][1:][:, ids]
+        assert torch.equal(there[part], expected[part])

@@ -61,3 +61,33 @@ def test_a_slot_that_is_not_accepted_leaves_the_blocks_alone() -> None:
         pool.close()
 
     asyncio.run(scenario())
+
+
+def test_pools_cut_by_heads_exchange_the_bytes_of_whole_ones() -> None:
+    """Two ranks to one, one to two: the slot looks the same, and so do its digests."""
+
+    async def scenario() -> None:
+        whole = make_pool(1)
+        keys, values = whole.chunk(2, dim=2)
+        parts = [
+            torch.cat((keys.chunk(2, dim=2)[rank], values.chunk(2, dim=2)[rank]), dim=2)
+            for rank in range(2)
+        ]
+        one, two = TransferPool(whole), TransferPool(*parts)
+        assert two.unit_bytes == one.unit_bytes
+        slots = [torch.zeros(4096, dtype=torch.uint8) for _ in range(2)]
+        layers = {"layer_start": 1, "num_layers": 2}
+        digests = [
+            await pool.gather(slot, **layers, block_ids=(7, 3), after=None)
+            for pool, slot in zip((one, two), slots, strict=True)
+        ]
+        assert torch.equal(*slots)
+        assert np.array_equal(digests[0], digests[1])
+        for pool in (one, two):
+            assert await pool.scatter(slots[0], **layers, block_ids=(2, 9), accepts=lambda _: True)
+            pool.close()
+        assert torch.equal(whole[1:3][:, [2, 9]], whole[1:3][:, [7, 3]])
+        for part in parts:
+            assert torch.equal(part[1:3][:, [2, 9]], part[1:3][:, [7, 3]])
+
+    asyncio.run(scenario())
