@@ -106,7 +106,8 @@ def _quantize_rows_triton(
     if num_rows:
         _quantize_rows_kernel[(num_rows,)](
             x, scale, quantized, scales, x.stride(0), MAX=_MAX, MIN_SCALE=_MIN_SCALE,
-            SIZE=size, BLOCK=next_power_of_two(size), ROUNDS=not x.is_cuda, num_warps=8 if size > 2048 else 4,
+            SIZE=size, BLOCK=next_power_of_two(size), ROUNDS=not x.is_cuda,
+            num_warps=8 if size > 2048 else 4,
         )  # fmt: skip
     return quantized, scales
 
