@@ -35,8 +35,9 @@ class UnsupportedInt4Error(ValueError):
 class Int4Weight:
     """A matrix `[N, K]` in four bits.
 
-    codes: see above. scales, zeros: `[K / group_size, N]` in the type of the activations. order:
-    int64 `[K]`, column i of the packed matrix belongs to input order[i]; None: as they come.
+    codes: see above. scales: `[K / group_size, N]` in the checkpoint's type; zeros: the same shape
+    in the type of the activations. order: int64 `[K]`, column i of the packed matrix belongs to
+    input order[i]; None: as they come.
     """
 
     codes: torch.Tensor
@@ -58,7 +59,7 @@ def pack_awq(
     qweight: torch.Tensor, qzeros: torch.Tensor, scales: torch.Tensor, *, dtype: torch.dtype
 ) -> Int4Weight:
     """qweight: int32 `[K, N / 8]`, qzeros: int32 `[K / group_size, N / 8]`, scales: `[K /
-    group_size, N]`; the result's scales and zeros are in `dtype`."""
+    group_size, N]`. dtype: that of the activations."""
     codes = _unpack(qweight, 1, _AWQ_ORDER)
     zeros = _unpack(qzeros, 1, _AWQ_ORDER)
     return pack_codes(codes.t(), scales, zeros, dtype=dtype)
@@ -133,7 +134,7 @@ def pack_codes(
     words = torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32)
     return Int4Weight(
         words.reshape(out_size // TILE_OUT, in_size // TILE_IN, 2 * TILE_OUT * TILE_IN // 16),
-        scales.to(dtype).contiguous(),
+        scales.contiguous(),
         zeros.to(dtype).contiguous(),
         group_size,
         order,
@@ -152,8 +153,12 @@ def unpack_codes(weight: Int4Weight) -> torch.Tensor:
 
 
 def dequantize(weight: Int4Weight) -> torch.Tensor:
-    """The matrix `[N, K]`, columns in packed order, in the type of its scales. The reference."""
-    codes = unpack_codes(weight).to(weight.scales.dtype)
-    groups = codes.view(weight.out_size, -1, weight.group_size)
-    zeros, scales = weight.zeros.t().unsqueeze(2), weight.scales.t().unsqueeze(2)
-    return ((groups - zeros) * scales).view(weight.out_size, weight.in_size)
+    """The matrix `[N, K]`, columns in packed order, in the type of its zeros. The reference."""
+    dtype = torch.promote_types(weight.zeros.dtype, torch.float32)
+    groups = unpack_codes(weight).to(dtype).view(weight.out_size, -1, weight.group_size)
+    zeros, scales = (
+        weight.zeros.to(dtype).t().unsqueeze(2),
+        weight.scales.to(dtype).t().unsqueeze(2),
+    )
+    matrix = (groups - zeros) * scales
+    return matrix.view(weight.out_size, weight.in_size).to(weight.zeros.dtype)

@@ -35,10 +35,10 @@ def expected_product(
     return y if residual is None else y + residual.double().cpu()
 
 
-def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
+def assert_close(actual: torch.Tensor, expected: torch.Tensor, num_roundings: float = 1.5) -> None:
     assert actual.isfinite().all()
     error = (actual.double().cpu() - expected).norm() / expected.norm()
-    assert error.item() < max(2e-6, 1.5 * torch.finfo(actual.dtype).eps)
+    assert error.item() < max(2e-6, num_roundings * torch.finfo(actual.dtype).eps)
 
 
 def poisoned(*shape: int, like: torch.Tensor) -> torch.Tensor:
