@@ -14,6 +14,7 @@
     |- PermissionDenied          403 permission_denied
     |- RateLimited               429 rate_limit_exceeded
     |- Overloaded                503 overloaded
+    |  `- OutOfMemory            503 overloaded
     |- NodeUnavailable           503 no_capacity
     |  `- NodeLost               503 node_lost
     |- TransferError             503 kv_load_failed
@@ -140,6 +141,10 @@ class Overloaded(ServingError):
     http_status = 503
     grpc_code = "RESOURCE_EXHAUSTED"
     retryable = True
+
+
+class OutOfMemory(Overloaded):
+    """A step found no memory on its device. Only its sequences end."""
 
 
 class NodeUnavailable(ServingError):

@@ -15,6 +15,7 @@ from __future__ import annotations
 import threading
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -26,6 +27,7 @@ from engine.kv_cache import KVCache, KVLayout
 from engine.limits import EngineLimits, Machine, resolve
 from engine.model_runner import ModelRunner
 from engine.models.loading import load_decoder, read_model
+from engine.out_of_memory import run_within_memory
 from engine.sampler import Sampler
 from engine.stopping import check_finished
 from engine.tensor_parallel.crew import Crew
@@ -197,8 +199,14 @@ class Engine:
         """Compute the chunks, draw the tokens of those that end there, advance all of them.
 
         `on_layer(i)` is called when the KV of layer i is written, before later layers are
-        computed (GPU: queued on the current stream). Raises only what ends the whole step.
+        computed (GPU: queued on the current stream). Raises only what ends the whole step:
+        `OutOfMemory` when the device had none left for it.
         """
+        return run_within_memory(partial(self._step, decision, on_layer))
+
+    def _step(
+        self, decision: ScheduleDecision, on_layer: Callable[[int], None] | None
+    ) -> StepOutput:
         if self._thread != threading.get_ident():
             self._thread = threading.get_ident()
             _enter_thread(self.limits)

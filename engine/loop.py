@@ -6,9 +6,9 @@ Life of the thread
     2. Commands given to `call` run between steps, in the order they were given.
     3. While the scheduler has work: decide, step, settle. The observer hears of a decision
        before it runs and of its output after, both on this thread.
-    4. A step that raises ends the sequences of that step with `InternalError`; the others go
-       on. After `MAX_FAILED_STEPS` in a row, or when a rank of the model is lost, the engine is
-       beyond help: `on_fatal` is called and the thread ends.
+    4. A step that raises ends the sequences of that step with `InternalError`, or `OutOfMemory`;
+       the others go on. After `MAX_FAILED_STEPS` in a row, or when a rank of the model is lost,
+       the engine is beyond help: `on_fatal` is called and the thread ends.
     5. `stop()` ends it after the step that runs. However the thread ends, commands still
        queued are cancelled, and so are those given later: nobody waits for an answer in vain.
 
@@ -25,7 +25,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
-from cluster.errors import InternalError
+from cluster.errors import InternalError, OutOfMemory
 from cluster.request import TokenDelta
 from engine.tensor_parallel.failures import RankLost
 
@@ -41,6 +41,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 MAX_FAILED_STEPS = 3
 BLOCKED_WAIT_SECONDS = 0.01
+_STEP_FAILED = "The model step failed."
 
 
 class Stepper(Protocol):
@@ -207,18 +208,19 @@ class EngineLoop:
             return
 
     def _fail_step(self, decision: ScheduleDecision, error: Exception) -> None:
-        self._num_failed_in_a_row += 1
+        # A step without memory says nothing of the next, which may be smaller.
+        has_memory = not isinstance(error, OutOfMemory)
+        self._num_failed_in_a_row += has_memory
         self.stats.num_failed_steps += 1
         logger.error("step failed (%d in a row)", self._num_failed_in_a_row, exc_info=error)
         failed = []
         for chunk in decision.chunks:
             sequence_id = chunk.sequence.sequence_id
             self._scheduler.abort(sequence_id)
-            failed.append(
-                TokenDelta(sequence_id=sequence_id, error=InternalError("The model step failed."))
-            )
+            reason = error if isinstance(error, OutOfMemory) else InternalError(_STEP_FAILED)
+            failed.append(TokenDelta(sequence_id=sequence_id, error=reason))
         self._observer.settled(failed)
-        if self._num_failed_in_a_row >= MAX_FAILED_STEPS:
+        if has_memory and self._num_failed_in_a_row >= MAX_FAILED_STEPS:
             raise error
 
     def _end(self) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from cluster.errors import OutOfMemory
 from cluster.prefix_hash import root_hash
 from cluster.request import SamplingParams, SequenceRequest, TokenDelta
 from engine.loop import MAX_FAILED_STEPS, EngineLoop
@@ -70,7 +71,8 @@ class Recorder:
 
 
 class ScriptedEngine:
-    """Fails the steps of sequences whose name begins with "bad"; "lost" loses a rank."""
+    """Fails the steps of sequences whose name begins with "bad", or "big" for its memory; "lost"
+    loses a rank."""
 
     def step(self, decision: ScheduleDecision) -> Any:
         name = decision.chunks[0].sequence.sequence_id
@@ -78,6 +80,8 @@ class ScriptedEngine:
             raise RankLost("Rank 1 is gone.")
         if name.startswith("bad"):
             raise RuntimeError("the device is unhappy")
+        if name.startswith("big"):
+            raise OutOfMemory("no memory", reason="out_of_memory")
         delta = TokenDelta(sequence_id=name, token_ids=(5,))
         return SimpleNamespace(deltas=[delta], sampled_sequences=[], done=None)
 
@@ -156,6 +160,22 @@ def test_an_engine_that_only_fails_is_fatal() -> None:
     assert isinstance(harness.fatal[0], RuntimeError)
     assert len(harness.recorder.deltas) == MAX_FAILED_STEPS
     harness.loop.stop()
+
+
+def test_steps_without_memory_end_their_sequences_however_many_they_are() -> None:
+    harness = Harness()
+    harness.loop.start()
+    names = [f"big{i}" for i in range(MAX_FAILED_STEPS + 2)]
+    harness.add(*names, "good")
+    harness.wait_for_steps(len(names) + 1)
+    harness.loop.stop()
+    *failed, good = harness.recorder.deltas
+    assert [delta.sequence_id for delta in failed] == names
+    assert all(isinstance(delta.error, OutOfMemory) for delta in failed)
+    assert failed[0].error is not None
+    assert failed[0].error.retryable
+    assert good.token_ids == (5,)
+    assert not harness.fatal
 
 
 def test_stop_cancels_what_is_still_queued() -> None:
