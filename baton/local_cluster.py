@@ -36,36 +36,70 @@ class ServeConfig:
     )
     prefill: int = option(1, help="Number of prefill nodes.")
     decode: int = option(1, help="Number of decode nodes.")
+    prefill_tensor_parallel_size: int | None = option(
+        None, help="GPUs of each prefill node. Default: --tensor-parallel-size.", advanced=True
+    )
+    decode_tensor_parallel_size: int | None = option(
+        None, help="GPUs of each decode node. Default: --tensor-parallel-size.", advanced=True
+    )
 
     def __post_init__(self) -> None:
         for name in ("prefill", "decode"):
             if not 1 <= getattr(self, name) <= 64:
                 raise ConfigError(f"--{name} must be between 1 and 64.", param=name)
+            size = getattr(self, f"{name}_tensor_parallel_size")
+            if size is not None and size < 1:
+                raise ConfigError(f"--{name}-tensor-parallel-size must be at least 1.")
 
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """One node process: its name, its role and the device it runs on."""
+    """One node: its name, its role and the device it runs on, the first of `num_ranks`."""
 
     name: str
     role: str
     device: str
-    num_sharing: int  # nodes on that device, itself included
+    num_sharing: int  # nodes on the device that most of them share, itself included
+    num_ranks: int = 1
 
 
-def place_nodes(num_prefill: int, num_decode: int, device: str, num_gpus: int) -> list[Placement]:
-    """Spread the nodes over the GPUs, prefill first. Without a GPU all are on the CPU."""
-    names = [(f"prefill-{i}", "prefill") for i in range(num_prefill)]
-    names += [(f"decode-{i}", "decode") for i in range(num_decode)]
+def place_nodes(
+    num_prefill: int,
+    num_decode: int,
+    device: str,
+    num_gpus: int,
+    *,
+    prefill_ranks: int = 1,
+    decode_ranks: int = 1,
+) -> list[Placement]:
+    """Spread the nodes over the GPUs, prefill first. Without a GPU all are on the CPU.
+
+    A node of several ranks takes neighbouring GPUs; what finds no room at the end of the row
+    begins at its start again. Raises `ConfigError` when a node needs more GPUs than there are.
+    """
+    nodes = [(f"prefill-{i}", "prefill", prefill_ranks) for i in range(num_prefill)]
+    nodes += [(f"decode-{i}", "decode", decode_ranks) for i in range(num_decode)]
     if device == "auto":
         device = "cuda" if num_gpus else "cpu"
     if device != "cuda":
-        return [Placement(name, role, device, len(names)) for name, role in names]
+        processes = sum(num_ranks for _, _, num_ranks in nodes)
+        return [Placement(name, role, device, processes, ranks) for name, role, ranks in nodes]
     count = max(1, num_gpus)
-    per_gpu = [sum(1 for i in range(len(names)) if i % count == gpu) for gpu in range(count)]
+    begins, users, begin = [], [0] * count, 0
+    for _, role, num_ranks in nodes:
+        if num_ranks > count:
+            raise ConfigError(
+                f"A {role} node is to use {num_ranks} GPUs, but this machine has {num_gpus}.",
+                param="tensor_parallel_size",
+            )
+        begin = begin if begin + num_ranks <= count else 0
+        begins.append(begin)
+        for gpu in range(begin, begin + num_ranks):
+            users[gpu] += 1
+        begin += num_ranks
     return [
-        Placement(name, role, f"cuda:{i % count}", per_gpu[i % count])
-        for i, (name, role) in enumerate(names)
+        Placement(name, role, f"cuda:{begin}", max(users[begin : begin + num_ranks]), num_ranks)
+        for (name, role, num_ranks), begin in zip(nodes, begins, strict=True)
     ]
 
 
@@ -73,7 +107,10 @@ def node_engine_config(
     config: EngineConfig, placement: Placement, *, is_memory_explicit: bool, num_cores: int
 ) -> EngineConfig:
     """The engine's settings on one node: its device, and its share of what nodes have in common."""
-    changes: dict[str, object] = {"device": placement.device}
+    changes: dict[str, object] = {
+        "device": placement.device,
+        "tensor_parallel_size": placement.num_ranks,
+    }
     if placement.device.startswith("cuda") and not is_memory_explicit:
         changes["gpu_memory_utilization"] = config.gpu_memory_utilization / placement.num_sharing
     if placement.device == "cpu" and not config.num_threads:
@@ -86,7 +123,15 @@ def child_specs(
 ) -> list[ChildSpec]:
     """Nodes first, gateway last: it is the first to be stopped."""
     serve, engine = loaded[ServeConfig], loaded[EngineConfig]
-    placements = place_nodes(serve.prefill, serve.decode, engine.device, count_gpus())
+    ranks = engine.tensor_parallel_size
+    placements = place_nodes(
+        serve.prefill,
+        serve.decode,
+        engine.device,
+        count_gpus(),
+        prefill_ranks=serve.prefill_tensor_parallel_size or ranks,
+        decode_ranks=serve.decode_tensor_parallel_size or ranks,
+    )
     own_to_nodes = unset_node_options(loaded)
     shared = {
         "BATON_REDIS_URL": redis_url,

@@ -126,10 +126,15 @@ class Crew:
 
     @contextmanager
     def stepping(self) -> Iterator[None]:
-        """Around each step: what takes longer than any step can is a stall."""
+        """Around each step: what takes longer than any step can is a stall. A step that breaks
+        off here leaves the others in the middle of it, so they are lost, too."""
         self._stepping_since = self._clock()
         try:
             yield
+        except RankLost:
+            raise
+        except Exception as error:
+            raise RankLost("Rank 0 broke off a step in which the others still are.") from error
         finally:
             self._stepping_since = None
 

@@ -10,6 +10,7 @@ import yaml
 from baton.local_cluster import child_specs, node_engine_config, place_nodes
 from baton.serve import SECTIONS
 from cluster.config import LoadedConfig, load_config, render_config
+from cluster.errors import ConfigError
 from cluster.performance_mode import differing_by_role, presets_of
 from engine.config import EngineConfig
 
@@ -39,6 +40,36 @@ def test_more_nodes_than_gpus_share_evenly() -> None:
 
 def test_a_gpu_that_is_asked_for_is_used_by_all() -> None:
     assert {p.device for p in place_nodes(1, 1, "cuda:1", 2)} == {"cuda:1"}
+
+
+def test_ranks_of_a_node_take_neighbouring_gpus() -> None:
+    placements = place_nodes(2, 1, "auto", 4, decode_ranks=2)
+    assert [(p.device, p.num_ranks, p.num_sharing) for p in placements] == [
+        ("cuda:0", 1, 1),
+        ("cuda:1", 1, 1),
+        ("cuda:2", 2, 1),
+    ]
+
+
+def test_nodes_of_several_ranks_share_gpus_where_there_are_too_few() -> None:
+    placements = place_nodes(1, 2, "auto", 3, prefill_ranks=2, decode_ranks=2)
+    assert [(p.device, p.num_sharing) for p in placements] == [
+        ("cuda:0", 3),
+        ("cuda:0", 3),
+        ("cuda:0", 3),
+    ]
+
+
+def test_a_node_that_needs_more_gpus_than_there_are_is_refused() -> None:
+    with pytest.raises(ConfigError, match="decode node is to use 4 GPUs, but this machine has 2"):
+        place_nodes(1, 1, "auto", 2, decode_ranks=4)
+
+
+def test_the_pools_of_a_local_cluster_can_have_other_numbers_of_ranks() -> None:
+    loaded = load_serve("-tp", "2", "--decode-tensor-parallel-size", "4", "--device", "cpu")
+    specs = child_specs(loaded, redis_url="redis://x", admin_token="t", log_format="json")
+    ranks = {spec.name: spec.environment.get("BATON_TENSOR_PARALLEL_SIZE") for spec in specs}
+    assert ranks == {"prefill-0": "2", "decode-0": "4", "gateway": None}
 
 
 @pytest.mark.parametrize(("is_explicit", "expected"), [(False, 0.45), (True, 0.9)])
