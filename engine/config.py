@@ -78,6 +78,12 @@ class EngineConfig:
         "the checkpoint's scales of KV where it has them; all nodes must agree.",
         group=_CACHE,
     )
+    cpu_offload_gb: float = option(
+        0.0,
+        help="GiB of the GPU's memory to free by keeping layers' weights in main memory. Each step "
+        "fetches them: it takes at least their bytes over the rate of the bus.",
+        group=_MODEL,
+    )
     gpu_memory_utilization: float = option(
         0.9,
         help="Share of the GPU's memory this engine may use for weights, workspace and KV.",
@@ -114,6 +120,8 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         _check_device(self.device)
+        if self.cpu_offload_gb < 0.0:
+            raise _refused("cpu_offload_gb", "must not be negative")
         if not 0.0 < self.gpu_memory_utilization <= 1.0:
             raise _refused("gpu_memory_utilization", "must be in (0, 1]")
         if self.block_size not in (8, 16, 32, 64, 128):

@@ -85,6 +85,12 @@ def resolve(
     dtype = _dtype(config.dtype, model, machine, on_gpu=on_gpu)
     if on_gpu and not machine.gpus_have_float8:
         _check_no_float8(config, model)
+    if config.cpu_offload_gb and not on_gpu:
+        # Refused, not ignored: whoever asks for it counts on memory that would not be there.
+        raise ConfigError(
+            "--cpu-offload-gb needs a GPU: on a CPU the weights are in main memory already.",
+            param="cpu_offload_gb",
+        )
     is_small = model.num_parameters * dtype.itemsize < _SINGLE_THREAD_WEIGHT_BYTES
     return EngineLimits(
         device=device,

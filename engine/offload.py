@@ -22,7 +22,7 @@ import torch
 from cluster.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
     from collections.abc import Sequence as SequenceOf
 
     from engine.models.decoder_layer import DecoderLayer
@@ -107,23 +107,40 @@ class _Home(NamedTuple):
 class OffloadedLayers:
     """Not thread-safe. On a CPU, where tests run it, copies happen when they are started."""
 
-    def __init__(self, indices: SequenceOf[int], device: torch.device) -> None:
+    def __init__(self, layer_bytes: Mapping[int, int], device: torch.device) -> None:
+        """`layer_bytes`: bytes of the weights of each offloaded layer, by its index."""
         self._device = device
-        self._turn_of = {index: turn for turn, index in enumerate(sorted(indices))}
+        self._layer_bytes = layer_bytes
+        self._turn_of = {index: turn for turn, index in enumerate(sorted(layer_bytes))}
         self._homes: list[_Home] = []  # by turn
         self._buffers: list[torch.Tensor] = []
         self._stream: torch.cuda.Stream | None = None
         if device.type == "cuda":
             self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-            events = [torch.cuda.Event() for _ in range(2 * len(indices))]  # type: ignore[no-untyped-call]
-            self._fetched, self._used = events[: len(indices)], events[len(indices) :]
+            self._fetched, self._used = (
+                [torch.cuda.Event() for _ in layer_bytes]  # type: ignore[no-untyped-call]
+                for _ in range(2)
+            )
 
     def __contains__(self, index: int) -> bool:
         return index in self._turn_of
 
     @property
-    def num_layers(self) -> int:
-        return len(self._turn_of)
+    def layers_bytes(self) -> int:
+        return sum(self._layer_bytes.values())
+
+    @property
+    def freed_bytes(self) -> int:
+        """Bytes of the device that they would take, less the two buffers."""
+        return self.layers_bytes - NUM_BUFFERS * max(self._layer_bytes.values())
+
+    def shown(self) -> str:
+        """What was moved where, for people."""
+        return (
+            f"layers {', '.join(map(str, self._turn_of))}: {self.host_bytes / GIB:.2f} GiB in "
+            f"pinned memory, {self.buffer_bytes / GIB:.2f} GiB of buffers on {self._device}; each "
+            f"step fetches them all"
+        )
 
     @property
     def host_bytes(self) -> int:

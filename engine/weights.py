@@ -138,15 +138,16 @@ def load_weights(
 def fill_dummy(
     views: Mapping[str, torch.Tensor], seed: int, progress: Phase, shard: Shard = WHOLE
 ) -> None:
-    """Random weights of a realistic scale, drawn on the device, the same for the same seed
-    however many shards there are: each tensor is drawn whole, from a seed of its own.
+    """Random weights of a realistic scale, the same for the same seed however many shards there
+    are: each tensor is drawn whole, from a seed of its own. Drawn on the device of the first
+    view, wherever the others are.
 
     What is kept quantised is drawn as bfloat16 and quantised; scales of KV are one.
     """
+    device = next(iter(views.values())).device
     for module, kinds in by_module(views).items():
         if is_quantized(kinds):
             shape = shard.whole_shape(f"{module}.weight", matrix_shape(kinds))
-            device = next(iter(kinds.values())).device
             drawn = _drawn(f"{module}.weight", seed, shape, torch.bfloat16, device)
             fill_weights(module, kinds, drawn, shard)
         for kind, view in kinds.items():
@@ -155,7 +156,7 @@ def fill_dummy(
                 view.fill_(1.0)
             elif kind == "bias" or not is_quantized(kinds):
                 shape = shard.whole_shape(name, view.shape)
-                view.copy_(cut(name, _drawn(name, seed, shape, view.dtype, view.device), shard))
+                view.copy_(cut(name, _drawn(name, seed, shape, view.dtype, device), shard))
         progress.advance(sum(map(num_bytes, kinds.values())))
 
 

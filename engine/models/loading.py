@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,7 @@ from engine.models.config import ModelConfig
 from engine.models.decoder import Decoder
 from engine.models.quantization import resolve_quantization
 from engine.models.quantized_linear import matrix_factory
+from engine.offload import OffloadedLayers, offloaded_layers
 from engine.tensor_parallel.shard import WHOLE
 
 if TYPE_CHECKING:
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
     from engine.limits import EngineLimits
     from engine.tensor_parallel.ranks import Ranks
     from engine.weights import Checkpoint
+
+logger = logging.getLogger(__name__)
 
 
 def read_model(config: EngineConfig) -> ModelConfig:
@@ -47,12 +51,9 @@ def load_decoder(
     checkpoint = None if is_dummy else weights.open_checkpoint(config.model)
     nowhere = _empty_decoder(model, checkpoint, limits, torch.device("meta"), ranks)
     weights_bytes = sum(map(weights.num_bytes, nowhere.checkpoint_views().values()))
-    if limits.on_gpu:
-        free, where = torch.cuda.mem_get_info(limits.device)[0], "the GPU"
-    else:
-        free, where = memory.available_main_memory(), "this machine"
-    memory.check_weights_fit(weights_bytes, free, where)
-    decoder = _empty_decoder(model, checkpoint, limits, limits.device, ranks)
+    offloaded = _offloaded(config, nowhere, limits)
+    _check_fits(weights_bytes, offloaded, limits)
+    decoder = _empty_decoder(model, checkpoint, limits, limits.device, ranks, offloaded)
     views = decoder.checkpoint_views()
     with progress.phase("load weights", total=weights_bytes) as phase:
         if checkpoint is None:
@@ -63,7 +64,32 @@ def load_decoder(
             fingerprint = weights.fingerprint(model, checkpoint)
         views.clear()
         decoder.pack()
+    if offloaded is not None:
+        logger.info("offloaded %s", offloaded.shown())
     return decoder, fingerprint
+
+
+def _offloaded(
+    config: EngineConfig, nowhere: Decoder, limits: EngineLimits
+) -> OffloadedLayers | None:
+    layer_bytes = nowhere.layer_bytes()
+    indices = offloaded_layers(config.cpu_offload_gb, layer_bytes)
+    if not indices:
+        return None
+    return OffloadedLayers({index: layer_bytes[index] for index in indices}, limits.device)
+
+
+def _check_fits(
+    weights_bytes: int, offloaded: OffloadedLayers | None, limits: EngineLimits
+) -> None:
+    if not limits.on_gpu:
+        memory.check_weights_fit(weights_bytes, memory.available_main_memory(), "this machine")
+        return
+    if offloaded is not None:
+        weights_bytes -= offloaded.freed_bytes
+        available = memory.available_main_memory()
+        memory.check_weights_fit(offloaded.layers_bytes, available, "main memory")
+    memory.check_weights_fit(weights_bytes, torch.cuda.mem_get_info(limits.device)[0], "the GPU")
 
 
 def _empty_decoder(
@@ -72,6 +98,7 @@ def _empty_decoder(
     limits: EngineLimits,
     device: torch.device,
     ranks: Ranks | None,
+    offloaded: OffloadedLayers | None = None,
 ) -> Decoder:
     shard = WHOLE if ranks is None else ranks.shard
     plain = weights.plain_modules(checkpoint, model.quantization)
@@ -84,4 +111,5 @@ def _empty_decoder(
         make_matrix=matrix_factory(quantization, plain, dtype=limits.dtype, device=device),
         kv_dtype=limits.kv_dtype,
         ranks=ranks,
+        offloaded=offloaded,
     )

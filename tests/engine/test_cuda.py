@@ -223,3 +223,31 @@ def test_done_is_recorded_when_the_kv_of_a_step_is_written(graphs: Engine) -> No
     block = graphs.kv_cache.tensor[:, sequence.block_table[1]]
     assert bool((block.abs().amax(dim=(1, 2, 3, 4)) > 0).all())
     graphs.block_manager.free(sequence)
+
+
+@pytest.mark.parametrize("enforce_eager", [False, True])
+def test_layers_in_main_memory_give_the_same_tokens(
+    enforce_eager: bool, tmp_path: Path, run_greedy: RunGreedy
+) -> None:
+    """Small products over large weights: a copy that were late, or early, would be seen."""
+    from engine.engine import Engine
+
+    (tmp_path / "config.json").write_text(json.dumps(SHAPE | {"num_hidden_layers": 12}))
+    prompts = [[7 * seed + index for index in range(40)] for seed in range(4)]
+    outputs = []
+    for gib in (0.0, 2.0):
+        config = EngineConfig(
+            model=tmp_path,
+            device="cuda",
+            load_format="dummy",
+            kv_cache_memory_bytes=POOL_BYTES,
+            max_num_seqs=4,
+            max_num_batched_tokens=256,
+            cpu_offload_gb=gib,
+            enforce_eager=enforce_eager,
+        )
+        engine = Engine.create(config, progress=StartupReport(sink=lambda fact: None))
+        sequences = run_greedy(engine, prompts, chunk=64, num_tokens=24)
+        outputs.append([sequence.output_token_ids for sequence in sequences])
+        del engine
+    assert outputs[0] == outputs[1]

@@ -12,6 +12,8 @@ from cluster.errors import ConfigError
 from cluster.startup import StartupReport
 from engine import weights
 from engine.batch import Batch
+from engine.config import EngineConfig
+from engine.limits import Machine, resolve
 from engine.models.config import ModelConfig
 from engine.models.decoder import Decoder
 from engine.models.linear import Linear
@@ -77,13 +79,13 @@ def test_a_pass_over_offloaded_layers_computes_the_same(
 ) -> None:
     expected = run(build(model), model)
     assert expected.std() > 0.01
-    decoder = build(model, OffloadedLayers(indices, CPU))
+    decoder = build(model, OffloadedLayers(dict.fromkeys(indices, 1), CPU))
     for _ in range(2):  # the second pass finds the buffers as the first left them
         assert torch.equal(run(decoder, model), expected)
 
 
 def test_two_buffers_are_all_that_offloaded_layers_keep_on_the_device(model: ModelConfig) -> None:
-    offloaded = OffloadedLayers(range(7), CPU)
+    offloaded = OffloadedLayers(dict.fromkeys(range(7), 1), CPU)
     decoder = build(model, offloaded)
     per_layer = decoder.layer_bytes()
     assert offloaded.host_bytes >= sum(per_layer)
@@ -110,7 +112,7 @@ def test_views_of_one_storage_stay_views_of_one_storage(model: ModelConfig) -> N
         max_model_len=64,
         dtype=torch.float32,
         device=CPU,
-        offloaded=OffloadedLayers((2,), CPU),
+        offloaded=OffloadedLayers({2: 1}, CPU),
         make_matrix=lambda spec: Transposed.empty(spec, dtype=torch.float32, device=CPU),
     )
     down = decoder._layers[2].down
@@ -134,6 +136,13 @@ def test_the_fewest_layers_that_free_what_is_asked_are_chosen(gib: float) -> Non
     gaps = {later - earlier for earlier, later in pairwise(chosen)}
     assert max(gaps) - min(gaps) <= 1
     assert set(chosen) <= set(range(14))
+
+
+def test_on_a_cpu_there_is_nothing_to_offload_to(model: ModelConfig, tmp_path: Path) -> None:
+    config = EngineConfig(model=tmp_path, device="cpu", cpu_offload_gb=1.0)
+    with pytest.raises(ConfigError, match=r"^--cpu-offload-gb .* main memory already") as refused:
+        resolve(config, model, Machine(0, cpu_is_fast_at_bfloat16=False))
+    assert "\n" not in refused.value.message
 
 
 def test_nothing_is_offloaded_unless_asked() -> None:
