@@ -19,6 +19,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch.nn.functional import linear
 
+from kernels.gated_linear import fits_gated_linear, gated_linear
 from kernels.rms_norm import rms_norm
 from kernels.silu_mul import silu_mul
 from kernels.skinny_linear import skinny_linear, skinny_rows
@@ -138,7 +139,10 @@ class Linear:
                 eps=eps,
                 silu_mul=True,
             )
-        return silu_mul(self.normed(residual, norm_weight, eps))
+        x = rms_norm(residual, norm_weight, eps)
+        if self.bias is None and fits_gated_linear(len(x), self.weight):
+            return gated_linear(x, self.weight)
+        return silu_mul(self(x))
 
     def add_to(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         if self._packed is not None:
