@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
-FLOAT8 = torch.float8_e4m3fn
-FLOAT8_MAX = 448.0
+from kernels.fp8_linear import quantize_weight
+
 INT4_MAX = 15
 
 
@@ -76,11 +76,7 @@ def to_float8(weights: Weights) -> Float8Weights:
     the type has."""
     if isinstance(weights, Float8Weights):
         return weights
-    weight = dequantized(weights).float()
-    # An empty row's scale must not be zero: it is divided by.
-    scales = (weight.abs().amax(dim=1) / FLOAT8_MAX).clamp_min(torch.finfo(torch.float32).tiny)
-    values = (weight / scales[:, None]).clamp(-FLOAT8_MAX, FLOAT8_MAX).to(FLOAT8)
-    return Float8Weights(values, scales)
+    return Float8Weights(*quantize_weight(dequantized(weights)))
 
 
 def to_int4(weights: Weights, group_size: int) -> Int4Weights:

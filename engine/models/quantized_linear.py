@@ -16,13 +16,18 @@ from typing import TYPE_CHECKING
 import torch
 
 from engine.models.linear import Linear
-from kernels.skinny_linear import skinny_linear
+from kernels.fp8_linear import fp8_linear
+from kernels.rms_norm import rms_norm
+from kernels.silu_mul import silu_mul
+from kernels.skinny_linear import skinny_linear, skinny_rows
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from engine.models.linear import Matrix, MatrixFactory, MatrixSpec
     from engine.models.quantization import Quantization
+
+_ALL_ROWS = 1 << 62
 
 
 def matrix_factory(
@@ -58,7 +63,15 @@ class Float8Linear:
     None where that is found out from the inputs.
     """
 
-    __slots__ = ("_input_scales", "_parts", "bias", "input_scale", "weight", "weight_scale")
+    __slots__ = (
+        "_few_rows",
+        "_input_scales",
+        "_parts",
+        "bias",
+        "input_scale",
+        "weight",
+        "weight_scale",
+    )
 
     def __init__(
         self,
@@ -76,6 +89,9 @@ class Float8Linear:
         self.input_scale: torch.Tensor | None = None
         self._parts = parts
         self._input_scales = input_scales
+        # The tensor cores take 8-bit matrices of multiples of 16 only.
+        fits = weight.shape[0] % 16 == 0 and weight.shape[1] % 16 == 0
+        self._few_rows = skinny_rows(weight) if fits else _ALL_ROWS
 
     @classmethod
     def empty(
@@ -94,9 +110,15 @@ class Float8Linear:
         )
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return skinny_linear(x, self.weight, weight_scale=self.weight_scale, bias=self.bias)
+        if self._widens(x):
+            return skinny_linear(x, self.weight, weight_scale=self.weight_scale, bias=self.bias)
+        return fp8_linear(
+            x, self.weight, self.weight_scale, input_scale=self.input_scale, bias=self.bias
+        )
 
     def normed(self, residual: torch.Tensor, norm_weight: torch.Tensor, eps: float) -> torch.Tensor:
+        if not self._widens(residual):
+            return self(rms_norm(residual, norm_weight, eps))
         return skinny_linear(
             residual,
             self.weight,
@@ -109,6 +131,8 @@ class Float8Linear:
     def normed_silu_mul(
         self, residual: torch.Tensor, norm_weight: torch.Tensor, eps: float
     ) -> torch.Tensor:
+        if not self._widens(residual):
+            return silu_mul(self.normed(residual, norm_weight, eps))
         return skinny_linear(
             residual,
             self.weight,
@@ -120,14 +144,15 @@ class Float8Linear:
         )
 
     def add_to(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        if not self._widens(x):
+            return self(x).add_(residual)
         return skinny_linear(
-            x,
-            self.weight,
-            weight_scale=self.weight_scale,
-            bias=self.bias,
-            residual=residual,
-            out=residual,
+            x, self.weight, weight_scale=self.weight_scale, bias=self.bias, residual=residual
         )
+
+    def _widens(self, x: torch.Tensor) -> bool:
+        """Whether inputs stay what they are, and weights are widened to meet them."""
+        return x.shape[0] <= self._few_rows
 
     def checkpoint_views(self) -> dict[str, torch.Tensor]:
         views: dict[str, torch.Tensor] = {}
