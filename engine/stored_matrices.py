@@ -256,8 +256,9 @@ class _GptqMatrix:
         in_order = torch.arange(len(groups), device=groups.device) // self.group_size
         if torch.equal(groups, in_order):
             return weights
-        if int(groups.min()) < 0 or int(groups.max()) >= weights.scales.shape[1]:
-            raise bad(f"{self.module}.g_idx names a group that does not exist")
+        sizes = torch.bincount(groups.clamp(min=0), minlength=weights.scales.shape[1])
+        if (groups < 0).any() or not (sizes == self.group_size).all():
+            raise bad(f"{self.module}.g_idx names groups that are not all of one size")
         return Int4Weights(weights.codes, weights.scales, weights.zeros, groups)
 
 

@@ -4,7 +4,8 @@ A view is named `<module>.<kind>`, the module as in the checkpoint. Beside `weig
 plain floats there are, whatever the layout of the checkpoint,
 
     weight, weight_scale, input_scale    float8 `[out, in]`, float32 `[out]`, float32 `[1]`
-    qweight, scales, zeros               uint8 `[out, in / 2]`, floats and uint8 `[out, groups]`
+    qweight, scales, zeros, order        uint8 `[out, in / 2]`, floats and uint8 `[out, groups]`,
+                                         int64 `[in]`: which input each column is for
     k_scale, v_scale                     float32 `[num_kv_heads]` of a layer's `self_attn`
 
 so that a part of a model is rows or columns of its views.
@@ -14,19 +15,19 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from engine.quantized_tensors import dequantized, to_float8, to_int4
+import torch
+
+from engine.quantized_tensors import Int4Weights, dequantized, to_float8, to_int4
 from engine.stored_matrices import bad
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    import torch
-
     from engine.quantized_tensors import Weights
     from engine.tensor_parallel.shard import Shard
 
 # Module -> kind -> memory to fill.
-Modules = dict[str, dict[str, "torch.Tensor"]]
+Modules = dict[str, dict[str, torch.Tensor]]
 
 
 def by_module(views: Mapping[str, torch.Tensor]) -> Modules:
@@ -69,12 +70,21 @@ def fill_weights(
     if "qweight" not in kinds:
         return put(weight=dequantized(weights))
     group_size = matrix_shape(kinds)[1] // kinds["scales"].shape[1]
-    int4 = to_int4(weights, group_size)
-    if int4.groups is not None:
-        raise bad(
-            f"{module} orders its groups by activation (desc_act), which is only computed on a CPU"
-        )
-    return put(qweight=int4.packed(), scales=int4.scales, zeros=int4.zeros)
+    int4, order = _in_runs(to_int4(weights, group_size))
+    if order is None:
+        order = torch.arange(matrix_shape(kinds)[1], device=kinds["order"].device)
+    elif shard.cut_dim(f"{module}.qweight") == 1:
+        raise bad(f"{module} has groups in order of activation, which ranks cannot share")
+    filled = put(qweight=int4.packed(), scales=int4.scales, zeros=int4.zeros)
+    return filled + fill(kinds["order"], order)
+
+
+def _in_runs(int4: Int4Weights) -> tuple[Int4Weights, torch.Tensor | None]:
+    """Inputs in an order in which groups are runs, and which that is; None: as they come."""
+    if int4.groups is None:
+        return int4, None
+    order = torch.argsort(int4.groups, stable=True)
+    return Int4Weights(int4.codes[:, order], int4.scales, int4.zeros), order
 
 
 def cut(name: str, values: torch.Tensor, shard: Shard) -> torch.Tensor:

@@ -21,8 +21,10 @@ if TYPE_CHECKING:
 
 _CUT_BY_ROWS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 _CUT_BY_COLUMNS = ("o_proj", "down_proj")
-# Kinds of views with an entry for each head; with a column for each input or group of inputs.
+# Kinds of views with an entry for each head; of inputs alone; with a column
+# for each input or group of inputs.
 _OF_HEADS = ("k_scale", "v_scale")
+_OF_INPUTS = ("input_scale", "order")
 _OF_COLUMNS = ("weight", "qweight", "scales", "zeros")
 _VOCABULARY = ("lm_head.weight", "model.embed_tokens.weight")
 
@@ -78,7 +80,7 @@ class Shard:
             return None if self.holds_embedding and name != "lm_head.weight" else 0
         module, _, kind = name.rpartition(".")
         matrix = module.rpartition(".")[2]
-        if kind in _OF_HEADS or (matrix in _CUT_BY_ROWS and kind != "input_scale"):
+        if kind in _OF_HEADS or (matrix in _CUT_BY_ROWS and kind not in _OF_INPUTS):
             return 0
         if matrix in _CUT_BY_COLUMNS and kind in _OF_COLUMNS:
             return 1

@@ -220,7 +220,7 @@ def _put(kind: str, tensor: torch.Tensor) -> Callable[[Tensors], object]:
         ("awq", _drop("qzeros"), r"lacks .*down_proj\.qzeros"),
         ("awq", _drop("qweight"), r"lacks .*down_proj\.weight"),
         ("awq", _put("scales", torch.ones(2, 2)), r"scales has shape \[2, 2\]"),
-        ("gptq", _put("g_idx", torch.full((96,), 99).int()), "a group that does not exist"),
+        ("gptq", _put("g_idx", torch.full((96,), 99).int()), "not all of one size"),
         ("awq", _put("qweight", torch.ones(7, 8).int()), "no multiple of groups"),
         ("awq", _put("lora_a", torch.ones(7)), "does not use: .*lora_a"),
     ],
