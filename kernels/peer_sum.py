@@ -18,9 +18,12 @@ sends in a kernel that runs after its kernel of e - 2 has ended, inbox read. Wha
 call with other sizes left in an inbox has another epoch.
 
 A launch has at most `MAX_PROGRAMS` programs, so all of them run at once and none waits for a peer
-that cannot start. All ranks must make the same calls in the same order. Nothing is read on the
-host, so calls can be captured in CUDA graphs. A rank that never comes leaves the others waiting
-for ever: watch the processes.
+that cannot start. In a chain (`chained_launch`) the kernel behind may start when they all do: it
+reads its weights while this one waits for the other GPU.
+
+All ranks must make the same calls in the same order. Nothing is read on the host, so calls can be
+captured in CUDA graphs. A rank that never comes leaves the others waiting for ever: watch the
+processes.
 """
 
 from __future__ import annotations
@@ -29,7 +32,15 @@ from dataclasses import dataclass
 
 import torch
 
-from kernels.dispatch import jit_for_any, next_power_of_two, tl
+from kernels.dispatch import (
+    chained_launch,
+    gdc_launch_dependents,
+    gdc_wait,
+    jit,
+    jit_for_any,
+    next_power_of_two,
+    tl,
+)
 
 MAX_PROGRAMS = 128
 _SMALLEST_BLOCK = 256  # words of one program
@@ -79,11 +90,13 @@ def peer_sum(x: torch.Tensor, inboxes: PeerInboxes, *, contributes: bool = True)
         return x
     block = next_power_of_two(max(_SMALLEST_BLOCK, -(-num_words // MAX_PROGRAMS)))
     words = x.view(-1).view(torch.int32)
+    chained = chained_launch(x.device)
     _peer_sum_kernel[(-(-num_words // block),)](
         words, inboxes.addresses, inboxes.epochs, num_words,
         RANK=inboxes.rank, SIZE=inboxes.size, CAPACITY=inboxes.capacity,
         REGION=inboxes.capacity // MAX_PROGRAMS, BLOCK=block, CONTRIBUTES=contributes,
-        KIND=_KINDS[x.dtype], num_warps=min(8, max(1, block // 256)),
+        KIND=_KINDS[x.dtype], CHAINED=chained, num_warps=min(8, max(1, block // 256)),
+        launch_pdl=chained,
     )  # fmt: skip
     return x
 
@@ -95,8 +108,11 @@ _KINDS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 def _peer_sum_kernel(
     x_ptr: tl.tensor, inboxes_ptr: tl.tensor, epochs_ptr: tl.tensor, num_words: tl.tensor,
     RANK: tl.constexpr, SIZE: tl.constexpr, CAPACITY: tl.constexpr, REGION: tl.constexpr,
-    BLOCK: tl.constexpr, CONTRIBUTES: tl.constexpr, KIND: tl.constexpr,
+    BLOCK: tl.constexpr, CONTRIBUTES: tl.constexpr, KIND: tl.constexpr, CHAINED: tl.constexpr,
 ) -> None:  # fmt: skip
+    if CHAINED:
+        gdc_launch_dependents()
+        gdc_wait()
     program = tl.program_id(0)
     epoch = tl.load(epochs_ptr + program) + 1
     column = tl.arange(0, BLOCK)
@@ -122,20 +138,36 @@ def _peer_sum_kernel(
             while tl.max((mask & ((got >> 32).to(tl.int32) != epoch)).to(tl.int32), axis=0) != 0:
                 got = tl.load(letters, mask=mask, other=0, volatile=True)
             words = got.to(tl.int32)
-        if KIND == "fp32":
-            low += words.to(tl.float32, bitcast=True)
-        elif KIND == "bf16":
-            low += (words << 16).to(tl.float32, bitcast=True)
-            high += (words & -65536).to(tl.float32, bitcast=True)
-        else:
-            low += words.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-            high += (words >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+        low += _lower(words, KIND)
+        high += _upper(words, KIND)
     total = low.to(tl.int32, bitcast=True)
-    if KIND == "bf16":
-        lower = low.to(tl.bfloat16).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
-        total = (high.to(tl.bfloat16).to(tl.int16, bitcast=True).to(tl.int32) << 16) | lower
-    if KIND == "fp16":
-        lower = low.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
-        total = (high.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32) << 16) | lower
+    if KIND != "fp32":
+        total = _as_bits(high, KIND) << 16 | _as_bits(low, KIND) & 0xFFFF
     tl.store(x_ptr + word, total, mask=mask)
     tl.store(epochs_ptr + program, epoch)
+
+
+@jit
+def _lower(words: tl.tensor, KIND: tl.constexpr) -> tl.tensor:
+    """float32 of the first number in each word."""
+    if KIND == "fp32":
+        return words.to(tl.float32, bitcast=True)
+    if KIND == "bf16":
+        return (words << 16).to(tl.float32, bitcast=True)
+    return words.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@jit
+def _upper(words: tl.tensor, KIND: tl.constexpr) -> tl.tensor:
+    """float32 of the second number; of one that fills the word, what does not matter."""
+    if KIND == "fp16":
+        return (words >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    return (words & -65536).to(tl.float32, bitcast=True)
+
+
+@jit
+def _as_bits(numbers: tl.tensor, KIND: tl.constexpr) -> tl.tensor:
+    """float32 rounded to 16 bits, which are the lower ones of int32."""
+    if KIND == "bf16":
+        return numbers.to(tl.bfloat16).to(tl.int16, bitcast=True).to(tl.int32)
+    return numbers.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32)
