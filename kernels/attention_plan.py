@@ -23,15 +23,17 @@ Decode is the case of one query token per sequence.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterator
 
     from numpy.typing import NDArray
+
+    Integers: TypeAlias = NDArray[np.int64]
 
 _QUERY_STEP = 64
 # Score elements of one step: bounds the scratch of a long or large group (32 MiB of float32).
@@ -60,18 +62,19 @@ class _Pool:
         return 2 * self.num_kv_heads * self.block_size * self.head_size
 
 
-@dataclass(frozen=True, slots=True)
-class _Span:
-    """The query tokens of one sequence and the blocks whose keys they may see."""
+class _Spans(NamedTuple):
+    """Sequences: their query tokens and the blocks whose keys they may see. int64, one each."""
 
-    row: int
-    first_token: int
-    query_len: int
-    seq_len: int
-    first_block: int
-    num_blocks: int
+    row: Integers
+    first_token: Integers
+    query_len: Integers
+    first_block: Integers
+    num_blocks: Integers
     # Place of the first query token among the gathered keys.
-    first_position: int
+    first_position: Integers
+
+    def only(self, places: Integers) -> _Spans:
+        return _Spans(*(each[places] for each in self))
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,12 +128,11 @@ def plan_decode(
     sliding_window: int | None,
 ) -> AttentionPlan:
     """Plans `paged_attention` of CPU tensors; shapes as there. Any layer's pool will do."""
-    lengths = seq_lens.tolist()
-    empty = [row for row, length in enumerate(lengths) if length == 0]
-    groups = _plan(
-        block_tables, range(len(lengths) + 1), lengths, _pool(kv_layer, num_heads), sliding_window
-    )
-    return AttentionPlan(groups, torch.tensor(empty) if empty else None)
+    lengths = seq_lens.numpy()
+    pool = _pool(kv_layer, num_heads)
+    groups = _plan(block_tables, np.arange(len(lengths) + 1), lengths, pool, sliding_window)
+    empty = np.flatnonzero(lengths == 0)
+    return AttentionPlan(groups, torch.from_numpy(empty) if len(empty) else None)
 
 
 def plan_prefill(
@@ -144,8 +146,8 @@ def plan_prefill(
 ) -> AttentionPlan:
     """Plans `prefill_attention` of CPU tensors; shapes as there. Any layer's pool will do."""
     pool = _pool(kv_layer, num_heads)
-    first_tokens = cu_seqlens_q.tolist()
-    return AttentionPlan(_plan(block_tables, first_tokens, seq_lens.tolist(), pool, sliding_window))
+    first_tokens, lengths = cu_seqlens_q.numpy(), seq_lens.numpy()
+    return AttentionPlan(_plan(block_tables, first_tokens, lengths, pool, sliding_window))
 
 
 def _pool(kv_layer: torch.Tensor, num_heads: int) -> _Pool:
@@ -155,8 +157,8 @@ def _pool(kv_layer: torch.Tensor, num_heads: int) -> _Pool:
 
 def _plan(
     block_tables: torch.Tensor,
-    first_tokens: Sequence[int],
-    seq_lens: Sequence[int],
+    first_tokens: NDArray[np.integer],
+    seq_lens: NDArray[np.integer],
     pool: _Pool,
     sliding_window: int | None,
 ) -> list[Group]:
@@ -168,60 +170,57 @@ def _plan(
     itemsize = 4 if pool.dtype == torch.float8_e4m3fn else pool.dtype.itemsize
     bytes_per_block = pool.block_elements * itemsize
     return [
-        _plan_group(tables, spans_of_group, pool, sliding_window)
-        for spans_of_group in _groups(spans, bytes_per_block)
+        _plan_group(tables, group, pool, sliding_window)
+        for group in _groups(spans, bytes_per_block)
     ]
 
 
 def _spans(
-    first_tokens: Sequence[int],
-    seq_lens: Sequence[int],
+    first_tokens: NDArray[np.integer],
+    seq_lens: NDArray[np.integer],
     block_size: int,
     sliding_window: int | None,
-) -> list[_Span]:
-    spans = []
-    for row, seq_len in enumerate(seq_lens):
-        first_token = first_tokens[row]
-        query_len = first_tokens[row + 1] - first_token
-        if query_len == 0 or seq_len == 0:
-            continue
-        position = seq_len - query_len
-        first_key = 0 if sliding_window is None else max(0, position - sliding_window + 1)
-        first_block = first_key // block_size
-        num_blocks = -(-seq_len // block_size) - first_block
-        first_position = position - first_block * block_size
-        spans.append(
-            _Span(row, first_token, query_len, seq_len, first_block, num_blocks, first_position)
-        )
-    return spans
+) -> _Spans:
+    first_token = first_tokens[:-1].astype(np.int64)
+    query_len = first_tokens[1:] - first_token
+    length = seq_lens.astype(np.int64)
+    position = length - query_len
+    first_block = np.zeros_like(length)
+    if sliding_window is not None:
+        first_block = np.maximum(0, position - sliding_window + 1) // block_size
+    num_blocks = -(-length // block_size) - first_block
+    first_position = position - first_block * block_size
+    row = np.arange(len(length))
+    spans = _Spans(row, first_token, query_len, first_block, num_blocks, first_position)
+    used = (query_len > 0) & (length > 0)
+    return spans if used.all() else spans.only(np.flatnonzero(used))
 
 
-def _groups(spans: list[_Span], bytes_per_block: int) -> Iterable[list[_Span]]:
+def _groups(spans: _Spans, bytes_per_block: int) -> Iterator[_Spans]:
     """Spans of similar extent together, each group in the order of its rows."""
-    group: list[_Span] = []
-    most = least = 0
-    for span in sorted(spans, key=lambda s: (s.query_len, s.num_blocks), reverse=True):
-        if group:
-            new_most, new_least = max(most, span.num_blocks), min(least, span.num_blocks)
-            gathered = (len(group) + 1) * new_most * bytes_per_block
-            # Less than double: one-block sequences stay among themselves, see `_gathered_rows`.
-            similar = new_most < 2 * new_least and group[0].query_len <= 2 * span.query_len
-            if similar and gathered <= _MAX_GATHERED_BYTES:
-                most, least = new_most, new_least
-                group.append(span)
-                continue
-            yield sorted(group, key=lambda s: s.row)
-        group, most, least = [span], span.num_blocks, span.num_blocks
-    if group:
-        yield sorted(group, key=lambda s: s.row)
+    if len(spans.row) == 1:
+        yield spans
+        return
+    order = np.lexsort((-spans.num_blocks, -spans.query_len))
+    while len(order):
+        num_blocks, query_len = spans.num_blocks[order], spans.query_len[order]
+        most = np.maximum.accumulate(num_blocks)
+        # Less than double: one-block sequences stay among themselves, see `_gathered_rows`.
+        similar = most < 2 * np.minimum.accumulate(num_blocks)
+        similar &= query_len[0] <= 2 * query_len
+        similar &= np.arange(1, len(order) + 1) * most * bytes_per_block <= _MAX_GATHERED_BYTES
+        size = len(order) if similar.all() else max(1, int(similar.argmin()))
+        yield spans.only(np.sort(order[:size]))
+        order = order[size:]
 
 
 def _plan_group(
-    tables: NDArray[np.int32], group: list[_Span], pool: _Pool, sliding_window: int | None
+    tables: NDArray[np.int32], group: _Spans, pool: _Pool, sliding_window: int | None
 ) -> Group:
-    num_blocks = max(span.num_blocks for span in group)
-    most_queries = max(span.query_len for span in group)
-    elements = len(group) * num_blocks * pool.block_elements
+    members = len(group.row)
+    num_blocks = int(group.num_blocks.max())
+    most_queries = int(group.query_len.max())
+    elements = members * num_blocks * pool.block_elements
     # A float16 matrix product on the CPU is several times slower than the detour.
     in_float = pool.dtype in (torch.float16, torch.float8_e4m3fn) or (
         pool.dtype == torch.bfloat16 and most_queries == 1 and elements <= _MAX_WIDENED
@@ -232,9 +231,9 @@ def _plan_group(
     steps = _plan_steps(group, pool, num_blocks * pool.block_size, rounds, sliding_window)
     rows = _gathered_rows(tables, group, num_blocks, pool.num_kv_heads)
     tails = None
-    if len(group) > 1 or rounds:
+    if members > 1 or rounds:
         tails = _tail_rows(group, num_blocks, pool)
-    return Group(len(group), torch.from_numpy(rows), tails, in_float, steps)
+    return Group(members, torch.from_numpy(rows), tails, in_float, steps)
 
 
 def _round_up(n: int) -> int:
@@ -244,29 +243,27 @@ def _round_up(n: int) -> int:
 
 
 def _gathered_rows(
-    tables: NDArray[np.int32], group: list[_Span], num_blocks: int, num_kv_heads: int
-) -> NDArray[np.int64]:
+    tables: NDArray[np.int32], group: _Spans, num_blocks: int, num_kv_heads: int
+) -> Integers:
     """Rows of the pool by [side, member, head, block]; past its last block a sequence repeats its
     first one. That one is full of the sequence's own tokens: where blocks are missing, it is not
     the last."""
     place = np.arange(num_blocks)
-    count = np.array([[span.num_blocks] for span in group])
-    first_block = np.array([[span.first_block] for span in group])
-    columns = np.where(place < count, place, 0) + first_block
-    block_ids = tables[np.array([[span.row] for span in group]), columns].astype(np.int64)
+    columns = np.where(place < group.num_blocks[:, None], place, 0) + group.first_block[:, None]
+    block_ids = tables[group.row[:, None], columns].astype(np.int64)
     sides = np.arange(2 * num_kv_heads).reshape(2, 1, num_kv_heads, 1)
-    rows: NDArray[np.int64] = sides + (block_ids * (2 * num_kv_heads))[:, None]
+    rows: Integers = sides + (block_ids * (2 * num_kv_heads))[:, None]
     return rows.reshape(-1)
 
 
-def _tail_rows(group: list[_Span], num_blocks: int, pool: _Pool) -> torch.Tensor | None:
+def _tail_rows(group: _Spans, num_blocks: int, pool: _Pool) -> torch.Tensor | None:
     """Rows of the gathered values by [member, head, key]: what lies past a sequence's end in its
     last block. None if all last blocks are full."""
     num_keys = num_blocks * pool.block_size
     key = np.arange(num_keys)
-    end = np.array([[s.first_position + s.query_len] for s in group])
-    filled = np.array([[s.num_blocks * pool.block_size] for s in group])
-    member, token = np.nonzero((key >= end) & (key < filled))
+    end = group.first_position + group.query_len
+    filled = group.num_blocks * pool.block_size
+    member, token = np.nonzero((key >= end[:, None]) & (key < filled[:, None]))
     if not len(member):
         return None
     head = np.arange(pool.num_kv_heads)
@@ -275,15 +272,15 @@ def _tail_rows(group: list[_Span], num_blocks: int, pool: _Pool) -> torch.Tensor
 
 
 def _plan_steps(
-    group: list[_Span], pool: _Pool, num_gathered: int, rounds: bool, sliding_window: int | None
+    group: _Spans, pool: _Pool, num_gathered: int, rounds: bool, sliding_window: int | None
 ) -> list[QueryStep]:
-    most_queries = max(span.query_len for span in group)
-    fit = _MAX_SCORES // (len(group) * pool.num_heads * num_gathered)
+    most_queries = int(group.query_len.max())
+    fit = _MAX_SCORES // (len(group.row) * pool.num_heads * num_gathered)
     size = min(_QUERY_STEP, max(_QUERY_GRAIN, fit // _QUERY_GRAIN * _QUERY_GRAIN))
     steps = []
     for start in range(0, most_queries, size):
         stop = min(start + size, most_queries)
-        num_keys = max(_position(span, stop - 1) for span in group) + 1
+        num_keys = int(_position(group, stop - 1).max()) + 1
         if rounds and most_queries > 1:
             stop = start - (start - stop) // _QUERY_GRAIN * _QUERY_GRAIN
         if rounds:
@@ -294,39 +291,37 @@ def _plan_steps(
     return steps
 
 
-def _position(span: _Span, query: int) -> int:
-    """Where query token `query` of a span sits among its keys; past its end the last one repeats.
-
-    A repeated token is computed more than once and stored more than once, with the same result.
+def _position(group: _Spans, query: int) -> Integers:
+    """Where query token `query` of each span sits among its keys; past its end the last one
+    repeats. A repeated token is computed and stored more than once, with the same result.
     """
-    return span.first_position + min(query, span.query_len - 1)
+    position: Integers = group.first_position + np.minimum(query, group.query_len - 1)
+    return position
 
 
-def _tokens(group: list[_Span], start: int, stop: int) -> slice | torch.Tensor:
+def _tokens(group: _Spans, start: int, stop: int) -> slice | torch.Tensor:
     """Which query tokens are number `start` up to `stop` of each span."""
-    first = group[0].first_token
-    if len(group) == 1 and stop <= group[0].query_len:
+    members = len(group.row)
+    first = int(group.first_token[0])
+    if members == 1 and stop <= group.query_len[0]:
         return slice(first + start, first + stop)
-    if all(s.query_len == 1 and s.first_token == first + i for i, s in enumerate(group)):
-        return slice(first, first + len(group))
-    begin = torch.tensor([[span.first_token] for span in group])
-    last = torch.tensor([[span.query_len - 1] for span in group])
-    return torch.arange(start, stop).minimum(last) + begin
+    if stop == 1 and group.first_token[-1] == first + members - 1:
+        return slice(first, first + members)
+    last = group.query_len[:, None] - 1
+    return torch.from_numpy(np.minimum(np.arange(start, stop), last) + group.first_token[:, None])
 
 
 def _hidden(
-    group: list[_Span], start: int, stop: int, num_keys: int, sliding_window: int | None
+    group: _Spans, start: int, stop: int, num_keys: int, sliding_window: int | None
 ) -> tuple[int, torch.Tensor | None]:
     """How many leading keys all queries see, and which of the others each must not see."""
     # Before this key nothing is hidden, unless a window hides it.
-    seen = min(_position(span, start) for span in group) + 1
-    if sliding_window is not None:
-        seen = 0
+    seen = 0 if sliding_window is not None else int(_position(group, start).min()) + 1
     if seen >= num_keys:
         return num_keys, None
-    first = np.array([[span.first_position] for span in group])
-    last = np.array([[span.query_len - 1] for span in group])
-    position = (np.minimum(np.arange(start, stop), last) + first)[..., None]
+    last = group.query_len[:, None] - 1
+    position = np.minimum(np.arange(start, stop), last) + group.first_position[:, None]
+    position = position[..., None]
     keys = np.arange(seen, num_keys)
     hidden = keys > position
     if sliding_window is not None:
