@@ -1,264 +1,232 @@
-"""`python -m benchmarks.engine --shape llama-3.1-8b`: what one step costs on this GPU.
+"""`python -m benchmarks.engine --shape llama-3.1-8b`: what one engine reaches on this GPU.
 
-    1. Write the config.json of the shape to a temporary folder; the weights are dummies.
+    1. Write the config.json of the shape to a temporary folder; the weights are dummies, checked
+       to compute like a model's.
     2. Measure the copy bandwidth of this GPU and its rate at a large matrix product: the limits.
-    3. Prefill alone: one prompt in one step, at each length. Prompts never repeat.
-    4. Decode alone: steps of n sequences with a given context, through the captured graphs.
-    5. Print each figure beside its floor: (weights + KV read) / bandwidth, or FLOP / rate.
+    3. Time to first token of lone prompts; longer ones run in chunks, as on a node.
+    4. Decode alone: the time from one step's tokens to the next's, of n sequences.
+    5. Each figure stands beside its floor, (weights + KV read) / copy rate or FLOP / product rate,
+       and beside the peer's where one was measured on the same hardware and shape.
 
-Times are of whole `Engine.step` calls, sampling and the read of the drawn tokens included.
+The engine is driven by its loop and a scheduler: sampling and host work are part of every time.
+`--write` puts the table and the run's metadata into benchmarks/RESULTS.md.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import statistics
+import sys
 import tempfile
-import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
-from cluster.prefix_hash import root_hash
-from cluster.request import SamplingParams, SequenceRequest
+from benchmarks.engine_run import EngineRun
+from benchmarks.kernels.ceilings import Ceilings, measure_ceilings
+from benchmarks.model_shapes import SHAPES
+from benchmarks.results_file import machine_facts, write_section
 from cluster.startup import StartupReport
 from engine.config import EngineConfig
 from engine.engine import Engine
-from engine.schedule import ScheduledChunk, ScheduleDecision
-from engine.sequence import Sequence
 from loadtest.metadata import collect_metadata
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Sequence
 
-_LLAMA = {"architectures": ["LlamaForCausalLM"], "rms_norm_eps": 1e-05, "torch_dtype": "bfloat16"}
-SHAPES: dict[str, dict[str, object]] = {
-    "llama-3.1-8b": _LLAMA
-    | {
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "vocab_size": 128256,
-        "max_position_embeddings": 131072,
-        "rope_theta": 500000.0,
-        "rope_scaling": {
-            "rope_type": "llama3",
-            "factor": 8.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 8192,
-        },
-    },
-    "llama-3.2-1b": _LLAMA
-    | {
-        "hidden_size": 2048,
-        "intermediate_size": 8192,
-        "num_hidden_layers": 16,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "head_dim": 64,
-        "vocab_size": 128256,
-        "max_position_embeddings": 131072,
-        "rope_theta": 500000.0,
-        "tie_word_embeddings": True,
-    },
-    "qwen3-0.6b": _LLAMA
-    | {
-        "architectures": ["Qwen3ForCausalLM"],
-        "hidden_size": 1024,
-        "intermediate_size": 3072,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "vocab_size": 151936,
-        "max_position_embeddings": 40960,
-        "rope_theta": 1000000.0,
-        "tie_word_embeddings": True,
-    },
+
+# Milliseconds, vLLM 0.25.1 with FlashAttention 3, one H200, bfloat16.
+PEER = "vLLM 0.25.1"
+PEERS = {
+    ("llama-3.1-8b", "prefill 2048"): 54.0,
+    ("llama-3.1-8b", "prefill 8192"): 216.6,
+    ("llama-3.1-8b", "prefill 32768"): 1202.6,
+    ("llama-3.1-8b", "decode 1 x 1024"): 4.87,
 }
-_names = itertools.count()
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """What this device reaches in the simplest program: bytes and FLOP per second."""
-
-    copy_bandwidth: float
-    matmul_rate: float
+HEAD = "| figure | median (ms) | p99 (ms) | floor (ms) | over the floor | peer (ms) | of the peer |"
 
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """Milliseconds of one step, beside the least the limits allow."""
+    """Milliseconds. floor_ms: the least the limits allow. peer_ms: 0 where none was measured."""
 
     name: str
     median_ms: float
     p99_ms: float
     floor_ms: float
+    peer_ms: float
 
     def line(self) -> str:
-        share = self.floor_ms / self.median_ms
-        return (
-            f"{self.name:<36} {self.median_ms:>9.3f} {self.p99_ms:>9.3f} "
-            f"{self.floor_ms:>9.3f} {share:>7.1%}"
+        cells = [
+            self.name,
+            f"{self.median_ms:.2f}",
+            f"{self.p99_ms:.2f}",
+            f"{self.floor_ms:.2f}",
+            f"{self.median_ms / self.floor_ms:.2f}x",
+            f"{self.peer_ms:.2f}" if self.peer_ms else "",
+            f"{self.median_ms / self.peer_ms:.2f}x" if self.peer_ms else "",
+        ]
+        return "| " + " | ".join(cells) + " |"
+
+
+class Measurement:
+    """The figures of one engine."""
+
+    def __init__(self, run: EngineRun, ceilings: Ceilings, arguments: argparse.Namespace) -> None:
+        self._run = run
+        self._ceilings = ceilings
+        self._arguments = arguments
+        # Peers were measured in bfloat16, without offload, on one GPU.
+        self._has_peers = not any(
+            (arguments.quantization, arguments.kv_cache_dtype != "auto", arguments.cpu_offload_gb)
         )
 
+    def prefill(self, num_tokens: int) -> Figure:
+        repeats = self._arguments.repeats
+        times = [self._run.first_token_seconds(num_tokens) for _ in range(repeats + 2)][2:]
+        flops = prefill_flops(self._run.engine, num_tokens)
+        return self._figure(f"prefill {num_tokens}", times, flops / self._ceilings.matmul)
 
-def measure_limits(device: torch.device) -> Limits:
-    return Limits(_copy_bandwidth(device), _matmul_rate(device))
+    def decode(self, num_seqs: int, context: int) -> Figure:
+        steps = self._arguments.steps
+        times = self._run.decode_seconds(num_seqs, context, steps)
+        read = decode_bytes(self._run.engine, num_seqs, context + steps // 2)
+        return self._figure(f"decode {num_seqs} x {context}", times, read / self._ceilings.copy)
 
-
-def _copy_bandwidth(device: torch.device) -> float:
-    """Bytes read and written per second by a copy of 2 GiB."""
-    source = torch.empty(1 << 30, dtype=torch.bfloat16, device=device).normal_()
-    target = torch.empty_like(source)
-    return 2 * source.nbytes / _seconds(lambda: target.copy_(source))
-
-
-def _matmul_rate(device: torch.device) -> float:
-    """FLOP per second of an 8192-cubed product; of random numbers, since zeros run faster."""
-    a, b = (torch.randn(8192, 8192, dtype=torch.bfloat16, device=device) for _ in range(2))
-    return 2 * 8192**3 / _seconds(lambda: torch.mm(a, b))
-
-
-def _seconds(run: Callable[[], object], repeats: int = 20) -> float:
-    for _ in range(3):
-        run()
-    times: list[float] = []
-    for _ in range(repeats):
-        begin, end = (torch.Event("cuda", enable_timing=True) for _ in range(2))
-        begin.record()
-        run()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) / 1e3)
-    return statistics.median(times)
+    def _figure(self, name: str, seconds: Sequence[float], floor_seconds: float) -> Figure:
+        ordered = sorted(1e3 * each for each in seconds)
+        figure = Figure(
+            name=name,
+            median_ms=statistics.median(ordered),
+            p99_ms=ordered[min(len(ordered) - 1, int(0.99 * len(ordered)))],
+            floor_ms=1e3 * floor_seconds,
+            peer_ms=PEERS.get((self._arguments.shape, name), 0.0) if self._has_peers else 0.0,
+        )
+        print(figure.line(), flush=True)
+        return figure
 
 
-def new_sequence(engine: Engine, num_tokens: int) -> Sequence:
-    """A prompt that no earlier one begins like."""
-    number = next(_names)
-    generator = torch.Generator().manual_seed(number)
-    prompt = torch.randint(0, engine.model_config.vocab_size, (num_tokens,), generator=generator)
-    request = SequenceRequest(
-        sequence_id=f"s{number}",
-        request_id=f"r{number}",
-        prompt_token_ids=tuple(prompt.tolist()),
-        sampling=SamplingParams(max_tokens=1 << 20, seed=0, temperature=0.0, ignore_eos=True),
-    )
-    return Sequence(request, block_size=engine.config.block_size, root=root_hash("bench", b""))
-
-
-def timed_step(engine: Engine, chunks: list[tuple[Sequence, int]]) -> float:
-    for sequence, length in chunks:
-        if not engine.block_manager.allocate(sequence, sequence.num_computed_tokens + length):
-            raise SystemExit("The KV pool is too small for this benchmark.")
-    decision = ScheduleDecision(tuple(ScheduledChunk(*chunk) for chunk in chunks))
-    begin = time.perf_counter()
-    engine.step(decision)
-    return time.perf_counter() - begin
-
-
-def prefill(engine: Engine, num_tokens: int, limits: Limits, repeats: int) -> Figure:
-    times = []
-    for _ in range(repeats + 2):
-        sequence = new_sequence(engine, num_tokens)
-        times.append(timed_step(engine, [(sequence, num_tokens)]))
-        engine.block_manager.free(sequence)
+def prefill_flops(engine: Engine, num_tokens: int) -> int:
+    """Of the layers' products and of causal attention; the output matrix serves one token."""
     model = engine.model_config
     embeddings = model.vocab_size * model.hidden_size * (1 if model.tie_word_embeddings else 2)
     matrices = 2 * (model.num_parameters - embeddings) * num_tokens
-    attention = 2 * num_tokens**2 * model.num_heads * model.head_size * model.num_layers
-    return _figure(f"prefill {num_tokens}", times[2:], (matrices + attention) / limits.matmul_rate)
+    return matrices + 2 * num_tokens**2 * model.num_heads * model.head_size * model.num_layers
 
 
-def decode(engine: Engine, num_seqs: int, context: int, limits: Limits, steps: int) -> Figure:
-    sequences = [new_sequence(engine, context) for _ in range(num_seqs)]
-    budget = engine.max_num_batched_tokens
-    for sequence in sequences:
-        while sequence.num_output_tokens == 0:
-            timed_step(engine, [(sequence, min(budget, sequence.num_uncomputed_tokens))])
-    times = [timed_step(engine, [(each, 1) for each in sequences]) for _ in range(steps + 5)]
+def decode_bytes(engine: Engine, num_seqs: int, context: int) -> float:
+    """All weights but the input embedding, of which a step reads one row per sequence; all KV."""
     model, layout = engine.model_config, engine.kv_cache.layout
-    # Every weight is read but the input embedding, of which a step reads one row per sequence.
     unread = 0 if model.tie_word_embeddings else model.vocab_size * model.hidden_size
-    weights = (model.num_parameters - unread) * layout.dtype.itemsize
-    kv = sum(each.num_tokens for each in sequences) * layout.block_bytes / layout.block_size
-    for sequence in sequences:
-        engine.block_manager.free(sequence)
-    name = f"decode batch {num_seqs}, context {context}"
-    return _figure(name, times[5:], (weights + kv) / limits.copy_bandwidth)
-
-
-def _figure(name: str, seconds: list[float], floor_seconds: float) -> Figure:
-    ordered = sorted(seconds)
-    p99 = ordered[min(len(ordered) - 1, int(0.99 * len(ordered)))]
-    return Figure(name, 1e3 * statistics.median(ordered), 1e3 * p99, 1e3 * floor_seconds)
+    embeddings = model.vocab_size * model.hidden_size
+    layers = model.num_parameters - unread - embeddings
+    quantization = model.quantization
+    layer_bytes: float = engine.limits.dtype.itemsize
+    if quantization is not None:
+        layer_bytes = 1 if quantization.is_float8 else 0.5
+    weights = layers * layer_bytes + embeddings * engine.limits.dtype.itemsize
+    return weights + num_seqs * context * layout.block_bytes / layout.block_size
 
 
 def open_engine(arguments: argparse.Namespace, folder: Path) -> Engine:
     (folder / "config.json").write_text(json.dumps(SHAPES[arguments.shape]))
+    longest = max(max(arguments.prefill), max(arguments.context) + arguments.steps + 256)
     config = EngineConfig(
         model=folder,
         load_format="dummy",
         device="cuda",
-        max_model_len=arguments.max_model_len,
+        seed=arguments.seed,
+        max_model_len=arguments.max_model_len or longest + 256,
         max_num_seqs=max(arguments.batch),
-        max_num_batched_tokens=max(arguments.prefill),
+        max_num_batched_tokens=arguments.chunk,
         enforce_eager=arguments.enforce_eager,
+        quantization=arguments.quantization,
+        kv_cache_dtype=arguments.kv_cache_dtype,
+        cpu_offload_gb=arguments.cpu_offload_gb,
         enable_prefix_caching=False,
     )
-    return Engine.create(config, progress=StartupReport())
+    return Engine.create(config, progress=StartupReport(sink=lambda fact: None))
 
 
-def read_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Time the steps of one engine on this GPU.")
-    parser.add_argument("--shape", choices=sorted(SHAPES), default="llama-3.1-8b")
-    parser.add_argument("--prefill", type=int, nargs="+", default=[2048, 8192], metavar="TOKENS")
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 32, 128], metavar="SEQUENCES")
-    parser.add_argument("--context", type=int, nargs="+", default=[1024], metavar="TOKENS")
-    parser.add_argument("--steps", type=int, default=200, help="timed decode steps of each row")
-    parser.add_argument("--repeats", type=int, default=5, help="timed prefills of each length")
-    parser.add_argument("--max-model-len", type=int, default=16384)
-    parser.add_argument("--enforce-eager", action="store_true")
-    parser.add_argument("--json", type=Path, help="also write figures and metadata to this file")
-    return parser.parse_args()
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser("python -m benchmarks.engine", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    add = parser.add_argument
+    add("--shape", choices=sorted(SHAPES), default="llama-3.1-8b")
+    add("--prefill", type=int, nargs="+", default=[2048, 8192, 32768], metavar="TOKENS")
+    add("--batch", type=int, nargs="+", default=[1, 32, 128, 256], metavar="SEQUENCES")
+    add("--context", type=int, nargs="+", default=[1024], metavar="TOKENS")
+    add("--idle", type=int, nargs="*", default=[32], help="batches whose GPU idle share is taken")
+    add("--chunk", type=int, default=8192, help="most tokens of one step")
+    add("--steps", type=int, default=200, help="timed decode steps of each row")
+    add("--repeats", type=int, default=5, help="timed prefills of each length")
+    add("--max-model-len", type=int)
+    add("--quantization")
+    add("--kv-cache-dtype", default="auto")
+    add("--cpu-offload-gb", type=float, default=0.0)
+    add("--enforce-eager", action="store_true")
+    add("--seed", type=int, default=0)
+    add("--json", type=Path, help="also write figures and metadata to this file")
+    add("--write", action="store_true", help="update benchmarks/RESULTS.md")
+    return parser.parse_args(argv)
 
 
-def main() -> None:
-    arguments = read_arguments()
-    device = torch.device("cuda", 0)
-    limits = measure_limits(device)
-    torch.cuda.empty_cache()
+def measure(
+    arguments: argparse.Namespace, ceilings: Ceilings, folder: Path
+) -> tuple[list[Figure], list[str]]:
+    engine = open_engine(arguments, folder)
+    facts = [f"{engine.kv_cache.num_blocks} blocks of {engine.config.block_size} tokens"]
+    print(f"{HEAD}\n|---|{'---:|' * 6}", flush=True)
+    with EngineRun(engine, arguments.seed) as run:
+        facts.append(f"dummy weights: {run.check_is_realistic(min(32, engine.max_num_seqs))}")
+        measurement = Measurement(run, ceilings, arguments)
+        figures = [measurement.prefill(num_tokens) for num_tokens in arguments.prefill]
+        for context in arguments.context:
+            figures += [measurement.decode(num_seqs, context) for num_seqs in arguments.batch]
+        for num_seqs in arguments.idle:
+            share = run.idle_share(num_seqs, arguments.context[0])
+            facts.append(f"GPU idle between decode steps, batch {num_seqs}: {share:.2%}")
+            print(facts[-1], flush=True)
+    return figures, facts
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = parse(argv)
+    ceilings = measure_ceilings()
     with tempfile.TemporaryDirectory() as folder:
-        engine = open_engine(arguments, Path(folder))
-        figures = [prefill(engine, n, limits, arguments.repeats) for n in arguments.prefill]
-        figures += [
-            decode(engine, num_seqs, context, limits, arguments.steps)
-            for context in arguments.context
-            for num_seqs in arguments.batch
-        ]
-    metadata = collect_metadata().as_dict()
-    print(json.dumps(metadata, indent=1))
-    print(f"{arguments.shape}, {engine.kv_cache.num_blocks} blocks of {engine.config.block_size}")
-    print(
-        f"limits: copy {limits.copy_bandwidth / 1e12:.2f} TB/s, "
-        f"product {limits.matmul_rate / 1e12:.0f} TFLOP/s"
-    )
-    print(f"{'step':<36} {'median ms':>9} {'p99 ms':>9} {'floor ms':>9} {'share':>7}")
-    for figure in figures:
-        print(figure.line())
+        figures, facts = measure(arguments, ceilings, Path(folder))
+    command = f"python -m benchmarks.engine {' '.join(argv if argv is not None else sys.argv[1:])}"
+    facts = [f"command: `{command.strip()}`", f"limits: {ceilings.line()}", *facts]
+    facts.append(f"peer: {PEER}, one H200, bfloat16, measured on another day")
+    table = [HEAD, "|---|" + "---:|" * 6, *(figure.line() for figure in figures), ""]
+    text = "\n".join([*table, *(f"- {each}" for each in facts + machine_facts())])
+    print(text)
     if arguments.json is not None:
-        rows = [{"name": f.name, "ms": f.median_ms, "floor_ms": f.floor_ms} for f in figures]
-        arguments.json.write_text(json.dumps({"metadata": metadata, "figures": rows}, indent=1))
+        record = {
+            "metadata": collect_metadata().as_dict(),
+            "command": command,
+            "ceilings": asdict(ceilings),
+            "figures": [asdict(figure) for figure in figures],
+            "facts": facts,
+        }
+        arguments.json.write_text(json.dumps(record, indent=1))
+    if arguments.write:
+        write_section(*section_of(arguments), text)
+    return 0
+
+
+def section_of(arguments: argparse.Namespace) -> tuple[str, str]:
+    """Name and title of the section for this kind of engine."""
+    parts = [arguments.shape]
+    if arguments.quantization:
+        parts.append(f"weights {arguments.quantization}")
+    if arguments.kv_cache_dtype != "auto":
+        parts.append(f"KV {arguments.kv_cache_dtype}")
+    if arguments.cpu_offload_gb:
+        parts.append(f"{arguments.cpu_offload_gb:g} GiB offloaded")
+    return f"engine {' '.join(parts)}", f"One engine on one GPU: {', '.join(parts)}"
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 
-from benchmarks.engine import SHAPES
+from benchmarks.model_shapes import SHAPES
 from benchmarks.serve_process import ServeProcess
 from loadtest.config import BenchConfig
 from loadtest.report import render_table

@@ -1,0 +1,208 @@
+"""One engine driven as a node drives it, by its scheduler and loop, with what it took.
+
+1. `EngineRun` starts the engine's thread over a decode node's scheduler, which prefills too.
+2. `first_token_seconds`: one prompt, from being added to its first token.
+3. `decode_seconds`: prompts are prefilled until all decode; then the time from each step's
+   tokens to the next step's, while nothing but decode steps runs.
+4. Prompts never repeat, and prefix caching is off.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import queue
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch._C._autograd import DeviceType
+
+from cluster.prefix_hash import root_hash
+from cluster.request import SamplingParams, SequenceRequest, TokenDelta
+from decode_node.scheduler import DecodeScheduler
+from engine.loop import EngineLoop
+from engine.sequence import Sequence
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence as SequenceOf
+
+    from engine.engine import Engine, StepOutput
+    from engine.schedule import ScheduleDecision
+
+STEP_SECONDS = 120.0
+WARM_UP_STEPS = 8
+PROFILED_STEPS = 32
+# Kernels of one graph follow each other in about a microsecond; longer gaps are the host's.
+IDLE_GAP_NS = 3000
+# log(1 / vocabulary) is what a model without any opinion gives; training gives more than this.
+LEAST_TOP_LOGPROB, MOST_TOP_LOGPROB = -11.0, -0.05
+
+
+@dataclass(frozen=True, slots=True)
+class Settled:
+    """What one step gave, and when."""
+
+    seconds: float
+    deltas: tuple[TokenDelta, ...]
+
+
+class _Recorder:
+    def __init__(self) -> None:
+        self.steps: queue.SimpleQueue[Settled] = queue.SimpleQueue()
+
+    def before_step(self, decision: ScheduleDecision) -> None: ...
+    def after_step(self, decision: ScheduleDecision, output: StepOutput) -> None: ...
+
+    def settled(self, deltas: SequenceOf[TokenDelta]) -> None:
+        self.steps.put(Settled(time.perf_counter(), tuple(deltas)))
+
+
+class EngineRun:
+    """A context manager; one for each engine."""
+
+    def __init__(self, engine: Engine, seed: int) -> None:
+        self.engine = engine
+        self._numbers = itertools.count(seed << 20)
+        self._recorder = _Recorder()
+        self._scheduler = DecodeScheduler(
+            engine.block_manager, engine.max_num_batched_tokens, engine.max_num_seqs
+        )
+        self._errors: list[BaseException] = []
+        self._loop = EngineLoop(
+            engine, self._scheduler, self._recorder, on_fatal=self._errors.append
+        )
+
+    def __enter__(self) -> EngineRun:
+        self._loop.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._loop.stop()
+
+    def first_token_seconds(self, num_tokens: int) -> float:
+        sequence = self._sequence(num_tokens)
+        began = time.perf_counter()
+        self._loop.call(lambda: self._scheduler.add(sequence))
+        while not (step := self._next()).deltas:
+            pass
+        self._clear()
+        return step.seconds - began
+
+    def decode_seconds(self, num_seqs: int, context: int, steps: int) -> list[float]:
+        """Of each of `steps` steps of `num_seqs` sequences with `context` tokens or more."""
+        self._start_decode(num_seqs, context)
+        times = [self._next().seconds for _ in range(steps + 1)]
+        self._clear()
+        return [later - earlier for earlier, later in itertools.pairwise(times)]
+
+    def idle_share(self, num_seqs: int, context: int) -> float:
+        """Share of the time between steps in which the GPU runs nothing, by a profile."""
+        self._start_decode(num_seqs, context)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            for _ in range(PROFILED_STEPS):
+                self._next()
+        self._clear()
+        results = profile.profiler
+        if results is None or results.kineto_results is None:
+            raise RuntimeError("the profiler recorded nothing")
+        return _idle_share(
+            [
+                (event.start_ns(), event.start_ns() + event.duration_ns())
+                for event in results.kineto_results.events()
+                if event.device_type() == DeviceType.CUDA
+            ]
+        )
+
+    def check_is_realistic(self, num_seqs: int) -> str:
+        """Dummy weights must compute something: finite, with opinions that differ by prompt.
+
+        Raises `RuntimeError` where they do not: such a run would measure nothing.
+        """
+        sequences = [self._sequence(64, num_logprobs=1) for _ in range(num_seqs)]
+        self._add(sequences)
+        first: dict[str, TokenDelta] = {}
+        while len(first) < num_seqs:
+            for delta in self._next().deltas:
+                first.setdefault(delta.sequence_id, delta)
+        self._clear()
+        tokens = {delta.token_ids for delta in first.values()}
+        logprobs = [delta.logprobs[0].logprob for delta in first.values()]
+        low, high = min(logprobs), max(logprobs)
+        is_sane = all(map(math.isfinite, logprobs))
+        is_sane = is_sane and low > LEAST_TOP_LOGPROB and high < MOST_TOP_LOGPROB
+        said = f"{len(tokens)} tokens of {num_seqs} prompts, logprobs {low:.2f} to {high:.2f}"
+        if not is_sane or len(tokens) < num_seqs // 2:
+            raise RuntimeError(f"the weights do not behave like a model's: {said}")
+        return said
+
+    def _start_decode(self, num_seqs: int, context: int) -> None:
+        """Until all decode and the first steps of theirs are over."""
+        self._add([self._sequence(context) for _ in range(num_seqs)])
+        in_full = 0
+        while in_full < WARM_UP_STEPS:
+            in_full += len(self._next().deltas) == num_seqs
+
+    def _next(self) -> Settled:
+        step = self._recorder.steps.get(timeout=STEP_SECONDS)
+        for delta in step.deltas:
+            if delta.error is not None:
+                raise delta.error
+        if self._errors:
+            raise self._errors[0]
+        return step
+
+    def _add(self, sequences: SequenceOf[Sequence]) -> None:
+        """All in one go: no step runs before the last."""
+
+        def add() -> None:
+            for sequence in sequences:
+                self._scheduler.add(sequence)
+
+        self._loop.call(add)
+
+    def _clear(self) -> None:
+        """End all sequences, and forget what they still gave."""
+
+        def abort() -> None:
+            for sequence in self._scheduler.sequences():
+                self._scheduler.abort(sequence.sequence_id)
+
+        self._loop.call(abort).result(STEP_SECONDS)
+        self._loop.call(lambda: None).result(STEP_SECONDS)
+        while not self._recorder.steps.empty():
+            self._recorder.steps.get()
+
+    def _sequence(self, num_tokens: int, num_logprobs: int | None = None) -> Sequence:
+        """A prompt that no earlier one begins like."""
+        number = next(self._numbers)
+        generator = torch.Generator().manual_seed(number)
+        vocabulary = self.engine.model_config.vocab_size
+        prompt = torch.randint(0, vocabulary, (num_tokens,), generator=generator)
+        request = SequenceRequest(
+            sequence_id=f"s{number}",
+            request_id=f"r{number}",
+            prompt_token_ids=tuple(prompt.tolist()),
+            sampling=SamplingParams(
+                max_tokens=1 << 20,
+                seed=0,
+                temperature=0.0,
+                ignore_eos=True,
+                num_logprobs=num_logprobs,
+            ),
+        )
+        root = root_hash("bench", b"")
+        return Sequence(request, block_size=self.engine.config.block_size, root=root)
+
+
+def _idle_share(intervals: list[tuple[int, int]]) -> float:
+    """Of sorted or unsorted (begin, end) of what ran, the share of long gaps."""
+    ordered = sorted(intervals)
+    if not ordered:
+        raise RuntimeError("the profiler saw no kernel")
+    idle, end = 0, ordered[0][0]
+    for begin, finish in ordered:
+        idle += begin - end if begin - end > IDLE_GAP_NS else 0
+        end = max(end, finish)
+    return idle / (end - ordered[0][0])
