@@ -1,7 +1,8 @@
 """Where the ranks of one node meet while they start: each says something, all hear all.
 
-`exchange` is at once a barrier and a vote. A rank that cannot go on says why instead (`refuse`),
-and every other one raises that at the same place, so that nobody waits for what will not come.
+`exchange` is at once a barrier and a vote. A worker that cannot go on says why instead (`refuse`),
+and rank 0 raises that at the same place; when rank 0 cannot go on it ends the others. So nobody
+waits for what will not come.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ Facts = dict[str, Any]
 
 class Rendezvous(Protocol):
     def exchange(self, facts: Facts) -> list[Facts]:
-        """What every rank says here, by rank. Raises `ConfigError` with the words of a rank that
-        refused, `RankLost` when one is gone."""
+        """What every rank says here, by rank. On rank 0 raises `ConfigError` with the words of a
+        rank that refused, `RankLost` when one is gone; on a worker `Closed` in both cases."""
 
 
 class FirstRank:
@@ -37,13 +38,11 @@ class FirstRank:
                 heard.append(channel.receive_note())
             except Closed:
                 raise RankLost(f"Rank {rank} ended while it started.") from None
-        _raise_refusal(heard)
+        for each in heard:
+            if "refused" in each:
+                raise ConfigError(str(each["refused"]), param="tensor_parallel_size")
         self._tell(heard=heard)
         return [each["facts"] for each in heard]
-
-    def refuse(self, message: str) -> None:
-        """Tell the others that this rank cannot go on."""
-        self._tell(heard=[{"refused": message}])
 
     def _tell(self, **facts: Any) -> None:
         for rank, channel in enumerate(self._channels, start=1):
@@ -61,15 +60,7 @@ class OtherRank:
 
     def exchange(self, facts: Facts) -> list[Facts]:
         self._channel.send_note(facts=facts)
-        heard = self._channel.receive_note()["heard"]
-        _raise_refusal(heard)
-        return [each["facts"] for each in heard]
+        return [each["facts"] for each in self._channel.receive_note()["heard"]]
 
     def refuse(self, message: str) -> None:
         self._channel.send_note(refused=message)
-
-
-def _raise_refusal(heard: Sequence[Facts]) -> None:
-    for each in heard:
-        if "refused" in each:
-            raise ConfigError(each["refused"], param="tensor_parallel_size")
