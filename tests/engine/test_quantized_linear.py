@@ -13,8 +13,14 @@ from cluster.errors import ConfigError
 from engine.models.linear import Linear, MatrixSpec
 from engine.models.quantization import ON_LOAD, Quantization
 from engine.models.quantized_linear import Float8Linear, Int4Linear, matrix_factory
-from engine.quantized_tensors import Int4Weights, dequantized, to_float8, to_int4
-from engine.tensor_parallel.shard import WHOLE
+from engine.quantized_tensors import (
+    Float8Weights,
+    Int4Weights,
+    dequantized,
+    to_float8,
+    to_int4,
+)
+from engine.tensor_parallel.shard import WHOLE, Shard
 from engine.weight_views import by_module, fill_weights
 
 if TYPE_CHECKING:
@@ -194,3 +200,46 @@ def test_quantised_matrices_take_a_half_and_a_quarter_of_the_bytes() -> None:
     assert num_bytes(Quantization(method="gptq", group_size=128)) == pytest.approx(
         plain / 4, rel=0.06
     )
+
+
+@pytest.mark.parametrize("quantization", [STATIC, AWQ], ids=["fp8", "awq"])
+@pytest.mark.parametrize("name", ["q_proj", "o_proj"])
+def test_two_ranks_have_a_half_of_the_same_matrix_each(
+    quantization: Quantization, name: str
+) -> None:
+    """The rows of what feeds the heads, the columns of what joins them."""
+    torch.manual_seed(5)
+    out_size, in_size = 64, 4 * GROUP
+    weight, module = torch.randn(out_size, in_size), f"model.layers.0.self_attn.{name}"
+    rounded = to_float8(weight) if quantization.is_float8 else to_int4(weight, GROUP)
+    x = torch.randn(3, in_size)
+    is_by_rows = name == "q_proj"
+    products = []
+    for rank in range(2):
+        rows, columns = (out_size // 2, in_size) if is_by_rows else (out_size, in_size // 2)
+        matrix = matrix_factory(
+            quantization, frozenset(), dtype=torch.float32, device=torch.device("cpu")
+        )(MatrixSpec({module: rows}, columns, False))
+        (kinds,) = by_module(matrix.checkpoint_views()).values()
+        if isinstance(rounded, Float8Weights):
+            given: Weights = Float8Weights(rounded.values, rounded.scales, torch.tensor([0.01]))
+        else:
+            given = rounded
+        fill_weights(module, kinds, given, Shard(rank, 2))
+        matrix.pack()
+        products.append(matrix(x if is_by_rows else x[:, rank * columns :][:, :columns]))
+    made = torch.cat(products, 1) if is_by_rows else products[0] + products[1]
+    expected = x @ dequantized(rounded).T
+    error = (made - expected).square().mean().sqrt() / expected.square().mean().sqrt()
+    assert error < (0.08 if quantization.is_float8 else 1e-5)
+
+
+def test_ranks_cannot_share_columns_in_order_of_activation() -> None:
+    module = "model.layers.0.mlp.down_proj"
+    make = matrix_factory(AWQ, frozenset(), dtype=torch.float32, device=torch.device("cpu"))
+    (kinds,) = by_module(make(MatrixSpec({module: 16}, 64, False)).checkpoint_views()).values()
+    plain = to_int4(torch.randn(16, 128), GROUP)
+    groups = (torch.arange(128) // GROUP).flip(0)
+    weights = Int4Weights(plain.codes, plain.scales, plain.zeros, groups)
+    with pytest.raises(ConfigError, match="which ranks cannot share"):
+        fill_weights(module, kinds, weights, Shard(1, 2))
