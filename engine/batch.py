@@ -88,6 +88,9 @@ class HostArrays(NamedTuple):
 
 
 _ITEM_BYTES = (8, 8, 8, 8, 4, 4, 4)  # of the arrays, in their order
+# Where each begins: kernels are compiled apart for addresses that are no multiple of 16, which
+# would happen in the middle of serving.
+_ALIGNMENT = 16
 
 
 def _places(shape: BatchShape) -> list[_Place]:
@@ -104,7 +107,7 @@ def _places(shape: BatchShape) -> list[_Place]:
         count = size[0] * size[1] if len(size) == 2 else size[0]
         end = begin + count * item_bytes
         places.append(_Place(begin, end, size))
-        begin = end
+        begin = -(-end // _ALIGNMENT) * _ALIGNMENT
     return places
 
 

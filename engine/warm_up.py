@@ -43,16 +43,23 @@ def measure_workspace(decoder: Decoder, kv_layer: torch.Tensor, limits: EngineLi
 
 
 def warm_up(decoder: Decoder, kv_layers: SequenceOf[torch.Tensor], limits: EngineLimits) -> None:
-    """Run a step of each kind that kernels are compiled for, so that no request waits for it.
-
-    The prefill kernel has a variant for each power of two of tokens up to 128.
+    """Run a step of each kind that kernels are compiled or loaded for, so that no request waits
+    for it: they have variants by the number of tokens, whose borders are powers of two.
     """
-    for num_tokens in (1, 2, 17, 33, 65) if limits.on_gpu else (1, 2):
-        if num_tokens <= limits.max_num_batched_tokens:
-            _run(decoder, _prefill_batch(num_tokens, 1, kv_layers[0], limits), *kv_layers)
+    for num_tokens in warm_up_sizes(limits):
+        _run(decoder, _prefill_batch(num_tokens, 1, kv_layers[0], limits), *kv_layers)
     _run(decoder, _decode_batch(1, limits.device), *kv_layers)
     if limits.on_gpu:
         torch.cuda.synchronize(limits.device)
+
+
+def warm_up_sizes(limits: EngineLimits) -> list[int]:
+    """Tokens of one step: each power of two, what is just above it, and the most."""
+    most = limits.max_num_batched_tokens
+    if not limits.on_gpu:
+        return [size for size in (1, 2) if size <= most]
+    powers = [1 << exponent for exponent in range(most.bit_length())]
+    return sorted({size for power in powers for size in (power, power + 1) if size < most} | {most})
 
 
 def _run(decoder: Decoder, batch: Batch, *kv_layers: torch.Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import TYPE_CHECKING
 
 import pytest
@@ -147,3 +148,18 @@ def test_a_step_like_the_one_before_is_filled_anew(builder: BatchBuilder) -> Non
     batch = builder.build_decode([decode(two)])
     assert batch.token_ids.tolist() == [77]
     assert batch.slot_mapping.tolist() == [17]
+
+
+@pytest.mark.parametrize("lengths", [(1,), (3, 5), (7, 1, 2)])
+def test_each_array_begins_where_kernels_take_it_without_another_compilation(
+    builder: BatchBuilder, lengths: tuple[int, ...]
+) -> None:
+    chunks = [
+        ScheduledChunk(sequence(f"s{index}", length, table=[index * 2, index * 2 + 1]), length)
+        for index, length in enumerate(lengths)
+    ]
+    batch = builder.build_prefill(chunks)
+    arrays = (getattr(batch, field.name) for field in fields(batch))
+    places = [array.data_ptr() for array in arrays if isinstance(array, torch.Tensor)]
+    assert len(places) == 7
+    assert all(place % 16 == 0 for place in places)
