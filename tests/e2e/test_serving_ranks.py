@@ -1,10 +1,11 @@
-"""A local cluster whose nodes have two ranks: it serves, and a lost rank costs one node's restart."""
+"""A local cluster whose nodes have two ranks: it serves, and serves again when one is lost."""
 
 from __future__ import annotations
 
 import json
 import os
 import signal
+from functools import partial
 from typing import TYPE_CHECKING
 
 import openai
@@ -53,8 +54,8 @@ def ranks_of(cluster: ClusterProcess, node: str) -> list[int]:
     return [pid for pid in children if "engine.tensor_parallel.worker" in command_line(pid)]
 
 
-def is_alive(pid: int) -> bool:
-    return bool(command_line(pid))
+def are_gone(*pids: int) -> bool:
+    return not any(map(command_line, pids))
 
 
 def test_nodes_of_two_ranks_serve_again_after_a_rank_or_a_node_was_killed(
@@ -65,8 +66,8 @@ def test_nodes_of_two_ranks_serve_again_after_a_rank_or_a_node_was_killed(
         (rank,) = ranks_of(cluster, "decode-0")
         node = cluster.child("decode-0")
         os.kill(rank if victim == "rank" else node, signal.SIGKILL)
-        eventually(lambda pids=(rank, node): not any(map(is_alive, pids)))
-        eventually(lambda: serves_again(cluster, before), seconds=60)
+        eventually(partial(are_gone, rank, node))
+        eventually(partial(serves_again, cluster, before), seconds=60)
 
 
 def serves_again(cluster: ClusterProcess, expected: str) -> bool:
