@@ -63,6 +63,7 @@ __all__ = [
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 _DUMMY_STD = 0.02  # what these families are initialised with before training
+_DUMMY_INPUT_SCALE = 0.02  # room for normed inputs, a few of which exceed 5
 _SAMPLES_PER_FILE = 64
 _SAMPLE_BYTES = 4096
 
@@ -154,6 +155,8 @@ def fill_dummy(
             name = f"{module}.{kind}"
             if kind in KV_SCALE_KINDS or name.endswith("norm.weight"):
                 view.fill_(1.0)
+            elif kind == "input_scale":
+                view.fill_(_DUMMY_INPUT_SCALE)
             elif kind == "bias" or not is_quantized(kinds):
                 shape = shard.whole_shape(name, view.shape)
                 view.copy_(cut(name, _drawn(name, seed, shape, view.dtype, device), shard))

@@ -103,11 +103,16 @@ def _fp8(facts: JsonFacts) -> Quantization:
     number_format = facts.string("fmt", "e4m3")
     if number_format not in ("e4m3", "float8_e4m3fn"):
         raise _unsupported(f"fmt {number_format!r}", "e4m3")
-    return Quantization(
-        method="fp8",
-        static_activations=scheme == "static",
-        block=_block(facts, "weight_block_size"),
-    )
+    block = _block(facts, "weight_block_size")
+    return _float8("fp8", is_static=scheme == "static", block=block)
+
+
+def _float8(
+    method: QuantizationMethod, *, is_static: bool, block: tuple[int, int] | None
+) -> Quantization:
+    if is_static and block is not None:
+        raise _unsupported("static activations beside scales of blocks", "dynamic ones")
+    return Quantization(method=method, static_activations=is_static, block=block)
 
 
 def _compressed_tensors(facts: JsonFacts) -> Quantization:
@@ -134,11 +139,9 @@ def _scheme(group: JsonFacts) -> Quantization:
     strategy = weights.string("strategy", "tensor")
     if strategy not in ("tensor", "channel", "block"):
         raise _unsupported(f"strategy {strategy!r} of weights", "tensor, channel, block")
-    return Quantization(
-        method="compressed-tensors",
-        static_activations=not inputs.boolean("dynamic", False),
-        block=_block(weights, "block_structure") if strategy == "block" else None,
-    )
+    block = _block(weights, "block_structure") if strategy == "block" else None
+    is_static = not inputs.boolean("dynamic", False)
+    return _float8("compressed-tensors", is_static=is_static, block=block)
 
 
 def _awq(facts: JsonFacts) -> Quantization:

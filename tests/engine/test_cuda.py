@@ -182,6 +182,47 @@ def test_other_types_work_too(open_dummy: OpenEngine, dtype: str) -> None:
     close(decode_log(half, 5, 5), decode_log(eager, 5, 5), 0.02)
 
 
+AWQ = {"quantization_config": {"quant_method": "awq", "bits": 4, "group_size": 128}}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"quantization": "fp8"},
+        {"kv_cache_dtype": "fp8"},
+        {"quantization": "fp8", "kv_cache_dtype": "fp8"},
+        {"quantization": "awq"},
+    ],
+    ids=["fp8 weights", "fp8 KV", "both", "awq"],
+)
+def test_graphs_of_quantised_models_give_what_kernels_one_by_one_do(
+    options: dict[str, str], open_dummy: OpenEngine, folder: Path, tmp_path: Path
+) -> None:
+    if options.get("quantization") == "awq":
+        (tmp_path / "config.json").write_text(json.dumps(SHAPE | AWQ))
+        folder = tmp_path
+    captured = open_dummy(model=folder, **options)
+    eager = open_dummy(model=folder, enforce_eager=True, **options)
+    log = decode_log(captured, 5, 5)
+    close(log, decode_log(eager, 5, 5), 0.02)
+    assert log != decode_log(open_dummy(), 5, 5)
+
+
+@pytest.mark.parametrize("family", ["llama3", "qwen2", "qwen3"])
+def test_float8_kv_gives_the_tokens_that_it_gives_on_a_cpu(
+    family: str, expected: Expected, open_engine: OpenEngine, run_greedy: RunGreedy
+) -> None:
+    """All but a few: a key that rounds to the other side of a step may turn a close choice."""
+    prompts = [case["prompt"] for case in expected[family]]
+    outputs = []
+    for options in ({"device": "cpu"}, {"device": "cuda", "kv_cache_memory_bytes": POOL_BYTES}):
+        engine = open_engine(family, kv_cache_dtype="fp8", **options)
+        sequences = run_greedy(engine, prompts, chunk=512, num_tokens=24)
+        outputs.append([sequence.output_token_ids for sequence in sequences])
+    same = sum(one == other for one, other in zip(*outputs, strict=True))
+    assert same >= len(prompts) - 3
+
+
 def test_the_engine_stays_within_its_share_of_the_gpu(open_dummy: OpenEngine) -> None:
     import torch
 

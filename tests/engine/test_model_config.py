@@ -8,6 +8,7 @@ import pytest
 
 from cluster.errors import ConfigError
 from engine.models.config import ModelConfig, RopeScaling
+from engine.models.quantization import Quantization
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -162,3 +163,96 @@ def test_what_cannot_be_computed_is_refused_by_name(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         read(LLAMA | change)
+
+
+COMPRESSED: dict[str, Any] = {
+    "quant_method": "compressed-tensors",
+    "format": "float-quantized",
+    "config_groups": {
+        "group_0": {
+            "weights": {"num_bits": 8, "type": "float", "strategy": "channel"},
+            "input_activations": {"num_bits": 8, "type": "float", "dynamic": True},
+        }
+    },
+}
+
+
+def compressed(side: str, **change: object) -> dict[str, Any]:
+    group = COMPRESSED["config_groups"]["group_0"]
+    return COMPRESSED | {"config_groups": {"group_0": group | {side: group[side] | change}}}
+
+
+@pytest.mark.parametrize(
+    ("stored", "expected"),
+    [
+        ({"quant_method": "fp8"}, Quantization(method="fp8")),
+        (
+            {"quant_method": "fp8", "activation_scheme": "static"},
+            Quantization(method="fp8", static_activations=True),
+        ),
+        (
+            {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]},
+            Quantization(method="fp8", block=(128, 128)),
+        ),
+        (COMPRESSED, Quantization(method="compressed-tensors")),
+        (
+            compressed("input_activations", dynamic=False),
+            Quantization(method="compressed-tensors", static_activations=True),
+        ),
+        (
+            compressed("weights", strategy="block", block_structure=[128, 128]),
+            Quantization(method="compressed-tensors", block=(128, 128)),
+        ),
+        (
+            {"quant_method": "awq", "bits": 4, "group_size": 64},
+            Quantization(method="awq", group_size=64),
+        ),
+        (
+            {"quant_method": "gptq", "bits": 4, "group_size": -1},
+            Quantization(method="gptq", zero_offset=1),
+        ),
+        (
+            {"quant_method": "gptq", "bits": 4, "checkpoint_format": "gptq_v2"},
+            Quantization(method="gptq", group_size=128),
+        ),
+    ],
+)
+def test_quantised_layouts_are_read(
+    read: Read, stored: dict[str, Any], expected: Quantization
+) -> None:
+    assert read(LLAMA | {"quantization_config": stored}).quantization == expected
+    assert read(LLAMA).quantization is None
+
+
+@pytest.mark.parametrize(
+    ("stored", "message"),
+    [
+        ({"quant_method": "bitsandbytes"}, "quant_method 'bitsandbytes'"),
+        ({"quant_method": 8}, "quant_method must be a string"),
+        ({"quant_method": "fp8", "activation_scheme": "magic"}, "activation_scheme 'magic'"),
+        ({"quant_method": "fp8", "fmt": "e5m2"}, "fmt 'e5m2'"),
+        ({"quant_method": "fp8", "weight_block_size": [128]}, r"weight_block_size \[128\]"),
+        (
+            {"quant_method": "fp8", "activation_scheme": "static", "weight_block_size": [8, 8]},
+            "static activations beside scales of blocks",
+        ),
+        (COMPRESSED | {"format": "pack-quantized"}, "format 'pack-quantized'"),
+        (COMPRESSED | {"config_groups": {}}, "0 different config_groups"),
+        (COMPRESSED | {"config_groups": {"group_0": 3}}, "group_0 must be an object"),
+        (compressed("weights", type="int"), "8-bit int weights"),
+        (compressed("weights", num_bits=4), "4-bit float weights"),
+        (compressed("weights", strategy="group"), "strategy 'group'"),
+        (compressed("input_activations", type="int"), "8-bit int input_activations"),
+        ({"quant_method": "awq", "bits": 8}, "8-bit weights"),
+        ({"quant_method": "awq", "version": "gemv"}, "version 'gemv'"),
+        ({"quant_method": "awq", "zero_point": False}, "awq without zero_point"),
+        ({"quant_method": "gptq", "bits": 3}, "3-bit weights"),
+        ({"quant_method": "gptq", "group_size": 7}, "group_size 7"),
+        ({"quant_method": "gptq", "checkpoint_format": "marlin"}, "checkpoint_format 'marlin'"),
+    ],
+)
+def test_a_quantisation_that_is_not_computed_is_refused_by_name(
+    read: Read, stored: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        read(LLAMA | {"quantization_config": stored})

@@ -17,6 +17,8 @@ from engine.limits import Machine, resolve
 from engine.models.config import ModelConfig
 from engine.models.decoder import Decoder
 from engine.models.linear import Linear
+from engine.models.quantization import Quantization
+from engine.models.quantized_linear import matrix_factory
 from engine.offload import GIB, OffloadedLayers, offloaded_layers
 
 if TYPE_CHECKING:
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 
 CPU = torch.device("cpu")
 NUM_TOKENS, BLOCK_SIZE = 20, 8
+STATIC_FLOAT8 = Quantization(method="fp8", static_activations=True)
 CONFIG = """{"architectures": ["Qwen3ForCausalLM"], "hidden_size": 32, "intermediate_size": 48,
 "num_hidden_layers": 7, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
 "vocab_size": 64, "max_position_embeddings": 64, "rms_norm_eps": 1e-5, "rope_theta": 1e4,
@@ -42,8 +45,19 @@ def model(tmp_path: Path) -> ModelConfig:
     return ModelConfig.from_folder(tmp_path)
 
 
-def build(model: ModelConfig, offloaded: OffloadedLayers | None = None) -> Decoder:
-    decoder = Decoder(model, max_model_len=64, dtype=torch.float32, device=CPU, offloaded=offloaded)
+def build(
+    model: ModelConfig,
+    offloaded: OffloadedLayers | None = None,
+    quantization: Quantization | None = None,
+) -> Decoder:
+    decoder = Decoder(
+        model,
+        max_model_len=64,
+        dtype=torch.float32,
+        device=CPU,
+        make_matrix=matrix_factory(quantization, frozenset(), dtype=torch.float32, device=CPU),
+        offloaded=offloaded,
+    )
     views = decoder.checkpoint_views()
     with StartupReport(sink=lambda fact: None).phase("fill", total=1) as phase:
         weights.fill_dummy(views, 3, phase)
@@ -73,13 +87,14 @@ def run(decoder: Decoder, model: ModelConfig) -> torch.Tensor:
         return decoder.logits(hidden)
 
 
+@pytest.mark.parametrize("quantization", [None, STATIC_FLOAT8], ids=["plain", "float8"])
 @pytest.mark.parametrize("indices", [(0,), (0, 1, 2), (1, 3, 5), tuple(range(7))])
 def test_a_pass_over_offloaded_layers_computes_the_same(
-    indices: tuple[int, ...], model: ModelConfig
+    indices: tuple[int, ...], quantization: Quantization | None, model: ModelConfig
 ) -> None:
-    expected = run(build(model), model)
+    expected = run(build(model, None, quantization), model)
     assert expected.std() > 0.01
-    decoder = build(model, OffloadedLayers(dict.fromkeys(indices, 1), CPU))
+    decoder = build(model, OffloadedLayers(dict.fromkeys(indices, 1), CPU), quantization)
     for _ in range(2):  # the second pass finds the buffers as the first left them
         assert torch.equal(run(decoder, model), expected)
 
