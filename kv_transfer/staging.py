@@ -47,7 +47,8 @@ class Staging:
     def __init__(
         self, *, slot_bytes: int, num_slots: int, limits: FrameLimits, device: torch.device
     ) -> None:
-        """Raises `ConfigError` when a slot cannot hold one layer of one block."""
+        """Raises `ConfigError` when a slot cannot hold one layer of one block, or when the slots do
+        not fit on the device."""
         if slot_bytes < limits.unit_bytes:
             raise ConfigError(
                 f"--staging-slot-bytes must be at least {limits.unit_bytes}, "
@@ -57,7 +58,7 @@ class Staging:
         self.slot_bytes = slot_bytes
         self.num_slots = num_slots
         self.device = device
-        memory = torch.empty((num_slots, slot_bytes), dtype=torch.uint8, device=device)
+        memory = _allocate(num_slots, slot_bytes, device)
         headers = torch.zeros((num_slots, limits.max_header_bytes), dtype=torch.uint8)
         self._free = deque(
             StagingSlot(index, memory[index], headers[index]) for index in range(num_slots)
@@ -125,3 +126,14 @@ class Staging:
         self._num_owned[owner] -= 1
         if not self._num_owned[owner]:
             del self._num_owned[owner]
+
+
+def _allocate(num_slots: int, slot_bytes: int, device: torch.device) -> torch.Tensor:
+    try:
+        return torch.empty((num_slots, slot_bytes), dtype=torch.uint8, device=device)
+    except torch.OutOfMemoryError:
+        raise ConfigError(
+            f"--num-staging-slots {num_slots} of {slot_bytes >> 20} MiB do not fit on {device} "
+            f"beside the engine: lower it, --staging-slot-bytes or --gpu-memory-utilization.",
+            param="num_staging_slots",
+        ) from None

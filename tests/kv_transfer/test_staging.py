@@ -24,6 +24,16 @@ def test_a_slot_too_small_for_one_unit_is_a_configuration_error() -> None:
         make_staging(slot_bytes=63)
 
 
+def test_slots_that_do_not_fit_are_a_configuration_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_memory(*_: object, **__: object) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB.")
+
+    monkeypatch.setattr(torch, "empty", no_memory)
+    with pytest.raises(ConfigError, match="--num-staging-slots 4 .* beside the engine") as refused:
+        make_staging()
+    assert "\n" not in refused.value.message
+
+
 def test_slots_are_distinct_memory_and_come_back() -> None:
     async def scenario() -> None:
         staging = make_staging()
