@@ -29,7 +29,7 @@ def test_slots_that_do_not_fit_are_a_configuration_error(monkeypatch: pytest.Mon
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB.")
 
     monkeypatch.setattr(torch, "empty", no_memory)
-    with pytest.raises(ConfigError, match="--num-staging-slots 4 .* beside the engine") as refused:
+    with pytest.raises(ConfigError, match=r"--num-staging-slots 4 .* beside the engine") as refused:
         make_staging()
     assert "\n" not in refused.value.message
 
