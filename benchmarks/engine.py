@@ -117,7 +117,7 @@ def prefill_flops(engine: Engine, num_tokens: int) -> int:
 
 def decode_bytes(engine: Engine, num_seqs: int, context: int) -> float:
     """All weights but the input embedding, of which a step reads one row per sequence; all KV."""
-    model, layout = engine.model_config, engine.kv_cache.layout
+    model, layout = engine.model_config, engine.kv_layout
     unread = 0 if model.tie_word_embeddings else model.vocab_size * model.hidden_size
     embeddings = model.vocab_size * model.hidden_size
     layers = model.num_parameters - unread - embeddings

@@ -1,8 +1,8 @@
 """`python -m benchmarks.tensor_parallel`: what a step costs when several GPUs share the model.
 
     1. One engine after the other on the same machine, in the same run: of 1 rank, of 2, ...
-    2. Each figure as `benchmarks.engine` measures it: prompts in one step, decode steps of n
-       sequences, whole steps with sampling.
+    2. Each figure as `benchmarks.engine_run` measures it: the first token of one prompt, and the
+       time between the steps of n sequences, driven by a node's scheduler and loop.
     3. Print them beside each other, and how many times faster than the first.
 
 The prompts are the same in all engines. The floor is that of all their GPUs together.
@@ -13,89 +13,128 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import statistics
+import sys
 import tempfile
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
-from benchmarks.engine import SHAPES, Figure, Limits, decode, measure_limits, prefill
-from benchmarks.results_file import machine_facts
+from benchmarks.engine import decode_bytes, prefill_flops
+from benchmarks.engine_run import EngineRun
+from benchmarks.kernels.ceilings import Ceilings, measure_ceilings
+from benchmarks.model_shapes import SHAPES
+from benchmarks.results_file import machine_facts, write_section
 from cluster.startup import StartupReport
 from engine.config import EngineConfig
 from engine.engine import Engine
 
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """Milliseconds: the median, and the least that all GPUs of the engine allow together."""
+
+    name: str
+    ms: float
+    floor_ms: float
+
 
 def open_engine(arguments: argparse.Namespace, folder: Path, num_ranks: int) -> Engine:
-    blocks_of_one = -(-arguments.max_model_len // 16)
-    needed = max(arguments.batch) * -(-(arguments.context + arguments.steps + 16) // 16)
+    longest = max(max(arguments.prefill), arguments.context + arguments.steps + 256) + 256
+    blocks = max(arguments.batch) * -(-(arguments.context + arguments.steps + 256) // 16)
     config = EngineConfig(
         model=folder,
         load_format="dummy",
         device="cuda:0",
         tensor_parallel_size=num_ranks,
-        max_model_len=arguments.max_model_len,
+        max_model_len=longest,
         max_num_seqs=max(arguments.batch),
         max_num_batched_tokens=max(arguments.prefill),
-        num_gpu_blocks_override=max(blocks_of_one, needed),
+        num_gpu_blocks_override=max(blocks, -(-longest // 16)),
+        quantization=arguments.quantization,
         enable_prefix_caching=False,
     )
-    return Engine.create(config, progress=StartupReport())
+    return Engine.create(config, progress=StartupReport(sink=lambda fact: None))
 
 
 def measure(
-    arguments: argparse.Namespace, folder: Path, num_ranks: int, limits: Limits
+    arguments: argparse.Namespace, folder: Path, num_ranks: int, ceilings: Ceilings
 ) -> list[Figure]:
-    together = Limits(limits.copy_bandwidth * num_ranks, limits.matmul_rate * num_ranks)
-    with closing(open_engine(arguments, folder, num_ranks)) as engine:
-        figures = [
-            decode(engine, num_seqs, arguments.context, together, arguments.steps)
-            for num_seqs in arguments.batch
-        ]
-        figures += [prefill(engine, n, together, arguments.repeats) for n in arguments.prefill]
-    for figure in figures:
-        print(f"{num_ranks} ranks: {figure.line()}", flush=True)
-    del engine
+    copy, matmul = ceilings.copy * num_ranks, ceilings.matmul * num_ranks
+    figures = []
+
+    def add(name: str, seconds: Sequence[float], floor_seconds: float) -> None:
+        figures.append(Figure(name, 1e3 * statistics.median(seconds), 1e3 * floor_seconds))
+        print(f"{num_ranks} ranks, {figures[-1]}", flush=True)
+
+    with closing(open_engine(arguments, folder, num_ranks)) as engine, EngineRun(engine, 0) as run:
+        print(run.check_is_realistic(min(32, engine.max_num_seqs)), flush=True)
+        for num_seqs in arguments.batch:
+            times = run.decode_seconds(num_seqs, arguments.context, arguments.steps)
+            read = decode_bytes(engine, num_seqs, arguments.context + arguments.steps // 2)
+            add(f"decode {num_seqs} x {arguments.context}", times, read / copy)
+        for length in arguments.prefill:
+            times = [run.first_token_seconds(length) for _ in range(arguments.repeats + 2)][2:]
+            add(f"prefill {length}", times, prefill_flops(engine, length) / matmul)
+    del engine, run
     gc.collect()
     torch.cuda.empty_cache()
     return figures
 
 
 def table(ranks: list[int], figures: list[list[Figure]]) -> str:
-    """Rows of markdown: one for each figure, one column for each number of ranks."""
-    heads = [f"TP {size}, ms" for size in ranks] + [f"TP {size} faster" for size in ranks[1:]]
-    lines = ["| step | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
+    """Rows of markdown: one for each figure, two columns for each number of ranks."""
+    heads = [f"TP {size} (ms) | floor" for size in ranks]
+    heads += [f"TP {size} faster" for size in ranks[1:]]
+    lines = ["| figure | " + " | ".join(heads) + " |", "|---|" + "---:|" * (3 * len(ranks) - 1)]
     for row in zip(*figures, strict=True):
-        times = [figure.median_ms for figure in row]
-        cells = [f"{ms:.3f}" for ms in times] + [f"{times[0] / ms:.2f}x" for ms in times[1:]]
+        cells = [f"{each.ms:.2f} | {each.floor_ms:.2f}" for each in row]
+        cells += [f"{row[0].ms / each.ms:.2f}x" for each in row[1:]]
         lines.append(f"| {row[0].name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def read_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Time steps of a model over several GPUs.")
-    parser.add_argument("--shape", choices=sorted(SHAPES), default="llama-3.1-8b")
-    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2], metavar="GPUS")
-    parser.add_argument("--prefill", type=int, nargs="+", default=[2048, 8192], metavar="TOKENS")
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 32], metavar="SEQUENCES")
-    parser.add_argument("--context", type=int, default=1024, metavar="TOKENS")
-    parser.add_argument("--steps", type=int, default=200, help="timed decode steps of each row")
-    parser.add_argument("--repeats", type=int, default=5, help="timed prefills of each length")
-    parser.add_argument("--max-model-len", type=int, default=16384)
-    return parser.parse_args()
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser("python -m benchmarks.tensor_parallel", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    add = parser.add_argument
+    add("--shape", choices=sorted(SHAPES), default="llama-3.1-8b")
+    add("--ranks", type=int, nargs="+", default=[1, 2], metavar="GPUS")
+    add("--prefill", type=int, nargs="+", default=[2048, 8192], metavar="TOKENS")
+    add("--batch", type=int, nargs="+", default=[1, 32], metavar="SEQUENCES")
+    add("--context", type=int, default=1024, metavar="TOKENS")
+    add("--steps", type=int, default=200, help="timed decode steps of each row")
+    add("--repeats", type=int, default=5, help="timed prefills of each length")
+    add("--quantization")
+    add("--write", action="store_true", help="update benchmarks/RESULTS.md")
+    return parser.parse_args(argv)
 
 
-def main() -> None:
-    arguments = read_arguments()
-    limits = measure_limits(torch.device("cuda", 0))
-    torch.cuda.empty_cache()
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = parse(argv)
+    ceilings = measure_ceilings()
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(SHAPES[arguments.shape]))
-        figures = [measure(arguments, Path(folder), size, limits) for size in arguments.ranks]
-    print("\n".join(machine_facts()))
-    print(f"{arguments.shape}, medians, context {arguments.context}")
-    print(table(arguments.ranks, figures))
+        figures = [measure(arguments, Path(folder), size, ceilings) for size in arguments.ranks]
+    words = argv if argv is not None else sys.argv[1:]
+    facts = [
+        f"command: `{' '.join(['python -m benchmarks.tensor_parallel', *words])}`",
+        f"limits of one GPU: {ceilings.line()}",
+        "decode: time between steps; prefill: one prompt to its first token",
+    ]
+    text = "\n".join([table(arguments.ranks, figures), "", *(f"- {each}" for each in facts)])
+    text += "\n" + "\n".join(f"- {each}" for each in machine_facts())
+    print(text)
+    if arguments.write:
+        write_section("tensor parallel", f"Several GPUs share {arguments.shape}", text)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
