@@ -13,7 +13,7 @@ from baton.child import ChildSpec
 from cluster.config import to_environment
 from cluster.errors import ConfigError
 from cluster.options import option
-from cluster.performance_mode import differing_by_role
+from cluster.performance_mode import NODE_OPTIONS
 from engine.config import EngineConfig
 from gateway.config import GatewayConfig
 from kv_transfer.config import KVTransferConfig
@@ -158,7 +158,7 @@ def child_specs(
 
 def unset_node_options(loaded: LoadedConfig) -> frozenset[str]:
     """Options that nodes take from the table of their own role, since nobody set them here."""
-    return frozenset(name for name in differing_by_role() if not loaded.is_explicit(name))
+    return frozenset(name for name in NODE_OPTIONS if not loaded.is_explicit(name))
 
 
 def serve_gateway_config(config: GatewayConfig) -> GatewayConfig:

@@ -28,13 +28,13 @@ from rich.console import Console
 
 from baton.admin_token import remove_admin_token, write_admin_token
 from baton.embedded_redis import EmbeddedRedis
-from baton.local_cluster import ServeConfig, child_specs
+from baton.local_cluster import ServeConfig, child_specs, unset_node_options
 from baton.progress import StartupView
 from baton.supervisor import Supervisor
 from cluster.config import load_config, render_config
 from cluster.errors import ConfigError
 from cluster.logging import redact
-from cluster.performance_mode import differing_by_role, presets_of
+from cluster.performance_mode import device_kind, node_choices, presets_of
 from cluster.redis_client import check_redis_url
 from engine.config import EngineConfig
 from gateway.config import GatewayConfig
@@ -65,9 +65,16 @@ def main(argv: Sequence[str]) -> int:
         description="Serve a model on this machine: gateway, prefill and decode nodes, Redis.",
     )
     if loaded.show_config:
-        print(render_config(loaded, differing_by_role()), end="")
+        print(render_config(loaded, left_to_nodes(loaded)), end="")
         return 0
     return asyncio.run(serve(loaded))
+
+
+def left_to_nodes(loaded: LoadedConfig) -> dict[str, tuple[str, str]]:
+    """What each node will choose by its role, in words."""
+    engine = loaded[EngineConfig]
+    choices = node_choices(engine.performance_mode, device_kind(engine.device))
+    return {name: choices[name] for name in unset_node_options(loaded) if name in choices}
 
 
 async def serve(loaded: LoadedConfig) -> int:

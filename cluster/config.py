@@ -122,18 +122,20 @@ def load_config(
     return LoadedConfig(program, built, tuple(options), origins, line.show_config)
 
 
-def render_config(loaded: LoadedConfig, left_open: Mapping[str, str] | None = None) -> str:
+def render_config(
+    loaded: LoadedConfig, left_open: Mapping[str, tuple[str, str]] | None = None
+) -> str:
     """The text of `--show-config`: valid YAML, each value with its origin as a comment.
 
-    `left_open`: options that this program leaves to those it starts, unless they are set
-    explicitly, and in words what these will choose. They become comments as well.
+    `left_open`: options that this program leaves to those it starts, with the values these will
+    choose, in words, and where from. They become comments as well.
     """
-    left_open = {n: w for n, w in (left_open or {}).items() if not loaded.is_explicit(n)}
+    left_open = left_open or {}
     lines: list[str] = []
     for section in loaded.sections:
         lines.append(f"{section_name(section)}:")
         rows = [
-            (f"  # {o.name}: set by each node", left_open[o.name])
+            (f"  # {o.name}: {left_open[o.name][0]}", left_open[o.name][1])
             if o.name in left_open
             else (_row(o, loaded.value(o.name)), loaded.origins[o.name])
             for o in loaded.options

@@ -163,23 +163,26 @@ def presets_of(role: str) -> ChoosePresets:
     """The table of a role, as `load_config` takes it."""
 
     def choose(given: Mapping[str, object]) -> Presets:
-        device: Device = "GPU" if sees_gpu(str(given.get("device", "cpu"))) else "CPU"
+        device = device_kind(str(given.get("device", "cpu")))
         return {"performance_mode": {mode: _presets(role, mode, device) for mode in MODES}}
 
     return choose
 
 
-def differing_by_role() -> dict[str, str]:
-    """Options that the nodes of a cluster take from their own tables, each with the words for it.
+NODE_OPTIONS = frozenset(row.option for role in ("prefill", "decode") for row in TABLES[role])
 
-    For a program that starts them all and reads one configuration.
+
+def node_choices(mode: PerformanceMode, device: Device) -> dict[str, tuple[str, str]]:
+    """What the nodes of each role set by their own tables: option -> values and origin in words.
+
+    For a program that starts nodes of both roles and reads one configuration.
     """
-    found: dict[str, str] = {}
+    values: dict[str, list[str]] = {}
     for role in ("prefill", "decode"):
-        for row in TABLES[role]:
-            where = f"row {role} {row.name}"
-            found[row.option] = f"{found[row.option]}; {where}" if row.option in found else where
-    return {name: f"performance-mode, {where}" for name, where in found.items()}
+        for name, preset in _presets(role, mode, device).items():
+            values.setdefault(name, []).append(f"{role} {preset.value}")
+    origin = f"performance-mode {mode}, row {{}} of each role's table"
+    return {name: (", ".join(each), origin.format(flag_of(name))) for name, each in values.items()}
 
 
 def _presets(role: str, mode: PerformanceMode, device: Device) -> dict[str, PresetValue]:
@@ -187,14 +190,15 @@ def _presets(role: str, mode: PerformanceMode, device: Device) -> dict[str, Pres
     return {row.option: PresetValue(row.value(mode), f"{role} {row.name}") for row in rows}
 
 
-def sees_gpu(device: str, environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether a node with `--device` this would run on a GPU; without loading torch."""
+def device_kind(device: str, environment: Mapping[str, str] = os.environ) -> Device:
+    """What a node with `--device` this would run on; without loading torch."""
     if device != "auto":
-        return device.startswith("cuda")
+        return "GPU" if device.startswith("cuda") else "CPU"
     visible = environment.get("CUDA_VISIBLE_DEVICES")
     if visible is not None and not visible.strip(" ,"):
-        return False
-    return any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/dxg").exists()
+        return "CPU"
+    has_driver = any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/dxg").exists()
+    return "GPU" if has_driver else "CPU"
 
 
 def render_tables() -> str:

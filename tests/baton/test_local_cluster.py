@@ -8,10 +8,10 @@ import pytest
 import yaml
 
 from baton.local_cluster import child_specs, node_engine_config, place_nodes
-from baton.serve import SECTIONS
+from baton.serve import SECTIONS, left_to_nodes
 from cluster.config import LoadedConfig, load_config, render_config
 from cluster.errors import ConfigError
-from cluster.performance_mode import differing_by_role, presets_of
+from cluster.performance_mode import presets_of
 from engine.config import EngineConfig
 
 
@@ -111,9 +111,11 @@ def test_what_was_set_for_the_local_cluster_reaches_its_nodes() -> None:
     assert [spec.environment.get("BATON_MAX_NUM_SEQS") for spec in specs] == ["7", "7", None]
 
 
-def test_show_config_of_a_local_cluster_names_the_rows_its_nodes_choose() -> None:
-    text = render_config(load_serve("--num-staging-slots", "3"), differing_by_role())
+def test_show_config_of_a_local_cluster_names_what_its_nodes_choose_by_which_row() -> None:
+    flags = ("--num-staging-slots", "3", "--performance-mode", "interactivity", "--device", "cuda")
+    loaded = load_serve(*flags)
+    text = render_config(loaded, left_to_nodes(loaded))
     line = next(line for line in text.splitlines() if "max_num_seqs" in line)
-    assert line.lstrip().startswith("#")
-    assert "row prefill --max-num-seqs; row decode --max-num-seqs" in line
+    assert line.lstrip().startswith("# max_num_seqs: prefill 32, decode 64 ")
+    assert "performance-mode interactivity, row --max-num-seqs" in line
     assert yaml.safe_load(text)["kv_transfer"]["num_staging_slots"] == 3

@@ -10,7 +10,7 @@ import yaml
 from cluster.config import LoadedConfig, load_config, render_config
 from cluster.errors import UsageError
 from cluster.options import options_of
-from cluster.performance_mode import MODES, TABLES, presets_of, render_tables, sees_gpu
+from cluster.performance_mode import MODES, TABLES, device_kind, presets_of, render_tables
 from engine.config import EngineConfig
 from gateway.config import GatewayConfig
 from kv_transfer.config import KVTransferConfig
@@ -85,9 +85,9 @@ def test_an_unknown_mode_is_refused_in_one_line() -> None:
 
 
 def test_a_node_is_taken_for_a_gpu_node_when_it_would_run_on_one() -> None:
-    assert sees_gpu("cuda:1", {})
-    assert not sees_gpu("cpu", {})
-    assert not sees_gpu("auto", {"CUDA_VISIBLE_DEVICES": ""})
+    assert device_kind("cuda:1", {}) == "GPU"
+    assert device_kind("cpu", {}) == "CPU"
+    assert device_kind("auto", {"CUDA_VISIBLE_DEVICES": ""}) == "CPU"
 
 
 def test_the_readme_shows_the_tables_as_they_are() -> None:
