@@ -11,7 +11,7 @@ from kernels.dispatch import runs_triton
 from kernels.paged_attention import paged_attention
 from kernels.prefill_attention import prefill_attention
 from kernels.rope_store import FLOAT8_MAX, rope_store
-from tests.kernels.paged import assert_attention_close, paged_case
+from tests.kernels.paged import PagedCase, assert_attention_close, paged_case
 
 FLOAT8 = torch.float8_e4m3fn
 Place = tuple[torch.device, torch.dtype]
@@ -86,26 +86,53 @@ def test_padding_is_not_stored(device: torch.device) -> None:
     assert kv_layer[1].float().any()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("window", [None, 20])
-def test_decode_on_the_cpu_multiplies_what_it_reads_by_its_scales(
-    dtype: torch.dtype, window: int | None
+def test_decode_multiplies_what_it_reads_by_its_scales(
+    product_device_and_dtype: Place, window: int | None
 ) -> None:
-    lengths = [1, 15, 16, 17, 63, 300]
+    device, dtype = product_device_and_dtype
+    lengths = [1, 15, 16, 17, 63, 900]
     case = paged_case(
         [1] * len(lengths),
         lengths,
         heads=(4, 2),
         head_size=32,
         dtype=dtype,
-        device=torch.device("cpu"),
+        device=device,
         is_float8=True,
     )
-    out = paged_attention(
-        case.query, case.kv_layer, case.block_tables, case.seq_lens, scale=case.scale,
-        out=case.poisoned_out(), sliding_window=window, kv_scales=case.kv_scales,
-    )  # fmt: skip
-    assert_attention_close(out, case.expected(window))
+    assert_attention_close(decoded(case, window), case.expected(window))
+
+
+@pytest.mark.parametrize("head_size", [16, 80, 128, 256])
+@pytest.mark.parametrize("heads", [(2, 2), (20, 1)])
+def test_decode_reads_heads_of_all_sizes(
+    device: torch.device, head_size: int, heads: tuple[int, int]
+) -> None:
+    case = paged_case(
+        [1, 1],
+        [70, 9],
+        heads=heads,
+        head_size=head_size,
+        dtype=torch.float32,
+        device=device,
+        block_size=32,
+        is_float8=True,
+    )
+    assert_attention_close(decoded(case), case.expected())
+
+
+def decoded(case: PagedCase, window: int | None = None) -> torch.Tensor:
+    return paged_attention(
+        case.query,
+        case.kv_layer,
+        case.block_tables,
+        case.seq_lens,
+        scale=case.scale,
+        out=case.poisoned_out(),
+        sliding_window=window,
+        kv_scales=case.kv_scales,
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

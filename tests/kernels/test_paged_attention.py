@@ -5,6 +5,8 @@ import math
 import pytest
 import torch
 
+from kernels.decode_plan import plan_splits
+from kernels.dispatch import runs_triton
 from kernels.paged_attention import paged_attention
 from tests.kernels.paged import PagedCase, assert_attention_close, paged_case
 
@@ -126,6 +128,60 @@ def test_an_empty_batch_gives_an_empty_result(device: torch.device) -> None:
 def test_many_sequences_of_all_lengths(device: torch.device) -> None:
     case = decode_case([1 + 7 * i % 90 for i in range(24)], device, torch.float32)
     assert_attention_close(attend(case), case.expected())
+
+
+@pytest.mark.parametrize("window", [None, 90])
+def test_one_long_sequence_among_short_ones_is_cut_and_put_together(
+    product_device_and_dtype: Place, window: int | None
+) -> None:
+    lengths = [40, 3, 1800, 17, 64, 0, 65, 900]
+    case = decode_case([max(1, length) for length in lengths], *product_device_and_dtype)
+    case.seq_lens[5] = 0
+    expected = case.expected(window)
+    expected[5] = 0
+    assert_attention_close(attend(case, window), expected)
+
+
+def test_a_plan_serves_every_layer_of_its_shape(device: torch.device) -> None:
+    layers = [decode_case([300, 17, 1200], device, torch.float32) for _ in range(2)]
+    if not runs_triton(layers[0].query):
+        pytest.skip("the CPU has a plan of its own")
+    plan = plan_splits(layers[0].seq_lens, layers[0].kv_layer, sliding_window=None)
+    for case in layers:
+        out = paged_attention(
+            case.query, case.kv_layer, case.block_tables, case.seq_lens, scale=case.scale,
+            out=case.poisoned_out(), plan=plan,
+        )  # fmt: skip
+        assert_attention_close(out, case.expected())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("heads", [(32, 8), (8, 8), (16, 1), (40, 2)])
+@pytest.mark.parametrize("head_size", [64, 128, 256])
+def test_long_sequences_on_a_whole_gpu(heads: tuple[int, int], head_size: int) -> None:
+    case = paged_case(
+        [1] * 5,
+        [1, 9000, 64, 700, 20_000],
+        heads=heads,
+        head_size=head_size,
+        dtype=torch.bfloat16,
+        device=torch.device("cuda"),
+    )
+    assert_attention_close(attend(case), case.expected())
+
+
+@pytest.mark.gpu
+def test_the_same_inputs_give_the_same_bits() -> None:
+    case = paged_case(
+        [1] * 3,
+        [30_000, 5, 700],
+        heads=(8, 2),
+        head_size=128,
+        dtype=torch.bfloat16,
+        device=torch.device("cuda"),
+    )
+    first = attend(case)
+    assert all(torch.equal(attend(case), first) for _ in range(20))
 
 
 @pytest.mark.gpu

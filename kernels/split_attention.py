@@ -1,0 +1,306 @@
+"""Decode attention on a GPU: shares of equal length of all sequences' keys, then their sum.
+
+1. The grid is (KV heads, shares of the plan): one program per share, all of them resident at once.
+   A program walks its share from sequence to sequence. Every key and value is read once for all
+   query heads of the KV head, which share the rows of the matrix products.
+2. Blocks are looked up a tile ahead, so that reading keys and values waits for no table.
+3. A sequence inside one share is written to the output. Of a sequence that is cut, each program
+   writes its part, normalised, and the base-2 logarithm of the part's sum of weights: into slot
+   `2 * share + 1` if the sequence begins there, else into slot `2 * share`.
+4. A second kernel adds up the parts of each cut sequence, in the order of the shares: results do
+   not depend on which program was the first to end.
+
+Keys and values in float8 are read as pairs: a 16-bit element is two columns of the head. Tensor
+cores' operands are made from them without moving bytes between threads: the even and the odd
+columns go through products of their own, in float16, which holds every float8 value. The key's
+scale is part of the query, the value's is applied at the end.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from kernels.decode_plan import RECORD_SIZE, load_record, tile_range
+from kernels.dispatch import (
+    chained_launch,
+    gdc_launch_dependents,
+    gdc_wait,
+    jit,
+    jit_for_any,
+    next_power_of_two,
+    tl,
+)
+
+if TYPE_CHECKING:
+    from kernels.decode_plan import SplitPlan
+
+# Tensor cores take no fewer rows; smaller groups of query heads are padded.
+_MIN_ROWS = 16
+# Nor a shorter sum; in float8 a row is two of them.
+_MIN_COLUMNS = 16
+# Parts of a cut sequence that are added up at a time.
+_PARTS = 32
+
+
+def split_attention(
+    query: torch.Tensor,
+    kv_layer: torch.Tensor,
+    block_tables: torch.Tensor,
+    seq_lens: torch.Tensor,
+    plan: SplitPlan,
+    *,
+    scale: float,
+    out: torch.Tensor,
+    kv_scales: torch.Tensor | None,
+) -> None:
+    """`paged_attention` of CUDA tensors (or interpreted), as planned; there must be a row."""
+    num_heads, head_size = query.shape[1:]
+    _, _, num_kv_heads, block_size, _ = kv_layer.shape
+    assert query.stride(2) == block_tables.stride(1) == 1
+    group = num_heads // num_kv_heads
+    parts = torch.empty(
+        (num_kv_heads, 2 * plan.num_programs, group, head_size),
+        dtype=torch.float32,
+        device=query.device,
+    )
+    logs = torch.empty(parts.shape[:3], dtype=torch.float32, device=query.device)
+    is_float8 = kv_scales is not None
+    if is_float8:
+        assert head_size % 2 == 0
+        kv_layer = kv_layer.view(torch.int16)
+    shape: dict[str, Any] = {
+        "KV_HEADS": num_kv_heads, "GROUP": group, "HEAD_SIZE": head_size, "TILE": plan.tile,
+        "WINDOW": plan.sliding_window or 0, "RECORD_SIZE": RECORD_SIZE,
+    }  # fmt: skip
+    launch: dict[str, Any] = {"CHAINED": chained_launch(query.device)}
+    if launch["CHAINED"]:
+        launch["launch_pdl"] = True
+    smallest = 2 * _MIN_COLUMNS if is_float8 else _MIN_COLUMNS
+    _attention_kernel[(num_kv_heads, plan.num_programs)](
+        query, kv_layer, kv_scales, block_tables, seq_lens, plan.records, parts, logs, out,
+        query.stride(0), query.stride(1), block_tables.stride(0), scale * math.log2(math.e),
+        ROWS=max(_MIN_ROWS, next_power_of_two(group)), BLOCK_SIZE=block_size,
+        BLOCK_DIM=max(smallest, next_power_of_two(head_size)), FLOAT8=is_float8,
+        COMPILED=query.is_cuda, num_warps=8 if query.dtype == torch.float32 else 4, num_stages=3,
+        **shape, **launch,
+    )  # fmt: skip
+    if plan.num_programs > 1:
+        _combine_kernel[(num_heads, plan.num_programs - 1)](
+            plan.records, parts, logs, out,
+            BLOCK_DIM=next_power_of_two(head_size), PARTS=_PARTS, num_warps=4, **shape, **launch,
+        )  # fmt: skip
+
+
+@jit
+def _columns(pairs: tl.tensor, COMPILED: tl.constexpr) -> Any:
+    """The even and the odd columns of float8 pairs (int16), as float16."""
+    if COMPILED:
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .b32 sorted;
+            .reg .b16 even, odd;
+            prmt.b32 sorted, $2, 0, 0x3120;
+            mov.b32 {even, odd}, sorted;
+            cvt.rn.f16x2.e4m3x2 $0, even;
+            cvt.rn.f16x2.e4m3x2 $1, odd;
+            }""",
+            "=r,=r,r", [pairs], dtype=(tl.float16, tl.float16), is_pure=True, pack=2,
+        )  # fmt: skip
+    even, odd = (pairs & 0xFF).to(tl.uint8), ((pairs >> 8) & 0xFF).to(tl.uint8)
+    even, odd = even.to(tl.float8e4nv, bitcast=True), odd.to(tl.float8e4nv, bitcast=True)
+    return even.to(tl.float16), odd.to(tl.float16)
+
+
+@jit
+def _load_query(
+    rows: tl.tensor, row_mask: tl.tensor, column: tl.tensor, query_scale: tl.tensor,
+    FLOAT8: tl.constexpr,
+) -> Any:  # fmt: skip
+    """The query as it is, twice; for float8 scaled, its even and its odd columns.
+
+    Small elements of a scaled query vanish in float16 only where they add nothing to a score.
+    """
+    if FLOAT8:
+        even = tl.load(rows + 2 * column[None, :], mask=row_mask, other=0.0)
+        odd = tl.load(rows + 2 * column[None, :] + 1, mask=row_mask, other=0.0)
+        even, odd = even * query_scale, odd * query_scale
+        if rows.dtype.element_ty != tl.float32:
+            even, odd = even.to(tl.float16), odd.to(tl.float16)
+    else:
+        even = tl.load(rows + column[None, :], mask=row_mask, other=0.0)
+        odd = even
+    return even, odd
+
+
+@jit
+def _load_rows(
+    pointers: tl.tensor, mask: tl.tensor, query: tl.tensor, FLOAT8: tl.constexpr,
+    COMPILED: tl.constexpr,
+) -> Any:  # fmt: skip
+    """Keys or values in the query's type: all columns, twice; of float8 the even and the odd."""
+    if FLOAT8:
+        even, odd = _columns(tl.load(pointers, mask=mask, other=0), COMPILED)
+    else:
+        even = tl.load(pointers, mask=mask, other=0.0)
+        odd = even
+    return even.to(query.dtype), odd.to(query.dtype)
+
+
+@jit
+def _add_tile(scores: tl.tensor, peak: tl.tensor, total: tl.tensor) -> Any:
+    """Weights of a tile's keys, by how much earlier weights shrink, new peak and total."""
+    new_peak = tl.maximum(peak, tl.max(scores, axis=1))
+    # A tile of padding has no score: its peak is replaced so that no NaN arises from it.
+    new_peak = tl.where(new_peak > float("-inf"), new_peak, 0.0)
+    weights = tl.exp2(scores - new_peak[:, None])
+    decay = tl.exp2(peak - new_peak)
+    return weights, decay[:, None], new_peak, total * decay + tl.sum(weights, axis=1)
+
+
+@jit
+def _attend(
+    query_rows: tl.tensor, query_scale: tl.tensor, head_ptr: tl.tensor, table_ptr: tl.tensor,
+    seq_len: tl.tensor, begin: tl.tensor, stop: tl.tensor,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, HEAD_SIZE: tl.constexpr,
+    BLOCK_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr, WINDOW: tl.constexpr,
+    FLOAT8: tl.constexpr, COMPILED: tl.constexpr,
+) -> Any:  # fmt: skip
+    """Tiles `begin` to `stop` of one sequence for the query heads at `query_rows` `[ROWS, 1]`.
+
+    Returns the weighted sum of values `[ROWS, BLOCK_DIM]`, the largest score and the sum of
+    weights, both `[ROWS]`.
+    """
+    # Elements of a row of a head, and those that are loaded.
+    SIZE: tl.constexpr = HEAD_SIZE // 2 if FLOAT8 else HEAD_SIZE
+    WIDTH: tl.constexpr = BLOCK_DIM // 2 if FLOAT8 else BLOCK_DIM
+    SIDE: tl.constexpr = KV_HEADS * BLOCK_SIZE * SIZE
+    row, column, token = tl.arange(0, ROWS), tl.arange(0, WIDTH), tl.arange(0, TILE)
+    row_mask = (row < GROUP)[:, None] & (column < SIZE)[None, :]
+    query, query_odd = _load_query(query_rows, row_mask, column, query_scale, FLOAT8)
+    peak, total = tl.full([ROWS], float("-inf"), tl.float32), tl.zeros([ROWS], tl.float32)
+    result, result_odd = tl.zeros([ROWS, WIDTH], tl.float32), tl.zeros([ROWS, WIDTH], tl.float32)
+    columns_ptr = head_ptr + column[None, :]
+    position = begin * TILE + token
+    block_id = tl.load(table_ptr + position // BLOCK_SIZE, mask=position < seq_len, other=0)
+    for tile in range(begin, stop):
+        position = tile * TILE + token
+        seen = position < seq_len
+        if WINDOW > 0:
+            seen &= position >= seq_len - WINDOW
+        offset = block_id.to(tl.int64) * (2 * SIDE) + position % BLOCK_SIZE * SIZE
+        keys = columns_ptr + offset[:, None]
+        ahead = position + TILE
+        block_id = tl.load(table_ptr + ahead // BLOCK_SIZE, mask=ahead < seq_len, other=0)
+        mask = seen[:, None] & (column < SIZE)[None, :]
+        key, key_odd = _load_rows(keys, mask, query, FLOAT8, COMPILED)
+        scores = tl.dot(query, tl.trans(key), input_precision="ieee")
+        if FLOAT8:
+            scores = tl.dot(query_odd, tl.trans(key_odd), scores, input_precision="ieee")
+        else:
+            scores *= query_scale
+        scores = tl.where(seen[None, :], scores, float("-inf"))
+        weights, decay, peak, total = _add_tile(scores, peak, total)
+        value, value_odd = _load_rows(keys + SIDE, mask, query, FLOAT8, COMPILED)
+        weights = weights.to(query.dtype)
+        result = tl.dot(weights, value, result * decay, input_precision="ieee")
+        if FLOAT8:
+            result_odd = tl.dot(weights, value_odd, result_odd * decay, input_precision="ieee")
+    if FLOAT8:
+        result = tl.join(result, result_odd).reshape(ROWS, BLOCK_DIM)
+    return result, peak, total
+
+
+@jit_for_any("table_stride")
+def _attention_kernel(
+    query_ptr: tl.tensor, kv_ptr: tl.tensor, scales_ptr: tl.tensor, tables_ptr: tl.tensor,
+    lens_ptr: tl.tensor, records_ptr: tl.tensor, parts_ptr: tl.tensor, logs_ptr: tl.tensor,
+    out_ptr: tl.tensor, query_stride: tl.tensor, query_head_stride: tl.tensor,
+    table_stride: tl.tensor, scale_log2: tl.tensor,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, HEAD_SIZE: tl.constexpr,
+    BLOCK_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr, WINDOW: tl.constexpr,
+    FLOAT8: tl.constexpr, COMPILED: tl.constexpr, RECORD_SIZE: tl.constexpr, CHAINED: tl.constexpr,
+) -> None:  # fmt: skip
+    kv_head, program = tl.program_id(0), tl.program_id(1)
+    if CHAINED:
+        gdc_launch_dependents()
+        gdc_wait()
+    sequence, tile, left, share, seq_len = load_record(records_ptr, program, RECORD_SIZE)
+    query_scale, value_scale = scale_log2, 1.0
+    if FLOAT8:
+        query_scale *= tl.load(scales_ptr + kv_head)
+        value_scale = tl.load(scales_ptr + KV_HEADS + kv_head)
+    row, column = tl.arange(0, ROWS), tl.arange(0, BLOCK_DIM)
+    row_mask = (row < GROUP)[:, None] & (column < HEAD_SIZE)[None, :]
+    head = kv_head * GROUP + row
+    head_ptr = kv_ptr + kv_head * (BLOCK_SIZE * HEAD_SIZE // (2 if FLOAT8 else 1))
+    first_slot = 2 * (kv_head * tl.num_programs(1) + program)
+    # Where the sequence begins in the row of all tiles.
+    origin = program * share - tile
+    while left > 0:
+        first, tiles = tile_range(seq_len, TILE, WINDOW)
+        stop = tl.minimum(tile + left, tiles)
+        wide = sequence.to(tl.int64)
+        result, peak, total = _attend(
+            query_ptr + wide * query_stride + head[:, None] * query_head_stride, query_scale,
+            head_ptr, tables_ptr + wide * table_stride, seq_len, first + tile, first + stop,
+            KV_HEADS, GROUP, ROWS, HEAD_SIZE, BLOCK_DIM, BLOCK_SIZE, TILE, WINDOW,
+            FLOAT8, COMPILED,
+        )  # fmt: skip
+        result *= (value_scale / tl.where(total > 0, total, 1.0))[:, None]
+        if stop - tile == tiles:
+            out_row = wide * (KV_HEADS * GROUP) + head
+            out_ptrs = out_ptr + out_row[:, None] * HEAD_SIZE + column[None, :]
+            tl.store(out_ptrs, result.to(out_ptr.dtype.element_ty), mask=row_mask)
+        else:
+            part = (first_slot + (origin >= program * share).to(tl.int32)) * GROUP + row
+            part_ptrs = parts_ptr + part[:, None] * HEAD_SIZE + column[None, :]
+            tl.store(part_ptrs, result, mask=row_mask)
+            tl.store(logs_ptr + part, peak + tl.log2(total), mask=row < GROUP)
+        left -= stop - tile
+        origin += tiles
+        tile = tile * 0
+        sequence += 1
+        seq_len = tl.load(lens_ptr + sequence, mask=left > 0, other=0)
+
+
+@jit
+def _combine_kernel(
+    records_ptr: tl.tensor, parts_ptr: tl.tensor, logs_ptr: tl.tensor, out_ptr: tl.tensor,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_SIZE: tl.constexpr, BLOCK_DIM: tl.constexpr,
+    TILE: tl.constexpr, WINDOW: tl.constexpr, PARTS: tl.constexpr, RECORD_SIZE: tl.constexpr,
+    CHAINED: tl.constexpr,
+) -> None:  # fmt: skip
+    """A query head of the sequence, if there is one, that begins in one share and goes on in the
+    next."""
+    head, program = tl.program_id(0), tl.program_id(1)
+    if CHAINED:
+        gdc_launch_dependents()
+        gdc_wait()
+    sequence, tile, left, share, seq_len = load_record(records_ptr, program + 1, RECORD_SIZE)
+    if (left > 0) & (tile > 0) & (tile <= share):
+        _, tiles = tile_range(seq_len, TILE, WINDOW)
+        last = ((program + 1) * share - tile + tiles - 1) // share
+        first_slot = 2 * (head // GROUP) * (tl.num_programs(1) + 1)
+        column, lane = tl.arange(0, BLOCK_DIM), tl.arange(0, PARTS)
+        is_column = column < HEAD_SIZE
+        peak, total = tl.full([1], float("-inf"), tl.float32), tl.zeros([1], tl.float32)
+        result = tl.zeros([BLOCK_DIM], tl.float32)
+        for begin in range(program, last + 1, PARTS):
+            number = begin + lane
+            slot = first_slot + 2 * number + (number == program).to(tl.int32)
+            part = slot * GROUP + head % GROUP
+            is_part = number <= last
+            log = tl.load(logs_ptr + part, mask=is_part, other=float("-inf"))
+            part_ptrs = parts_ptr + part[:, None] * HEAD_SIZE + column[None, :]
+            values = tl.load(part_ptrs, mask=is_part[:, None] & is_column[None, :], other=0.0)
+            new_peak = tl.maximum(peak, tl.max(log, axis=0))
+            weights, decay = tl.exp2(log - new_peak), tl.exp2(peak - new_peak)
+            total = total * decay + tl.sum(weights, axis=0)
+            result = result * decay + tl.sum(values * weights[:, None], axis=0)
+            peak = new_peak
+        out_ptrs = out_ptr + (sequence.to(tl.int64) * (KV_HEADS * GROUP) + head) * HEAD_SIZE
+        result = (result / total).to(out_ptr.dtype.element_ty)
+        tl.store(out_ptrs + column, result, mask=is_column)
