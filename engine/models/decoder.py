@@ -32,6 +32,7 @@ from engine.offload import tensor_bytes
 from engine.tensor_parallel.shard import WHOLE
 from engine.tensor_parallel.sharded import sharded_factory
 from kernels.attention_plan import plan_decode, plan_prefill
+from kernels.decode_plan import plan_splits
 from kernels.rope_store import plan_tokens
 
 if TYPE_CHECKING:
@@ -174,11 +175,21 @@ class Decoder:
 
     def _plan(self, batch: Batch, kv_layer: torch.Tensor) -> StepPlan:
         if batch.seq_lens.is_cuda:
-            return NO_PLAN
+            return self._device_plan(batch, kv_layer) if batch.is_decode else NO_PLAN
         return StepPlan(
             {window: self._attention_plan(batch, kv_layer, window) for window in self._windows},
             plan_tokens(batch.positions, self._cos_sin, batch.slot_mapping, kv_layer.shape[3]),
+            {},
         )
+
+    def _device_plan(self, batch: Batch, kv_layer: torch.Tensor) -> StepPlan:
+        """Kernels in the step's graph: nothing of it is known on the host."""
+        seq_lens = batch.seq_lens
+        splits = {
+            window: plan_splits(seq_lens, kv_layer, sliding_window=window)
+            for window in self._windows
+        }
+        return StepPlan({}, None, splits)
 
     def _attention_plan(
         self, batch: Batch, kv_layer: torch.Tensor, window: int | None

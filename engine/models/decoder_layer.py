@@ -20,16 +20,21 @@ if TYPE_CHECKING:
     from engine.models.config import ModelConfig
     from engine.models.linear import Matrix, MatrixFactory
     from kernels.attention_plan import AttentionPlan
+    from kernels.decode_plan import SplitPlan
 
 
 class StepPlan(NamedTuple):
-    """What all layers of a pass would work out alike. On a GPU there is none: kernels do it."""
+    """What all layers of a pass would work out alike; dictionaries are by sliding window.
 
-    attention: dict[int | None, AttentionPlan]  # by sliding window
+    On a GPU that is the `splits` of a decode step, and for the rest kernels do it.
+    """
+
+    attention: dict[int | None, AttentionPlan]
     tokens: TokenPlan | None
+    splits: dict[int | None, SplitPlan]
 
 
-NO_PLAN = StepPlan({}, None)
+NO_PLAN = StepPlan({}, None, {})
 
 
 class DecoderLayer:
@@ -129,7 +134,7 @@ class DecoderLayer:
             kv_scales=self.kv_scales,
             plan=plan.tokens,
         )
-        attended = self._attention(query, kv_layer, batch, plan.attention.get(self._window))
+        attended = self._attention(query, kv_layer, batch, plan)
         return attended.view(len(attended), -1)
 
     def transform(self, attended: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
@@ -143,8 +148,9 @@ class DecoderLayer:
         query: torch.Tensor,
         kv_layer: torch.Tensor,
         batch: Batch,
-        plan: AttentionPlan | None,
+        plan: StepPlan,
     ) -> torch.Tensor:
+        gathers = plan.attention.get(self._window)
         if batch.is_decode:
             return paged_attention(
                 query,
@@ -153,7 +159,7 @@ class DecoderLayer:
                 batch.seq_lens,
                 scale=self._scale,
                 sliding_window=self._window,
-                plan=plan,
+                plan=gathers or plan.splits.get(self._window),
                 kv_scales=self.kv_scales,
             )
         return prefill_attention(
@@ -165,7 +171,7 @@ class DecoderLayer:
             max_seqlen_q=batch.max_seqlen_q,
             scale=self._scale,
             sliding_window=self._window,
-            plan=plan,
+            plan=gathers,
             kv_scales=self.kv_scales,
         )
 
