@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from cluster.errors import TransferError
 from cluster.request import SamplingParams
 from tests.checkpoints import FAMILIES, POCKET_MODEL
 from tests.e2e.split_pair import SplitPair, make_request, split_pair
@@ -194,6 +195,23 @@ def test_tokens_from_kv_in_8_bit_floats_are_those_of_one_node(
             assert sum(answer.was_handed_off for answer in split) >= len(prompts) - 1
             assert sum(answer.num_cached_tokens for answer in again) > 0
             assert token_ids(alone) != [each["tokens"] for each in expected[family]]
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("is_prefills", [True, False])
+def test_kv_in_8_bit_floats_is_not_paired_with_other_kv(
+    is_prefills: bool, expected: Expected, open_engine: OpenEngine
+) -> None:
+    prompt = expected["llama3"][3]["prompt"]
+    engines = [open_engine("llama3", kv_cache_dtype="fp8"), open_engine("llama3")]
+
+    async def main() -> None:
+        async with split_pair(*(engines if is_prefills else reversed(engines))) as pair:
+            with pytest.raises(TransferError, match="nodes differ in model, KV layout"):
+                await pair.split([make_request(prompt, GREEDY)])
+            (alone,) = await pair.alone([make_request(prompt, GREEDY)])
+            assert len(alone.token_ids) == NUM_TOKENS
 
     asyncio.run(main())
 

@@ -21,7 +21,12 @@ TWO_GPUS = Machine(num_gpus=2, cpu_is_fast_at_bfloat16=True)
 
 @pytest.fixture
 def limits(tmp_path: Path) -> ResolveLimits:
-    def limits(machine: Machine, stored: str = "bfloat16", **options: Any) -> EngineLimits:
+    def limits(
+        machine: Machine,
+        stored: str = "bfloat16",
+        quantized: dict[str, Any] | None = None,
+        **options: Any,
+    ) -> EngineLimits:
         facts = {
             "architectures": ["LlamaForCausalLM"],
             "hidden_size": 64,
@@ -31,6 +36,7 @@ def limits(tmp_path: Path) -> ResolveLimits:
             "vocab_size": 64,
             "max_position_embeddings": 2048,
             "torch_dtype": stored,
+            "quantization_config": quantized,
         }
         (tmp_path / "config.json").write_text(json.dumps(facts))
         model = ModelConfig.from_folder(tmp_path)
@@ -59,6 +65,34 @@ def test_auto_keeps_the_checkpoints_type_where_the_processor_is_fast_at_it(
 
 def test_a_given_type_wins(limits: ResolveLimits) -> None:
     assert limits(SLOW_CPU, "float32", dtype="bfloat16").dtype == torch.bfloat16
+
+
+def test_kv_is_of_the_same_type_unless_8_bits_are_asked_for(limits: ResolveLimits) -> None:
+    assert limits(SLOW_CPU, "float32").kv_dtype == torch.float32
+    assert limits(TWO_GPUS, "float16").kv_dtype == torch.float16
+    for name in ("fp8", "fp8_e4m3"):
+        both = limits(TWO_GPUS, kv_cache_dtype=name)
+        assert (both.dtype, both.kv_dtype) == (torch.bfloat16, torch.float8_e4m3fn)
+
+
+@pytest.mark.parametrize(
+    ("quantized", "options", "message"),
+    [
+        (None, {"kv_cache_dtype": "fp8"}, "--kv-cache-dtype fp8 needs GPUs"),
+        ({"quant_method": "fp8"}, {}, "in 8-bit floats needs GPUs"),
+    ],
+)
+def test_a_gpu_without_8_bit_floats_says_so_at_once(
+    limits: ResolveLimits,
+    quantized: dict[str, str] | None,
+    options: dict[str, str],
+    message: str,
+) -> None:
+    old = Machine(num_gpus=1, cpu_is_fast_at_bfloat16=True, gpus_have_float8=False)
+    with pytest.raises(ConfigError, match=f"{message} of compute capability 8.9"):
+        limits(old, quantized=quantized, **options)
+    limits(old, quantized=quantized, device="cpu", **options)  # a CPU reads it anyhow
+    limits(old, quantized={"quant_method": "awq", "bits": 4})
 
 
 def test_auto_takes_a_gpu_when_there_is_one(limits: ResolveLimits) -> None:
