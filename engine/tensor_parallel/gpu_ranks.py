@@ -14,7 +14,7 @@ NVLink multicast is not used.
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -23,9 +23,13 @@ from engine.tensor_parallel.ranks import as_rank_lost, c10d, first_rank_options
 from kernels.peer_sum import MAX_PROGRAMS, PeerInboxes, inbox_words, peer_sum
 
 if TYPE_CHECKING:
+    from engine.tensor_parallel.ranks import Begun
     from engine.tensor_parallel.rendezvous import Rendezvous
     from engine.tensor_parallel.shard import Shard
 
+# A piece of fewer rows would not keep the multiprocessors busy.
+_PIECE_ROWS = 1024
+_MOST_PIECES = 4
 _NO_MULTICAST = {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1"}
 
 
@@ -72,6 +76,14 @@ class GpuRanks:
         with as_rank_lost():
             self._group.allreduce([x]).wait()
         return x
+
+    def num_pieces(self, x: torch.Tensor) -> int:
+        return 1 if self._inboxes.holds(x) else max(1, min(_MOST_PIECES, len(x) // _PIECE_ROWS))
+
+    def begin_sum(self, x: torch.Tensor) -> Begun:
+        """NCCL works on a stream of its own."""
+        with as_rank_lost():
+            return cast("Begun", self._group.allreduce([x]))
 
     def gather_logits(self, part: torch.Tensor, vocab_size: int) -> torch.Tensor:
         begin = self._shard.range_of(vocab_size)[0]
