@@ -28,8 +28,9 @@ from engine.sequence import Sequence
 if TYPE_CHECKING:
     from collections.abc import Sequence as SequenceOf
 
-    from engine.engine import Engine, StepOutput
+    from engine.engine import Engine
     from engine.schedule import ScheduleDecision
+    from engine.step_pipeline import StepOutput
 
 STEP_SECONDS = 120.0
 WARM_UP_STEPS = 8

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from cluster.errors import InvalidRequest, ServingError
 
@@ -130,9 +130,8 @@ class TokenLogprobs:
     top: tuple[tuple[int, float], ...] = ()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TokenDelta:
-    """What one step did for one sequence.
+class TokenDelta(NamedTuple):
+    """What one step did for one sequence. A tuple: hundreds are made between two steps.
 
     Exactly one delta of a sequence has `finish_reason` or `error`: its last. `logprobs` is
     empty or as long as `token_ids`. `num_cached_tokens` is set on a node's first delta.

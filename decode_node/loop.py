@@ -10,9 +10,9 @@ if TYPE_CHECKING:
 
     from cluster.request import TokenDelta
     from decode_node.reservations import Reservations
-    from engine.engine import StepOutput
     from engine.load import LoadSnapshot
     from engine.schedule import ScheduleDecision
+    from engine.step_pipeline import StepOutput
 
 
 class DecodeObserver:

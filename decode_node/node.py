@@ -63,7 +63,10 @@ class DecodeNode:
         self.info = node_info(node_id, NodeRole.DECODE, engine)
         self._agent = agent
         scheduler = DecodeScheduler(
-            engine.block_manager, engine.max_num_batched_tokens, engine.max_num_seqs
+            engine.block_manager,
+            engine.max_num_batched_tokens,
+            engine.max_num_seqs,
+            max_model_len=engine.max_model_len,
         )
         reservations = Reservations(
             engine.block_manager,

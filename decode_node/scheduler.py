@@ -10,6 +10,10 @@ Life of a sequence here
        prefix cache still has.
     4. `update` frees the finished ones.
 
+While a decode step runs, `schedule_ahead` decides the next one: the same sequences, one token
+further, without those that its token makes full, and those that have come with their KV in place.
+Who must be prefilled, preempted or failed waits until the tokens are known.
+
 Why this never deadlocks: the first sequence in order takes blocks from all others, so it
 advances; when there is nobody left to take from, the rest is in transfer and comes back by
 itself, and a sequence that needs more than the whole pool fails.
@@ -19,6 +23,7 @@ Pure: no clock, no tensors.
 
 from __future__ import annotations
 
+import sys
 from bisect import insort
 from typing import TYPE_CHECKING
 
@@ -26,6 +31,7 @@ from cluster.errors import ContextLengthExceeded, InvalidRequest
 from cluster.request import FinishReason
 from engine.schedule import ScheduledChunk, ScheduleDecision, check_fits
 from engine.sequence import SequenceStatus
+from engine.stopping import is_full
 from engine.waiting_queue import WaitingQueue, order_key
 
 if TYPE_CHECKING:
@@ -41,13 +47,19 @@ class DecodeScheduler:
     `abort`, and reports those that failed in the decision."""
 
     def __init__(
-        self, block_manager: BlockManager, max_num_batched_tokens: int, max_num_seqs: int
+        self,
+        block_manager: BlockManager,
+        max_num_batched_tokens: int,
+        max_num_seqs: int,
+        *,
+        max_model_len: int = sys.maxsize,
     ) -> None:
         if max_num_batched_tokens < 1 or max_num_seqs < 1:
             raise ValueError("max_num_batched_tokens and max_num_seqs must be positive.")
         self._block_manager = block_manager
         self._max_num_batched_tokens = max_num_batched_tokens
         self._max_num_seqs = min(max_num_seqs, max_num_batched_tokens)
+        self._max_model_len = max_model_len
         self._sequences: dict[str, Sequence] = {}
         self._active: list[Sequence] = []  # by order_key
         self._rows: dict[Sequence, ScheduledChunk] = {}  # of the active: one decode step each
@@ -78,7 +90,7 @@ class DecodeScheduler:
         return sum(sequence.num_uncomputed_tokens - 1 for sequence in self._sequences.values())
 
     def has_work(self) -> bool:
-        return bool(self._sequences)
+        return bool(self._sequences or self._newly_failed)
 
     def get(self, sequence_id: str) -> Sequence | None:
         return self._sequences.get(sequence_id)
@@ -110,7 +122,6 @@ class DecodeScheduler:
 
     def schedule(self) -> ScheduleDecision:
         """One decode step or one prefill step; no chunks while everyone waits for blocks."""
-        self._newly_preempted, self._newly_failed = [], []
         self._activate()
         decode, prefill = self._decode_chunks, self._prefill_chunks
         chunks: list[ScheduledChunk] = []
@@ -119,13 +130,38 @@ class DecodeScheduler:
             if chunks:
                 self._is_prefill_turn = phase == decode
                 break
-        return ScheduleDecision(
-            tuple(chunks), tuple(self._newly_preempted), tuple(self._newly_failed)
-        )
+        preempted, failed = tuple(self._newly_preempted), tuple(self._newly_failed)
+        self._newly_preempted, self._newly_failed = [], []
+        return ScheduleDecision(tuple(chunks), preempted, failed)
+
+    def schedule_ahead(self) -> ScheduleDecision | None:
+        """The decode step after the one in flight. None if somebody would have to be prefilled,
+        preempted or failed, or if nobody goes on."""
+        self._activate()
+        if self._newly_failed:
+            return None
+        chunks = []
+        block_size = self._block_manager.block_size
+        for sequence in self._active:
+            num_drawn = sequence.num_launched_draws
+            num_tokens = len(sequence.token_ids) + num_drawn
+            if num_drawn and is_full(sequence, num_tokens, self._max_model_len):
+                continue
+            num_computed = sequence.num_computed_tokens + sequence.num_launched_tokens
+            if num_tokens - num_computed != 1:
+                return None
+            has_room = num_tokens <= len(sequence.block_table) * block_size
+            if not has_room and not self._block_manager.allocate(sequence, num_tokens):
+                return None
+            chunks.append(self._rows[sequence])
+        if not chunks:
+            return None
+        self._is_prefill_turn = True
+        return ScheduleDecision(tuple(chunks), decodes=True)
 
     def update(self, output: StepResult) -> list[Sequence]:
         """Free the sequences that the step finished. Returns them."""
-        finished = [s for s in self._active if s.status is SequenceStatus.FINISHED]
+        finished = list(output.finished_sequences)
         for sequence in finished:
             if sequence.error is not None:
                 self._block_manager.forget(sequence)

@@ -1,11 +1,12 @@
-"""From a schedule decision to the input tensors of one forward pass.
+"""From chunks of prompts to the input tensors of one forward pass; decode steps have their own
+way, see `row_inputs.py`.
 
 Life of a step's inputs
     1. `InputBuffer` owns host memory and its twin on the device. A step's arrays are carved
        from it in a fixed order, so on a GPU all of them travel in one copy.
-    2. `BatchBuilder.build` fills the host arrays with numpy: work per sequence is a few list
-       reads, work per token is vectorised.
-    3. `Batch` names the arrays on the device. They are valid until the next `build`.
+    2. `BatchBuilder.build_prefill` fills the host arrays with numpy: work per sequence is a few
+       list reads, work per token is vectorised.
+    3. `Batch` names the arrays on the device. They are valid until the next one is built.
 
 Sizes in comments: T tokens, N rows (sequences, then padding), W columns of block tables.
 """
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from engine.schedule import ScheduledChunk
     from engine.tensor_parallel.wire import Announce
 
-_PADDING_SLOT = -1
 # Block tables are this many columns wide, or a multiple: a kernel is compiled anew for a row
 # stride that is no multiple of 16, which would happen in the middle of serving.
 _TABLE_GRAIN = 16
@@ -226,32 +226,11 @@ class BatchBuilder:
             device,
         )
 
-    def build_decode(
-        self, chunks: SequenceOf[ScheduledChunk], num_rows: int | None = None
-    ) -> Batch:
-        """One token of each sequence, padded to `num_rows` rows."""
-        sequences = [chunk.sequence for chunk in chunks]
-        num_seqs = len(sequences)
-        num_rows = num_rows or num_seqs
-        positions = np.array([each.num_computed_tokens for each in sequences], dtype=np.int64)
-        columns = positions // self._block_size
-        width = table_width(int(columns.max()) + 1)
-        tables = self._tables.gather(sequences, width)
-        arrays = self.buffer.arrays(BatchShape(num_rows, num_rows, 0, width))
-        arrays.token_ids[:num_seqs] = [each.token_ids[-1] for each in sequences]
-        arrays.positions[:num_seqs] = positions
-        arrays.seq_lens[:num_seqs] = positions + 1
-        arrays.block_tables[:num_seqs] = tables
-        arrays.slot_mapping[:num_seqs] = self._slots(tables, np.arange(num_seqs), positions)
-        if num_rows > num_seqs:
-            _pad(arrays, num_seqs)
-        return self._send(StepHeader(True, num_rows, num_rows, num_seqs, width, 1))
-
     def build_prefill(self, chunks: SequenceOf[ScheduledChunk]) -> Batch:
         """Chunks of any length, one after the other."""
         sequences = [chunk.sequence for chunk in chunks]
         lengths = np.array([chunk.num_scheduled_tokens for chunk in chunks], dtype=np.int64)
-        computed = np.array([each.num_computed_tokens for each in sequences], dtype=np.int64)
+        computed = np.array([chunk.begin for chunk in chunks], dtype=np.int64)
         ends = np.cumsum(lengths)
         seq_lens = computed + lengths
         sampled = [index for index, chunk in enumerate(chunks) if chunk.samples]
@@ -272,10 +251,9 @@ class BatchBuilder:
         return self._send(StepHeader(False, num_tokens, len(chunks), len(sampled), width, longest))
 
     def receive(self, header: StepHeader, fill: Callable[[memoryview], None]) -> Batch:
-        """The batch that another rank announced. `fill` writes its packed arrays."""
-        num_samples = 0 if header.is_decode else header.num_samples
+        """The chunks that another rank announced. `fill` writes their packed arrays."""
         self.buffer.arrays(
-            BatchShape(header.num_tokens, header.num_rows, num_samples, header.table_width)
+            BatchShape(header.num_tokens, header.num_rows, header.num_samples, header.table_width)
         )
         fill(self.buffer.filled)
         return self._send(header)
@@ -301,16 +279,6 @@ class BatchBuilder:
         return slots
 
 
-def decode_batch(views: SequenceOf[torch.Tensor], block_tables: torch.Tensor) -> Batch:
-    """A decode batch over memory that does not move, for a graph: all rows are sampled."""
-    return _batch(
-        [*views[:-1], block_tables],
-        num_samples=views[0].shape[0],
-        max_seqlen_q=1,
-        is_decode=True,
-    )
-
-
 def _batch(
     tensors: SequenceOf[torch.Tensor], *, num_samples: int, max_seqlen_q: int, is_decode: bool
 ) -> Batch:
@@ -329,19 +297,10 @@ def _batch(
     )
 
 
-def _pad(arrays: HostArrays, num_seqs: int) -> None:
-    """Rows that compute nothing: no KV is stored for them, none is read."""
-    arrays.token_ids[num_seqs:] = 0
-    arrays.positions[num_seqs:] = 0
-    arrays.slot_mapping[num_seqs:] = _PADDING_SLOT
-    arrays.seq_lens[num_seqs:] = 0
-    arrays.block_tables[num_seqs:] = 0
-
-
 def _fill_token_ids(out: NDArray[np.int64], chunks: SequenceOf[ScheduledChunk]) -> None:
     begin = 0
     for chunk in chunks:
-        first = chunk.sequence.num_computed_tokens
+        first = chunk.begin
         end = begin + chunk.num_scheduled_tokens
         out[begin:end] = chunk.sequence.token_ids[first : first + chunk.num_scheduled_tokens]
         begin = end

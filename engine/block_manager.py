@@ -10,6 +10,10 @@ Life of a block
        registered, the second stays private and is freed without a trace.
     4. No reference left: cached if registered, else free.
 
+A step that is launched and not collected may still write to the blocks of a sequence that is
+freed meanwhile. Its references are dropped only when all steps launched before are collected: in
+between nobody, and no transfer, gets the blocks.
+
 At every moment free + cached + referenced == num_blocks.
 
 Not thread-safe: the engine's thread owns it, and holds and reservations are released there.
@@ -17,6 +21,7 @@ Not thread-safe: the engine's thread owns it, and holds and reservations are rel
 
 from __future__ import annotations
 
+from collections import deque
 from typing import TYPE_CHECKING
 
 from engine.prefix_cache import Block, BlockAccountingError, CacheEvents, PrefixCache
@@ -50,6 +55,9 @@ class BlockManager:
         self._holds: dict[Hold, None] = {}
         self._reservations: dict[Reservation, None] = {}
         self._num_releases = 0
+        self._num_launched = 0  # steps, since the start
+        self._num_collected = 0
+        self._leaving: deque[tuple[int, list[int]]] = deque()  # steps to collect before, a table
 
     # ---- counts -------------------------------------------------------------------------
 
@@ -113,13 +121,29 @@ class BlockManager:
             self._register(sequence, num_full_blocks)
 
     def free(self, sequence: Sequence) -> None:
-        """Drop the sequence's references; its KV is not here any more. Idempotent."""
+        """Drop the sequence's references, at the latest when the steps launched so far are
+        collected; its KV is not here any more. Idempotent."""
         self._sequences.pop(sequence, None)
         table, sequence.block_table = sequence.block_table, []
         sequence.num_computed_tokens = 0
         sequence.num_registered_blocks = 0
         sequence.is_cacheable = True
-        self._release(table)
+        if self._num_launched == self._num_collected:
+            self._release(table)
+        elif table:
+            self._leaving.append((self._num_launched, table))
+
+    def step_launched(self) -> None:
+        """A step works on blocks from now on, until `step_collected`. Steps end in order."""
+        self._num_launched += 1
+
+    def step_collected(self) -> None:
+        """The oldest of the launched steps does not touch blocks any more."""
+        if self._num_collected == self._num_launched:
+            raise BlockAccountingError("No step is launched.")
+        self._num_collected += 1
+        while self._leaving and self._leaving[0][0] <= self._num_collected:
+            self._release(self._leaving.popleft()[1])
 
     # ---- transfers ----------------------------------------------------------------------
 
@@ -220,7 +244,9 @@ class BlockManager:
                 counts[block_id] += 1
         for sequence in self._sequences:
             self._check_sequence(sequence)
-            for block_id in sequence.block_table:
+        tables = [sequence.block_table for sequence in self._sequences]
+        for table in (*tables, *(table for _, table in self._leaving)):
+            for block_id in table:
                 counts[block_id] += 1
         for block, count in zip(self._blocks, counts, strict=True):
             if block.ref_count != count:

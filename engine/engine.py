@@ -4,8 +4,12 @@ Life of an engine
     1. `Engine.create` reads the checkpoint's facts, decides what the configuration left open,
        loads the weights, measures what a full step needs, gives the rest to the KV pool, and
        on a GPU captures the decode graphs. Whatever cannot work is a `ConfigError` here.
-    2. `step(decision)` computes the chunks a scheduler decided on, draws the next tokens and
-       advances the sequences. A scheduler above decides; blocks are freed there.
+    2. `launch(decision)` queues the chunks that a scheduler decided on: inputs, forward pass,
+       draws of the next tokens, their copy to the host. It waits for nothing.
+    3. `collect(step)` waits for the tokens, advances the sequences and says which ended. The
+       scheduler frees their blocks. `step` does both at once.
+
+Two steps may be in flight; `step_pipeline.py` says how, and why that is safe.
 
 The engine knows no role and no network, and belongs to one thread at a time.
 """
@@ -14,13 +18,11 @@ from __future__ import annotations
 
 import threading
 from contextlib import nullcontext
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 
-from cluster.request import TokenDelta
 from engine import memory, warm_up
 from engine.block_manager import BlockManager
 from engine.kv_cache import KVCache, KVLayout
@@ -29,7 +31,7 @@ from engine.model_runner import ModelRunner
 from engine.models.loading import load_decoder, read_model
 from engine.out_of_memory import run_within_memory
 from engine.sampler import Sampler
-from engine.stopping import check_finished
+from engine.step_pipeline import StepOutput, StepPipeline
 from engine.tensor_parallel.crew import Crew
 from engine.tensor_parallel.shard import WHOLE, Shard
 
@@ -41,25 +43,10 @@ if TYPE_CHECKING:
     from engine.config import EngineConfig
     from engine.models.config import ModelConfig
     from engine.models.decoder import Decoder
-    from engine.sampler import SampledToken
     from engine.schedule import ScheduleDecision
-    from engine.sequence import Sequence
+    from engine.step_pipeline import InFlightStep
     from engine.tensor_parallel.seat import Seat
     from engine.tensor_parallel.wire import StepHeader
-
-
-@dataclass(frozen=True, slots=True)
-class StepOutput:
-    """What a step did.
-
-    `deltas[i]` is of `sampled_sequences[i]`, whose next token was drawn; finished ones have
-    their status set and still hold their blocks. `done` (GPU) is recorded when all KV of the
-    step is written; None means it is.
-    """
-
-    deltas: tuple[TokenDelta, ...]
-    sampled_sequences: tuple[Sequence, ...]
-    done: torch.cuda.Event | None = None
 
 
 class Engine:
@@ -93,10 +80,21 @@ class Engine:
             enable_prefix_caching=config.enable_prefix_caching,
         )
         self._runner = runner
-        self._sampler = Sampler(
-            model_config.vocab_size, limits.device, eos_token_ids=self.eos_token_ids
+        self._pipeline = StepPipeline(
+            runner, self.block_manager, self.eos_token_ids, limits.max_model_len
         )
+        self.overlaps = limits.on_gpu
         self._thread: int | None = None
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether a step may be launched behind one in flight. Not on a CPU, by default: it is
+        itself the device."""
+        return self._pipeline.overlaps
+
+    @overlaps.setter
+    def overlaps(self, overlaps: bool) -> None:
+        self._pipeline.overlaps = overlaps
 
     @property
     def max_model_len(self) -> int:
@@ -181,7 +179,16 @@ class Engine:
             if seat is not None:
                 seat.rendezvous.exchange({})  # all have loaded: what follows is done together
             kv_cache, kv_shards = _allocate_kv(config, limits, layout, decoder, others_bytes, seat)
-        runner = ModelRunner(decoder, kv_cache, limits, None if crew is None else crew.announce)
+        sampler = None
+        if shard.rank == 0:
+            sampler = Sampler(
+                whole.vocab_size,
+                limits.device,
+                eos_token_ids=whole.eos_token_ids,
+                max_rows=limits.max_num_seqs,
+            )
+        announce = None if crew is None else crew.announce
+        runner = ModelRunner(decoder, kv_cache, limits, sampler, announce)
         with torch.inference_mode():
             with progress.phase("warm up"):
                 warm_up.warm_up(decoder, kv_cache.layers, limits)
@@ -196,56 +203,33 @@ class Engine:
     def step(
         self, decision: ScheduleDecision, *, on_layer: Callable[[int], None] | None = None
     ) -> StepOutput:
-        """Compute the chunks, draw the tokens of those that end there, advance all of them.
+        """Compute the chunks, draw the tokens of those that end there, advance all of them."""
+        return self.collect(self.launch(decision, on_layer=on_layer))
+
+    def launch(
+        self, decision: ScheduleDecision, *, on_layer: Callable[[int], None] | None = None
+    ) -> InFlightStep:
+        """Queue a step behind the one in flight, of which there may be one.
 
         `on_layer(i)` is called when the KV of layer i is written, before later layers are
-        computed (GPU: queued on the current stream). Raises only what ends the whole step:
-        `OutOfMemory` when the device had none left for it.
+        computed (GPU: queued on the current stream). Raises only what ends the whole step, and
+        then nothing of it is in flight: `OutOfMemory` when the device had none left for it.
         """
-        return run_within_memory(partial(self._step, decision, on_layer))
-
-    def _step(
-        self, decision: ScheduleDecision, on_layer: Callable[[int], None] | None
-    ) -> StepOutput:
         if self._thread != threading.get_ident():
             self._thread = threading.get_ident()
             _enter_thread(self.limits)
-        chunks, is_decode = decision.chunks, decision.is_decode
-        sampled = tuple(chunk.sequence for chunk in chunks if is_decode or chunk.samples)
-        with torch.inference_mode(), self._together():
-            logits = self._runner.run(chunks, is_decode=is_decode, on_layer=on_layer)
-            done = _record_done(self.limits)
-            tokens = [] if logits is None else self._sampler.sample(logits, sampled)
-        for chunk in chunks:
-            chunk.sequence.num_computed_tokens += chunk.num_scheduled_tokens
-            self.block_manager.mark_computed(chunk.sequence)
-        deltas = tuple(map(self._advance, sampled, tokens))
-        return StepOutput(deltas, sampled, done)
+        with self._together():
+            return run_within_memory(partial(self._pipeline.launch, decision, on_layer))
+
+    def collect(self, step: InFlightStep) -> StepOutput:
+        """Wait for the oldest step in flight and advance its sequences, but for those that have
+        ended since it was launched. After an error no step is in flight."""
+        with self._together():
+            return run_within_memory(partial(self._pipeline.collect, step))
 
     def _together(self) -> AbstractContextManager[None]:
         """A step of several ranks is watched: one that is lost would leave it waiting."""
         return nullcontext() if self._crew is None else self._crew.stepping()
-
-    def _advance(self, sequence: Sequence, token: SampledToken) -> TokenDelta:
-        """Append the token, or end the sequence; say so."""
-        if token.error is not None:
-            sequence.fail(token.error)
-            return TokenDelta(sequence_id=sequence.sequence_id, error=token.error)
-        sequence.append_token(token.token_id)
-        finish = check_finished(
-            sequence, eos_token_ids=self.eos_token_ids, max_model_len=self.max_model_len
-        )
-        if finish is not None:
-            sequence.finish(finish.reason, finish.stop_token_id)
-        is_first = sequence.num_output_tokens == 1
-        return TokenDelta(
-            sequence_id=sequence.sequence_id,
-            token_ids=(token.token_id,),
-            logprobs=() if token.logprobs is None else (token.logprobs,),
-            finish_reason=None if finish is None else finish.reason,
-            stop_token_id=None if finish is None else finish.stop_token_id,
-            num_cached_tokens=sequence.num_cached_tokens if is_first else None,
-        )
 
 
 def _enter_thread(limits: EngineLimits) -> None:
@@ -254,14 +238,6 @@ def _enter_thread(limits: EngineLimits) -> None:
         torch.cuda.set_device(limits.device)
     if limits.num_threads is not None:
         torch.set_num_threads(limits.num_threads)
-
-
-def _record_done(limits: EngineLimits) -> torch.cuda.Event | None:
-    if not limits.on_gpu:
-        return None
-    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-    event.record()
-    return event
 
 
 def _allocate_kv(

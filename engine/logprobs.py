@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from cluster.request import TokenLogprobs
-from engine.draw import heaviest
+from kernels.draw import heaviest
 
 if TYPE_CHECKING:
     import numpy as np

@@ -4,12 +4,17 @@ Life of the thread
     1. `start()` begins it. From here only this thread touches the engine, its scheduler and
        its block manager; everyone else speaks to it through `call`.
     2. Commands given to `call` run between steps, in the order they were given.
-    3. While the scheduler has work: decide, step, settle. The observer hears of a decision
-       before it runs and of its output after, both on this thread.
-    4. A step that raises ends the sequences of that step with `InternalError`, or `OutOfMemory`;
-       the others go on. After `MAX_FAILED_STEPS` in a row, or when a rank of the model is lost,
-       the engine is beyond help: `on_fatal` is called and the thread ends.
-    5. `stop()` ends it after the step that runs. However the thread ends, commands still
+    3. While the scheduler has work: decide, launch, collect, settle. The observer hears of a
+       decision before it is launched and of its output after, both on this thread.
+    4. Where the engine overlaps and the scheduler can decide without the tokens of the step that
+       runs, the next step is launched before that one is collected. Then one step is always
+       queued behind the one that the device computes, and what happens here between two steps,
+       commands included, costs the device nothing.
+    5. A step that raises ends the sequences of that step, and of one launched behind it, with
+       `InternalError` or `OutOfMemory`; the others go on. After `MAX_FAILED_STEPS` in a row, or
+       when a rank of the model is lost, the engine is beyond help: `on_fatal` is called and the
+       thread ends.
+    6. `stop()` ends it after the steps that run. However the thread ends, commands still
        queued are cancelled, and so are those given later: nobody waits for an answer in vain.
 
 The loop knows no role: what it drives is any `Scheduler`, who listens is any `Observer`.
@@ -23,19 +28,19 @@ import threading
 import time
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from cluster.errors import InternalError, OutOfMemory
 from cluster.request import TokenDelta
+from engine.schedule import ScheduleDecision
 from engine.tensor_parallel.failures import RankLost
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from collections.abc import Sequence as SequenceOf
 
-    from engine.engine import StepOutput
-    from engine.schedule import ScheduleDecision
     from engine.sequence import Sequence
+    from engine.step_pipeline import StepOutput
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -44,10 +49,23 @@ BLOCKED_WAIT_SECONDS = 0.01
 _STEP_FAILED = "The model step failed."
 
 
-class Stepper(Protocol):
-    """What the loop needs of an engine."""
+class Launched(Protocol):
+    """A step that the engine was given and has not given back."""
 
-    def step(self, decision: ScheduleDecision) -> StepOutput: ...
+    @property
+    def can_be_followed(self) -> bool:
+        """Whether another may be launched before it is collected."""
+        ...
+
+
+class Stepper(Protocol):
+    """What the loop needs of an engine. When `collect` raises, no step is in flight."""
+
+    def launch(self, decision: ScheduleDecision) -> Launched: ...
+
+    def collect(self, step: Any) -> StepOutput:
+        """`step`: the oldest that `launch` gave."""
+        ...
 
 
 class Scheduler(Protocol):
@@ -55,7 +73,15 @@ class Scheduler(Protocol):
 
     def add(self, sequence: Sequence) -> None: ...
     def abort(self, sequence_id: str) -> Sequence | None: ...
-    def schedule(self) -> ScheduleDecision: ...
+    def schedule(self) -> ScheduleDecision:
+        """The next step; nothing is in flight."""
+        ...
+
+    def schedule_ahead(self) -> ScheduleDecision | None:
+        """The step after the one in flight, whose tokens are not known. None if that cannot be
+        decided yet. Preempts nobody and fails nobody."""
+        ...
+
     def update(self, output: StepOutput) -> list[Sequence]: ...
     def has_work(self) -> bool: ...
 
@@ -72,6 +98,15 @@ class Observer(Protocol):
 class _Command:
     run: Callable[[], object]
     future: Future[object]
+
+
+@dataclass(slots=True)
+class _Flight:
+    """A launched step, and when the device could begin with it."""
+
+    decision: ScheduleDecision
+    step: Launched
+    began: float
 
 
 @dataclass(slots=True)
@@ -118,6 +153,8 @@ class EngineLoop:
         self._has_ended = False
         self._ending = threading.Lock()  # between the last command queued and the last cancelled
         self._num_failed_in_a_row = 0
+        self._flight: _Flight | None = None  # launched, and the next thing to collect
+        self._settled_at = 0.0
         self.stats = LoopStats()
 
     def start(self) -> None:
@@ -144,8 +181,10 @@ class EngineLoop:
         try:
             while not self._stopping:
                 self._run_commands()
-                if self._scheduler.has_work() and not self._stopping:
+                if self._is_busy() and not self._stopping:
                     self._step()
+            if self._flight is not None:
+                self._settle(self._flight)
         except BaseException as error:  # top of the thread: say it, then end
             logger.exception("the engine thread ended")
             self._on_fatal(error)
@@ -154,7 +193,7 @@ class EngineLoop:
 
     def _run_commands(self) -> None:
         """Run what is queued; wait for a command when there is nothing to step."""
-        if not self._scheduler.has_work():
+        if not self._is_busy():
             if self._on_idle is not None:
                 self._on_idle()
             self._execute(self._commands.get())
@@ -164,6 +203,9 @@ class EngineLoop:
             except queue.Empty:
                 return
             self._execute(command)
+
+    def _is_busy(self) -> bool:
+        return self._flight is not None or self._scheduler.has_work()
 
     def _execute(self, command: _Command | None) -> None:
         if command is None:
@@ -177,26 +219,63 @@ class EngineLoop:
             command.future.set_exception(error)
 
     def _step(self) -> None:
+        """Collect one step, with the next one launched before if possible."""
+        flight = self._flight or self._launch_next()
+        if flight is None:
+            return
+        self._flight = None
+        decision = self._scheduler.schedule_ahead() if flight.step.can_be_followed else None
+        behind = error = None
+        if decision is not None:
+            try:
+                behind = self._launch(decision)
+            except RankLost:  # no step can run any more
+                raise
+            except Exception as reason:  # one bad step must not end the node
+                error = reason
+        if not self._settle(flight, decision):
+            return
+        if decision is not None and error is not None:
+            self._fail_step(decision, error)
+        self._flight = behind
+
+    def _launch_next(self) -> _Flight | None:
         decision = self._scheduler.schedule()
         if decision.failed:
             self._observer.settled([error_delta(sequence) for sequence in decision.failed])
         if not decision.chunks:
             self._wait_for_blocks()
-            return
-        self._observer.before_step(decision)
-        began = time.perf_counter()
+            return None
         try:
-            output = self._engine.step(decision)
-        except RankLost:  # no step can run any more
+            return self._launch(decision)
+        except RankLost:
             raise
-        except Exception as error:  # one bad step must not end the node
+        except Exception as error:
             self._fail_step(decision, error)
-            return
+            return None
+
+    def _launch(self, decision: ScheduleDecision) -> _Flight:
+        self._observer.before_step(decision)
+        return _Flight(decision, self._engine.launch(decision), time.perf_counter())
+
+    def _settle(self, flight: _Flight, behind: ScheduleDecision | None = None) -> bool:
+        """Collect a step and tell everybody. False if it failed, and with it the one behind."""
+        try:
+            output = self._engine.collect(flight.step)
+        except RankLost:
+            raise
+        except Exception as error:
+            chunks = flight.decision.chunks + (() if behind is None else behind.chunks)
+            self._fail_step(ScheduleDecision(chunks), error)
+            return False
         self._num_failed_in_a_row = 0
-        self.stats.count(decision, output, time.perf_counter() - began)
-        self._observer.after_step(decision, output)
+        now = time.perf_counter()
+        self.stats.count(flight.decision, output, now - max(flight.began, self._settled_at))
+        self._settled_at = now
+        self._observer.after_step(flight.decision, output)
         self._scheduler.update(output)
         self._observer.settled(output.deltas)
+        return True
 
     def _wait_for_blocks(self) -> None:
         """Everything waits for blocks that a command will free: do not spin meanwhile."""
@@ -214,8 +293,10 @@ class EngineLoop:
         self.stats.num_failed_steps += 1
         logger.error("step failed (%d in a row)", self._num_failed_in_a_row, exc_info=error)
         failed = []
-        for chunk in decision.chunks:
-            sequence_id = chunk.sequence.sequence_id
+        for sequence in dict.fromkeys(chunk.sequence for chunk in decision.chunks):
+            if sequence.is_finished:  # aborted while the step was in flight
+                continue
+            sequence_id = sequence.sequence_id
             self._scheduler.abort(sequence_id)
             reason = error if isinstance(error, OutOfMemory) else InternalError(_STEP_FAILED)
             failed.append(TokenDelta(sequence_id=sequence_id, error=reason))

@@ -1,27 +1,58 @@
-"""Runs a decision through the model: inputs, forward pass, logits of the sampled rows.
+"""Runs a decision through the model: inputs, forward pass, draws of the sampled rows.
 
-A decode decision replays a captured graph on a GPU; everything else runs kernel by kernel.
+Life of a decode step
+    1. Its sequences get rows. What the host knows of them (positions, how they are drawn, new
+       entries of block tables) is uploaded in one copy. A token that a step still running draws
+       is not known: the row says which of that step's rows to take it from.
+    2. A captured graph makes the inputs of the rows, on the device, and runs all layers; a
+       second one computes the logits and draws. On a CPU, without graphs and where a step is
+       too large for them, the same is run call by call.
+    3. The tokens stay on the device for the next step, and travel to the host behind this one.
+
+Nothing here waits for the device. A step that computes chunks of prompts always runs call by
+call, and its tokens are drawn in the same way.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from engine.batch import BatchBuilder, table_width
+import numpy as np
+import torch
+
+from engine.batch import Batch, BatchBuilder, table_width
 from engine.cuda_graphs import DecodeGraphs
+from engine.decode_rows import DecodeRows
+from engine.row_inputs import RowInputs
+from engine.tensor_parallel.wire import StepHeader
+from kernels.decode_inputs import DecodeInputs, fill_decode_inputs
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from collections.abc import Sequence as SequenceOf
 
-    import torch
-
     from cluster.startup import StartupReport
     from engine.kv_cache import KVCache
     from engine.limits import EngineLimits
     from engine.models.decoder import Decoder
+    from engine.row_inputs import HostRows
+    from engine.sampler import Draws, Sampler
+    from engine.sampling_plan import SamplingPlan
     from engine.schedule import ScheduledChunk
-    from engine.tensor_parallel.wire import Announce, StepHeader
+    from engine.sequence import Sequence
+    from engine.tensor_parallel.wire import Announce
+
+
+@dataclass(frozen=True, slots=True)
+class LaunchedStep:
+    """`sampled[i]` is the sequence of draw i. `draws` is None if there are none. `done` (GPU): the
+    KV is written. `can_be_followed`: the next step may be launched before the tokens are known."""
+
+    sampled: SequenceOf[Sequence]
+    draws: Draws | None
+    done: torch.Event | None
+    can_be_followed: bool
 
 
 class ModelRunner:
@@ -32,73 +63,234 @@ class ModelRunner:
         decoder: Decoder,
         kv_cache: KVCache,
         limits: EngineLimits,
+        sampler: Sampler | None,
         announce: Announce | None = None,
     ) -> None:
-        """`announce`: tells the other ranks of the same model what to run."""
+        """`sampler`: None on a rank that draws nothing. `announce`: tells the other ranks of the
+        same model what to run."""
         self._decoder = decoder
         self._kv_layers = kv_cache.layers
         self._limits = limits
         self._block_size = kv_cache.layout.block_size
+        self._sampler = sampler
+        self._announce = announce
+        device, num_rows = limits.device, limits.max_num_seqs
+        max_blocks = table_width(-(-limits.max_model_len // self._block_size))
         self._batches = BatchBuilder(
             block_size=self._block_size,
-            max_num_seqs=limits.max_num_seqs,
+            max_num_seqs=num_rows,
             max_num_batched_tokens=limits.max_num_batched_tokens,
             max_model_len=limits.max_model_len,
-            device=limits.device,
+            device=device,
             announce=announce,
         )
+        self._rows = DecodeRows(num_rows)
+        self._inputs = RowInputs(num_rows, max_blocks, device)
+        self._drawn_by: SequenceOf[Sequence] = ()  # the sequences of the last step's draws
+        self._ends = np.zeros(num_rows, np.int64)  # of the rows of the last decode step
+        self._plan: SamplingPlan | None = None
+        self._no_seqlens = torch.zeros(num_rows + 1, dtype=torch.int32, device=device)
+        self._none_drawn = torch.zeros(num_rows, dtype=torch.int64, device=device)
+        self._decode_inputs = DecodeInputs.empty(num_rows, device)
         self._graphs: DecodeGraphs | None = None
 
     def capture_graphs(self, progress: StartupReport) -> None:
         """From now on decode steps replay graphs. GPU only."""
+        self._inputs.next_rows().pad(0, self._limits.max_num_seqs)
+        self._inputs.upload()
         self._graphs = DecodeGraphs(
-            self._decoder,
-            self._kv_layers,
-            self._batches.buffer,
+            self._forward_rows,
+            self._draw,
             max_num_seqs=self._limits.max_graph_rows,
-            table_width=table_width(-(-self._limits.max_model_len // self._block_size)),
             device=self._limits.device,
         )
         self._graphs.capture(progress)
 
-    def run(
+    def launch(
         self,
         chunks: SequenceOf[ScheduledChunk],
         *,
         is_decode: bool,
+        follows: bool,
         on_layer: Callable[[int], None] | None = None,
-    ) -> torch.Tensor | None:
-        """Logits `[num_samples, vocab_size]` of the chunks that sample, in order; None if none.
+    ) -> LaunchedStep:
+        """Queue a step. `follows`: the step launched before it is not collected yet.
 
         `is_decode`: each chunk is the last token of its sequence. `on_layer(i)` is called when
         the KV of layer i is written (on a GPU: when the kernels that write it are queued on the
         current stream).
         """
         if is_decode:
-            hidden = self._decode(chunks, on_layer)
-        else:
-            batch = self._batches.build_prefill(chunks)
-            hidden = self._decoder.forward(batch, self._kv_layers, on_layer)
-        return None if hidden is None else self._decoder.logits(hidden)
+            return self._launch_decode([each.sequence for each in chunks], follows, on_layer)
+        return self._launch_prefill(chunks, on_layer)
 
     def follow(self, header: StepHeader, fill: Callable[[memoryview], None]) -> None:
         """Run what rank 0 announced, as it does; `fill` writes the packed inputs."""
-        batch = self._batches.receive(header, fill)
-        if header.is_decode and self._graphs is not None:
-            hidden: torch.Tensor | None = self._graphs.replay(batch, header.num_samples)
-        else:
+        if not header.is_decode:
+            batch = self._batches.receive(header, fill)
             hidden = self._decoder.forward(batch, self._kv_layers)
             if hidden is not None:
-                hidden = hidden[: header.num_samples]
-        if hidden is not None:
-            self._decoder.logits(hidden)
+                self._decoder.logits(hidden)
+            return
+        num_entries = header.table_width
+        self._inputs.next_rows()
+        fill(self._inputs.filled(num_entries))
+        self._inputs.upload(num_entries)
+        if header.num_rows:
+            self._run_rows(header.num_rows, None, draws=True)
 
-    def _decode(
+    # ---- decode ----------------------------------------------------------------------------
+
+    def _launch_decode(
+        self,
+        sequences: SequenceOf[Sequence],
+        follows: bool,
+        on_layer: Callable[[int], None] | None,
+    ) -> LaunchedStep:
+        sampler = self._drawing()
+        self._rows.arrange(sequences)
+        sequences = self._rows.sequences
+        is_steady = follows and sequences is self._drawn_by
+        plan = self._plan if is_steady else None
+        if plan is None:
+            plan = self._plan = sampler.plan_for(sequences)
+        num_rows = self._upload_rows(sequences, plan, is_steady)
+        hidden = self._run_rows(num_rows, on_layer, draws=not plan.needs_logits)
+        params = self._inputs.device_rows.draw_params(len(sequences))
+        logits = None
+        if plan.needs_logits:
+            logits = self._decoder.logits(hidden)[: len(sequences)]
+            sampler.draw(logits, params)
+        draws = sampler.finish(plan, sequences, params, logits)
+        self._drawn_by = sequences
+        return LaunchedStep(sequences, draws, draws.event, not plan.penalized)
+
+    def _upload_rows(
+        self, sequences: SequenceOf[Sequence], plan: SamplingPlan, is_steady: bool
+    ) -> int:
+        """Queue what the host says of these rows. Returns their number with padding."""
+        num_seqs = len(sequences)
+        num_rows = self._padded(num_seqs)
+        ends = self._ends[:num_seqs]
+        if is_steady:
+            ends += 1
+            changes = self._rows.growth((ends - 1) // self._block_size)
+        else:
+            ends[:] = [s.num_computed_tokens + s.num_launched_tokens + 1 for s in sequences]
+            changes = self._rows.all_changes()
+        *first_parts, last_part = self._inputs.split(changes)
+        for part in first_parts:
+            self._inputs.next_rows()
+            self._send(0, 0, self._inputs.set_changes(part))
+        rows = self._inputs.next_rows()
+        rows.ends[:num_seqs] = ends
+        if is_steady:
+            rows.sources[:num_seqs] = np.arange(num_seqs)
+        else:
+            self._set_tokens(rows, sequences)
+        rows.set_params(plan)
+        rows.pad(num_seqs, num_rows)
+        self._send(num_rows, num_seqs, self._inputs.set_changes(last_part))
+        return num_rows
+
+    def _set_tokens(self, rows: HostRows, sequences: SequenceOf[Sequence]) -> None:
+        """Each row's token, or where the step that still runs leaves it."""
+        row_of: dict[Sequence, int] = {}
+        if any(each.num_launched_draws for each in sequences):
+            row_of = {each: row for row, each in enumerate(self._drawn_by)}
+        rows.tokens[: len(sequences)] = [each.token_ids[-1] for each in sequences]
+        rows.sources[: len(sequences)] = [
+            row_of[each] if each.num_launched_draws else -1 for each in sequences
+        ]
+
+    def _send(self, num_rows: int, num_seqs: int, num_entries: int) -> None:
+        if self._announce is not None:
+            header = StepHeader(True, num_rows, num_rows, num_seqs, num_entries, 1)
+            self._announce(header, self._inputs.filled(num_entries))
+        self._inputs.upload(num_entries)
+
+    def _padded(self, num_seqs: int) -> int:
+        if self._graphs is None or num_seqs > self._graphs.max_rows:
+            return num_seqs
+        return self._graphs.padded(num_seqs)
+
+    def _run_rows(
+        self, num_rows: int, on_layer: Callable[[int], None] | None, *, draws: bool
+    ) -> torch.Tensor:
+        """The hidden states of the uploaded rows, drawn from if `draws`."""
+        graphs = self._graphs
+        if graphs is None or on_layer is not None or num_rows > graphs.max_rows:
+            hidden = self._forward_rows(num_rows, on_layer)
+            if draws:
+                self._draw(hidden)
+            return hidden
+        hidden = graphs.replay(num_rows)
+        if draws:
+            graphs.replay_draw(num_rows)
+        return hidden
+
+    def _forward_rows(
+        self, num_rows: int, on_layer: Callable[[int], None] | None = None
+    ) -> torch.Tensor:
+        rows, tables = self._inputs.device_rows, self._inputs.tables[:num_rows]
+        inputs = self._decode_inputs.first(num_rows)
+        fill_decode_inputs(
+            rows.ends[:num_rows],
+            rows.tokens[:num_rows],
+            rows.sources[:num_rows],
+            self._none_drawn if self._sampler is None else self._sampler.drawn,
+            tables,
+            self._block_size,
+            inputs,
+        )
+        batch = Batch(
+            *inputs[:3],
+            sample_indices=None,
+            seq_lens=inputs.seq_lens,
+            cu_seqlens_q=self._no_seqlens[: num_rows + 1],
+            block_tables=tables,
+            num_samples=num_rows,
+            max_seqlen_q=1,
+            is_decode=True,
+        )
+        hidden = self._decoder.forward(batch, self._kv_layers, on_layer)
+        if hidden is None:
+            raise RuntimeError("A decode batch samples all its rows.")
+        return hidden
+
+    def _draw(self, hidden: torch.Tensor) -> None:
+        logits = self._decoder.logits(hidden)
+        if self._sampler is not None:
+            params = self._inputs.device_rows.draw_params(len(hidden))
+            self._sampler.draw(logits, params)
+
+    # ---- prefill ---------------------------------------------------------------------------
+
+    def _launch_prefill(
         self, chunks: SequenceOf[ScheduledChunk], on_layer: Callable[[int], None] | None
-    ) -> torch.Tensor | None:
-        num_seqs = len(chunks)
-        if self._graphs is None or on_layer is not None or num_seqs > self._graphs.max_rows:
-            batch = self._batches.build_decode(chunks)
-            return self._decoder.forward(batch, self._kv_layers, on_layer)
-        batch = self._batches.build_decode(chunks, self._graphs.padded(num_seqs))
-        return self._graphs.replay(batch, num_seqs)
+    ) -> LaunchedStep:
+        sampled = [chunk.sequence for chunk in chunks if chunk.samples]
+        batch = self._batches.build_prefill(chunks)
+        hidden = self._decoder.forward(batch, self._kv_layers, on_layer)
+        done = None
+        if self._limits.on_gpu:
+            done = torch.Event(self._limits.device)
+            done.record()
+        if hidden is None:
+            return LaunchedStep((), None, done, True)
+        sampler = self._drawing()
+        plan = sampler.plan_for(sampled)
+        rows = self._inputs.next_rows()
+        rows.set_params(plan)
+        rows.ends[: len(sampled)] = [len(each.token_ids) for each in sampled]
+        params = self._inputs.upload().draw_params(len(sampled))
+        logits = self._decoder.logits(hidden)
+        sampler.draw(logits, params)
+        self._drawn_by = sampled
+        draws = sampler.finish(plan, sampled, params, logits)
+        return LaunchedStep(sampled, draws, done, not plan.penalized)
+
+    def _drawing(self) -> Sampler:
+        if self._sampler is None:
+            raise RuntimeError("Only rank 0 launches steps.")
+        return self._sampler

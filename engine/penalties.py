@@ -6,7 +6,7 @@ computed and scattered; no [n, vocab] table of counts exists anywhere.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -18,6 +18,14 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
 _MIN_CAPACITY = 64
+
+
+def to_device(array: npt.NDArray[Any], device: torch.device) -> torch.Tensor:
+    """A tensor of the same contents; its copy to a GPU is queued, the host does not wait."""
+    tensor = torch.from_numpy(array)
+    if device.type == "cpu":
+        return tensor
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 class TokenCounts:
@@ -83,7 +91,7 @@ def apply_penalties(
             np.repeat(np.arange(len(rows), dtype=np.int64), lengths),
         ]
     )
-    row, token_id, count, place = torch.from_numpy(index).to(logits.device)
+    row, token_id, count, place = to_device(index, logits.device)
     repetition, frequency, presence = strengths[:, place]
     value = logits[row, token_id]
     value = torch.where(value > 0, value / repetition, value * repetition)
@@ -108,8 +116,8 @@ class TokenEdits:
         ]
         index = np.array([(row, token_id) for row, token_id, _ in triples], np.int64)
         values = np.array([value for _, _, value in triples], np.float32)
-        self._index = torch.from_numpy(index.reshape(-1, 2).T.copy()).to(device)
-        self._values = torch.from_numpy(values).to(device)
+        self._index = to_device(index.reshape(-1, 2).T.copy(), device)
+        self._values = to_device(values, device)
 
     def add_to(self, logits: torch.Tensor) -> None:
         row, token_id = self._index

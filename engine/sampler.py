@@ -8,40 +8,36 @@ Life of a row in one step
     3. Else a token is drawn: temperature, then `min_p`, `top_k`, `top_p`, then the number that
        belongs to (seed, position) decides. `position` is the index the new token will take.
     4. Log-probabilities, where wanted, are those of the unchanged logits.
-    5. All rows' outcomes leave the device in one copy. Only if a nucleus was larger than
-       expected there is a second.
+    5. The token stays on the device, where the next step may take it from, and travels to the
+       host behind the step. `Draws.tokens` waits for that, and for nothing else.
 
-A row's outcome depends on its own logits, tokens and parameters, never on its neighbours.
+A row's outcome depends on its own logits, tokens and parameters, never on its neighbours. Only
+penalties depend on the values of earlier tokens: a batch with one is launched when all of them
+are known.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 
 from cluster.errors import InternalError
-from engine.draw import draw_any, draw_filtered, token_weights
 from engine.logprobs import logprob_table, read_logprobs
 from engine.penalties import TokenEdits, apply_penalties
-from engine.randomness import uniforms
 from engine.sampling_plan import SamplingPlan, SamplingRow
+from kernels.sample import NO_TOKEN, DrawParams, SampleWorkspace, sample
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
     from collections.abc import Sequence as SequenceOf
 
-    import numpy.typing as npt
-
     from cluster.errors import ServingError
     from cluster.request import TokenLogprobs
-    from engine.sampling_plan import DrawGroup
     from engine.sequence import Sequence
 
-_MAX_ELEMENTS = 1 << 24  # logits drawn from at once: bounds the workspace to about 0.5 GB
-_NO_TOKEN = -1
+_NUM_STAGED = 3  # steps whose tokens may be on their way to the host, and one to spare
 
 
 class SampledToken(NamedTuple):
@@ -53,47 +49,142 @@ class SampledToken(NamedTuple):
     error: ServingError | None = None
 
 
-class Sampler:
-    """Draws one token for each row of logits."""
+class Draws:
+    """The tokens of one step, on their way from the device."""
+
+    __slots__ = ("_logprobs", "_plan", "_tokens", "event")
 
     def __init__(
-        self, vocab_size: int, device: torch.device, *, eos_token_ids: Iterable[int] = ()
+        self,
+        tokens: torch.Tensor,
+        plan: SamplingPlan,
+        logprobs: torch.Tensor | None,
+        event: torch.Event | None,
+    ) -> None:
+        self._tokens = tokens
+        self._plan = plan
+        self._logprobs = logprobs
+        self.event = event
+
+    def wait(self) -> None:
+        """Until the tokens are here; then the whole step has been computed."""
+        if self.event is not None:
+            self.event.synchronize()
+
+    def tokens(self) -> list[int]:
+        """`NO_TOKEN` where there is none."""
+        self.wait()
+        token_ids: list[int] = self._tokens.tolist()
+        return token_ids
+
+    def logprobs(self) -> dict[int, TokenLogprobs]:
+        """By row, for those that want them. After `tokens`."""
+        if self._logprobs is None:
+            return {}
+        plan = self._plan
+        lines = zip(self._logprobs.numpy(), plan.num_wanted_logprobs.items(), strict=True)
+        return {
+            place: read_logprobs(line, plan.num_top_logprobs, num_wanted)
+            for line, (place, num_wanted) in lines
+        }
+
+
+class Sampler:
+    """Draws one token for each row of logits, of up to `max_rows` rows."""
+
+    def __init__(
+        self,
+        vocab_size: int,
+        device: torch.device,
+        *,
+        eos_token_ids: Iterable[int] = (),
+        max_rows: int,
     ) -> None:
         self._vocab_size = vocab_size
         self._device = device
         self._eos_token_ids = frozenset(eos_token_ids)
         self._plan = SamplingPlan([], device)
+        self._turn = 0
+        self._on_gpu = device.type == "cuda"
+        staged = _NUM_STAGED if self._on_gpu else 1
+        # Where the step that was launched last leaves its tokens, by row.
+        self.drawn = torch.zeros(max_rows, dtype=torch.int64, device=device)
+        self._staged = torch.empty(staged, max_rows, dtype=torch.int64, pin_memory=self._on_gpu)
+        self.workspace = SampleWorkspace(max_rows, vocab_size, device) if self._on_gpu else None
 
-    @torch.inference_mode()
-    def sample(self, logits: torch.Tensor, sequences: SequenceOf[Sequence]) -> list[SampledToken]:
-        """`logits` [n, vocab] of any float type, row i for `sequences[i]`, whose `token_ids` do
-        not hold the new token yet. Changes neither `logits` nor the sequences' tokens."""
-        if not sequences:
-            return []
-        plan = self._plan_for(sequences)
-        raw = logits.detach().float()
-        if plan.is_plain:
-            best, token_ids = _best(raw)
-            return _plain_outcomes(torch.where(best.isfinite(), token_ids, _NO_TOKEN).tolist())
-        changed = self._change(raw, plan, sequences)
-        best, token_ids = _best(changed)
-        step = _Step(raw, changed, best, token_ids, torch.ones_like(token_ids, dtype=torch.bool))
-        draws = [_Draw(group, sequences) for group in plan.groups]
-        for draw in draws:
-            draw.run(step)
-        host = step.collect(plan)
-        lacking = host.lacking()
-        if lacking.size:
-            for draw in draws:
-                draw.run_again(step, lacking)
-            host = step.collect(plan)
-        return host.outcomes(plan)
-
-    def _plan_for(self, sequences: SequenceOf[Sequence]) -> SamplingPlan:
+    def plan_for(self, sequences: SequenceOf[Sequence]) -> SamplingPlan:
         rows = [sequence.sampling_row or self._row_of(sequence) for sequence in sequences]
         if rows != self._plan.rows:
             self._plan = SamplingPlan(rows, self._device)
         return self._plan
+
+    def host_params(self, plan: SamplingPlan, positions: np.ndarray) -> DrawParams:
+        """The rows' parameters as CPU tensors. `positions` int64 [n]."""
+        arrays = (plan.scale, plan.min_p, plan.top_p, plan.top_k, plan.seeds, positions)
+        return DrawParams(*map(torch.from_numpy, arrays))
+
+    def draw(self, logits: torch.Tensor, params: DrawParams) -> None:
+        """Draw from unchanged logits `[n, vocab]`, any float type, into `drawn`. Captured in
+        graphs: reads nothing on the host when on a GPU."""
+        sample(logits, params, out=self.drawn[: len(logits)], workspace=self.workspace)
+
+    def finish(
+        self,
+        plan: SamplingPlan,
+        sequences: SequenceOf[Sequence],
+        params: DrawParams,
+        logits: torch.Tensor | None,
+    ) -> Draws:
+        """After `draw`: draw again where parameters change the logits, and send the tokens.
+
+        `logits` `[n, vocab]`, row i of `sequences[i]`; only read if `plan.needs_logits`.
+        """
+        logprobs = None
+        if logits is not None and plan.needs_logits:
+            raw = logits.float()
+            changed = self._change(raw, plan, sequences)
+            if changed is not raw:
+                self.draw(changed, params)
+            if plan.num_wanted_logprobs:
+                rows = plan.logprob_rows
+                chosen = self.drawn[rows].clamp(min=0)
+                logprobs = logprob_table(raw[rows], chosen, plan.num_top_logprobs)
+        return self._send(len(sequences), plan, logprobs)
+
+    @torch.inference_mode()
+    def sample(self, logits: torch.Tensor, sequences: SequenceOf[Sequence]) -> list[SampledToken]:
+        """Draw and wait: for `logits` [n, vocab] whose row i is of `sequences[i]`. Changes
+        neither `logits` nor the sequences' tokens."""
+        if not sequences:
+            return []
+        plan = self.plan_for(sequences)
+        positions = np.array([len(each.token_ids) for each in sequences], np.int64)
+        params = self.host_params(plan, positions)
+        if self._on_gpu:
+            params = DrawParams(*(each.to(self._device) for each in params))
+        self.draw(logits.contiguous(), params)
+        draws = self.finish(plan, sequences, params, logits)
+        tokens = draws.tokens()
+        logprobs = draws.logprobs()
+        return [
+            SampledToken(token_id, logprobs.get(row))
+            if token_id != NO_TOKEN
+            else SampledToken(NO_TOKEN, error=not_finite())
+            for row, token_id in enumerate(tokens)
+        ]
+
+    def _send(self, num_rows: int, plan: SamplingPlan, logprobs: torch.Tensor | None) -> Draws:
+        if not self._on_gpu:
+            return Draws(self.drawn[:num_rows].clone(), plan, logprobs, None)
+        self._turn = (self._turn + 1) % _NUM_STAGED
+        staged = self._staged[self._turn, :num_rows]
+        staged.copy_(self.drawn[:num_rows], non_blocking=True)
+        if logprobs is not None:
+            table = torch.empty(logprobs.shape, dtype=logprobs.dtype, pin_memory=True)
+            logprobs = table.copy_(logprobs, non_blocking=True)
+        event = torch.Event(self._device)
+        event.record()
+        return Draws(staged, plan, logprobs, event)
 
     def _row_of(self, sequence: Sequence) -> SamplingRow:
         row = SamplingRow(sequence, self._vocab_size, self._eos_token_ids)
@@ -107,7 +198,7 @@ class Sampler:
         bans = [
             (place, [(token_id, -torch.inf) for token_id in plan.rows[place].banned_token_ids])
             for place in plan.bannable
-            if sequences[place].num_output_tokens < plan.rows[place].sampling.min_tokens
+            if _num_drawn(sequences[place]) < plan.rows[place].sampling.min_tokens
         ]
         if not (plan.penalized or plan.bias or bans):
             return raw
@@ -127,120 +218,10 @@ class Sampler:
         return changed
 
 
-@dataclass(slots=True)
-class _Step:
-    """The rows of one step on the device: logits float32 [n, vocab], all others [n]."""
-
-    raw: torch.Tensor
-    changed: torch.Tensor
-    best: torch.Tensor  # float32, the maxima of `changed`
-    token_ids: torch.Tensor  # int64, the best; draws overwrite theirs
-    is_enough: torch.Tensor  # bool, False where a draw must look at more candidates
-
-    def collect(self, plan: SamplingPlan) -> _Host:
-        """The one copy from the device: everything as float64, which holds ids exactly."""
-        parts = [
-            torch.where(self.best.isfinite(), self.token_ids, _NO_TOKEN).double(),
-            self.is_enough.double(),
-        ]
-        if plan.logprob_places:
-            rows = plan.logprob_rows
-            table = logprob_table(self.raw[rows], self.token_ids[rows], plan.num_top_logprobs)
-            parts.append(table.flatten())
-        flat = torch.cat(parts).cpu().numpy()
-        num_rows = len(self.token_ids)
-        return _Host(
-            flat[:num_rows].astype(np.int64),
-            flat[num_rows : 2 * num_rows] != 0.0,
-            flat[2 * num_rows :].reshape(len(plan.logprob_places), -1)
-            if plan.logprob_places
-            else None,
-        )
+def _num_drawn(sequence: Sequence) -> int:
+    """Output tokens it has, with one that is still on the device."""
+    return sequence.num_output_tokens + sequence.num_launched_draws
 
 
-@dataclass(slots=True)
-class _Host:
-    """What one step decided, read from the device."""
-
-    token_ids: npt.NDArray[np.int64]
-    is_enough: npt.NDArray[np.bool_]
-    logprobs: npt.NDArray[np.float64] | None
-
-    def lacking(self) -> npt.NDArray[np.int64]:
-        """Places of rows whose draw is not decided."""
-        return np.flatnonzero(~self.is_enough & (self.token_ids != _NO_TOKEN))
-
-    def outcomes(self, plan: SamplingPlan) -> list[SampledToken]:
-        outcomes = _plain_outcomes(self.token_ids.tolist())
-        if self.logprobs is None:
-            return outcomes
-        for line, (place, num_wanted) in zip(
-            self.logprobs, plan.num_wanted_logprobs.items(), strict=True
-        ):
-            if outcomes[place].error is None:
-                logprobs = read_logprobs(line, plan.num_top_logprobs, num_wanted)
-                outcomes[place] = outcomes[place]._replace(logprobs=logprobs)
-        return outcomes
-
-
-class _Draw:
-    """The draws of one group in one step."""
-
-    __slots__ = ("_group", "_points")
-
-    def __init__(self, group: DrawGroup, sequences: SequenceOf[Sequence]) -> None:
-        self._group = group
-        positions = [len(sequences[place].token_ids) for place in group.places.tolist()]
-        points = uniforms(group.seeds, np.array(positions, np.uint64))
-        self._points = torch.from_numpy(points).unsqueeze(1).to(group.rows.device)
-
-    def run(self, step: _Step) -> None:
-        members = torch.arange(len(self._group.rows), device=step.token_ids.device)
-        self._in_passes(step, members, self._group.num_candidates)
-
-    def run_again(self, step: _Step, lacking: npt.NDArray[np.int64]) -> None:
-        """Draw the rows at these places of the batch with the whole vocabulary as candidates."""
-        members = torch.from_numpy(np.flatnonzero(np.isin(self._group.places, lacking)))
-        self._in_passes(step, members.to(step.token_ids.device), step.changed.shape[-1])
-
-    def _in_passes(self, step: _Step, members: torch.Tensor, num_candidates: int) -> None:
-        for part in torch.split(members, max(1, _MAX_ELEMENTS // step.changed.shape[-1])):
-            if len(part):
-                self._draw(step, part, num_candidates)
-
-    def _draw(self, step: _Step, part: torch.Tensor, num_candidates: int) -> None:
-        group = self._group
-        rows = group.rows[part]
-        is_whole = len(part) == len(step.changed)  # then a copy can be saved
-        logits = step.changed if is_whole else step.changed[rows]
-        min_p = None if group.min_p is None else group.min_p[part]
-        best = step.best[rows].unsqueeze(1)
-        weights = token_weights(logits, best, group.temperature[part], min_p)
-        if group.top_k is None or group.top_p is None:
-            step.token_ids[rows] = draw_any(weights, self._points[part])
-            return
-        step.token_ids[rows], step.is_enough[rows] = draw_filtered(
-            weights, self._points[part], group.top_k[part], group.top_p[part], num_candidates
-        )
-
-
-def _best(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Row maxima and their first ids; a row with a NaN has NaN."""
-    if logits.device.type != "cpu":
-        best, token_ids = logits.max(dim=-1)
-        return best, token_ids
-    # Ten times faster than torch, which does not vectorise this on a CPU.
-    array = logits.numpy()
-    ids = array.argmax(axis=-1)
-    return torch.from_numpy(array[np.arange(len(ids)), ids]), torch.from_numpy(ids)
-
-
-def _plain_outcomes(token_ids: list[int]) -> list[SampledToken]:
-    return [
-        SampledToken(token_id) if token_id != _NO_TOKEN else _failed() for token_id in token_ids
-    ]
-
-
-def _failed() -> SampledToken:
-    error = InternalError("The model computed no usable logits.", reason="logits_not_finite")
-    return SampledToken(_NO_TOKEN, error=error)
+def not_finite() -> InternalError:
+    return InternalError("The model computed no usable logits.", reason="logits_not_finite")

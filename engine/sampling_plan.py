@@ -1,4 +1,4 @@
-"""The parameters of a batch's rows as arrays on the device, built when the batch changes.
+"""The parameters of a batch's rows as arrays, built when the batch changes.
 
 Life of a row's parameters
     1. `SamplingRow`: made when its sequence is sampled first, kept on the sequence.
@@ -8,24 +8,21 @@ Life of a row's parameters
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
-from engine.penalties import TokenCounts, TokenEdits
+from engine.penalties import TokenCounts, TokenEdits, to_device
 from engine.stopping import ending_token_ids
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence as SequenceOf
     from collections.abc import Set as AbstractSet
 
-    import numpy.typing as npt
+    import torch
 
     from engine.sequence import Sequence
 
-MAX_CANDIDATES = 1024  # a filtered draw looks at more tokens only if these are not enough
 _MIN_TEMPERATURE = 1e-4  # below, weights of two tokens differ by more than float32 can hold
 
 
@@ -52,56 +49,11 @@ class SamplingRow:
             )
 
     @property
-    def is_filtered(self) -> bool:
-        return self.sampling.top_k > 0 or self.sampling.top_p < 1.0
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether the best logit decides and nothing else is asked."""
-        sampling = self.sampling
-        return (
-            sampling.is_greedy
-            and sampling.num_logprobs is None
-            and self.counts is None
-            and not self.bias
-            and not self.banned_token_ids
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class DrawGroup:
-    """Rows that are drawn in the same way. `top_k` and `top_p` are None where not filtered."""
-
-    places: npt.NDArray[np.int64]  # [m], in the batch
-    rows: torch.Tensor  # int64 [m], the same on the device
-    seeds: npt.NDArray[np.uint64]  # [m]
-    temperature: torch.Tensor  # float32 [m, 1]
-    min_p: torch.Tensor | None  # float32 [m, 1]
-    top_k: torch.Tensor | None  # int64 [m, 1], 0: all
-    top_p: torch.Tensor | None  # float64 [m, 1]
-    num_candidates: int
-
-    @classmethod
-    def of(
-        cls, places: list[int], rows: SequenceOf[SamplingRow], device: torch.device
-    ) -> DrawGroup:
-        """`places` is not empty; all are filtered, or none is."""
-        params = [rows[place].sampling for place in places]
-        top_k = [s.top_k for s in params]
-        top_p = [s.top_p for s in params]
-        min_p = [s.min_p for s in params]
-        temperature = [max(s.temperature, _MIN_TEMPERATURE) for s in params]
-        is_filtered = rows[places[0]].is_filtered
-        return cls(
-            places=np.array(places, np.int64),
-            rows=torch.tensor(places, device=device),
-            seeds=np.array([s.seed for s in params], np.uint64),
-            temperature=_column(temperature, torch.float32, device),
-            min_p=_column(min_p, torch.float32, device) if max(min_p) > 0.0 else None,
-            top_k=_column(top_k, torch.int64, device) if is_filtered else None,
-            top_p=_column(top_p, torch.float64, device) if is_filtered else None,
-            num_candidates=min(MAX_CANDIDATES, max(top_k)) if min(top_k) > 0 else MAX_CANDIDATES,
-        )
+    def scale(self) -> float:
+        """What logits are multiplied by before they are powers of two; 0 takes the best."""
+        if self.sampling.is_greedy:
+            return 0.0
+        return math.log2(math.e) / max(self.sampling.temperature, _MIN_TEMPERATURE)
 
 
 class SamplingPlan:
@@ -109,15 +61,14 @@ class SamplingPlan:
 
     def __init__(self, rows: list[SamplingRow], device: torch.device) -> None:
         self.rows = rows
-        self.is_plain = all(row.is_plain for row in rows)
-        random = [place for place, row in enumerate(rows) if not row.sampling.is_greedy]
-        split = (
-            [place for place in random if not rows[place].is_filtered],
-            [place for place in random if rows[place].is_filtered],
-        )
-        self.groups = [DrawGroup.of(places, rows, device) for places in split if places]
+        params = [row.sampling for row in rows]
+        self.scale = np.array([row.scale for row in rows], np.float32)
+        self.min_p = np.array([sampling.min_p for sampling in params], np.float32)
+        self.top_p = np.array([sampling.top_p for sampling in params], np.float64)
+        self.top_k = np.array([sampling.top_k for sampling in params], np.int32)
+        self.seeds = np.array([sampling.seed for sampling in params], np.int64)
         self.penalized = [place for place, row in enumerate(rows) if row.counts is not None]
-        self.strengths = self._strengths().to(device)
+        self.strengths = to_device(self._strengths(), device)
         self.bias: TokenEdits | None = None
         if any(row.bias for row in rows):
             self.bias = TokenEdits(((i, row.bias) for i, row in enumerate(rows)), device)
@@ -127,25 +78,23 @@ class SamplingPlan:
             for place, row in enumerate(rows)
             if row.sampling.num_logprobs is not None
         }
-        self.logprob_places = list(wanted)
-        self.logprob_rows = torch.tensor(self.logprob_places, dtype=torch.int64, device=device)
+        self.logprob_rows = to_device(np.array(list(wanted), np.int64), device)
         self.num_wanted_logprobs = wanted
         self.num_top_logprobs = max(wanted.values(), default=0)
 
-    def _strengths(self) -> torch.Tensor:
+    @property
+    def needs_logits(self) -> bool:
+        """Whether a step may have to look at the logits besides drawing from them."""
+        return bool(self.penalized or self.bias or self.bannable or self.num_wanted_logprobs)
+
+    def _strengths(self) -> np.ndarray[tuple[int, int], np.dtype[np.float32]]:
         """Float32 [3, penalized rows]: repetition, frequency, presence."""
         params = [self.rows[place].sampling for place in self.penalized]
-        return torch.tensor(
+        return np.array(
             [
                 [sampling.repetition_penalty for sampling in params],
                 [sampling.frequency_penalty for sampling in params],
                 [sampling.presence_penalty for sampling in params],
             ],
-            dtype=torch.float32,
+            np.float32,
         )
-
-
-def _column(
-    values: list[int] | list[float], dtype: torch.dtype, device: torch.device
-) -> torch.Tensor:
-    return torch.tensor(values, dtype=dtype, device=device).unsqueeze(1)

@@ -20,19 +20,27 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class ScheduledChunk:
-    """The next `num_scheduled_tokens` tokens of a sequence, from `num_computed_tokens` on.
+    """The next `num_scheduled_tokens` tokens of a sequence, from `begin` on.
 
-    The sequence's block table already covers them.
+    The sequence's block table already covers them. What is asked here holds until the chunk is
+    launched, which moves `begin`.
     """
 
     sequence: Sequence
     num_scheduled_tokens: int
 
     @property
+    def begin(self) -> int:
+        """Where steps that are launched already leave off."""
+        sequence = self.sequence
+        return sequence.num_computed_tokens + sequence.num_launched_tokens
+
+    @property
     def samples(self) -> bool:
         """Whether the chunk ends at the sequence's last token, whose successor is drawn."""
         sequence = self.sequence
-        return sequence.num_computed_tokens + self.num_scheduled_tokens == len(sequence.token_ids)
+        num_tokens = len(sequence.token_ids) + sequence.num_launched_draws
+        return self.begin + self.num_scheduled_tokens == num_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,11 +49,13 @@ class ScheduleDecision:
 
     `preempted` lost their blocks to make room. `failed` ended here with an `error`, their
     blocks freed: they can never run on this node. Both may be there without any chunk.
+    `decodes`: set by who knows that it is a decode step, which saves looking at each chunk.
     """
 
     chunks: tuple[ScheduledChunk, ...] = ()
     preempted: tuple[Sequence, ...] = ()
     failed: tuple[Sequence, ...] = ()
+    decodes: bool = False
 
     @property
     def num_scheduled_tokens(self) -> int:
@@ -54,7 +64,9 @@ class ScheduleDecision:
     @property
     def is_decode(self) -> bool:
         """Whether each chunk is a sequence's last token: one query row, one draw."""
-        return all(chunk.num_scheduled_tokens == 1 and chunk.samples for chunk in self.chunks)
+        return self.decodes or all(
+            chunk.num_scheduled_tokens == 1 and chunk.samples for chunk in self.chunks
+        )
 
 
 class StepResult(Protocol):
@@ -63,6 +75,11 @@ class StepResult(Protocol):
     @property
     def sampled_sequences(self) -> SequenceOf[Sequence]:
         """The sequences whose next token was drawn, finished or not."""
+        ...
+
+    @property
+    def finished_sequences(self) -> SequenceOf[Sequence]:
+        """Those of them that ended with it."""
         ...
 
 

@@ -5,7 +5,9 @@ Life of a sequence
        it may wait for KV that another node sends: WAITING_FOR_KV.
     2. A scheduler gives it blocks and chunks: RUNNING. `num_computed_tokens` says how far the
        KV in `block_table` reaches; what is left of `token_ids` is still to be computed.
-    3. When the last token's KV is computed, its successor is sampled and appended.
+    3. When the last token's KV is computed, its successor is sampled and appended. While a step
+       is launched and not collected, `num_launched_tokens` more are being computed and
+       `num_launched_draws` more drawn.
     4. Out of blocks, it may lose them: PREEMPTED, `num_computed_tokens` 0. It keeps every
        token it has, computes them again when there is room, and continues identically,
        because a draw depends on the seed and the position alone.
@@ -57,6 +59,8 @@ class Sequence:
         "is_cacheable",
         "num_cached_tokens",
         "num_computed_tokens",
+        "num_launched_draws",
+        "num_launched_tokens",
         "num_preemptions",
         "num_prompt_tokens",
         "num_registered_blocks",
@@ -86,6 +90,8 @@ class Sequence:
         self.block_table: list[int] = []
         self.block_hashes: list[BlockHash] = []
         self.num_computed_tokens = 0
+        self.num_launched_tokens = 0  # beyond: to be computed by steps launched, not collected
+        self.num_launched_draws = 0  # tokens that those steps draw
         self.num_cached_tokens = 0  # prompt tokens found in the prefix cache at first admission
         self.num_preemptions = 0
         self.status = SequenceStatus.WAITING

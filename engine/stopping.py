@@ -41,13 +41,19 @@ def check_finished(
     An end token wins over a limit reached by the same token. `min_tokens` keeps end tokens
     from counting; it does not lift the limits.
     """
-    sampling = sequence.sampling
-    num_output_tokens = sequence.num_output_tokens
-    if num_output_tokens >= sampling.min_tokens:
-        token_id = sequence.token_ids[-1]
-        is_end = token_id in eos_token_ids and not sampling.ignore_eos
-        if is_end or token_id in sampling.stop_token_ids:
+    sampling = sequence.request.sampling
+    token_id = sequence.token_ids[-1]
+    num_tokens = len(sequence.token_ids)
+    if token_id in eos_token_ids or token_id in sampling.stop_token_ids:
+        is_end = not sampling.ignore_eos or token_id in sampling.stop_token_ids
+        if is_end and num_tokens - sequence.num_prompt_tokens >= sampling.min_tokens:
             return Finish(FinishReason.STOP, token_id)
-    if num_output_tokens >= sampling.max_tokens or sequence.num_tokens >= max_model_len:
+    if is_full(sequence, num_tokens, max_model_len):
         return _FULL
     return None
+
+
+def is_full(sequence: Sequence, num_tokens: int, max_model_len: int) -> bool:
+    """Whether it ends with so many tokens, whatever they are: no step must go further."""
+    num_output_tokens = num_tokens - sequence.num_prompt_tokens
+    return num_output_tokens >= sequence.request.sampling.max_tokens or num_tokens >= max_model_len

@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
     from cluster.request import TokenDelta
     from engine.block_manager import BlockManager, Hold
-    from engine.engine import StepOutput
     from engine.load import LoadSnapshot
     from engine.schedule import ScheduleDecision
+    from engine.step_pipeline import StepOutput
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,9 +86,10 @@ class PrefillObserver:
             self._loop.call_soon_threadsafe(self._on_scheduled, new)
 
     def after_step(self, decision: ScheduleDecision, output: StepOutput) -> None:
-        """Hold what was computed, before the scheduler may free it."""
+        """Hold what was computed, before the scheduler may free it. What was aborted while the
+        step was in flight is not there any more."""
         computed = []
-        for chunk in decision.chunks:
+        for chunk in output.chunks:
             sequence = chunk.sequence
             self._hold(sequence.sequence_id, sequence.block_table, sequence.num_computed_tokens)
             computed.append(

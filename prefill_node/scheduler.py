@@ -6,7 +6,8 @@ Life of a prompt here
        The one at the head waits for them; none overtakes it.
     3. `schedule` cuts chunks until the token budget of the step is used up. What is left of a
        prompt goes on in the next step, in its turn.
-    4. `update`: its first token was sampled, or it ended. It leaves, and drops its blocks;
+    4. While a step is in flight, `schedule_ahead` cuts the chunks of the next one.
+    5. `update`: its first token was sampled, or it ended. It leaves, and drops its blocks;
        those that are still being sent stay under the sender's holds.
 
 Pure: no clock, no tensors. The state is the queue, the running list and the block manager.
@@ -90,12 +91,21 @@ class PrefillScheduler:
         self._remove(sequence)
         return sequence
 
+    def schedule_ahead(self) -> ScheduleDecision | None:
+        """The chunks of the step after the one in flight, None if there are none: what a prompt
+        needs does not depend on what others draw."""
+        decision = self.schedule()
+        return decision if decision.chunks else None
+
     def schedule(self) -> ScheduleDecision:
         """The chunks of the next step; none while everyone waits for blocks."""
         chunks: list[ScheduledChunk] = []
         budget = self._max_num_batched_tokens
         for sequence in self._in_turn():
-            num_tokens = min(budget, sequence.num_uncomputed_tokens)
+            left = sequence.num_uncomputed_tokens - sequence.num_launched_tokens
+            num_tokens = min(budget, left)
+            if num_tokens == 0:  # its last chunk is in flight
+                continue
             chunks.append(ScheduledChunk(sequence, num_tokens))
             budget -= num_tokens
             if budget == 0 or len(chunks) == self._max_num_seqs:

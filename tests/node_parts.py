@@ -16,8 +16,8 @@ from cluster.node import NodeState
 from cluster.proto import node_pb2 as pb
 from cluster.request import SamplingParams, SequenceRequest, TokenDelta
 from engine.block_manager import BlockManager
-from engine.engine import StepOutput
-from tests.sequences import run_step
+from engine.step_pipeline import StepOutput
+from tests.sequences import Flight, collect_step, land_step, launch_step
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -51,26 +51,42 @@ class ScriptedEngine:
         self.model_config = SimpleNamespace(vocab_size=1 << 20)
         self.max_model_len = 1 << 16
         self.is_failing = False
+        self.overlaps = True
+        self._in_flight: list[Flight] = []
         self.is_stepping = threading.Event()
         self.may_step = threading.Event()
         self.may_step.set()
 
-    def step(self, decision: ScheduleDecision) -> StepOutput:
+    def launch(self, decision: ScheduleDecision) -> Flight:
+        flight = launch_step(decision, self.block_manager, can_be_followed=self.overlaps)
+        self._in_flight.append(flight)
+        return flight
+
+    def collect(self, flight: Flight) -> StepOutput:
         self.is_stepping.set()
         assert self.may_step.wait(WAIT_SECONDS)
         self.is_stepping.clear()
+        self._in_flight.remove(flight)
         if self.is_failing:
+            for each in (flight, *self._in_flight):
+                land_step(each, self.block_manager)
+            self._in_flight.clear()
             raise RuntimeError("the device is unhappy")
-        sampled = run_step(decision, self.block_manager).sampled_sequences
+        outcome = collect_step(flight, self.block_manager)
         deltas = tuple(
             TokenDelta(
                 sequence_id=sequence.sequence_id,
                 token_ids=(sequence.token_ids[-1],),
                 finish_reason=sequence.finish_reason,
             )
-            for sequence in sampled
+            for sequence in outcome.sampled_sequences
         )
-        return StepOutput(deltas, tuple(sampled))
+        return StepOutput(
+            deltas,
+            tuple(outcome.sampled_sequences),
+            tuple(outcome.finished_sequences),
+            outcome.chunks,
+        )
 
     async def held_in_a_step(self) -> None:
         """Wait until the engine's thread hangs in a step; `may_step` must be clear."""

@@ -13,9 +13,10 @@ from engine.stopping import check_finished
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
+    from collections.abc import Set as AbstractSet
 
     from engine.block_manager import BlockManager
-    from engine.schedule import ScheduleDecision
+    from engine.schedule import ScheduledChunk, ScheduleDecision
 
 ROOT = root_hash("model", b"")
 BLOCK_SIZE = 4
@@ -59,6 +60,72 @@ def compute(block_manager: BlockManager, sequence: Sequence, num_tokens: int | N
 @dataclass
 class StepOutcome:
     sampled_sequences: list[Sequence]
+    finished_sequences: list[Sequence]
+    chunks: tuple[ScheduledChunk, ...] = ()
+
+
+@dataclass(frozen=True)
+class Flight:
+    """A step that is launched and not collected."""
+
+    chunks: tuple[ScheduledChunk, ...]
+    sampled: list[Sequence]
+    can_be_followed: bool = False
+
+
+def launch_step(
+    decision: ScheduleDecision, block_manager: BlockManager, *, can_be_followed: bool = False
+) -> Flight:
+    """As `engine.engine.Engine.launch` does. Checks what the engine relies on."""
+    sampled = [chunk.sequence for chunk in decision.chunks if chunk.samples]
+    for chunk in decision.chunks:
+        sequence = chunk.sequence
+        assert chunk.num_scheduled_tokens >= 1
+        end = chunk.begin + chunk.num_scheduled_tokens
+        assert end <= sequence.num_tokens + sequence.num_launched_draws
+        covered = len(sequence.block_table) * block_manager.block_size
+        assert covered >= end, "a token without a slot"
+        sequence.num_launched_tokens += chunk.num_scheduled_tokens
+    for sequence in sampled:
+        sequence.num_launched_draws += 1
+    block_manager.step_launched()
+    return Flight(decision.chunks, sampled, can_be_followed)
+
+
+def land_step(flight: Flight, block_manager: BlockManager) -> None:
+    """It is in flight no more, collected or not."""
+    for chunk in flight.chunks:
+        chunk.sequence.num_launched_tokens -= chunk.num_scheduled_tokens
+    for sequence in flight.sampled:
+        sequence.num_launched_draws -= 1
+    block_manager.step_collected()
+
+
+def collect_step(
+    flight: Flight,
+    block_manager: BlockManager,
+    next_token: Callable[[Sequence], int] = lambda sequence: 1000 + sequence.num_tokens,
+    *,
+    eos_token_ids: AbstractSet[int] = frozenset(),
+) -> StepOutcome:
+    """As `engine.engine.Engine.collect` does."""
+    land_step(flight, block_manager)
+    outcome = StepOutcome([], [])
+    outcome.chunks = tuple(chunk for chunk in flight.chunks if not chunk.sequence.is_finished)
+    for chunk in outcome.chunks:
+        chunk.sequence.num_computed_tokens += chunk.num_scheduled_tokens
+        assert chunk.sequence.num_computed_tokens <= chunk.sequence.num_tokens
+        block_manager.mark_computed(chunk.sequence)
+    for sequence in flight.sampled:
+        if sequence.is_finished:
+            continue
+        outcome.sampled_sequences.append(sequence)
+        sequence.append_token(next_token(sequence))
+        finish = check_finished(sequence, eos_token_ids=eos_token_ids, max_model_len=MAX_MODEL_LEN)
+        if finish is not None:
+            sequence.finish(finish.reason, finish.stop_token_id)
+            outcome.finished_sequences.append(sequence)
+    return outcome
 
 
 def run_step(
@@ -66,19 +133,5 @@ def run_step(
     block_manager: BlockManager,
     next_token: Callable[[Sequence], int] = lambda sequence: 1000 + sequence.num_tokens,
 ) -> StepOutcome:
-    """Advance the chunks as `engine.engine.Engine.step` does. Checks what the engine relies on."""
-    sampled = [chunk.sequence for chunk in decision.chunks if chunk.samples]
-    for chunk in decision.chunks:
-        sequence = chunk.sequence
-        assert chunk.num_scheduled_tokens >= 1
-        sequence.num_computed_tokens += chunk.num_scheduled_tokens
-        assert sequence.num_computed_tokens <= sequence.num_tokens
-        covered = len(sequence.block_table) * block_manager.block_size
-        assert covered >= sequence.num_computed_tokens, "a token without a slot"
-        block_manager.mark_computed(sequence)
-    for sequence in sampled:
-        sequence.append_token(next_token(sequence))
-        finish = check_finished(sequence, eos_token_ids=set(), max_model_len=MAX_MODEL_LEN)
-        if finish is not None:
-            sequence.finish(finish.reason, finish.stop_token_id)
-    return StepOutcome(sampled)
+    """Advance the chunks as `engine.engine.Engine.step` does."""
+    return collect_step(launch_step(decision, block_manager), block_manager, next_token)

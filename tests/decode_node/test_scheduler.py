@@ -344,6 +344,7 @@ def test_the_blocks_of_a_sequence_that_failed_are_not_hit_again() -> None:
     scheduler.add(broken)
     output = run_step(scheduler.schedule(), manager)
     broken.fail(InternalError("no usable logits"))
+    output.finished_sequences.append(broken)
     assert scheduler.update(output) == [broken]
     assert manager.match_prefix(broken.block_hashes) == []
     assert manager.num_free_blocks == 32

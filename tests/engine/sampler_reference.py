@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from engine.randomness import uniforms
 from engine.sampler import Sampler
+from kernels.randomness import uniforms
 
 if TYPE_CHECKING:
     from engine.sequence import Sequence
@@ -64,7 +64,7 @@ def draw_point(sequence: Sequence) -> float:
 
 
 def make_sampler(vocab_size: int = VOCAB, device: torch.device = CPU) -> Sampler:
-    return Sampler(vocab_size, device, eos_token_ids=[EOS])
+    return Sampler(vocab_size, device, eos_token_ids=[EOS], max_rows=4096)
 
 
 def random_logits(rows: int, vocab_size: int = VOCAB, *, seed: int = 0) -> torch.Tensor:

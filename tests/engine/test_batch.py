@@ -49,10 +49,6 @@ def sequence(
     return made
 
 
-def decode(sequence: Sequence) -> ScheduledChunk:
-    return ScheduledChunk(sequence, 1)
-
-
 def test_a_prefill_batch_lays_chunks_one_after_the_other(builder: BatchBuilder) -> None:
     first = sequence("a", 6, table=[7, 3])
     second = sequence("b", 9, computed=4, table=[1, 0, 5])
@@ -70,39 +66,6 @@ def test_a_prefill_batch_lays_chunks_one_after_the_other(builder: BatchBuilder) 
     assert not batch.is_decode
 
 
-def test_a_decode_batch_is_the_last_token_of_each_sequence(builder: BatchBuilder) -> None:
-    batch = builder.build_decode(
-        [
-            decode(sequence("a", 6, computed=5, table=[7, 3])),
-            decode(sequence("b", 9, computed=8, table=[1, 0, 5])),
-        ]
-    )
-    assert batch.token_ids.tolist() == [105, 108]
-    assert batch.positions.tolist() == [5, 8]
-    assert batch.slot_mapping.tolist() == [13, 20]
-    assert batch.seq_lens.tolist() == [6, 9]
-    assert batch.block_tables[1, :3].tolist() == [1, 0, 5]
-    assert batch.block_tables[0, :2].tolist() == [7, 3]
-    assert batch.sample_indices is None
-    assert batch.num_samples == 2
-
-
-def test_padding_rows_read_and_write_nothing(builder: BatchBuilder) -> None:
-    batch = builder.build_decode([decode(sequence("a", 6, computed=5, table=[7, 3]))], num_rows=4)
-    assert batch.seq_lens.tolist() == [6, 0, 0, 0]
-    assert batch.slot_mapping.tolist() == [13, -1, -1, -1]
-    assert batch.token_ids.tolist() == [105, 0, 0, 0]
-    assert not batch.block_tables[1:].any()
-
-
-def test_dtypes_are_those_the_kernels_take(builder: BatchBuilder) -> None:
-    batch = builder.build_decode([decode(sequence("a", 1, table=[2]))])
-    for tensor in (batch.token_ids, batch.positions, batch.slot_mapping):
-        assert tensor.dtype == torch.int64
-    for tensor in (batch.seq_lens, batch.block_tables, batch.cu_seqlens_q):
-        assert tensor.dtype == torch.int32
-
-
 def test_tables_are_of_few_widths(builder: BatchBuilder) -> None:
     """A kernel is compiled anew for strides that are no multiple of 16."""
     for num_tokens in (1, 5, 32):
@@ -113,41 +76,33 @@ def test_tables_are_of_few_widths(builder: BatchBuilder) -> None:
 
 
 def test_a_table_that_grew_is_seen(builder: BatchBuilder) -> None:
-    growing = sequence("a", 4, computed=3, table=[7])
-    builder.build_decode([decode(growing)])
-    growing.append_token(55)
+    growing = sequence("a", 9, table=[7])
+    builder.build_prefill([ScheduledChunk(growing, 4)])
     growing.num_computed_tokens = 4
-    growing.block_table.append(2)
-    batch = builder.build_decode([decode(growing)])
-    assert batch.block_tables[:, :2].tolist() == [[7, 2]]
-    assert batch.slot_mapping.tolist() == [8]
+    growing.block_table += [2, 6]
+    batch = builder.build_prefill([ScheduledChunk(growing, 5)])
+    assert batch.block_tables[:, :3].tolist() == [[7, 2, 6]]
+    assert batch.slot_mapping.tolist() == [8, 9, 10, 11, 24]
 
 
-def test_a_preempted_sequence_that_got_other_blocks_is_seen(builder: BatchBuilder) -> None:
-    moved = sequence("a", 6, computed=5, table=[7, 3])
-    builder.build_decode([decode(moved)])
-    moved.block_table = [1, 2]  # what free and allocate leave behind
-    batch = builder.build_decode([decode(moved)])
-    assert batch.block_tables[:, :2].tolist() == [[1, 2]]
+def test_a_chunk_begins_where_the_one_in_flight_ends(builder: BatchBuilder) -> None:
+    prompt = sequence("a", 9, table=[7, 2, 6])
+    prompt.num_launched_tokens = 5
+    batch = builder.build_prefill([ScheduledChunk(prompt, 4)])
+    assert batch.positions.tolist() == [5, 6, 7, 8]
+    assert batch.token_ids.tolist() == [105, 106, 107, 108]
+    assert batch.seq_lens.tolist() == [9]
+    assert batch.num_samples == 1
 
 
 def test_more_sequences_than_rows_take_turns(builder: BatchBuilder) -> None:
-    """Rows are twice `max_num_seqs`; nine sequences of which four run at a time need more."""
-    sequences = [sequence(f"s{i}", 2, computed=1, table=[10 + i]) for i in range(12)]
+    """Rows are twice `max_num_seqs`; twelve sequences of which four run at a time need more."""
+    sequences = [sequence(f"s{i}", 2, table=[10 + i]) for i in range(12)]
     for _ in range(2):
         for first in range(0, 12, 4):
             running = sequences[first : first + 4]
-            batch = builder.build_decode([decode(each) for each in running])
+            batch = builder.build_prefill([ScheduledChunk(each, 2) for each in running])
             assert batch.block_tables[:, 0].tolist() == [each.block_table[0] for each in running]
-
-
-def test_a_step_like_the_one_before_is_filled_anew(builder: BatchBuilder) -> None:
-    one, two = (sequence(n, 2, computed=1, table=[b]) for n, b in (("a", 3), ("b", 4)))
-    two.token_ids[-1] = 77
-    assert builder.build_decode([decode(one)]).token_ids.tolist() == [101]
-    batch = builder.build_decode([decode(two)])
-    assert batch.token_ids.tolist() == [77]
-    assert batch.slot_mapping.tolist() == [17]
 
 
 @pytest.mark.parametrize("lengths", [(1,), (3, 5), (7, 1, 2)])

@@ -13,7 +13,7 @@ from cluster.prefix_hash import root_hash
 from cluster.request import FinishReason, SamplingParams, SequenceRequest
 from cluster.startup import StartupReport
 from engine.config import EngineConfig
-from engine.engine import Engine, StepOutput
+from engine.engine import Engine
 from engine.schedule import ScheduledChunk, ScheduleDecision
 from engine.sequence import Sequence, SequenceStatus
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
+    from engine.step_pipeline import StepOutput
     from tests.engine.conftest import OpenEngine
 
 Start = Callable[..., Sequence]

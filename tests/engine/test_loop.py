@@ -50,6 +50,8 @@ class OneStepEach:
     def schedule(self) -> ScheduleDecision:
         return ScheduleDecision((ScheduledChunk(self.queue[0], 3),))
 
+    def schedule_ahead(self) -> None: ...
+
     def update(self, output: Any) -> list[Sequence]:
         return [self.queue.pop(0)]
 
@@ -74,8 +76,11 @@ class ScriptedEngine:
     """Fails the steps of sequences whose name begins with "bad", or "big" for its memory; "lost"
     loses a rank."""
 
-    def step(self, decision: ScheduleDecision) -> Any:
-        name = decision.chunks[0].sequence.sequence_id
+    def launch(self, decision: ScheduleDecision) -> Any:
+        return SimpleNamespace(decision=decision, can_be_followed=False)
+
+    def collect(self, step: Any) -> Any:
+        name = step.decision.chunks[0].sequence.sequence_id
         if name.startswith("lost"):
             raise RankLost("Rank 1 is gone.")
         if name.startswith("bad"):

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from cluster.errors import InternalError
-from engine.sampling_plan import MAX_CANDIDATES
+from kernels.sample import MAX_CANDIDATES
 from tests.engine.sampler_reference import EOS, VOCAB, make_sampler, random_logits, reference
 from tests.sequences import make_sequence
 

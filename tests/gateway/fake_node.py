@@ -164,7 +164,7 @@ class FakeNode:
         if self.error is not None:
             self._say(gateway_id, TokenDelta(sequence_id=sequence.sequence_id, error=self.error))
             return
-        first = replace(echo(sequence, 0), num_cached_tokens=min(16, _num_prompt(sequence) - 1))
+        first = echo(sequence, 0)._replace(num_cached_tokens=min(16, _num_prompt(sequence) - 1))
         self._say(gateway_id, first)
         if first.finish_reason is not None:
             return

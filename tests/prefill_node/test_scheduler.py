@@ -87,7 +87,7 @@ def test_nobody_overtakes_a_prompt_that_waits_for_blocks() -> None:
     scheduler.add(running)
     run_step(scheduler.schedule(), manager)
     hold = manager.hold(running.block_table, "transfer")
-    scheduler.update(StepOutcome([running]))
+    scheduler.update(StepOutcome([running], []))
     large, small = make_sequence(prompt(12, 2)), make_sequence(prompt(2, 3))
     scheduler.add(large)
     scheduler.add(small)

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.draw import draw_any, draw_filtered, heaviest
+from kernels.draw import draw_any, draw_filtered, heaviest
 
 LAST_POINT = 1.0 - 2.0**-53
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from engine.randomness import uniforms
+from kernels.randomness import uniforms
 
 
 def draw(seeds: list[int], positions: list[int]) -> list[float]:
