@@ -1,0 +1,62 @@
+"""Two ranks on two GPUs: sums over NVLink, captured steps, KV of the other GPU."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import closing
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+from kv_transfer.pool import TransferPool
+
+if TYPE_CHECKING:
+    from engine.engine import Engine
+    from tests.engine.conftest import Expected, OpenEngine, RunGreedy
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs"),
+]
+GPU = {"device": "cuda:0", "num_gpu_blocks_override": 400}
+
+
+def test_greedy_tokens_of_two_gpus_are_those_of_the_reference(
+    expected: Expected, open_engine: OpenEngine, run_greedy: RunGreedy
+) -> None:
+    """With graphs and without; prompts small enough for the kernel and too large for it."""
+    cases = expected["llama3"]
+    prompts, tokens = [c["prompt"] for c in cases], [c["tokens"] for c in cases]
+    for enforce_eager in (True, False):
+        options: dict[str, Any] = GPU | {"enforce_eager": enforce_eager}
+        with closing(open_engine("llama3", tensor_parallel_size=2, **options)) as engine:
+            for chunk in (32, 1024):
+                sequences = run_greedy(engine, prompts, chunk=chunk, num_tokens=24)
+                assert [each.output_token_ids for each in sequences] == tokens
+
+
+def test_blocks_move_between_engines_of_one_and_two_gpus(
+    expected: Expected, open_engine: OpenEngine, run_greedy: RunGreedy
+) -> None:
+    prompt = max((case["prompt"] for case in expected["llama3"]), key=len)
+    whole = open_engine("llama3", **GPU)
+    with closing(open_engine("llama3", tensor_parallel_size=2, **GPU)) as engine:
+        for each in (whole, engine):
+            run_greedy(each, [prompt], chunk=1024, num_tokens=1)
+        one, two = asyncio.run(_gathered(whole)), asyncio.run(_gathered(engine))
+        assert one.abs().sum() > 0
+        torch.testing.assert_close(one, two, atol=1e-4, rtol=1e-3)
+
+
+async def _gathered(engine: Engine) -> torch.Tensor:
+    """The KV of the first two blocks, and back into two others, from where it is read again."""
+    pool = TransferPool(*engine.kv_pools)
+    layers: dict[str, Any] = {"layer_start": 0, "num_layers": pool.num_layers}
+    slots = torch.zeros(2, 2 * pool.num_layers * pool.unit_bytes, dtype=torch.uint8).cuda()
+    await pool.gather(slots[0], **layers, block_ids=(0, 1), after=None)
+    assert await pool.scatter(slots[0], **layers, block_ids=(300, 200), accepts=lambda _: True)
+    await pool.gather(slots[1], **layers, block_ids=(300, 200), after=None)
+    pool.close()
+    assert torch.equal(*slots)
+    return slots[0].view(engine.kv_layout.dtype)
