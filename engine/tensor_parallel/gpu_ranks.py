@@ -30,7 +30,11 @@ if TYPE_CHECKING:
 # A piece of fewer rows would not keep the multiprocessors busy.
 _PIECE_ROWS = 1024
 _MOST_PIECES = 4
-_NO_MULTICAST = {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1"}
+_SETTINGS = {
+    "NCCL_NVLS_ENABLE": "0",
+    "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
+    "TORCH_NCCL_ENABLE_MONITORING": "0",  # `crew.py` watches the ranks
+}
 
 
 class GpuRanks:
@@ -48,12 +52,13 @@ class GpuRanks:
         logits_shape: tuple[int, int],
         dtype: torch.dtype,
     ) -> None:
-        os.environ.update(_NO_MULTICAST)
+        os.environ.update(_SETTINGS)
         self._shard = shard
         self._inboxes = self._share_inboxes(rendezvous, device, inbox_words(largest_sum))
         self._logits = self._share_logits(rendezvous, device, logits_shape, dtype)
         self._tick = torch.zeros(1, device=device)
-        self._group = c10d.ProcessGroupNCCL(store, shard.rank, shard.size)
+        options = c10d.ProcessGroupNCCL.Options()
+        self._group = c10d.ProcessGroupNCCL(store, shard.rank, shard.size, options)
         with as_rank_lost():
             self._group.allreduce([self._tick]).wait()  # connects, which a capture could not
         self.settle()
@@ -98,9 +103,6 @@ class GpuRanks:
 
     def settle(self) -> None:
         peer_sum(self._tick, self._inboxes)
-
-    def close(self) -> None:
-        self._group.abort()
 
     def _share_inboxes(
         self, rendezvous: Rendezvous, device: torch.device, capacity: int

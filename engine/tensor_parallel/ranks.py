@@ -62,8 +62,6 @@ class Ranks(Protocol):
     def settle(self) -> None:
         """What every rank has queued so far happens before what rank 0 queues next."""
 
-    def close(self) -> None: ...
-
 
 class CpuRanks:
     """Over gloo, between processes of one machine. `store`: where they find each other."""
@@ -109,9 +107,6 @@ class CpuRanks:
 
     def settle(self) -> None:
         self.sum(self._tick)
-
-    def close(self) -> None:
-        self._group.shutdown()
 
 
 class _Sum:
