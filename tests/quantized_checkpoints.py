@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,12 +15,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from pathlib import Path
 
 Tensors = dict[str, torch.Tensor]
 # A matrix -> what is stored of it by kind, and what that stands for.
-Quantize = "Callable[[torch.Tensor], tuple[Tensors, torch.Tensor]]"
+Quantize = Callable[[torch.Tensor], tuple[Tensors, torch.Tensor]]
 
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # which output of eight lies at bits 4i
 
@@ -33,7 +33,7 @@ class QuantizedPair:
 def write_pair(
     source: Path,
     target: Path,
-    quantize: Callable[[torch.Tensor], tuple[Tensors, torch.Tensor]],
+    quantize: Quantize,
     config: dict[str, Any],
     *,
     more: Tensors | None = None,

@@ -17,7 +17,7 @@ import torch
 from cluster.errors import ConfigError
 from engine.tensor_parallel.failures import RankLost
 from tests.checkpoints import FAMILIES, REPOSITORY
-from tests.quantized_checkpoints import awq, float8_by_tensor, write_pair
+from tests.quantized_checkpoints import Quantize, awq, float8_by_tensor, write_pair
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -60,10 +60,11 @@ def test_tokens_of_a_quantised_checkpoint_are_those_of_one_rank(
     open_engine: OpenEngine,
     run_greedy: RunGreedy,
 ) -> None:
-    quantize, config = {
+    layouts: dict[str, tuple[Quantize, dict[str, Any]]] = {
         "float8": (float8_by_tensor, {"quant_method": "fp8"}),
         "awq": (partial(awq, group_size=16), {"quant_method": "awq", "group_size": 16}),
-    }[layout]
+    }
+    quantize, config = layouts[layout]
     scales = {
         f"model.layers.0.self_attn.{kind}": torch.tensor([0.5, 2.0])
         for kind in ("k_scale", "v_scale")
