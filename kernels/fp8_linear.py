@@ -10,7 +10,16 @@ from __future__ import annotations
 
 import torch
 
-from kernels.dispatch import jit, next_power_of_two, runs_triton, tl
+from kernels.dispatch import (
+    chained_launch,
+    gdc_launch_dependents,
+    gdc_wait,
+    jit,
+    next_power_of_two,
+    runs_triton,
+    tl,
+)
+from kernels.rms_norm import rms_norm
 
 FP8 = torch.float8_e4m3fn
 _MAX = 448.0
@@ -19,17 +28,24 @@ _MIN_SCALE = 1e-12
 
 
 def quantize_rows(
-    x: torch.Tensor, scale: torch.Tensor | None = None
+    x: torch.Tensor,
+    scale: torch.Tensor | None = None,
+    *,
+    norm_weight: torch.Tensor | None = None,
+    eps: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`[M, K]` -> (float8_e4m3fn `[M, K]`, float32 `[M, 1]`).
 
     scale: a static one, float32 `[1]`, for all rows; None takes each row's largest magnitude / 448.
-    x's rows may be strided.
+    x's rows may be strided. norm_weight: `[K]`, quantises `rms_norm(x, norm_weight, eps)` instead,
+    which is not rounded to x's dtype in between.
     """
     assert x.dim() == 2
     assert x.stride(1) == 1
     if runs_triton(x):
-        return _quantize_rows_triton(x, scale)
+        return _quantize_rows_triton(x, scale, norm_weight, eps)
+    if norm_weight is not None:
+        x = rms_norm(x.float(), norm_weight.float(), eps)
     return _quantize_rows_reference(x, scale)
 
 
@@ -61,16 +77,19 @@ def fp8_linear(
     *,
     input_scale: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
+    norm_weight: torch.Tensor | None = None,
+    eps: float = 0.0,
 ) -> torch.Tensor:
     """`x @ (weight * weight_scale).T + bias` with x quantised: `[M, K]` -> `[M, N]` in x's dtype.
 
     weight: float8_e4m3fn `[N, K]`, N and K multiples of 16. weight_scale: float32 `[N]` or `[1]`.
     input_scale: static, float32 `[1]`; None quantises every row by its own largest value.
+    norm_weight: `[K]`, with it x is `rms_norm(x, norm_weight, eps)`.
     """
     assert weight.dtype == FP8
     if x.shape[0] == 0:
         return x.new_empty(0, weight.shape[0])
-    quantized, scales = quantize_rows(x, input_scale)
+    quantized, scales = quantize_rows(x, input_scale, norm_weight=norm_weight, eps=eps)
     if not x.is_cuda:
         y = (quantized.float() * scales) @ (weight.float() * weight_scale.view(-1, 1)).t()
         return (y if bias is None else y + bias.float()).to(x.dtype)
@@ -98,32 +117,42 @@ def _scaled_product(
 
 
 def _quantize_rows_triton(
-    x: torch.Tensor, scale: torch.Tensor | None
+    x: torch.Tensor, scale: torch.Tensor | None, norm_weight: torch.Tensor | None, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     num_rows, size = x.shape
     quantized = torch.empty(num_rows, size, dtype=FP8, device=x.device)
     scales = torch.empty(num_rows, 1, dtype=torch.float32, device=x.device)
+    chained = chained_launch(x.device)
     if num_rows:
         _quantize_rows_kernel[(num_rows,)](
-            x, scale, quantized, scales, x.stride(0), MAX=_MAX, MIN_SCALE=_MIN_SCALE,
-            SIZE=size, BLOCK=next_power_of_two(size), ROUNDS=not x.is_cuda,
-            num_warps=8 if size > 2048 else 4,
+            x, scale, norm_weight, quantized, scales, x.stride(0), eps, MAX=_MAX,
+            MIN_SCALE=_MIN_SCALE, SIZE=size, BLOCK=next_power_of_two(size), ROUNDS=not x.is_cuda,
+            CHAINED=chained, num_warps=8 if size > 2048 else 4, launch_pdl=chained,
         )  # fmt: skip
     return quantized, scales
 
 
 @jit
 def _quantize_rows_kernel(
-    x_ptr: tl.tensor, scale_ptr: tl.tensor, quantized_ptr: tl.tensor, scales_ptr: tl.tensor,
-    x_stride: tl.tensor, MAX: tl.constexpr, MIN_SCALE: tl.constexpr, SIZE: tl.constexpr,
-    BLOCK: tl.constexpr, ROUNDS: tl.constexpr,
+    x_ptr: tl.tensor, scale_ptr: tl.tensor, norm_ptr: tl.tensor, quantized_ptr: tl.tensor,
+    scales_ptr: tl.tensor, x_stride: tl.tensor, eps: tl.tensor, MAX: tl.constexpr,
+    MIN_SCALE: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, ROUNDS: tl.constexpr,
+    CHAINED: tl.constexpr,
 ) -> None:  # fmt: skip
-    """ROUNDS: Triton's interpreter loses the carry of a mantissa that is rounded up, so it is given
+    """scale_ptr and norm_ptr may be None, which Triton compiles apart.
+
+    ROUNDS: Triton's interpreter loses the carry of a mantissa that is rounded up, so it is given
     four significant bits (Veltkamp's splitting)."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     mask = column < SIZE
+    if CHAINED:
+        gdc_launch_dependents()
+        gdc_wait()
     x = tl.load(x_ptr + row * x_stride + column, mask=mask, other=0.0).to(tl.float32)
+    if norm_ptr is not None:
+        weight = tl.load(norm_ptr + column, mask=mask, other=0.0).to(tl.float32)
+        x = x * (1.0 / tl.sqrt_rn(tl.sum(x * x, axis=0) / SIZE + eps)) * weight
     if scale_ptr is None:
         scale = tl.maximum(tl.max(tl.abs(x), axis=0) / MAX, MIN_SCALE)
     else:

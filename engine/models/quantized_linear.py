@@ -21,7 +21,6 @@ from engine.models.linear import Linear
 from kernels.fp8_linear import fp8_linear
 from kernels.int4_linear import int4_linear
 from kernels.int4_packing import TILE_IN, TILE_OUT, Int4Weight, pack_codes
-from kernels.rms_norm import rms_norm
 from kernels.silu_mul import silu_mul
 from kernels.skinny_linear import skinny_linear, skinny_rows
 
@@ -127,7 +126,15 @@ class Float8Linear:
 
     def normed(self, residual: torch.Tensor, norm_weight: torch.Tensor, eps: float) -> torch.Tensor:
         if not self._widens(residual):
-            return self(rms_norm(residual, norm_weight, eps))
+            return fp8_linear(
+                residual,
+                self.weight,
+                self.weight_scale,
+                input_scale=self.input_scale,
+                bias=self.bias,
+                norm_weight=norm_weight,
+                eps=eps,
+            )
         return skinny_linear(
             residual,
             self.weight,

@@ -37,6 +37,22 @@ def test_rows_of_zeros_stay_zero(device: torch.device) -> None:
     assert scales.isfinite().all()
 
 
+@pytest.mark.parametrize("is_static", [False, True])
+def test_rows_are_normed_before_they_are_quantised(
+    device_and_dtype: Place, is_static: bool
+) -> None:
+    device, dtype = device_and_dtype
+    x = torch.randn(5, 200).to(device, dtype)
+    weight = (0.5 + torch.rand(200)).to(device, dtype)
+    scale = torch.tensor([0.01], device=device) if is_static else None
+    quantized, scales = quantize_rows(x, scale, norm_weight=weight, eps=1e-5)
+    wide = x.double().cpu()
+    normed = wide * (wide.square().mean(1, keepdim=True) + 1e-5).rsqrt() * weight.double().cpu()
+    restored = quantized.double().cpu() * scales.double().cpu()
+    smallest = scales.double().cpu() * 2.0**-9
+    assert ((restored - normed).abs() <= ROUNDING * 1.01 * normed.abs() + smallest).all()
+
+
 def test_strided_rows(device: torch.device) -> None:
     x = torch.randn(4, 96, device=device)[:, 32:64]
     quantized, scales = quantize_rows(x)
