@@ -44,18 +44,24 @@ PEERS = {
     ("llama-3.1-8b", "prefill 32768"): 1202.6,
     ("llama-3.1-8b", "decode 1 x 1024"): 4.87,
 }
-HEAD = "| figure | median (ms) | p99 (ms) | floor (ms) | over the floor | peer (ms) | of the peer |"
+COLUMNS = (
+    *("figure", "median (ms)", "p99 (ms)", "floor (ms)", "over the floor"),
+    *("peer (ms)", "of the peer", "GPU idle"),
+)
+HEAD = f"| {' | '.join(COLUMNS)} |\n|---|{'---:|' * (len(COLUMNS) - 1)}"
 
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """Milliseconds. floor_ms: the least the limits allow. peer_ms: 0 where none was measured."""
+    """Milliseconds. floor_ms: the least the limits allow. peer_ms: 0 where none was measured.
+    idle_share: of a decode step, in which the GPU waits for the host."""
 
     name: str
     median_ms: float
     p99_ms: float
     floor_ms: float
     peer_ms: float
+    idle_share: float | None
 
     def line(self) -> str:
         cells = [
@@ -66,6 +72,7 @@ class Figure:
             f"{self.median_ms / self.floor_ms:.2f}x",
             f"{self.peer_ms:.2f}" if self.peer_ms else "",
             f"{self.median_ms / self.peer_ms:.2f}x" if self.peer_ms else "",
+            f"{self.idle_share:.1%}" if self.idle_share is not None else "",
         ]
         return "| " + " | ".join(cells) + " |"
 
@@ -90,11 +97,18 @@ class Measurement:
 
     def decode(self, num_seqs: int, context: int) -> Figure:
         steps = self._arguments.steps
-        times = self._run.decode_seconds(num_seqs, context, steps)
+        times = self._run.decode(num_seqs, context, steps)
         read = decode_bytes(self._run.engine, num_seqs, context + steps // 2)
-        return self._figure(f"decode {num_seqs} x {context}", times, read / self._ceilings.copy)
+        name = f"decode {num_seqs} x {context}"
+        return self._figure(name, times.steps, read / self._ceilings.copy, times.idle_share)
 
-    def _figure(self, name: str, seconds: Sequence[float], floor_seconds: float) -> Figure:
+    def _figure(
+        self,
+        name: str,
+        seconds: Sequence[float],
+        floor_seconds: float,
+        idle_share: float | None = None,
+    ) -> Figure:
         ordered = sorted(1e3 * each for each in seconds)
         figure = Figure(
             name=name,
@@ -102,6 +116,7 @@ class Measurement:
             p99_ms=ordered[min(len(ordered) - 1, int(0.99 * len(ordered)))],
             floor_ms=1e3 * floor_seconds,
             peer_ms=PEERS.get((self._arguments.shape, name), 0.0) if self._has_peers else 0.0,
+            idle_share=idle_share,
         )
         print(figure.line(), flush=True)
         return figure
@@ -157,7 +172,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--prefill", type=int, nargs="+", default=[2048, 8192, 32768], metavar="TOKENS")
     add("--batch", type=int, nargs="+", default=[1, 32, 128, 256], metavar="SEQUENCES")
     add("--context", type=int, nargs="+", default=[1024], metavar="TOKENS")
-    add("--idle", type=int, nargs="*", default=[32], help="batches whose GPU idle share is taken")
     add("--chunk", type=int, default=8192, help="most tokens of one step")
     add("--steps", type=int, default=200, help="timed decode steps of each row")
     add("--repeats", type=int, default=5, help="timed prefills of each length")
@@ -177,17 +191,13 @@ def measure(
 ) -> tuple[list[Figure], list[str]]:
     engine = open_engine(arguments, folder)
     facts = [f"{engine.kv_cache.num_blocks} blocks of {engine.config.block_size} tokens"]
-    print(f"{HEAD}\n|---|{'---:|' * 6}", flush=True)
+    print(HEAD, flush=True)
     with EngineRun(engine, arguments.seed) as run:
         facts.append(f"dummy weights: {run.check_is_realistic(min(32, engine.max_num_seqs))}")
         measurement = Measurement(run, ceilings, arguments)
         figures = [measurement.prefill(num_tokens) for num_tokens in arguments.prefill]
         for context in arguments.context:
             figures += [measurement.decode(num_seqs, context) for num_seqs in arguments.batch]
-        for num_seqs in arguments.idle:
-            share = run.idle_share(num_seqs, arguments.context[0])
-            facts.append(f"GPU idle between decode steps, batch {num_seqs}: {share:.2%}")
-            print(facts[-1], flush=True)
     return figures, facts
 
 
@@ -199,7 +209,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = f"python -m benchmarks.engine {' '.join(argv if argv is not None else sys.argv[1:])}"
     facts = [f"command: `{command.strip()}`", f"limits: {ceilings.line()}", *facts]
     facts.append(f"peer: {PEER}, one H200, bfloat16, measured on another day")
-    table = [HEAD, "|---|" + "---:|" * 6, *(figure.line() for figure in figures), ""]
+    facts.append("GPU idle: share of a step beyond what its graphs take alone, run back to back")
+    table = [HEAD, *(figure.line() for figure in figures), ""]
     text = "\n".join([*table, *(f"- {each}" for each in facts + machine_facts())])
     print(text)
     if arguments.json is not None:

@@ -12,13 +12,14 @@ from __future__ import annotations
 import itertools
 import math
 import queue
+import statistics
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch._C._autograd import DeviceType
 
+from benchmarks.kernels.timing import median_seconds
 from cluster.prefix_hash import root_hash
 from cluster.request import SamplingParams, SequenceRequest, TokenDelta
 from decode_node.scheduler import DecodeScheduler
@@ -34,9 +35,7 @@ if TYPE_CHECKING:
 
 STEP_SECONDS = 120.0
 WARM_UP_STEPS = 8
-PROFILED_STEPS = 32
-# Kernels of one graph follow each other in about a microsecond; longer gaps are the host's.
-IDLE_GAP_NS = 3000
+STEPS_ALONE = 10
 # log(1 / vocabulary) is what a model without any opinion gives; training gives more than this.
 LEAST_TOP_LOGPROB, MOST_TOP_LOGPROB = -11.0, -0.05
 
@@ -47,6 +46,21 @@ class Settled:
 
     seconds: float
     deltas: tuple[TokenDelta, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeTimes:
+    """`steps`: seconds of each. `on_device`: what its graphs take alone; None without graphs."""
+
+    steps: list[float]
+    on_device: float | None
+
+    @property
+    def idle_share(self) -> float | None:
+        """Share of a step in which the GPU does not run its graphs."""
+        if self.on_device is None:
+            return None
+        return max(0.0, 1.0 - self.on_device / statistics.median(self.steps))
 
 
 class _Recorder:
@@ -91,30 +105,42 @@ class EngineRun:
         self._clear()
         return step.seconds - began
 
+    def decode(self, num_seqs: int, context: int, steps: int) -> DecodeTimes:
+        """As `decode_seconds`, and what the graphs take alone. Not for several ranks, whose
+        graphs wait for each other."""
+        times = self._decode(num_seqs, context, steps)
+        on_device = self._loop.call(lambda: self._graph_seconds(num_seqs)).result(STEP_SECONDS)
+        self._clear()
+        return DecodeTimes(times, on_device)
+
     def decode_seconds(self, num_seqs: int, context: int, steps: int) -> list[float]:
         """Of each of `steps` steps of `num_seqs` sequences with `context` tokens or more."""
+        times = self._decode(num_seqs, context, steps)
+        self._clear()
+        return times
+
+    def _decode(self, num_seqs: int, context: int, steps: int) -> list[float]:
         self._start_decode(num_seqs, context)
         times = [self._next().seconds for _ in range(steps + 1)]
-        self._clear()
         return [later - earlier for earlier, later in itertools.pairwise(times)]
 
-    def idle_share(self, num_seqs: int, context: int) -> float:
-        """Share of the time between steps in which the GPU runs nothing, by a profile."""
-        self._start_decode(num_seqs, context)
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-            for _ in range(PROFILED_STEPS):
-                self._next()
-        self._clear()
-        results = profile.profiler
-        if results is None or results.kineto_results is None:
-            raise RuntimeError("the profiler recorded nothing")
-        return _idle_share(
-            [
-                (event.start_ns(), event.start_ns() + event.duration_ns())
-                for event in results.kineto_results.events()
-                if event.device_type() == DeviceType.CUDA
-            ]
-        )
+    def _graph_seconds(self, num_seqs: int) -> float | None:
+        """Of the graphs of the last step, run again and again with nothing between."""
+        graphs = self.engine._runner._graphs
+        if graphs is None or num_seqs > graphs.max_rows:
+            return None
+        num_rows = graphs.padded(num_seqs)
+
+        def step() -> None:
+            graphs.replay(num_rows)
+            graphs.replay_draw(num_rows)
+
+        def steps() -> None:
+            for _ in range(STEPS_ALONE):
+                step()
+
+        with torch.inference_mode():
+            return median_seconds(steps, repeats=5) / STEPS_ALONE
 
     def check_is_realistic(self, num_seqs: int) -> str:
         """Dummy weights must compute something: finite, with opinions that differ by prompt.
@@ -195,15 +221,3 @@ class EngineRun:
         )
         root = root_hash("bench", b"")
         return Sequence(request, block_size=self.engine.config.block_size, root=root)
-
-
-def _idle_share(intervals: list[tuple[int, int]]) -> float:
-    """Of sorted or unsorted (begin, end) of what ran, the share of long gaps."""
-    ordered = sorted(intervals)
-    if not ordered:
-        raise RuntimeError("the profiler saw no kernel")
-    idle, end = 0, ordered[0][0]
-    for begin, finish in ordered:
-        idle += begin - end if begin - end > IDLE_GAP_NS else 0
-        end = max(end, finish)
-    return idle / (end - ordered[0][0])

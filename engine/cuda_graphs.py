@@ -18,6 +18,7 @@ import torch
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from collections.abc import Sequence as SequenceOf
 
     from torch.cuda import _POOL_HANDLE
 
@@ -41,16 +42,17 @@ class DecodeGraphs:
         forward: Callable[[int], torch.Tensor],
         draw: Callable[[torch.Tensor], None],
         *,
-        max_num_seqs: int,
+        sizes: SequenceOf[int],
         device: torch.device,
     ) -> None:
-        """`forward(num_rows)` gives the hidden states of that many rows from inputs in memory
-        that does not move; `draw(hidden)` leaves their tokens in such memory."""
+        """`sizes`: numbers of rows, rising. `forward(num_rows)` gives the hidden states of that
+        many rows from inputs in memory that does not move; `draw(hidden)` leaves their tokens in
+        such memory."""
         self._forward = forward
         self._draw = draw
         self._device = device
-        self._sizes = capture_sizes(max_num_seqs)
-        self._size_of = [0] * (max_num_seqs + 1)
+        self._sizes = sizes
+        self._size_of = [0] * (sizes[-1] + 1)
         for size in reversed(self._sizes):
             self._size_of[: size + 1] = [size] * (size + 1)
         self._forwards: dict[int, torch.cuda.CUDAGraph] = {}

@@ -16,6 +16,7 @@ The engine knows no role and no network, and belongs to one thread at a time.
 
 from __future__ import annotations
 
+import logging
 import threading
 from contextlib import nullcontext
 from functools import partial
@@ -34,6 +35,7 @@ from engine.sampler import Sampler
 from engine.step_pipeline import StepOutput, StepPipeline
 from engine.tensor_parallel.crew import Crew
 from engine.tensor_parallel.shard import WHOLE, Shard
+from engine.workspace import measure_workspace
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -47,6 +49,8 @@ if TYPE_CHECKING:
     from engine.step_pipeline import InFlightStep
     from engine.tensor_parallel.seat import Seat
     from engine.tensor_parallel.wire import StepHeader
+
+logger = logging.getLogger(__name__)
 
 
 class Engine:
@@ -162,7 +166,7 @@ class Engine:
         limits = resolve(config, whole, Machine.here(), rank=shard.rank)
         _enter_thread(limits)
         # Another engine of this process is not part of this one's share.
-        others_bytes = torch.cuda.memory_allocated(limits.device) if limits.on_gpu else 0
+        others_bytes = torch.cuda.memory_reserved(limits.device) if limits.on_gpu else 0
         ranks = None
         if seat is not None:
             with progress.phase("connect ranks"):
@@ -175,10 +179,6 @@ class Engine:
             head_size=whole.head_size,
             dtype=limits.kv_dtype,
         )
-        with progress.phase("allocate KV"):
-            if seat is not None:
-                seat.rendezvous.exchange({})  # all have loaded: what follows is done together
-            kv_cache, kv_shards = _allocate_kv(config, limits, layout, decoder, others_bytes, seat)
         sampler = None
         if shard.rank == 0:
             sampler = Sampler(
@@ -186,6 +186,12 @@ class Engine:
                 limits.device,
                 eos_token_ids=whole.eos_token_ids,
                 max_rows=limits.max_num_seqs,
+            )
+        with progress.phase("allocate KV"):
+            if seat is not None:
+                seat.rendezvous.exchange({})  # all have loaded: what follows is done together
+            kv_cache, kv_shards = _allocate_kv(
+                config, limits, layout, decoder, sampler, others_bytes, seat
             )
         announce = None if crew is None else crew.announce
         runner = ModelRunner(decoder, kv_cache, limits, sampler, announce)
@@ -245,6 +251,7 @@ def _allocate_kv(
     limits: EngineLimits,
     layout: KVLayout,
     decoder: Decoder,
+    sampler: Sampler | None,
     others_bytes: int,
     seat: Seat | None,
 ) -> tuple[KVCache, tuple[torch.Tensor, ...]]:
@@ -257,7 +264,7 @@ def _allocate_kv(
         max_model_len=limits.max_model_len,
         max_num_seqs=limits.max_num_seqs,
     )
-    num_blocks = _num_blocks(config, limits, need, layout, decoder, others_bytes)
+    num_blocks = _num_blocks(config, limits, need, layout, decoder, sampler, others_bytes)
     if seat is None:
         return KVCache.allocate(layout, num_blocks, limits.device), ()
     return seat.allocate_kv(layout, num_blocks, limits.device)
@@ -269,20 +276,30 @@ def _num_blocks(
     need: memory.KVNeed,
     layout: KVLayout,
     decoder: Decoder,
+    sampler: Sampler | None,
     others_bytes: int,
 ) -> int:
     device = limits.device
     if not limits.on_gpu:
         available = memory.available_main_memory() // config.tensor_parallel_size
         return memory.num_blocks_on_cpu(config, need, available_bytes=available)
-    weights_bytes = torch.cuda.memory_allocated(device) - others_bytes
+    torch.cuda.empty_cache()
+    weights_bytes = torch.cuda.memory_reserved(device) - others_bytes
+
+    def build_runner(kv_cache: KVCache) -> ModelRunner:
+        return ModelRunner(decoder, kv_cache, limits, sampler)
+
     one_block = KVCache.allocate(layout, 1, device)
     with torch.inference_mode():
-        workspace = warm_up.measure_workspace(decoder, one_block.layers[0], limits)
+        workspace = measure_workspace(
+            decoder, one_block, limits, sampler, None if config.enforce_eager else build_runner
+        )
     del one_block
     free, total = torch.cuda.mem_get_info(device)
-    return memory.num_blocks_on_gpu(
-        config,
-        need,
-        memory.GpuMemory(total=total, free=free, weights=weights_bytes, workspace=workspace),
-    )
+    facts = memory.GpuMemory(total=total, free=free, weights=weights_bytes, workspace=workspace)
+    num_blocks = memory.num_blocks_on_gpu(config, need, facts)
+    logger.info(
+        "memory of %s: weights %s, workspace %s, KV %s", device, memory.shown(weights_bytes),
+        memory.shown(workspace), memory.shown(num_blocks * need.block_bytes),
+    )  # fmt: skip
+    return num_blocks

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from engine.batch import Batch, BatchBuilder, table_width
-from engine.cuda_graphs import DecodeGraphs
+from engine.cuda_graphs import DecodeGraphs, capture_sizes
 from engine.decode_rows import DecodeRows
 from engine.row_inputs import RowInputs
 from engine.tensor_parallel.wire import StepHeader
@@ -94,14 +94,14 @@ class ModelRunner:
         self._decode_inputs = DecodeInputs.empty(num_rows, device)
         self._graphs: DecodeGraphs | None = None
 
-    def capture_graphs(self, progress: StartupReport) -> None:
-        """From now on decode steps replay graphs. GPU only."""
+    def capture_graphs(self, progress: StartupReport, sizes: SequenceOf[int] | None = None) -> None:
+        """From now on decode steps replay graphs. GPU only. `sizes`: numbers of rows, rising."""
         self._inputs.next_rows().pad(0, self._limits.max_num_seqs)
         self._inputs.upload()
         self._graphs = DecodeGraphs(
             self._forward_rows,
             self._draw,
-            max_num_seqs=self._limits.max_graph_rows,
+            sizes=sizes or capture_sizes(self._limits.max_graph_rows),
             device=self._limits.device,
         )
         self._graphs.capture(progress)

@@ -1,5 +1,5 @@
-"""Steps that are run before serving: to measure what a full one needs, and to make the first
-real one as fast as the next.
+"""Steps that are run before serving, to make the first real one as fast as the next, and the
+batches that such steps are made of.
 
 The batches here belong to no sequence: every slot is the padding slot, so no KV is written, and
 every row reads block 0.
@@ -19,36 +19,14 @@ if TYPE_CHECKING:
     from engine.limits import EngineLimits
     from engine.models.decoder import Decoder
 
-# Float32 copies of the logits that the sampler holds at once at its busiest (sorting for top-p).
-_SAMPLER_COPIES = 6
-
-
-def measure_workspace(decoder: Decoder, kv_layer: torch.Tensor, limits: EngineLimits) -> int:
-    """Bytes of GPU memory that the largest step allocates beyond what is allocated now.
-
-    `kv_layer`: any one block, standing in for every layer of the pool.
-    """
-    device = limits.device
-    torch.cuda.synchronize(device)
-    before = torch.cuda.memory_allocated(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    num_samples = min(limits.max_num_seqs, limits.max_num_batched_tokens)
-    batch = _prefill_batch(limits.max_num_batched_tokens, num_samples, kv_layer, limits)
-    _run(decoder, batch, kv_layer)
-    torch.cuda.synchronize(device)
-    forward = torch.cuda.max_memory_allocated(device) - before
-    sampling = _SAMPLER_COPIES * num_samples * decoder.config.vocab_size * torch.float32.itemsize
-    torch.cuda.empty_cache()
-    return max(forward, sampling)
-
 
 def warm_up(decoder: Decoder, kv_layers: SequenceOf[torch.Tensor], limits: EngineLimits) -> None:
     """Run a step of each kind that kernels are compiled or loaded for, so that no request waits
     for it: they have variants by the number of tokens, whose borders are powers of two.
     """
     for num_tokens in warm_up_sizes(limits):
-        _run(decoder, _prefill_batch(num_tokens, 1, kv_layers[0], limits), *kv_layers)
-    _run(decoder, _decode_batch(1, limits.device), *kv_layers)
+        run_batch(decoder, prefill_batch(num_tokens, kv_layers[0], limits), *kv_layers)
+    run_batch(decoder, decode_batch(1, limits.device), *kv_layers)
     if limits.on_gpu:
         torch.cuda.synchronize(limits.device)
 
@@ -62,39 +40,44 @@ def warm_up_sizes(limits: EngineLimits) -> list[int]:
     return sorted({size for power in powers for size in (power, power + 1) if size < most} | {most})
 
 
-def _run(decoder: Decoder, batch: Batch, *kv_layers: torch.Tensor) -> None:
+def run_batch(decoder: Decoder, batch: Batch, *kv_layers: torch.Tensor) -> torch.Tensor | None:
+    """The logits. One layer of KV stands in for all of them."""
     layers = kv_layers if len(kv_layers) > 1 else kv_layers * decoder.config.num_layers
     hidden = decoder.forward(batch, layers)
-    if hidden is not None:
-        decoder.logits(hidden)
+    return None if hidden is None else decoder.logits(hidden)
 
 
-def _prefill_batch(
-    num_tokens: int, num_samples: int, kv_layer: torch.Tensor, limits: EngineLimits
+def prefill_batch(
+    num_tokens: int,
+    kv_layer: torch.Tensor,
+    limits: EngineLimits,
+    *,
+    num_rows: int = 1,
+    context: int = 0,
 ) -> Batch:
-    """Prompts of at most `max_model_len` tokens, `num_tokens` in all."""
-    lengths = _split(num_tokens, limits.max_model_len)
-    block_size = kv_layer.shape[3]
+    """`num_tokens` in all, of at least `num_rows` prompts as long as each other, each behind
+    `context` tokens that are computed; all of them sampled."""
     device = limits.device
-    ends = torch.tensor([0, *lengths]).cumsum(0)
-    positions = torch.cat([torch.arange(length) for length in lengths])
-    width = table_width(-(-max(lengths) // block_size))
-    tables = torch.zeros(len(lengths), width, dtype=torch.int32)
+    num_rows = max(num_rows, -(-num_tokens // limits.max_model_len))
+    ends = torch.arange(num_rows + 1) * num_tokens // num_rows
+    lengths = ends.diff()
+    positions = torch.cat([torch.arange(context, context + int(each)) for each in lengths])
+    width = table_width(-(-(context + int(lengths.max())) // kv_layer.shape[3]))
     return Batch(
         token_ids=torch.zeros(num_tokens, dtype=torch.int64, device=device),
         positions=positions.to(device),
         slot_mapping=torch.full((num_tokens,), -1, dtype=torch.int64, device=device),
-        sample_indices=torch.arange(num_tokens - num_samples, num_tokens, device=device),
-        seq_lens=torch.tensor(lengths, dtype=torch.int32, device=device),
+        sample_indices=(ends[1:] - 1).to(device),
+        seq_lens=(lengths + context).to(device=device, dtype=torch.int32),
         cu_seqlens_q=ends.to(device=device, dtype=torch.int32),
-        block_tables=tables.to(device),
-        num_samples=num_samples,
-        max_seqlen_q=max(lengths),
+        block_tables=torch.zeros(num_rows, width, dtype=torch.int32, device=device),
+        num_samples=num_rows,
+        max_seqlen_q=int(lengths.max()),
         is_decode=False,
     )
 
 
-def _decode_batch(num_rows: int, device: torch.device) -> Batch:
+def decode_batch(num_rows: int, device: torch.device) -> Batch:
     ones = torch.ones(num_rows, dtype=torch.int32, device=device)
     zeros = torch.zeros(num_rows, dtype=torch.int64, device=device)
     return Batch(
@@ -109,8 +92,3 @@ def _decode_batch(num_rows: int, device: torch.device) -> Batch:
         max_seqlen_q=1,
         is_decode=True,
     )
-
-
-def _split(num_tokens: int, longest: int) -> list[int]:
-    full, rest = divmod(num_tokens, longest)
-    return [longest] * full + ([rest] if rest else [])

@@ -26,7 +26,8 @@ def test_a_step_takes_the_smallest_graph_that_holds_it() -> None:
     def never(_: object) -> torch.Tensor:
         raise AssertionError("not asked before a capture")
 
-    graphs = DecodeGraphs(never, lambda hidden: None, max_num_seqs=20, device=torch.device("cpu"))
+    sizes = capture_sizes(20)
+    graphs = DecodeGraphs(never, lambda hidden: None, sizes=sizes, device=torch.device("cpu"))
     assert [graphs.padded(n) for n in range(1, 21)] == [
         *(1, 2, 4, 4, 8, 8, 8, 8),
         *[16] * 8,

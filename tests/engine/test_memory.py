@@ -46,11 +46,11 @@ def test_a_model_that_does_not_fit_says_the_arithmetic_and_what_to_change() -> N
     with pytest.raises(ConfigError) as caught:
         memory.num_blocks_on_gpu(config(gpu_memory_utilization=0.3), need, gpu())
     assert str(caught.value) == (
-        "Weights 15.00 GiB + workspace 1.75 GiB + KV of one sequence of 131072 tokens 16.00 GiB "
-        "= 32.75 GiB, but --gpu-memory-utilization 0.3 of 80.00 GiB is 24.00 GiB: lower "
-        "--max-model-len to at most 59392, or raise --gpu-memory-utilization to at least 0.41."
+        "Weights 15.00 GiB + workspace 1.69 GiB + KV of one sequence of 131072 tokens 16.00 GiB "
+        "= 32.69 GiB, but --gpu-memory-utilization 0.3 of 80.00 GiB is 24.00 GiB: lower "
+        "--max-model-len to at most 59904, or raise --gpu-memory-utilization to at least 0.41."
     )
-    fits = KVNeed(block_bytes=16 * 131_072, block_size=16, max_model_len=59_392, max_num_seqs=8)
+    fits = KVNeed(block_bytes=16 * 131_072, block_size=16, max_model_len=59_904, max_num_seqs=8)
     memory.num_blocks_on_gpu(config(gpu_memory_utilization=0.3), fits, gpu())
     memory.num_blocks_on_gpu(config(gpu_memory_utilization=0.41), need, gpu())
 
