@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from engine.tensor_parallel.shard import Shard
 
-STALL_SECONDS = 60.0
+STALL_SECONDS = 120.0
 _LEAST_ROWS = 128
 # What is used of it is not typed.
 c10d: Any = torch.distributed

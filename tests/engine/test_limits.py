@@ -25,6 +25,7 @@ def limits(tmp_path: Path) -> ResolveLimits:
         machine: Machine,
         stored: str = "bfloat16",
         quantized: dict[str, Any] | None = None,
+        rank: int = 0,
         **options: Any,
     ) -> EngineLimits:
         facts = {
@@ -40,9 +41,24 @@ def limits(tmp_path: Path) -> ResolveLimits:
         }
         (tmp_path / "config.json").write_text(json.dumps(facts))
         model = ModelConfig.from_folder(tmp_path)
-        return resolve(EngineConfig(model=tmp_path, **options), model, machine)
+        return resolve(EngineConfig(model=tmp_path, **options), model, machine, rank=rank)
 
     return limits
+
+
+def test_each_rank_has_the_next_gpu(limits: ResolveLimits) -> None:
+    devices = [
+        limits(TWO_GPUS, rank=rank, device="cuda", tensor_parallel_size=2).device
+        for rank in range(2)
+    ]
+    assert devices == [torch.device("cuda", 0), torch.device("cuda", 1)]
+    assert limits(SLOW_CPU, rank=1, tensor_parallel_size=2).device == torch.device("cpu")
+
+
+@pytest.mark.parametrize("device", ["auto", "cuda:1"])
+def test_more_ranks_than_gpus_are_refused(device: str, limits: ResolveLimits) -> None:
+    with pytest.raises(ConfigError, match="this process sees 2 GPUs"):
+        limits(TWO_GPUS, device=device, tensor_parallel_size=2 + (device == "auto"))
 
 
 @pytest.mark.parametrize(
