@@ -171,6 +171,8 @@ class Engine:
         if seat is not None:
             with progress.phase("connect ranks"):
                 ranks = seat.connect(whole, limits)
+        if crew is not None and ranks is not None:
+            crew.connected(ranks)
         decoder, fingerprint = load_decoder(config, whole, limits, progress, ranks)
         layout = KVLayout(
             num_layers=whole.num_layers,

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from engine.config import EngineConfig
+    from engine.tensor_parallel.ranks import Ranks
     from engine.tensor_parallel.wire import StepHeader
 
 logger = logging.getLogger(__name__)
@@ -74,6 +75,7 @@ class Crew:
         self._clock = clock
         self._stepping_since: float | None = None
         self._on_lost: Callable[[BaseException], None] | None = None
+        self._ranks: Ranks | None = None
         self._closed = threading.Event()
         self._watch = threading.Thread(target=self._watch_all, name="rank-watch", daemon=True)
         self._watch.start()
@@ -114,6 +116,10 @@ class Crew:
         if self.lost is not None:
             on_lost(self.lost)
 
+    def connected(self, ranks: Ranks) -> None:
+        """They are closed with the crew."""
+        self._ranks = ranks
+
     def announce(self, header: StepHeader, inputs: memoryview) -> None:
         """Tell all workers to run this batch. Raises `RankLost`."""
         if self.lost is not None:
@@ -144,6 +150,8 @@ class Crew:
             return
         self._closed.set()
         self._watch.join()
+        if self._ranks is not None and self.lost is None:
+            self._ranks.close()
         os.close(self._lifeline)
         for channel in self._channels:
             channel.close()

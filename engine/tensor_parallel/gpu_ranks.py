@@ -14,7 +14,7 @@ NVLink multicast is not used.
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -23,13 +23,9 @@ from engine.tensor_parallel.ranks import as_rank_lost, c10d, first_rank_options
 from kernels.peer_sum import MAX_PROGRAMS, PeerInboxes, inbox_words, peer_sum
 
 if TYPE_CHECKING:
-    from engine.tensor_parallel.ranks import Begun
     from engine.tensor_parallel.rendezvous import Rendezvous
     from engine.tensor_parallel.shard import Shard
 
-# A piece of fewer rows would not keep the multiprocessors busy.
-_PIECE_ROWS = 1024
-_MOST_PIECES = 4
 _SETTINGS = {
     "NCCL_NVLS_ENABLE": "0",
     "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
@@ -82,14 +78,6 @@ class GpuRanks:
             self._group.allreduce([x]).wait()
         return x
 
-    def num_pieces(self, x: torch.Tensor) -> int:
-        return 1 if self._inboxes.holds(x) else max(1, min(_MOST_PIECES, len(x) // _PIECE_ROWS))
-
-    def begin_sum(self, x: torch.Tensor) -> Begun:
-        """NCCL works on a stream of its own."""
-        with as_rank_lost():
-            return cast("Begun", self._group.allreduce([x]))
-
     def gather_logits(self, part: torch.Tensor, vocab_size: int) -> torch.Tensor:
         begin = self._shard.range_of(vocab_size)[0]
         num_rows, columns = part.shape
@@ -103,6 +91,9 @@ class GpuRanks:
 
     def settle(self) -> None:
         peer_sum(self._tick, self._inboxes)
+
+    def close(self) -> None:
+        self._group.abort()
 
     def _share_inboxes(
         self, rendezvous: Rendezvous, device: torch.device, capacity: int

@@ -28,13 +28,8 @@ if TYPE_CHECKING:
     from engine.tensor_parallel.shard import Shard
 
 STALL_SECONDS = 120.0
-_LEAST_ROWS = 128
 # What is used of it is not typed.
 c10d: Any = torch.distributed
-
-
-class Begun(Protocol):
-    def wait(self) -> object: ...
 
 
 class Ranks(Protocol):
@@ -49,18 +44,15 @@ class Ranks(Protocol):
     def sum(self, x: torch.Tensor) -> torch.Tensor:
         """The sum of the x of all ranks, bit for bit the same on each. In place."""
 
-    def num_pieces(self, x: torch.Tensor) -> int:
-        """In how many pieces a product of the shape of x is best summed while it is computed."""
-
-    def begin_sum(self, x: torch.Tensor) -> Begun:
-        """As `sum`, which has ended for this stream after `wait`."""
-
     def gather_logits(self, part: torch.Tensor, vocab_size: int) -> torch.Tensor:
         """`[num_rows, columns of this rank]` -> on rank 0 `[num_rows, vocab_size]`, valid until
         the logits of the next step are gathered. Other ranks get their part back."""
 
     def settle(self) -> None:
         """What every rank has queued so far happens before what rank 0 queues next."""
+
+    def close(self) -> None:
+        """Meets nobody."""
 
 
 class CpuRanks:
@@ -89,14 +81,6 @@ class CpuRanks:
             self._group.allreduce([x]).wait()
         return x
 
-    def num_pieces(self, x: torch.Tensor) -> int:
-        """There is nothing to win here: two, so that the tests of a CPU see it done."""
-        return 2 if len(x) >= _LEAST_ROWS else 1
-
-    def begin_sum(self, x: torch.Tensor) -> Begun:
-        with as_rank_lost():
-            return _Sum(self._group.allreduce([x]))
-
     def gather_logits(self, part: torch.Tensor, vocab_size: int) -> torch.Tensor:
         columns = -(-vocab_size // self._shard.size)
         padded = torch.nn.functional.pad(part, (0, columns - part.shape[1]))
@@ -108,14 +92,8 @@ class CpuRanks:
     def settle(self) -> None:
         self.sum(self._tick)
 
-
-class _Sum:
-    def __init__(self, work: Any) -> None:
-        self._work = work
-
-    def wait(self) -> None:
-        with as_rank_lost():
-            self._work.wait()
+    def close(self) -> None:
+        self._group.abort()
 
 
 def first_rank_options() -> Any:

@@ -3,8 +3,6 @@
 Each rank multiplies its own columns of `o_proj` and `down_proj`; the sum of the products is the
 whole one. Rank 0 alone adds the residual stream and the bias, so the sum is the new stream, on
 all ranks alike.
-
-Many rows are multiplied in pieces: while one is summed over the ranks, the next is multiplied.
 """
 
 from __future__ import annotations
@@ -41,30 +39,9 @@ class SummedMatrix:
         raise NotImplementedError("the input of this matrix is cut: it cannot be normed here")
 
     def add_to(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        num_pieces = self._ranks.num_pieces(residual)
-        if num_pieces > 1:
-            return self._add_in_pieces(x, residual, num_pieces)
         if self._ranks.shard.rank:
             return self._ranks.sum(self._matrix(x))
         return self._ranks.sum(self._matrix.add_to(x, residual))
-
-    def _add_in_pieces(
-        self, x: torch.Tensor, residual: torch.Tensor, num_pieces: int
-    ) -> torch.Tensor:
-        """In the memory of `residual`."""
-        if self._ranks.shard.rank:
-            residual.zero_()
-        sums = []
-        for rows, stream in zip(
-            x.tensor_split(num_pieces), residual.tensor_split(num_pieces), strict=True
-        ):
-            added = self._matrix.add_to(rows, stream)
-            if added.data_ptr() != stream.data_ptr():
-                stream.copy_(added)
-            sums.append(self._ranks.begin_sum(stream))
-        for each in sums:
-            each.wait()
-        return residual
 
     def checkpoint_views(self) -> dict[str, torch.Tensor]:
         return self._matrix.checkpoint_views()

@@ -49,6 +49,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def run(channel: Channel) -> int:
+    """The exit code of a worker that could not start; else it does not return."""
     orders = channel.receive_note()
     rendezvous = OtherRank(channel)
     seat = Seat(Shard(orders["rank"], orders["size"]), rendezvous, [channel], orders["folder"])
@@ -61,7 +62,9 @@ def run(channel: Channel) -> int:
         rendezvous.refuse(error.message)
         return ConfigError.exit_code
     serve(engine, channel)
-    return 0
+    # Nothing is left to do, and what libraries do at the end of a process would wait for rank 0.
+    sys.stdout.flush()
+    os._exit(0)
 
 
 def serve(engine: Engine, channel: Channel) -> None:
