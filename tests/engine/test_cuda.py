@@ -292,3 +292,24 @@ def test_layers_in_main_memory_give_the_same_tokens(
         outputs.append([sequence.output_token_ids for sequence in sequences])
         del engine
     assert outputs[0] == outputs[1]
+
+
+@pytest.mark.parametrize("lengths", [(1,), (5,), (700,), (64, 64, 64), (3, 50, 333), (2048,)])
+def test_no_step_after_the_start_compiles_a_kernel(
+    lengths: tuple[int, ...], open_dummy: OpenEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    triton = pytest.importorskip("triton")
+    engine = open_dummy()
+    compiled: list[str] = []
+
+    def note(**facts: Any) -> bool:
+        compiled.append(str(facts["repr"]))
+        return False
+
+    monkeypatch.setattr(triton.knobs.runtime, "jit_cache_hook", note)
+    sequences = [start(engine, f"s{i}", prompt_of(n, i)) for i, n in enumerate(lengths)]
+    step(engine, *zip(sequences, lengths, strict=True))
+    step(engine, *((sequence, 1) for sequence in sequences))
+    assert compiled == []
+    for sequence in sequences:
+        engine.block_manager.free(sequence)
