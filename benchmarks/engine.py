@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from benchmarks.engine_run import EngineRun
-from benchmarks.kernels.ceilings import Ceilings, measure_ceilings
+from benchmarks.kernels.ceilings import Ceilings, measure_ceilings, pinned_copy_rate
 from benchmarks.model_shapes import SHAPES
 from benchmarks.results_file import machine_facts, write_section
 from cluster.startup import StartupReport
@@ -80,8 +80,16 @@ class Figure:
 class Measurement:
     """The figures of one engine."""
 
-    def __init__(self, run: EngineRun, ceilings: Ceilings, arguments: argparse.Namespace) -> None:
+    def __init__(
+        self,
+        run: EngineRun,
+        ceilings: Ceilings,
+        arguments: argparse.Namespace,
+        fetch_seconds: float,
+    ) -> None:
+        """`fetch_seconds`: what a step takes at least to fetch offloaded layers; 0 without."""
         self._run = run
+        self._fetch_seconds = fetch_seconds
         self._ceilings = ceilings
         self._arguments = arguments
         # Peers were measured in bfloat16, without offload, on one GPU.
@@ -92,15 +100,17 @@ class Measurement:
     def prefill(self, num_tokens: int) -> Figure:
         repeats = self._arguments.repeats
         times = [self._run.first_token_seconds(num_tokens) for _ in range(repeats + 2)][2:]
-        flops = prefill_flops(self._run.engine, num_tokens)
-        return self._figure(f"prefill {num_tokens}", times, flops / self._ceilings.matmul)
+        floor = prefill_flops(self._run.engine, num_tokens) / self._ceilings.matmul
+        num_steps = -(-num_tokens // self._arguments.chunk)
+        floor = max(floor, num_steps * self._fetch_seconds)
+        return self._figure(f"prefill {num_tokens}", times, floor)
 
     def decode(self, num_seqs: int, context: int) -> Figure:
         steps = self._arguments.steps
         times = self._run.decode(num_seqs, context, steps)
         read = decode_bytes(self._run.engine, num_seqs, context + steps // 2)
-        name = f"decode {num_seqs} x {context}"
-        return self._figure(name, times.steps, read / self._ceilings.copy, times.idle_share)
+        floor = max(read / self._ceilings.copy, self._fetch_seconds)
+        return self._figure(f"decode {num_seqs} x {context}", times.steps, floor, times.idle_share)
 
     def _figure(
         self,
@@ -194,7 +204,13 @@ def measure(
     print(HEAD, flush=True)
     with EngineRun(engine, arguments.seed) as run:
         facts.append(f"dummy weights: {run.check_is_realistic(min(32, engine.max_num_seqs))}")
-        measurement = Measurement(run, ceilings, arguments)
+        fetch_seconds = 0.0
+        offloaded = engine._runner._decoder.offloaded
+        if offloaded is not None:
+            rate = pinned_copy_rate()
+            fetch_seconds = offloaded.host_bytes / rate
+            facts += [f"offloaded {offloaded.shown()}", f"pinned copy: {rate / 1e9:.1f} GB/s"]
+        measurement = Measurement(run, ceilings, arguments, fetch_seconds)
         figures = [measurement.prefill(num_tokens) for num_tokens in arguments.prefill]
         for context in arguments.context:
             figures += [measurement.decode(num_seqs, context) for num_seqs in arguments.batch]

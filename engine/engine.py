@@ -174,6 +174,7 @@ class Engine:
         if crew is not None and ranks is not None:
             crew.connected(ranks)
         decoder, fingerprint = load_decoder(config, whole, limits, progress, ranks)
+        torch.cuda.empty_cache()  # before what stays is put between what the loader has left
         layout = KVLayout(
             num_layers=whole.num_layers,
             block_size=config.block_size,

@@ -23,7 +23,7 @@ import torch
 
 from engine.batch import Batch, BatchBuilder, table_width
 from engine.cuda_graphs import DecodeGraphs, capture_sizes
-from engine.decode_rows import DecodeRows
+from engine.decode_rows import DecodeRows, TableChange
 from engine.row_inputs import RowInputs
 from engine.tensor_parallel.wire import StepHeader
 from kernels.decode_inputs import DecodeInputs, fill_decode_inputs
@@ -97,7 +97,8 @@ class ModelRunner:
     def capture_graphs(self, progress: StartupReport, sizes: SequenceOf[int] | None = None) -> None:
         """From now on decode steps replay graphs. GPU only. `sizes`: numbers of rows, rising."""
         self._inputs.next_rows().pad(0, self._limits.max_num_seqs)
-        self._inputs.upload()
+        # A change that changes nothing: the kernel that writes changes is compiled now.
+        self._inputs.upload(self._inputs.set_changes([TableChange(0, 0, [0])]))
         self._graphs = DecodeGraphs(
             self._forward_rows,
             self._draw,

@@ -14,6 +14,7 @@ import torch
 from benchmarks.kernels.timing import median_seconds
 
 COPY_BYTES = 2 << 30
+PINNED_BYTES = 512 << 20
 MATMUL_SIZE = 8192
 
 
@@ -54,3 +55,10 @@ def matmul_rate() -> float:
     )
     out = torch.empty_like(a)
     return 2 * MATMUL_SIZE**3 / median_seconds(lambda: torch.mm(a, b, out=out))
+
+
+def pinned_copy_rate() -> float:
+    """Bytes per second from pinned main memory to the GPU: the limit of weights that live there."""
+    host = torch.empty(PINNED_BYTES, dtype=torch.uint8, pin_memory=True)
+    target = torch.empty(PINNED_BYTES, dtype=torch.uint8, device="cuda")
+    return PINNED_BYTES / median_seconds(lambda: target.copy_(host, non_blocking=True))

@@ -91,7 +91,7 @@ class Decoder:
         make_matrix = make_matrix or partial(Linear.empty, dtype=dtype, device=device)
         if ranks is not None:
             make_matrix = sharded_factory(make_matrix, ranks)
-        self._offloaded = offloaded
+        self.offloaded = offloaded
         self._layers: list[DecoderLayer] = []
         for index in range(config.num_layers):
             layer = DecoderLayer(
@@ -122,13 +122,13 @@ class Decoder:
     def pack(self) -> None:
         """Give each filled matrix its fastest layout; the views are void from now on."""
         for index, layer in enumerate(self._layers):
-            if self._offloaded is not None and index in self._offloaded:
-                self._offloaded.adopt(layer)
+            if self.offloaded is not None and index in self.offloaded:
+                self.offloaded.adopt(layer)
                 continue
             for matrix in layer.matrices():
                 matrix.pack()
-        if self._offloaded is not None:
-            self._offloaded.finish()
+        if self.offloaded is not None:
+            self.offloaded.finish()
         self._lm_head.pack(keep_weight=self.config.tie_word_embeddings)
 
     def forward(
@@ -144,7 +144,7 @@ class Decoder:
         residual = self._embed(batch.token_ids)
         plan = self._plan(batch, kv_layers[0])
         last = len(self._layers) - 1
-        offloaded = self._offloaded
+        offloaded = self.offloaded
         if offloaded is not None:
             offloaded.begin()
         for index, layer in enumerate(self._layers):
