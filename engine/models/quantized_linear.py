@@ -12,7 +12,7 @@ model's type, and inputs are not quantised.
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -21,7 +21,6 @@ from engine.models.linear import Linear
 from kernels.fp8_linear import fp8_linear
 from kernels.int4_linear import int4_linear
 from kernels.int4_packing import TILE_IN, TILE_OUT, Int4Weight, pack_codes
-from kernels.silu_mul import silu_mul
 from kernels.skinny_linear import skinny_linear, skinny_rows
 
 if TYPE_CHECKING:
@@ -118,52 +117,32 @@ class Float8Linear:
         )
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        if self._widens(x):
-            return skinny_linear(x, self.weight, weight_scale=self.weight_scale, bias=self.bias)
-        return fp8_linear(
-            x, self.weight, self.weight_scale, input_scale=self.input_scale, bias=self.bias
-        )
+        return self._product(x)
 
     def normed(self, residual: torch.Tensor, norm_weight: torch.Tensor, eps: float) -> torch.Tensor:
-        if not self._widens(residual):
-            return fp8_linear(
-                residual,
-                self.weight,
-                self.weight_scale,
-                input_scale=self.input_scale,
-                bias=self.bias,
-                norm_weight=norm_weight,
-                eps=eps,
-            )
-        return skinny_linear(
-            residual,
-            self.weight,
-            weight_scale=self.weight_scale,
-            bias=self.bias,
-            norm_weight=norm_weight,
-            eps=eps,
-        )
+        return self._product(residual, norm_weight=norm_weight, eps=eps)
 
     def normed_silu_mul(
         self, residual: torch.Tensor, norm_weight: torch.Tensor, eps: float
     ) -> torch.Tensor:
-        if not self._widens(residual):
-            return silu_mul(self.normed(residual, norm_weight, eps))
-        return skinny_linear(
-            residual,
-            self.weight,
-            weight_scale=self.weight_scale,
-            bias=self.bias,
-            norm_weight=norm_weight,
-            eps=eps,
-            silu_mul=True,
-        )
+        return self._product(residual, norm_weight=norm_weight, eps=eps, silu_mul=True)
 
     def add_to(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        if not self._widens(x):
-            return self(x).add_(residual)
-        return skinny_linear(
-            x, self.weight, weight_scale=self.weight_scale, bias=self.bias, residual=residual
+        return self._product(x, residual=residual)
+
+    def _product(self, x: torch.Tensor, **options: Any) -> torch.Tensor:
+        """`options`: what belongs to the product, named alike by both kernels."""
+        if self._widens(x):
+            return skinny_linear(
+                x, self.weight, weight_scale=self.weight_scale, bias=self.bias, **options
+            )
+        return fp8_linear(
+            x,
+            self.weight,
+            self.weight_scale,
+            input_scale=self.input_scale,
+            bias=self.bias,
+            **options,
         )
 
     def _widens(self, x: torch.Tensor) -> bool:
