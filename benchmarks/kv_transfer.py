@@ -76,6 +76,12 @@ class BenchmarkSource:
     def release(self, sequence_id: str) -> None:
         self._free.extend(self._owned.pop(sequence_id))
 
+    def may_recompute(self, sequence_id: str, num_good_blocks: int) -> bool:
+        return False
+
+    def recompute(self, sequence_id: str, num_good_blocks: int) -> None:
+        raise AssertionError("Never allowed here.")
+
     def on_transfer_failed(self, sequence_id: str, error: ServingError) -> None:
         print(f"receiver: {error.message}", file=sys.stderr)
 

@@ -194,6 +194,7 @@ def encode_delta(delta: TokenDelta) -> pb.TokenDelta:
         token_ids=delta.token_ids,
         handed_off=delta.handed_off,
         started=delta.started,
+        recomputed=delta.recomputed,
     )
     for entry in delta.logprobs:
         message.logprobs.add(
@@ -236,6 +237,7 @@ def decode_delta(message: pb.TokenDelta) -> TokenDelta:
         ),
         handed_off=message.handed_off,
         started=message.started,
+        recomputed=message.recomputed,
         error=error,
     )
 

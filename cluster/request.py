@@ -137,6 +137,8 @@ class TokenDelta(NamedTuple):
     empty or as long as `token_ids`. `num_cached_tokens` is set on a node's first delta.
     `handed_off` (prefill node): the decode node has accepted the KV; more comes from there.
     `started` (decode node): the sequence runs here now, whatever becomes of the prefill node.
+    `recomputed` (decode node): the hand-off failed and the decode node computes what is missing,
+    so every token comes from here, the first as well.
     """
 
     sequence_id: str
@@ -147,4 +149,5 @@ class TokenDelta(NamedTuple):
     num_cached_tokens: int | None = None
     handed_off: bool = False
     started: bool = False
+    recomputed: bool = False
     error: ServingError | None = None

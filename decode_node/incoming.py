@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+from cluster.errors import Cancelled, DeadlineExceeded
 from cluster.request import KVLoadFailurePolicy, SequenceRequest
 from kv_transfer.digests import digest_seed
 from kv_transfer.failures import FailureReason
-from kv_transfer.transfer import TransferState
+from kv_transfer.transfer import Ticket, TransferState
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -42,15 +43,17 @@ class BlockProgress:
     num_layers: int
     num_units: int  # to receive in all
     announced: dict[int, int]  # position -> bit set of its layers
+    verified: dict[int, int]  # likewise
     num_verified: int = 0
 
     @classmethod
     def of(cls, positions: Sequence[int], num_layers: int) -> BlockProgress:
-        return cls(num_layers, num_layers * len(positions), dict.fromkeys(positions, 0))
+        none = dict.fromkeys(positions, 0)
+        return cls(num_layers, num_layers * len(positions), none, dict(none))
 
     def announce(self, header: FrameHeader) -> bool:
         """False when the frame holds what was not asked for, or what came before."""
-        layers = ((1 << header.num_layers) - 1) << header.layer_start
+        layers = _layers(header)
         for position in header.positions:
             if self.announced.get(position, layers) & layers:
                 return False
@@ -58,9 +61,27 @@ class BlockProgress:
             self.announced[position] |= layers
         return True
 
+    def verify(self, header: FrameHeader) -> None:
+        """What it holds is in the blocks, and its digests were right."""
+        layers = _layers(header)
+        for position in header.positions:
+            self.verified[position] |= layers
+        self.num_verified += header.num_layers * len(header.positions)
+
     @property
     def is_complete(self) -> bool:
         return self.num_verified == self.num_units
+
+    def num_good_blocks(self, num_blocks: int) -> int:
+        """Of `num_blocks` of a prompt: those before the first that lacks a verified layer."""
+        every_layer = (1 << self.num_layers) - 1
+        lacking = (p for p, layers in self.verified.items() if layers != every_layer)
+        return min(lacking, default=num_blocks)
+
+
+def _layers(header: FrameHeader) -> int:
+    """Its layers as a bit set."""
+    return ((1 << header.num_layers) - 1) << header.layer_start
 
 
 @dataclass(slots=True)
@@ -82,6 +103,7 @@ class IncomingTransfer:
     block_ids: tuple[int, ...] = ()
     progress: BlockProgress = field(default_factory=lambda: BlockProgress.of((), 0))
     error: ServingError | None = None
+    num_good_blocks: int | None = None  # when it failed, if the node may compute the rest
     is_asking: bool = False  # the block source has not answered yet
     is_starting: bool = False
     num_arrived: int = 0  # frames whose header came
@@ -136,6 +158,15 @@ class IncomingTransfer:
             self.num_to_drain is not None and self.num_arrived >= self.num_to_drain
         )
 
+    def num_good_blocks_after(self, error: ServingError) -> int | None:
+        """How many leading blocks are right, if what is missing may be computed here instead of
+        failing with `error`; None if not: nobody wants the sequence, or it has no blocks."""
+        is_allowed = self.sequence.kv_load_failure_policy is KVLoadFailurePolicy.RECOMPUTE
+        is_wanted = not isinstance(error, Cancelled | DeadlineExceeded)
+        if not (is_allowed and is_wanted and self.block_ids):
+            return None
+        return self.progress.num_good_blocks(len(self.block_ids))
+
     def bury(self, forget_at: float) -> None:
         """Keep only what a late message may ask for."""
         self.forget_at = forget_at
@@ -143,6 +174,18 @@ class IncomingTransfer:
         self.progress = BlockProgress.of((), 0)
         request = replace(self.sequence.request, prompt_token_ids=())
         self.sequence = replace(self.sequence, request=request)
+
+    def ticket(
+        self, incarnation: int, missing: tuple[int, ...], *, expires_in_seconds: float
+    ) -> Ticket:
+        return Ticket(
+            transfer_id=self.transfer_id,
+            incarnation=incarnation,
+            epoch=self.epoch,
+            nonce=self.nonce,
+            expires_in_seconds=expires_in_seconds,
+            missing_positions=missing,
+        )
 
     def why_not_ours(self, header: FrameHeader, incarnation: int) -> FailureReason | None:
         """Why a frame that names this transfer is none of its own; None when it is."""

@@ -1,7 +1,6 @@
 """The receiving end of every transfer of one decode node: a pure machine.
 
-Events come in as method calls, time as an argument; a list of instructions goes out. The shell
-(`receiver.py`) does what they say and reports back.
+Events come in as method calls, time as an argument; instructions go out (to `receiver.py`).
 
 Life of an incoming transfer
     1. PENDING      `Reserve` came: `AskBlocks`. An older attempt of the same sequence is
@@ -18,7 +17,7 @@ Life of an incoming transfer
                     posted on it has ended (`session_revoked`).
     6. FAILED       only now `Free`. Never on a bare timeout.
 
-A final transfer is remembered as long as a late message could still name it.
+A final transfer is remembered as long as a late message could name it.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ from decode_node.intake_instructions import (
 )
 from kv_transfer.failures import FailureReason, failure
 from kv_transfer.lease import LeaseTable
-from kv_transfer.transfer import Ticket, TransferState
+from kv_transfer.transfer import TransferState
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -58,7 +57,7 @@ TOMBSTONE_LEASES = 2
 
 
 class Intake:
-    """See the module. `draw_nonce` gives unpredictable 64-bit numbers."""
+    """`draw_nonce` gives unpredictable 64-bit numbers."""
 
     def __init__(
         self,
@@ -140,14 +139,8 @@ class Intake:
         missing = tuple(range(num_held_blocks, len(block_ids)))
         transfer.progress = BlockProgress.of(missing, self._num_layers)
         transfer.state = TransferState.ACTIVE
-        ticket = Ticket(
-            transfer_id=transfer_id,
-            incarnation=self._incarnation,
-            epoch=transfer.epoch,
-            nonce=transfer.nonce,
-            expires_in_seconds=self._leases.remaining_seconds(transfer_id, now),
-            missing_positions=missing,
-        )
+        seconds = self._leases.remaining_seconds(transfer_id, now)
+        ticket = transfer.ticket(self._incarnation, missing, expires_in_seconds=seconds)
         return [SendTicket(transfer.session_id, ticket)]
 
     def reserve_failed(
@@ -190,9 +183,13 @@ class Intake:
         return transfer is not None and transfer.is_receiving
 
     def frame_ended(
-        self, transfer_id: bytes, error: ServingError | None, num_units: int, now: float
+        self,
+        transfer_id: bytes,
+        error: ServingError | None,
+        verified: FrameHeader | None,
+        now: float,
     ) -> list[Instruction]:
-        """A landing frame was verified and scattered (`num_units` of it), or dropped (0)."""
+        """A landing frame was scattered and is as its header says (`verified`), or was dropped."""
         transfer = self.transfers.find(transfer_id)
         if transfer is None:
             return []
@@ -201,7 +198,8 @@ class Intake:
             return self._settle(transfer, now)
         if error is not None:
             return self._abort(transfer, error, now)
-        transfer.progress.num_verified += num_units
+        if verified is not None:
+            transfer.progress.verify(verified)
         transfer.num_verified += 1
         return self._start_if_complete(transfer, now)
 
@@ -337,7 +335,10 @@ class Intake:
         transfer.state = TransferState.QUARANTINED
         transfer.error = error
         self._leases.release(transfer.transfer_id)
-        instructions: list[Instruction] = [report or ReportFailed(transfer.sequence, error)]
+        transfer.num_good_blocks = None if report else transfer.num_good_blocks_after(error)
+        instructions: list[Instruction] = [
+            report or ReportFailed(transfer.sequence, error, transfer.num_good_blocks)
+        ]
         if state is TransferState.PENDING:
             transfer.num_to_drain = 0  # no ticket, no frames
             if transfer.is_asking:
@@ -348,9 +349,8 @@ class Intake:
         else:
             transfer.drain_deadline = now + self._drain_seconds
             if tells_peer:
-                epoch = transfer.abort_epoch
-                abort = SendAbort(transfer.session_id, transfer.transfer_id, epoch, error)
-                instructions.append(abort)
+                ids = (transfer.session_id, transfer.transfer_id)
+                instructions.append(SendAbort(*ids, transfer.abort_epoch, error))
         return instructions + self._settle(transfer, now)
 
     def _settle(self, transfer: IncomingTransfer, now: float) -> list[Instruction]:
@@ -359,7 +359,8 @@ class Intake:
             return []
         if not transfer.is_quiescent:
             return []
-        freed = [Free(transfer.sequence)] if transfer.block_ids else []
+        num_good_blocks = transfer.num_good_blocks or 0
+        freed = [Free(transfer.sequence, num_good_blocks)] if transfer.block_ids else []
         return [*freed, *self._finish(transfer, TransferState.FAILED, now)]
 
     def _finish(

@@ -76,15 +76,21 @@ class Revoke:
 
 @dataclass(frozen=True, slots=True)
 class Free:
-    """Nothing can write into the transfer's blocks any more."""
+    """Nothing can write into the transfer's blocks any more. The first `num_good_blocks` hold
+    verified KV, if a `ReportFailed` has said that this may be of use."""
 
     sequence: IncomingSequence
+    num_good_blocks: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class ReportFailed:
+    """`num_good_blocks`: so many are verified, and the node may compute the rest once they are
+    freed; None: it may not."""
+
     sequence: IncomingSequence
     error: ServingError
+    num_good_blocks: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

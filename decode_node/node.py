@@ -6,6 +6,7 @@ import asyncio
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from cluster.clock import monotonic
 from cluster.codec import PROTOCOL_VERSION
 from cluster.member import Member, MemberSources
 from cluster.member_config import MemberConfig
@@ -20,6 +21,7 @@ from cluster.version import VERSION
 from decode_node.kv_session import KvReceiverService
 from decode_node.loop import DecodeObserver
 from decode_node.receiver import KVReceiver
+from decode_node.recompute import RecomputeBudget
 from decode_node.reservations import Reservations
 from decode_node.scheduler import DecodeScheduler
 from decode_node.service import DecodeHandler
@@ -78,7 +80,12 @@ class DecodeNode:
             engine.block_manager,
             more_waiting=lambda: (reservations.num_waiting, reservations.queued_tokens),
         )
-        self.handler = DecodeHandler(engine, scheduler, reservations, self.hub)
+        budget = RecomputeBudget(
+            max_concurrent=agent.config.max_recomputes,
+            tokens_per_second=agent.config.recompute_tokens_per_second,
+            now=monotonic(),
+        )
+        self.handler = DecodeHandler(engine, scheduler, reservations, self.hub, budget)
         observer = DecodeObserver(
             reservations,
             asyncio.get_running_loop(),
@@ -112,9 +119,7 @@ class DecodeNode:
 
     def add_metrics(self, registry: CollectorRegistry, sources: MemberSources) -> None:
         registry.register(EngineCollector(sources.load, self.loop.stats))
-        registry.register(
-            TransferCollector(self._agent.stats, policy="fail", transports=sources.transports)
-        )
+        registry.register(TransferCollector(self._agent.stats, transports=sources.transports))
 
     async def start(self, member: Member) -> None:
         self.handler.bind(self.loop, self._receiver, member)

@@ -9,7 +9,7 @@ Life of a receiver
        and only when everything of it has ended is the intake told, which frees the blocks.
     4. `close`: every session is revoked.
 
-Nothing here decides: the rules are in `intake.py`. All methods run on the event loop.
+The rules are in `intake.py`. All methods run on the event loop.
 """
 
 from __future__ import annotations
@@ -82,6 +82,13 @@ class BlockSource(Protocol):
     def release(self, sequence_id: str) -> None:
         """Nothing writes into the reserved blocks any more; they were not started."""
 
+    def may_recompute(self, sequence_id: str, num_good_blocks: int) -> bool:
+        """The transfer failed, its policy is to recompute. True: instead of `on_transfer_failed`
+        and `release`, `recompute` follows when nothing writes into the blocks any more."""
+
+    def recompute(self, sequence_id: str, num_good_blocks: int) -> None:
+        """Take the blocks over and compute the KV after the first `num_good_blocks`."""
+
     def on_transfer_failed(self, sequence_id: str, error: ServingError) -> None:
         """The sequence will not start. At once, maybe before `release`."""
 
@@ -110,6 +117,7 @@ class KVReceiver:
         self._clock = clock
         self._sessions: dict[int, ReceiverSession] = {}
         self._asking: dict[bytes, asyncio.Task[None]] = {}
+        self._recomputing: set[bytes] = set()  # transfers whose blocks the node goes on with
         self._tasks: set[asyncio.Task[None]] = set()
         self._sweeping: asyncio.Task[None] | None = None
         config = agent.config
@@ -193,7 +201,7 @@ class KVReceiver:
         return session
 
     def close_session(self, session: ReceiverSession) -> None:
-        """Its control stream ended. Idempotent."""
+        """Idempotent."""
         self.link_lost(session.id, FailureReason.SENDER_LOST)
 
     def reserve_asked(self, session: ReceiverSession, sequence: IncomingSequence) -> None:
@@ -245,11 +253,12 @@ class KVReceiver:
     def may_scatter(self, transfer_id: bytes) -> bool:
         return self._intake.may_scatter(transfer_id)
 
-    def frame_ended(self, transfer_id: bytes, error: ServingError | None, num_units: int) -> None:
-        self._execute(self._intake.frame_ended(transfer_id, error, num_units, self._clock()))
+    def frame_ended(
+        self, transfer_id: bytes, error: ServingError | None, verified: FrameHeader | None
+    ) -> None:
+        self._execute(self._intake.frame_ended(transfer_id, error, verified, self._clock()))
 
     def link_lost(self, session_id: int, reason: FailureReason) -> None:
-        """Idempotent."""
         self._execute(self._intake.session_lost(session_id, self._clock(), reason))
 
     # ---- doing what the intake says -------------------------------------------------------------
@@ -266,15 +275,33 @@ class KVReceiver:
                     self._spawn(self._start(sequence, first_token_id))
                 case Revoke(session_id):
                     self._spawn(self._revoke(session_id))
-                case Free(sequence):
-                    self._source.release(sequence.sequence_id)
-                case ReportFailed(sequence, error):
-                    self.agent.stats.failures[failure_label(error)] += 1
-                    self._source.on_transfer_failed(sequence.sequence_id, error)
+                case Free(sequence, num_good_blocks):
+                    self._free(sequence, num_good_blocks)
+                case ReportFailed(sequence, error, num_good_blocks):
+                    self._report_failed(sequence, error, num_good_blocks)
                 case ReportWithdrawn(sequence):
                     self._source.on_transfer_withdrawn(sequence.sequence_id)
                 case SendTicket() | SendRefused() | SendCommitted() | SendAbort() | SendRenew():
                     self._send(instruction)
+
+    def _report_failed(
+        self, sequence: IncomingSequence, error: ServingError, num_good_blocks: int | None
+    ) -> None:
+        sequence_id, stats = sequence.sequence_id, self.agent.stats
+        policy = sequence.kv_load_failure_policy.value
+        stats.failures[failure_label(error), policy] += 1
+        if num_good_blocks is not None and self._source.may_recompute(sequence_id, num_good_blocks):
+            self._recomputing.add(sequence.transfer_id)
+            stats.recomputes[failure_label(error)] += 1
+        else:
+            self._source.on_transfer_failed(sequence_id, error)
+
+    def _free(self, sequence: IncomingSequence, num_good_blocks: int) -> None:
+        if sequence.transfer_id in self._recomputing:
+            self._recomputing.discard(sequence.transfer_id)
+            self._source.recompute(sequence.sequence_id, num_good_blocks)
+        else:
+            self._source.release(sequence.sequence_id)
 
     def _send(
         self, instruction: SendTicket | SendRefused | SendCommitted | SendAbort | SendRenew

@@ -40,7 +40,7 @@ class FrameEvents(Protocol):
     def frame_arrived(self, session_id: int, header: FrameHeader) -> Landing | Dropping: ...
     def may_scatter(self, transfer_id: bytes) -> bool: ...
     def frame_ended(
-        self, transfer_id: bytes, error: ServingError | None, num_units: int
+        self, transfer_id: bytes, error: ServingError | None, verified: FrameHeader | None
     ) -> None: ...
     def link_lost(self, session_id: int, reason: FailureReason) -> None: ...
 
@@ -121,7 +121,7 @@ class ReceiverSession:
         try:
             slot = await self._agent.staging.acquire(self.id)
         except asyncio.CancelledError:
-            self._events.frame_ended(header.transfer_id, failure(FailureReason.LINK_LOST), 0)
+            self._events.frame_ended(header.transfer_id, failure(FailureReason.LINK_LOST), None)
             raise
         received = endpoint.recv(slot.payload[: header.payload_bytes], header.nonce)
         self._spawn(self._land(header, fate, slot, received))
@@ -130,7 +130,7 @@ class ReceiverSession:
         await asyncio.wait([received])
         received.exception()  # looked at, so that it is not reported as lost
         if fate.is_counted:
-            self._events.frame_ended(fate.transfer_id, failure(fate.reason), 0)
+            self._events.frame_ended(fate.transfer_id, failure(fate.reason), None)
 
     async def _land(
         self,
@@ -144,12 +144,10 @@ class ReceiverSession:
             error = await self._verify(header, landing, slot, received)
         finally:
             self._agent.staging.release(slot)
-        num_units = 0
         if error is None:
-            num_units = header.digests.size
             spent = time.perf_counter() - began
             self._agent.stats.moved(self._transport_name, header.payload_bytes, spent)
-        self._events.frame_ended(header.transfer_id, error, num_units)
+        self._events.frame_ended(header.transfer_id, error, header if error is None else None)
 
     async def _verify(
         self,

@@ -107,6 +107,19 @@ class Reservations:
         reserved.reservation.attach(sequence)
         return sequence
 
+    def start_partly(self, sequence_id: str, num_good_blocks: int) -> Sequence | None:
+        """The sequence with its blocks, of which the first `num_good_blocks` hold the KV of its
+        prompt: the rest is to be computed here. None when it is gone."""
+        reserved = self._reserved.pop(sequence_id, None)
+        if reserved is None:
+            return None
+        sequence = reserved.sequence
+        num_tokens = num_good_blocks * self._block_manager.block_size
+        reserved.reservation.attach(
+            sequence, num_computed_tokens=min(num_tokens, sequence.num_tokens - 1)
+        )
+        return sequence
+
     def cancel(self, sequence_id: str) -> None:
         """Give the blocks, or the place in the queue, back. Idempotent."""
         waiting = self._waiting.pop(sequence_id, None)

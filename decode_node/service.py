@@ -8,6 +8,8 @@ Life of a sequence here
                  are free.
 
 A cancel that overtakes the reservation is remembered, so the late `Reserve` is refused.
+A hand-off that failed under the policy `recompute` goes on here: once nothing can write into its
+blocks any more, what is missing is computed like any prompt, inside a budget (`recompute.py`).
 An orphan (its prefill node was lost) is answered: started, or its error. Never silence.
 A deadline that passes ends a sequence in any state; a gateway that goes ends all of its own.
 All methods run on the event loop; the engine is reached through `EngineLoop.call`.
@@ -30,6 +32,7 @@ from cluster.errors import (
     NodeLost,
     NodeUnavailable,
     ServingError,
+    TransferFailed,
 )
 from cluster.node import NodeState
 from cluster.prefix_hash import root_hash
@@ -44,6 +47,7 @@ if TYPE_CHECKING:
     from cluster.request import Handoff, SequenceRequest
     from cluster.rpc import SessionHub
     from decode_node.receiver import KVReceiver
+    from decode_node.recompute import RecomputeBudget
     from decode_node.reservations import Reservations, ReservedBlocks
     from decode_node.scheduler import DecodeScheduler
     from engine.engine import Engine
@@ -62,6 +66,7 @@ class Stream:
     request: SequenceRequest
     gateway_id: str
     is_started: bool = False
+    is_recomputing: bool = False  # what its hand-off did not bring is computed here
     is_orphaned: bool = False  # its gateway lost the prefill node and waits for our word
     began_at: float = field(default_factory=time.monotonic)
     alarm: asyncio.TimerHandle | None = None
@@ -93,8 +98,10 @@ class DecodeHandler:
         scheduler: DecodeScheduler,
         reservations: Reservations,
         hub: SessionHub,
+        budget: RecomputeBudget,
     ) -> None:
         self._engine = engine
+        self._budget = budget
         self._scheduler = scheduler
         self._reservations = reservations
         self._hub = hub
@@ -140,8 +147,8 @@ class DecodeHandler:
             if sequence_id not in self._finished:
                 self._cancelled.add(sequence_id)  # a `Reserve` still under way is refused
                 self._publish_error(gateway_id, sequence_id, orphan_error())
-        elif stream.is_started:
-            self._hub.publish(gateway_id, [TokenDelta(sequence_id=sequence_id, started=True)])
+        elif stream.is_started or stream.is_recomputing:
+            self._say_started(stream)
         else:
             # The transfer ends by itself: started, failed, or withdrawn by its sender.
             stream.is_orphaned = True
@@ -206,6 +213,33 @@ class DecodeHandler:
         """The transfer ended without a start, and nothing writes into its blocks any more."""
         self._loop.call(lambda: self._reservations.cancel(sequence_id))
 
+    def may_recompute(self, sequence_id: str, num_good_blocks: int) -> bool:
+        """Its gateway hears at once that this node goes on with it."""
+        stream = self._streams.get(sequence_id)
+        if stream is None or stream.is_started:
+            return False
+        num_good_tokens = num_good_blocks * self._engine.block_manager.block_size
+        num_tokens = max(1, len(stream.request.prompt_token_ids) - num_good_tokens)
+        if not self._budget.admit(sequence_id, num_tokens, time.monotonic()):
+            logger.warning("no budget to recompute %d tokens of %s", num_tokens, sequence_id)
+            return False
+        logger.info("recomputes %d tokens of %s", num_tokens, sequence_id)
+        stream.is_recomputing = True
+        self._say_started(stream)
+        return True
+
+    def recompute(self, sequence_id: str, num_good_blocks: int) -> None:
+        """Nothing writes into its blocks any more: compute what they lack."""
+        stream = self._streams.get(sequence_id)
+        if stream is None:
+            self.release(sequence_id)
+            return
+        stream.is_started = True
+        adding = asyncio.wrap_future(
+            self._loop.call(lambda: self._start_partly(sequence_id, num_good_blocks))
+        )
+        adding.add_done_callback(lambda done: self._on_added(sequence_id, done))
+
     def on_transfer_failed(self, sequence_id: str, error: ServingError) -> None:
         self._fail(sequence_id, error)
 
@@ -225,8 +259,7 @@ class DecodeHandler:
             self._loop.call(lambda: self._abort(sequence_id))
             return
         stream.is_started = True
-        started = TokenDelta(sequence_id=sequence_id, started=True)
-        self._hub.publish(stream.gateway_id, [started])
+        self._say_started(stream)
 
     def on_step(self, deltas: SequenceOf[TokenDelta]) -> None:
         by_gateway: dict[str, list[TokenDelta]] = {}
@@ -235,6 +268,8 @@ class DecodeHandler:
             if stream is None:
                 continue
             by_gateway.setdefault(stream.gateway_id, []).append(delta)
+            if stream.is_recomputing:
+                self._budget.end(delta.sequence_id)
             if delta.finish_reason is not None or delta.error is not None:
                 self._close(delta.sequence_id)
                 self._finished.add(delta.sequence_id)
@@ -253,6 +288,17 @@ class DecodeHandler:
             raise
         self._event_loop.call_soon_threadsafe(self._on_started, sequence_id)
 
+    def _start_partly(self, sequence_id: str, num_good_blocks: int) -> None:
+        sequence = self._reservations.start_partly(sequence_id, num_good_blocks)
+        if sequence is None:
+            raise TransferFailed("The reservation is gone.", reason="reservation_gone")
+        try:
+            self._scheduler.add(sequence)
+        except ServingError:
+            self._engine.block_manager.free(sequence)
+            self._reservations.retry()
+            raise
+
     def _abort(self, sequence_id: str) -> None:
         self._scheduler.abort(sequence_id)
         self._reservations.retry()
@@ -268,9 +314,18 @@ class DecodeHandler:
 
     def _close(self, sequence_id: str) -> Stream | None:
         stream = self._streams.pop(sequence_id, None)
+        self._budget.end(sequence_id)
         if stream is not None and stream.alarm is not None:
             stream.alarm.cancel()
         return stream
+
+    def _say_started(self, stream: Stream) -> None:
+        started = TokenDelta(
+            sequence_id=stream.request.sequence_id,
+            started=True,
+            recomputed=stream.is_recomputing,
+        )
+        self._hub.publish(stream.gateway_id, [started])
 
     def _on_deadline(self, stream: Stream) -> None:
         self._fail(stream.request.sequence_id, DeadlineExceeded("The request's deadline passed."))

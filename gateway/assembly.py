@@ -53,6 +53,7 @@ def assemble(
             local_prefill_tokens=config.local_prefill_tokens,
             stream_interval=config.stream_interval,
             stream_recovery=config.stream_recovery,
+            kv_load_failure_policy=config.kv_load_failure_policy,
         )
     )
     dispatcher = _dispatcher(config, policy, measures, observe, clock)

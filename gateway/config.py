@@ -10,6 +10,7 @@ from cluster.config import option
 from cluster.errors import ConfigError
 from cluster.performance_mode import HELP as PERFORMANCE_MODE_HELP
 from cluster.performance_mode import PerformanceMode
+from cluster.request import KVLoadFailurePolicy
 
 LogLevel = Literal["debug", "info", "warning", "error"]
 
@@ -102,6 +103,19 @@ class GatewayConfig:
         help="A prompt with at most this many uncached tokens is prefilled on the decode node. "
         "0: never.",
         group=_CLUSTER,
+    )
+    kv_load_failure_policy: KVLoadFailurePolicy = option(
+        KVLoadFailurePolicy.FAIL,
+        help="When KV does not reach the decode node. fail: the request ends in a typed error, or "
+        "is tried once more elsewhere if it has no token yet. recompute: the decode node computes "
+        "what is missing.",
+        group=_CLUSTER,
+    )
+    allow_policy_header: bool = option(
+        False,
+        help="Let a request choose its own policy by x-baton-kv-load-failure-policy.",
+        group=_CLUSTER,
+        advanced=True,
     )
     stream_recovery: bool = option(
         False,

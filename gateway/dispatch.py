@@ -21,7 +21,7 @@ from cluster.codec import encode_handoff, encode_sequence
 from cluster.errors import Cancelled, NodeUnavailable, ServingError
 from cluster.membership import SessionLost, SessionOpened
 from cluster.proto import node_pb2 as pb
-from cluster.request import Handoff, SequenceRequest, TokenDelta
+from cluster.request import Handoff, KVLoadFailurePolicy, SequenceRequest, TokenDelta
 from gateway.active import ActiveSequence, Listener, demand_of
 from gateway.retries import RetryBudget, Stream
 from gateway.router import Placement, choose, choose_again
@@ -86,8 +86,10 @@ class Dispatcher:
         request: SequenceRequest,
         num_cached_tokens: Mapping[NodeName, int],
         listener: Listener,
+        kv_load_failure_policy: KVLoadFailurePolicy | None = None,
     ) -> None:
-        """Raises `NodeUnavailable` when no pair can take it; nothing has happened then."""
+        """`kv_load_failure_policy` None: the gateway's. Raises `NodeUnavailable` when no pair can
+        take it; nothing has happened then."""
         now = self._clock()
         policy = self._policy.current
         placement = choose(
@@ -101,7 +103,7 @@ class Dispatcher:
             request,
             deadline=None if seconds is None else now + seconds,
             recovers=policy.stream_recovery,
-            kv_load_failure_policy=policy.kv_load_failure_policy,
+            kv_load_failure_policy=kv_load_failure_policy or policy.kv_load_failure_policy,
         )
         self._budget.deposit()
         self._start(stream, request, placement, num_cached_tokens, listener, now)
@@ -309,6 +311,7 @@ class Dispatcher:
                 now=now,
                 deadline=stream.deadline,
                 patience=self._patience,
+                may_recompute=stream.kv_load_failure_policy is KVLoadFailurePolicy.RECOMPUTE,
             ),
             placement=placement,
             prefill=prefill,

@@ -135,7 +135,7 @@ class Gateway:
             sequence = request.sequence(index, run.sequence_id)
             if index % request.n == 0:
                 cached = dict(await self._lookup.num_cached_tokens(sequence))
-            self.dispatcher.submit(sequence, cached, run)
+            self.dispatcher.submit(sequence, cached, run, request.kv_load_failure_policy)
             if generation.error is not None:
                 raise generation.error
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from cluster.errors import InvalidRequest, Unsupported
+from cluster.errors import InvalidRequest
 from cluster.request import KVLoadFailurePolicy
 
 MAX_STREAM_INTERVAL = 1024
@@ -27,11 +27,6 @@ class Policy:
         if not 1 <= self.stream_interval <= MAX_STREAM_INTERVAL:
             raise InvalidRequest(
                 f"stream_interval must be in [1, {MAX_STREAM_INTERVAL}].", param="stream_interval"
-            )
-        if self.kv_load_failure_policy is not KVLoadFailurePolicy.FAIL:
-            raise Unsupported(
-                "kv_load_failure_policy recompute is not available yet.",
-                param="kv_load_failure_policy",
             )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
-from cluster.request import MAX_SEED, SamplingParams, SequenceRequest
+from cluster.request import MAX_SEED, KVLoadFailurePolicy, SamplingParams, SequenceRequest
 
 MAX_SEQUENCES = 64
 # Far and odd, so that the second choice of seed 7 is not the first of seed 8.
@@ -70,6 +70,7 @@ class Request:
     cache_salt: bytes = b""
     priority: int = 0
     deadline_seconds: float | None = None
+    kv_load_failure_policy: KVLoadFailurePolicy | None = None  # None: the gateway's
 
     @property
     def num_sequences(self) -> int:

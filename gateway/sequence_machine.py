@@ -10,6 +10,10 @@ The prefill node gives the first token, the decode node all others; their stream
 the decode node sends is held until the first token is there. Without a prefill node
 (`has_prefill` false) the decode node gives every token.
 
+Where the policy is to recompute, a decode node whose hand-off failed goes on by itself and says
+`recomputed`: every token comes from there, and the first one, if the client has it already, must
+be the same. A failure that the prefill node reports is then the decode node's to judge.
+
 Losing the prefill node matters only until the decode node says `started`. Before the first
 token nothing can be saved; after it the decode node is asked (`AskDecode`) and has
 `ORPHAN_SECONDS` to say that it runs the sequence, or why not.
@@ -24,7 +28,15 @@ import math
 from dataclasses import dataclass
 from enum import Enum, auto
 
-from cluster.errors import Cancelled, DeadlineExceeded, InternalError, NodeLost, ServingError
+from cluster.errors import (
+    Cancelled,
+    DeadlineExceeded,
+    InternalError,
+    NodeLost,
+    NodeUnavailable,
+    ServingError,
+    TransferError,
+)
 from cluster.request import FinishReason, TokenDelta
 
 ORPHAN_SECONDS = 3.0
@@ -77,14 +89,18 @@ class SequenceMachine:
 
     __slots__ = (
         "_deadline",
+        "_first_token_id",
         "_first_token_seen",
         "_handed_off",
         "_has_prefill",
         "_held",
         "_is_finished",
+        "_is_recomputed",
         "_is_started",
+        "_may_recompute",
         "_orphan_deadline",
         "_patience",
+        "_prefill_error",
         "_progress_at",
         "_sequence_id",
     )
@@ -97,12 +113,17 @@ class SequenceMachine:
         now: float,
         deadline: float | None = None,
         patience: Patience | None = None,
+        may_recompute: bool = False,
     ) -> None:
         self._sequence_id = sequence_id
         self._has_prefill = has_prefill
         self._deadline = math.inf if deadline is None else deadline
         self._patience = patience or Patience()
         self._held: list[TokenDelta] = []
+        self._may_recompute = may_recompute
+        self._is_recomputed = False
+        self._prefill_error: ServingError | None = None
+        self._first_token_id: int | None = None
         self._first_token_seen = False
         self._handed_off = False
         self._is_started = False
@@ -129,11 +150,15 @@ class SequenceMachine:
             return []
         self._handed_off = self._handed_off or delta.handed_off
         if delta.error is not None:
-            if self._is_started and self._first_token_seen:
+            if self._is_recomputed or (self._is_started and self._first_token_seen):
                 return []  # the decode node runs it, whatever becomes of the prefill node
+            if self._may_recompute and isinstance(delta.error, TransferError | NodeUnavailable):
+                return self._ask_decode(delta.error, now)
             return self.fail(delta.error)
         if not delta.token_ids:
             return self._ended(delta) if delta.finish_reason is not None else []
+        if self._is_recomputed and self._first_token_seen:
+            return []  # it came from the decode node before
         if self._first_token_seen or len(delta.token_ids) != 1:
             return self.fail(InternalError("The prefill node sent more than the first token."))
         return self._take_first_token(delta, now)
@@ -143,6 +168,7 @@ class SequenceMachine:
             # Nothing was handed off; a decode node that says otherwise must stop.
             return self._ended(delta) + ([CancelDecode()] if self._is_started else [])
         self._first_token_seen = True
+        self._first_token_id = delta.token_ids[0]
         self._progress_at = now
         instructions: Instructions = [Deliver(delta)]
         held, self._held = self._held, []
@@ -154,10 +180,17 @@ class SequenceMachine:
         if self._is_finished or not self._has_prefill:
             return []
         self._handed_off = True  # nothing is left there to cancel
-        if not self._first_token_seen:
-            return self.fail(_lost("prefill"))
-        if self._is_started:
+        if self._is_recomputed or (self._is_started and self._first_token_seen):
             return []
+        if not self._first_token_seen and not self._may_recompute:
+            return self.fail(_lost("prefill"))
+        return self._ask_decode(None, now)
+
+    def _ask_decode(self, error: ServingError | None, now: float) -> Instructions:
+        """It runs the sequence, will compute what is missing, or that is the end: in `error`, if
+        the prefill node told one."""
+        self._prefill_error = error
+        self._handed_off = True
         self._orphan_deadline = now + ORPHAN_SECONDS
         return [AskDecode()]
 
@@ -170,10 +203,30 @@ class SequenceMachine:
             self._is_started = True
             self._orphan_deadline = math.inf
         if delta.error is not None:
-            return self.fail(delta.error)
+            return self.fail(self._prefill_error or delta.error)
+        if delta.recomputed and not self._is_recomputed:
+            self._is_recomputed = True
+            self._prefill_error = None
+        if self._is_recomputed:
+            return self._take_recomputed(delta, now)
         if self._has_prefill and not self._first_token_seen:
             self._held.append(delta)
             return []
+        return self._take_decoded(delta, now)
+
+    def _take_recomputed(self, delta: TokenDelta, now: float) -> Instructions:
+        """From a decode node that gives every token: its first may be known already."""
+        if not self._first_token_seen:
+            self._first_token_seen = bool(delta.token_ids)
+        elif self._first_token_id is not None and delta.token_ids:
+            if delta.token_ids[0] != self._first_token_id:
+                return self.fail(
+                    InternalError(
+                        "The recomputed sequence begins otherwise.", reason="recompute_differs"
+                    )
+                )
+            self._first_token_id = None
+            delta = delta._replace(token_ids=delta.token_ids[1:], logprobs=delta.logprobs[1:])
         return self._take_decoded(delta, now)
 
     def _take_decoded(self, delta: TokenDelta, now: float) -> Instructions:

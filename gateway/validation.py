@@ -14,7 +14,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from cluster.errors import ContextLengthExceeded, InvalidRequest, Unsupported
-from cluster.request import MAX_SEED, SamplingParams
+from cluster.request import MAX_SEED, KVLoadFailurePolicy, SamplingParams
 from gateway.chat_messages import plain_messages, template_variables
 from gateway.request import MAX_SEQUENCES, Prompt, Request, Route, StreamRules, TextRules
 from gateway.tokenizer import INLINE_CHARS
@@ -56,6 +56,7 @@ class Asked:
     model: str
     max_model_len: int
     deadline_seconds: float | None = None
+    kv_load_failure_policy: KVLoadFailurePolicy | None = None
 
 
 class Validator:
@@ -156,6 +157,7 @@ class Validator:
             cache_salt=_checked_salt(body.cache_salt),
             priority=_checked_priority(body.priority),
             deadline_seconds=asked.deadline_seconds,
+            kv_load_failure_policy=asked.kv_load_failure_policy,
         )
 
     def _sampling(self, body: GenerationBody, shape: _Shape) -> tuple[SamplingParams, ...]:

@@ -60,6 +60,20 @@ class KVTransferConfig:
         group=_TRANSFER,
         advanced=True,
     )
+    max_recomputes: int = option(
+        4,
+        help="Sequences whose lost KV a decode node computes itself at a time, where the policy "
+        "is recompute. More fail.",
+        group=_TRANSFER,
+        advanced=True,
+    )
+    recompute_tokens_per_second: float = option(
+        4096.0,
+        help="Tokens of lost KV that a decode node computes per second, averaged over ten. More "
+        "fail.",
+        group=_TRANSFER,
+        advanced=True,
+    )
     pairing_seconds: float = option(
         5.0, help="How long two nodes may take to connect.", group=_TRANSFER, advanced=True
     )
@@ -71,6 +85,10 @@ class KVTransferConfig:
             raise _refused("staging_slot_bytes", "must be at least 4096")
         if self.num_staging_slots < 2:
             raise _refused("num_staging_slots", "must be at least 2")
+        if self.max_recomputes < 0:
+            raise _refused("max_recomputes", "must not be negative")
+        if not 0.0 <= self.recompute_tokens_per_second < float("inf"):
+            raise _refused("recompute_tokens_per_second", "must not be negative")
         for name in ("lease_seconds", "drain_seconds", "pairing_seconds"):
             if not 0.0 < getattr(self, name) < 86400.0:
                 raise _refused(name, "must be in (0, 86400)")

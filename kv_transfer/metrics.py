@@ -17,11 +17,8 @@ class TransferCollector(Collector):
     """`transports` names those in use towards peers now. Scraped on a thread of its own: tables
     that the event loop may extend meanwhile are copied first."""
 
-    def __init__(
-        self, stats: TransferStats, *, policy: str, transports: Callable[[], Sequence[str]]
-    ) -> None:
+    def __init__(self, stats: TransferStats, *, transports: Callable[[], Sequence[str]]) -> None:
         self._stats = stats
-        self._policy = policy
         self._transports = transports
 
     def collect(self) -> Iterator[Metric]:
@@ -39,14 +36,21 @@ class TransferCollector(Collector):
         failures = CounterMetricFamily(
             "baton_kv_load_failures", "KV loads that failed.", labels=["reason", "policy"]
         )
-        for reason, count in list(stats.failures.items()):
-            failures.add_metric([reason, self._policy], count)
+        for (reason, policy), count in list(stats.failures.items()):
+            failures.add_metric([reason, policy], count)
+        recomputes = CounterMetricFamily(
+            "baton_kv_recomputes",
+            "Failed KV loads whose missing blocks were computed here.",
+            labels=["reason"],
+        )
+        for reason, count in list(stats.recomputes.items()):
+            recomputes.add_metric([reason], count)
         dropped = CounterMetricFamily(
             "baton_kv_frames_dropped", "Frames refused or drained.", labels=["reason"]
         )
         for reason, count in list(stats.frames_dropped.items()):
             dropped.add_metric([reason], count)
-        yield from (moved, seconds, failures, dropped)
+        yield from (moved, seconds, failures, recomputes, dropped)
         yield from self._plain(stats)
         info = GaugeMetricFamily(
             "baton_kv_transport_in_use", "1 for each transport in use.", labels=["transport"]

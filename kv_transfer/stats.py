@@ -15,7 +15,8 @@ class TransferStats:
     frames: int = 0
     transfers_done: int = 0
     transfer_seconds: float = 0.0  # reserve to commit, summed over transfers done
-    failures: Counter[str] = field(default_factory=Counter)  # by reason
+    failures: Counter[tuple[str, str]] = field(default_factory=Counter)  # by reason and policy
+    recomputes: Counter[str] = field(default_factory=Counter)  # by reason
     frames_dropped: Counter[str] = field(default_factory=Counter)  # by reason
     corrupt_frames_by_peer: Counter[str] = field(default_factory=Counter)
     handshakes_refused: int = 0

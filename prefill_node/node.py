@@ -100,9 +100,7 @@ class PrefillNode:
 
     def add_metrics(self, registry: CollectorRegistry, sources: MemberSources) -> None:
         registry.register(EngineCollector(sources.load, self.loop.stats))
-        registry.register(
-            TransferCollector(self._agent.stats, policy="fail", transports=sources.transports)
-        )
+        registry.register(TransferCollector(self._agent.stats, transports=sources.transports))
 
     async def start(self, member: Member) -> None:
         self.handler.bind(self.loop, self._observer, self._sender, member)

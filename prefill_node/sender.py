@@ -281,7 +281,8 @@ class KVSender:
                     self._count_done(shipment)
                     self._events.on_committed(shipment.sequence_id)
                 case ReportFailed(error):
-                    self.agent.stats.failures[failure_label(error)] += 1
+                    policy = shipment.handoff.kv_load_failure_policy.value
+                    self.agent.stats.failures[failure_label(error), policy] += 1
                     self._events.on_failed(shipment.sequence_id, error)
                 case FreeSources():
                     self._forget(shipment)

@@ -116,6 +116,12 @@ class Source:
         self.free.extend(self.owned.pop(sequence_id))
         self._note("released", sequence_id)
 
+    def may_recompute(self, sequence_id: str, num_good_blocks: int) -> bool:
+        return False
+
+    def recompute(self, sequence_id: str, num_good_blocks: int) -> None:
+        raise AssertionError("Never allowed here.")
+
     def on_transfer_failed(self, sequence_id: str, error: ServingError) -> None:
         self.errors[sequence_id] = error
         self._note("failed", sequence_id)

@@ -11,6 +11,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from cluster.errors import InvalidRequest
+from cluster.request import KVLoadFailurePolicy
 from gateway.body import read_object
 from gateway.edge import REQUEST_ID
 from gateway.http_errors import as_serving_error, send_error
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from gateway.generation import Generation
     from gateway.request import Request
 
+POLICY_HEADER = b"x-baton-kv-load-failure-policy"
 DEADLINE_HEADER = b"x-request-deadline-ms"
 MAX_DEADLINE_MS = 10**9
 
@@ -77,7 +79,14 @@ class GenerateEndpoint:
             model=self._gateway.model_for(model),
             max_model_len=self._gateway.max_model_len(),
             deadline_seconds=deadline,
+            kv_load_failure_policy=self._policy_of(scope),
         )
+
+    def _policy_of(self, scope: Scope) -> KVLoadFailurePolicy | None:
+        """What the client chose, where the operator lets it."""
+        if not self._gateway.config.allow_policy_header:
+            return None
+        return policy_of(scope)
 
     async def _write(self, generation: Generation, receive: Receive, send: Send) -> None:
         gateway = self._gateway
@@ -102,3 +111,18 @@ def deadline_of(scope: Scope) -> float | None:
             param="X-Request-Deadline-Ms",
         )
     return int(value) / 1000
+
+
+def policy_of(scope: Scope) -> KVLoadFailurePolicy | None:
+    """What this request wants done when KV cannot be loaded; None without the header."""
+    value: Any = dict(scope["headers"]).get(POLICY_HEADER)
+    if value is None:
+        return None
+    try:
+        return KVLoadFailurePolicy(value.decode("latin-1"))
+    except ValueError as error:
+        allowed = " or ".join(KVLoadFailurePolicy)
+        raise InvalidRequest(
+            f"x-baton-kv-load-failure-policy must be {allowed}.",
+            param="x-baton-kv-load-failure-policy",
+        ) from error

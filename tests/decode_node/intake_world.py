@@ -287,9 +287,10 @@ class IntakeWorld:
 
     def end(self, side: Side, index: int, error: ServingError | None = None) -> None:
         side.landing[index] = False
-        num_units = 0 if error else NUM_LAYERS
+        assert side.ticket is not None
+        verified = None if error else make_header(side.ticket, index, (index,))
         transfer_id = side.sequence.transfer_id
-        self.run(self.intake.frame_ended(transfer_id, error, num_units, self.now))
+        self.run(self.intake.frame_ended(transfer_id, error, verified, self.now))
 
     def commit(self, side: Side) -> None:
         assert side.ticket is not None

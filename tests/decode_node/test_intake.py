@@ -169,7 +169,7 @@ def test_layers_of_a_block_may_come_in_separate_frames() -> None:
     for seq in range(2):
         header = make_header(side.ticket, seq, (0,), layer_start=seq, num_layers=1)
         assert isinstance(world.intake.frame_arrived(SESSION, header, 0.0)[0], Landing)
-        world.run(world.intake.frame_ended(side.sequence.transfer_id, None, 1, 0.0))
+        world.run(world.intake.frame_ended(side.sequence.transfer_id, None, header, 0.0))
     side.num_posted = side.num_arrived = 2
     world.commit(side)
     assert side.num_starts == 1

@@ -114,7 +114,7 @@ def test_one_flipped_byte_fails_the_transfer_counts_against_the_peer_and_starts_
         assert torch.equal(decode.pool, before)
         stats = decode.receiver.agent.stats
         assert stats.corrupt_frames_by_peer["p0"] == 1
-        assert stats.failures["digest_mismatch"] == 1
+        assert stats.failures["digest_mismatch", "fail"] == 1
 
     run(scenario)
 

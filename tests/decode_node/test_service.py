@@ -13,6 +13,7 @@ from cluster.request import FinishReason, Handoff
 from cluster.rpc import SessionHub
 from decode_node.incoming import IncomingSequence
 from decode_node.loop import DecodeObserver
+from decode_node.recompute import RecomputeBudget
 from decode_node.reservations import Reservations
 from decode_node.scheduler import DecodeScheduler
 from decode_node.service import DecodeHandler, Remembered
@@ -65,7 +66,11 @@ class World:
         )
         self.hub = SessionHub()
         self.handler = DecodeHandler(
-            cast("Any", self.engine), self.scheduler, self.reservations, self.hub
+            cast("Any", self.engine),
+            self.scheduler,
+            self.reservations,
+            self.hub,
+            RecomputeBudget(max_concurrent=2, tokens_per_second=64.0, now=0.0),
         )
         observer = DecodeObserver(
             self.reservations,
@@ -537,3 +542,68 @@ def test_a_hand_off_given_up_before_it_began_to_ask_leaves_nothing_behind() -> N
             assert not decode.source.owned
 
     asyncio.run(body())
+
+
+# ---- what a failed hand-off leaves --------------------------------------------------------
+
+
+def test_a_failed_hand_off_goes_on_here_with_the_blocks_that_are_right() -> None:
+    async def body(world: World) -> None:
+        world.handler.submit(GATEWAY, request("undisturbed", 9, max_tokens=4), None)
+        undisturbed = [t for d in await world.gateway.until_end() for t in d.token_ids]
+        await world.reserve(request("a", 9, max_tokens=4))
+        assert world.handler.may_recompute("a", 1)
+        world.handler.recompute("a", 1)
+        started, *decoded = await world.gateway.until_end()
+        assert started.started
+        assert started.recomputed
+        assert [t for delta in decoded for t in delta.token_ids] == undisturbed
+        await world.check_over()
+
+    run(body)
+
+
+def test_a_cancel_between_the_failure_and_the_recompute_frees_the_blocks() -> None:
+    async def body(world: World) -> None:
+        await world.reserve(request("a", 9))
+        assert world.handler.may_recompute("a", 1)
+        world.handler.cancel("a")
+        world.handler.recompute("a", 1)
+        await world.check_over()
+        assert world.handler._budget.num_running == 0
+
+    run(body)
+
+
+def test_an_orphan_that_is_recomputed_is_answered_so_before_it_runs() -> None:
+    async def body(world: World) -> None:
+        await world.reserve(request("a", 9, max_tokens=2))
+        assert world.handler.may_recompute("a", 0)
+        world.handler.orphaned(GATEWAY, "a")
+        world.handler.recompute("a", 0)
+        first, second, *_ = await world.gateway.until_end()
+        assert first.recomputed
+        assert second.recomputed
+        await world.check_over()
+
+    run(body)
+
+
+def test_over_the_budget_the_policy_is_to_fail() -> None:
+    async def body(world: World) -> None:
+        for name in ("a", "b", "c"):
+            await world.reserve(request(name, 3))
+        assert [world.handler.may_recompute(name, 0) for name in ("a", "b", "c")] == [
+            True,
+            True,
+            False,
+        ]
+        for name in ("a", "b"):
+            world.handler.cancel(name)
+            world.handler.recompute(name, 0)
+        assert world.handler.may_recompute("c", 0)
+        world.handler.cancel("c")
+        world.handler.release("c")
+        await world.check_over()
+
+    run(body)

@@ -79,7 +79,7 @@ class Exported:
         families += GatewayCollector(Measures(), nodes, "m", lambda: 0).collect()
         families += EngineCollector(NodeLoad, LoopStats()).collect()
         stats = TransferStats()
-        families += TransferCollector(stats, policy="fail", transports=tuple).collect()
+        families += TransferCollector(stats, transports=tuple).collect()
         series = {}
         for family in families:
             for suffix in SUFFIXES.get(family.type, ("",)):

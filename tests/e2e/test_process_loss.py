@@ -81,6 +81,29 @@ def test_a_killed_node_hurts_only_its_own_and_serves_again(
         assert {ending.text for ending in again} == {expected}
 
 
+@pytest.mark.parametrize("victim", ["prefill-0", "decode-0"])
+def test_with_recompute_and_recovery_nobody_notices_a_killed_node(victim: str) -> None:
+    cluster = ClusterProcess(
+        *("--prefill", "2", "--decode", "2", "--dtype", "float32", "--stream-recovery"),
+        *("--kv-load-failure-policy", "recompute", "--max-recomputes", "16"),
+    )
+    try:
+        base_url = cluster.url
+        with openai.OpenAI(base_url=base_url, api_key="none", max_retries=0, timeout=60) as client:
+            expected = run_stream(client, 0).text
+            with ThreadPoolExecutor(12) as pool:
+                streams = [pool.submit(run_stream, client, 0) for _ in range(12)]
+                time.sleep(0.3)  # the moment of the fault, not a wait for a condition
+                cluster.kill(victim)
+                endings = [stream.result(60) for stream in streams]
+        assert [ending.code for ending in endings] == [None] * 12
+        assert {ending.text for ending in endings} == {expected}
+        eventually(lambda: cluster.nodes().get(victim, {}).get("state") == "ready", seconds=40)
+        eventually(cluster.all_blocks_are_back)
+    finally:
+        cluster.stop()
+
+
 def test_ctrl_c_leaves_no_process_behind() -> None:
     cluster = ClusterProcess()
     pids = [cluster.child(name) for name in ("prefill-0", "decode-0", "gateway")]

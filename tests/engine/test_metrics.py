@@ -70,10 +70,10 @@ def test_the_collector_reads_live_counts() -> None:
 
 def test_transfers_are_counted_by_transport_and_failures_by_reason_and_policy() -> None:
     stats = TransferStats()
-    registry = values(TransferCollector(stats, policy="fail", transports=lambda: ("shm", "shm")))
+    registry = values(TransferCollector(stats, transports=lambda: ("shm", "shm")))
     stats.moved("shm", 100, 0.25)
     stats.moved("shm", 50, 0.25)
-    stats.failures["link_lost"] += 1
+    stats.failures["link_lost", "fail"] += 1
     labels = {"transport": "shm"}
     assert registry.get_sample_value("baton_kv_transfer_bytes_total", labels) == 150
     assert registry.get_sample_value("baton_kv_transfer_frame_seconds_total", labels) == 0.5

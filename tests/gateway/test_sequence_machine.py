@@ -271,3 +271,57 @@ def test_silence_ends_the_sequence(token_seen: bool, limit: float) -> None:
         subject.prefill_delta(FIRST, 0.0)
     assert subject.tick(limit - 0.1) == []
     assert isinstance(endings(subject.tick(limit))[0], DeadlineExceeded)
+
+
+# ---- a hand-off that failed and is recomputed ---------------------------------------------
+
+RECOMPUTED = delta(started=True, recomputed=True)
+D_FIRST = delta(1, num_cached_tokens=0)
+
+
+def run_recompute(order: tuple[str, ...], events: dict[str, Event]) -> list[Instruction]:
+    one = machine(may_recompute=True)
+    return [instruction for name in order for instruction in events[name](one)]
+
+
+@pytest.mark.parametrize(
+    "order",
+    interleavings(
+        ["P first", "P error", "P lost"], ["D recomputed", "D first", "D second", "D last"]
+    )
+    + interleavings(["P error"], ["D recomputed", "D first", "D second", "D last"])
+    + interleavings(["P lost"], ["D recomputed", "D first", "D second", "D last"]),
+)
+def test_a_recomputed_sequence_gives_every_token_once(order: tuple[str, ...]) -> None:
+    events = {
+        **EVENTS,
+        "D recomputed": lambda m: m.decode_delta(RECOMPUTED, 1.0),
+        "D first": lambda m: m.decode_delta(D_FIRST, 1.0),
+    }
+    instructions = run_recompute(order, events)
+    assert tokens(instructions) == [1, 2, 3]
+    assert endings(instructions) == [FinishReason.LENGTH]
+
+
+def test_a_recomputed_first_token_that_differs_is_never_passed_on() -> None:
+    one = machine(may_recompute=True)
+    said = one.prefill_delta(FIRST, 1.0) + one.decode_delta(RECOMPUTED, 1.0)
+    said += one.decode_delta(delta(9), 2.0)
+    assert tokens(said) == [1]
+    assert isinstance(endings(said)[0], InternalError)
+
+
+@pytest.mark.parametrize("event", ["P error", "P lost"])
+def test_a_failure_of_the_prefill_node_is_the_decode_nodes_to_judge(event: str) -> None:
+    one = machine(may_recompute=True)
+    assert EVENTS[event](one) == [AskDecode()]
+    said = one.decode_delta(delta(error=NodeLost("no", reason="prefill_lost")), 1.0)
+    expected = TransferFailed if event == "P error" else NodeLost
+    assert [type(ending) for ending in endings(said)] == [expected]
+
+
+def test_a_decode_node_that_does_not_answer_is_not_waited_for_long() -> None:
+    one = machine(may_recompute=True)
+    one.prefill_lost(1.0)
+    assert not one.tick(1.0 + ORPHAN_SECONDS * 0.9)
+    assert [type(ending) for ending in endings(one.tick(1.0 + ORPHAN_SECONDS))] == [NodeLost]
