@@ -7,12 +7,15 @@
    KV's shape alone, so that a captured CUDA graph stays right whatever the lengths are.
 3. For each share a small kernel writes a record: where it begins and how long it is. It runs
    inside the graph, in front of the layers; `split_attention.py` reads the records in all of them.
+4. The kernel takes no part in chained launches (`dispatch.chained_launch`): what is launched after
+   it starts when it has ended. So whatever comes after may read the plan, the lengths and the
+   block tables, which were there before it, without waiting for the kernel in front.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -23,10 +26,27 @@ RECORD_SIZE = 8
 
 _RECORDS_PER_PROGRAM = 16
 _SEQUENCES_AT_A_TIME = 128
-_MAX_TILE = 64
-# Bytes of a tile of keys; as much again for its values.
-_TILE_BYTES = 16 << 10
-_PROGRAMS_PER_MULTIPROCESSOR = 2
+
+
+class SplitShape(NamedTuple):
+    """tile: tokens of a tile. programs: those of all KV heads, per multiprocessor."""
+
+    tile: int
+    programs: int
+    num_warps: int
+    num_stages: int
+
+
+def split_shape(kv_layer: torch.Tensor) -> SplitShape:
+    """What reads such KV fastest on an H200 (132 multiprocessors, 227 KiB of shared memory each).
+
+    A tile's keys are at most 16 KiB, in flight are those and the values of two tiles per program.
+    """
+    itemsize, head_size = kv_layer.element_size(), kv_layer.shape[4]
+    tile = max(16, min(64, (16 << 10) // (itemsize * next_power_of_two(head_size))))
+    if itemsize == 1:
+        return SplitShape(tile, programs=4, num_warps=2, num_stages=3)
+    return SplitShape(tile, programs=2, num_warps=8 if itemsize == 4 else 4, num_stages=3)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,11 +55,13 @@ class SplitPlan:
 
     records: int32 `[num_programs, RECORD_SIZE]`, per KV head: the sequence a share begins in, the
     tile it begins at (counted from the first that the window leaves), its number of tiles, the
-    number of tiles of a full share, and the length of that sequence. tile: tokens of a tile.
+    number of tiles of a full share, and the length of that sequence. origins: int32 `[num_seqs]`,
+    where each sequence begins in the row of all tiles.
     """
 
     records: torch.Tensor
-    tile: int
+    origins: torch.Tensor
+    shape: SplitShape
     sliding_window: int | None
 
     @property
@@ -51,23 +73,18 @@ class SplitPlan:
 def plan_splits(
     seq_lens: torch.Tensor, kv_layer: torch.Tensor, *, sliding_window: int | None
 ) -> SplitPlan:
-    """Plans `paged_attention` of CUDA tensors; shapes as there. Any layer's KV will do.
-
-    seq_lens must have a row.
-    """
+    """Plans `paged_attention` of CUDA tensors; shapes as there. Any layer's KV will do."""
     num_seqs, device = seq_lens.shape[0], seq_lens.device
-    _, _, num_kv_heads, _, head_size = kv_layer.shape
-    row_bytes = kv_layer.element_size() * next_power_of_two(head_size)
-    tile = max(16, min(_MAX_TILE, _TILE_BYTES // row_bytes))
-    num_programs = _PROGRAMS_PER_MULTIPROCESSOR * num_multiprocessors(device) // num_kv_heads
-    num_programs = max(1, num_programs)
+    shape = split_shape(kv_layer)
+    num_programs = max(1, shape.programs * num_multiprocessors(device) // kv_layer.shape[2])
     records = torch.empty((num_programs, RECORD_SIZE), dtype=torch.int32, device=device)
+    origins = torch.empty_like(seq_lens)
     _plan_kernel[(-(-num_programs // _RECORDS_PER_PROGRAM),)](
-        seq_lens, records, num_seqs, num_programs,
-        TILE=tile, WINDOW=sliding_window or 0, RECORDS=_RECORDS_PER_PROGRAM,
+        seq_lens, records, origins, num_seqs, num_programs,
+        TILE=shape.tile, WINDOW=sliding_window or 0, RECORDS=_RECORDS_PER_PROGRAM,
         SEQUENCES=_SEQUENCES_AT_A_TIME, RECORD_SIZE=RECORD_SIZE, num_warps=4,
     )  # fmt: skip
-    return SplitPlan(records, tile, sliding_window)
+    return SplitPlan(records, origins, shape, sliding_window)
 
 
 @jit
@@ -100,9 +117,9 @@ def _num_tiles(
 
 @jit_for_any("num_seqs", "num_programs")
 def _plan_kernel(
-    lens_ptr: tl.tensor, records_ptr: tl.tensor, num_seqs: tl.tensor, num_programs: tl.tensor,
-    TILE: tl.constexpr, WINDOW: tl.constexpr, RECORDS: tl.constexpr, SEQUENCES: tl.constexpr,
-    RECORD_SIZE: tl.constexpr,
+    lens_ptr: tl.tensor, records_ptr: tl.tensor, origins_ptr: tl.tensor, num_seqs: tl.tensor,
+    num_programs: tl.tensor, TILE: tl.constexpr, WINDOW: tl.constexpr, RECORDS: tl.constexpr,
+    SEQUENCES: tl.constexpr, RECORD_SIZE: tl.constexpr,
 ) -> None:  # fmt: skip
     lane = tl.arange(0, SEQUENCES)
     counts = tl.zeros([SEQUENCES], tl.int32)
@@ -118,7 +135,10 @@ def _plan_kernel(
     for begin in range(0, num_seqs, SEQUENCES):
         tiles = _num_tiles(lens_ptr, begin + lane, num_seqs, TILE, WINDOW)
         ends = offset + tl.cumsum(tiles, axis=0)
-        is_before = (ends[None, :] <= start[:, None]) & (begin + lane < num_seqs)[None, :]
+        is_sequence = begin + lane < num_seqs
+        if tl.program_id(0) == 0:
+            tl.store(origins_ptr + begin + lane, ends - tiles, mask=is_sequence)
+        is_before = (ends[None, :] <= start[:, None]) & is_sequence[None, :]
         sequence += tl.sum(is_before.to(tl.int32), axis=1)
         end = tl.maximum(end, tl.max(tl.where(is_before, ends[None, :], 0), axis=1))
         offset += tl.sum(tiles, axis=0)
@@ -126,7 +146,7 @@ def _plan_kernel(
     is_record = program < num_programs
     seq_len = tl.load(lens_ptr + sequence, mask=is_record & (num_tiles > 0), other=0)
     record = records_ptr + program * RECORD_SIZE
-    tl.store(record, sequence, mask=is_record)
+    tl.store(record, tl.where(num_tiles > 0, sequence, 0), mask=is_record)
     tl.store(record + 1, start - end, mask=is_record)
     tl.store(record + 2, num_tiles, mask=is_record)
     tl.store(record + 3, share + program * 0, mask=is_record)

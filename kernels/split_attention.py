@@ -57,7 +57,7 @@ def split_attention(
     kv_scales: torch.Tensor | None,
 ) -> None:
     """`paged_attention` of CUDA tensors (or interpreted), as planned; there must be a row."""
-    num_heads, head_size = query.shape[1:]
+    num_seqs, num_heads, head_size = query.shape
     _, _, num_kv_heads, block_size, _ = kv_layer.shape
     assert query.stride(2) == block_tables.stride(1) == 1
     group = num_heads // num_kv_heads
@@ -72,7 +72,7 @@ def split_attention(
         assert head_size % 2 == 0
         kv_layer = kv_layer.view(torch.int16)
     shape: dict[str, Any] = {
-        "KV_HEADS": num_kv_heads, "GROUP": group, "HEAD_SIZE": head_size, "TILE": plan.tile,
+        "KV_HEADS": num_kv_heads, "GROUP": group, "HEAD_SIZE": head_size, "TILE": plan.shape.tile,
         "WINDOW": plan.sliding_window or 0, "RECORD_SIZE": RECORD_SIZE,
     }  # fmt: skip
     launch: dict[str, Any] = {"CHAINED": chained_launch(query.device)}
@@ -84,13 +84,15 @@ def split_attention(
         query.stride(0), query.stride(1), block_tables.stride(0), scale * math.log2(math.e),
         ROWS=max(_MIN_ROWS, next_power_of_two(group)), BLOCK_SIZE=block_size,
         BLOCK_DIM=max(smallest, next_power_of_two(head_size)), FLOAT8=is_float8,
-        COMPILED=query.is_cuda, num_warps=8 if query.dtype == torch.float32 else 4, num_stages=3,
+        COMPILED=query.is_cuda, num_warps=plan.shape.num_warps, num_stages=plan.shape.num_stages,
         **shape, **launch,
     )  # fmt: skip
-    if plan.num_programs > 1:
-        _combine_kernel[(num_heads, plan.num_programs - 1)](
-            plan.records, parts, logs, out,
-            BLOCK_DIM=next_power_of_two(head_size), PARTS=_PARTS, num_warps=4, **shape, **launch,
+    num_cuts = min(num_seqs, plan.num_programs - 1)
+    if num_cuts > 0:
+        _combine_kernel[(num_heads, num_cuts)](
+            seq_lens, plan.records, plan.origins, parts, logs, out, plan.num_programs,
+            BY_SEQUENCE=num_cuts == num_seqs, BLOCK_DIM=next_power_of_two(head_size),
+            PARTS=_PARTS, num_warps=4, **shape, **launch,
         )  # fmt: skip
 
 
@@ -112,6 +114,29 @@ def _columns(pairs: tl.tensor, COMPILED: tl.constexpr) -> Any:
     even, odd = (pairs & 0xFF).to(tl.uint8), ((pairs >> 8) & 0xFF).to(tl.uint8)
     even, odd = even.to(tl.float8e4nv, bitcast=True), odd.to(tl.float8e4nv, bitcast=True)
     return even.to(tl.float16), odd.to(tl.float16)
+
+
+@jit
+def _prefetch(
+    head_ptr: tl.tensor, table_ptr: tl.tensor, seq_len: tl.tensor, tile: tl.tensor,
+    KV_HEADS: tl.constexpr, SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr,
+) -> None:  # fmt: skip
+    """Has a tile's keys and values brought into the second-level cache.
+
+    A hint: the newest token's may be on their way there from the kernel in front.
+    """
+    LINE: tl.constexpr = 1024 // head_ptr.dtype.element_ty.primitive_bitwidth
+    SIDE: tl.constexpr = KV_HEADS * BLOCK_SIZE * SIZE
+    position = tile * TILE + tl.arange(0, TILE)
+    block_id = tl.load(table_ptr + position // BLOCK_SIZE, mask=position < seq_len, other=0)
+    offset = block_id.to(tl.int64) * (2 * SIDE) + position % BLOCK_SIZE * SIZE
+    line = tl.arange(0, 4 if SIZE >= 4 * LINE else (2 if SIZE >= 2 * LINE else 1)) * LINE
+    for side in tl.static_range(2):
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l",
+            [head_ptr + offset[:, None] + line[None, :] + side * SIDE], dtype=tl.int32,
+            is_pure=False, pack=1,
+        )  # fmt: skip
 
 
 @jit
@@ -226,8 +251,16 @@ def _attention_kernel(
     kv_head, program = tl.program_id(0), tl.program_id(1)
     if CHAINED:
         gdc_launch_dependents()
-        gdc_wait()
     sequence, tile, left, share, seq_len = load_record(records_ptr, program, RECORD_SIZE)
+    head_ptr = kv_ptr + kv_head * (BLOCK_SIZE * HEAD_SIZE // (2 if FLOAT8 else 1))
+    if CHAINED:
+        if left > 0:
+            first, tiles = tile_range(seq_len, TILE, WINDOW)
+            _prefetch(
+                head_ptr, tables_ptr + sequence.to(tl.int64) * table_stride, seq_len, first + tile,
+                KV_HEADS, HEAD_SIZE // (2 if FLOAT8 else 1), BLOCK_SIZE, TILE,
+            )  # fmt: skip
+        gdc_wait()
     query_scale, value_scale = scale_log2, 1.0
     if FLOAT8:
         query_scale *= tl.load(scales_ptr + kv_head)
@@ -235,7 +268,6 @@ def _attention_kernel(
     row, column = tl.arange(0, ROWS), tl.arange(0, BLOCK_DIM)
     row_mask = (row < GROUP)[:, None] & (column < HEAD_SIZE)[None, :]
     head = kv_head * GROUP + row
-    head_ptr = kv_ptr + kv_head * (BLOCK_SIZE * HEAD_SIZE // (2 if FLOAT8 else 1))
     first_slot = 2 * (kv_head * tl.num_programs(1) + program)
     # Where the sequence begins in the row of all tiles.
     origin = program * share - tile
@@ -267,32 +299,55 @@ def _attention_kernel(
 
 
 @jit
+def _find_cut(
+    lens_ptr: tl.tensor, records_ptr: tl.tensor, origins_ptr: tl.tensor, number: tl.tensor,
+    TILE: tl.constexpr, WINDOW: tl.constexpr, RECORD_SIZE: tl.constexpr, BY_SEQUENCE: tl.constexpr,
+) -> Any:  # fmt: skip
+    """A sequence that may be cut, its first and its last share: where these differ it is.
+
+    BY_SEQUENCE: `number` is the sequence. Else it is a share: the sequence is the one that begins
+    there and goes on in the next one.
+    """
+    if BY_SEQUENCE:
+        sequence, seq_len = number, tl.load(lens_ptr + number)
+        origin, share = tl.load(origins_ptr + number), tl.load(records_ptr + 3)
+        first = origin // share
+    else:
+        sequence, tile, left, share, seq_len = load_record(records_ptr, number + 1, RECORD_SIZE)
+        origin = (number + 1) * share - tile
+        goes_on = (left > 0) & (tile > 0) & (tile <= share)
+        first = tl.where(goes_on, number, 1 << 30)
+    _, tiles = tile_range(seq_len, TILE, WINDOW)
+    return sequence, first, (origin + tiles - 1) // tl.maximum(share, 1)
+
+
+@jit_for_any("num_programs")
 def _combine_kernel(
-    records_ptr: tl.tensor, parts_ptr: tl.tensor, logs_ptr: tl.tensor, out_ptr: tl.tensor,
+    lens_ptr: tl.tensor, records_ptr: tl.tensor, origins_ptr: tl.tensor, parts_ptr: tl.tensor,
+    logs_ptr: tl.tensor, out_ptr: tl.tensor, num_programs: tl.tensor,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_SIZE: tl.constexpr, BLOCK_DIM: tl.constexpr,
     TILE: tl.constexpr, WINDOW: tl.constexpr, PARTS: tl.constexpr, RECORD_SIZE: tl.constexpr,
-    CHAINED: tl.constexpr,
+    BY_SEQUENCE: tl.constexpr, CHAINED: tl.constexpr,
 ) -> None:  # fmt: skip
-    """A query head of the sequence, if there is one, that begins in one share and goes on in the
-    next."""
-    head, program = tl.program_id(0), tl.program_id(1)
+    """A query head of a sequence, if it was cut."""
     if CHAINED:
         gdc_launch_dependents()
+    head = tl.program_id(0)
+    sequence, first, last = _find_cut(
+        lens_ptr, records_ptr, origins_ptr, tl.program_id(1), TILE, WINDOW, RECORD_SIZE, BY_SEQUENCE
+    )
+    if CHAINED:
         gdc_wait()
-    sequence, tile, left, share, seq_len = load_record(records_ptr, program + 1, RECORD_SIZE)
-    if (left > 0) & (tile > 0) & (tile <= share):
-        _, tiles = tile_range(seq_len, TILE, WINDOW)
-        last = ((program + 1) * share - tile + tiles - 1) // share
-        first_slot = 2 * (head // GROUP) * (tl.num_programs(1) + 1)
+    if first < last:
         column, lane = tl.arange(0, BLOCK_DIM), tl.arange(0, PARTS)
         is_column = column < HEAD_SIZE
         peak, total = tl.full([1], float("-inf"), tl.float32), tl.zeros([1], tl.float32)
         result = tl.zeros([BLOCK_DIM], tl.float32)
-        for begin in range(program, last + 1, PARTS):
-            number = begin + lane
-            slot = first_slot + 2 * number + (number == program).to(tl.int32)
+        for begin in range(first, last + 1, PARTS):
+            program = begin + lane
+            slot = 2 * (head // GROUP * num_programs + program) + (program == first).to(tl.int32)
             part = slot * GROUP + head % GROUP
-            is_part = number <= last
+            is_part = program <= last
             log = tl.load(logs_ptr + part, mask=is_part, other=float("-inf"))
             part_ptrs = parts_ptr + part[:, None] * HEAD_SIZE + column[None, :]
             values = tl.load(part_ptrs, mask=is_part[:, None] & is_column[None, :], other=0.0)

@@ -45,7 +45,7 @@ def test_shares_are_equal_and_cover_every_tile_once(
     plan_device: torch.device, seq_lens: list[int], window: int | None
 ) -> None:
     plan = planned(seq_lens, plan_device, window=window)
-    tiles = [tiles_of(length, plan.tile, window) for length in seq_lens]
+    tiles = [tiles_of(length, plan.shape.tile, window) for length in seq_lens]
     row = [(sequence, tile) for sequence, count in enumerate(tiles) for tile in range(count)]
     share = -(-len(row) // plan.num_programs)
     covered = []
@@ -58,6 +58,7 @@ def test_shares_are_equal_and_cover_every_tile_once(
             assert seq_len == seq_lens[sequence]
         covered += row[number * share : number * share + num_tiles]
     assert covered == row
+    assert plan.origins.tolist() == [sum(tiles[:number]) for number in range(len(tiles))]
 
 
 def test_the_number_of_programs_does_not_depend_on_lengths(plan_device: torch.device) -> None:

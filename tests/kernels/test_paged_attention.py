@@ -130,6 +130,15 @@ def test_many_sequences_of_all_lengths(device: torch.device) -> None:
     assert_attention_close(attend(case), case.expected())
 
 
+@pytest.mark.parametrize("num_short", [2, 30])
+def test_cut_sequences_are_found_among_few_and_among_many(
+    product_device_and_dtype: Place, num_short: int
+) -> None:
+    lengths = [700, *[5] * num_short, 1500, 64]
+    case = decode_case(lengths, *product_device_and_dtype)
+    assert_attention_close(attend(case), case.expected())
+
+
 @pytest.mark.parametrize("window", [None, 90])
 def test_one_long_sequence_among_short_ones_is_cut_and_put_together(
     product_device_and_dtype: Place, window: int | None
