@@ -31,7 +31,7 @@ FP8 = torch.float8_e4m3fn
 _MAX = 448.0
 # Up to so many rows the library is much faster without a scale for each row and column; beyond, it
 # is worth its while to have them inside.
-_FEW_ROWS = 256
+_FEW_ROWS = 512
 # Rows of zeros get this scale instead of 0.
 _MIN_SCALE = 1e-12
 
@@ -100,7 +100,7 @@ def fp8_linear(
     """
     assert weight.dtype == FP8
     quantized, scales = quantize_rows(x, input_scale, norm_weight=norm_weight, eps=eps)
-    if x.is_cuda and x.dtype == torch.bfloat16 and x.shape[0] > _FEW_ROWS:
+    if x.dtype == torch.bfloat16 and x.shape[0] > _FEW_ROWS and _library_scales(x.device):
         y = _scaled_by_library(quantized, scales, weight, weight_scale, bias)
         if silu_mul:
             y = silu_mul_of(y)
@@ -135,6 +135,12 @@ def _scaled_by_library(
         x, weight.t(), scale_a=scales, scale_b=columns, bias=bias, out_dtype=torch.bfloat16,
         use_fast_accum=True,
     )  # fmt: skip
+
+
+@lru_cache(maxsize=16)
+def _library_scales(device: torch.device) -> bool:
+    """Whether the library has products with a scale per row and column there."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
 
 
 @lru_cache(maxsize=16)

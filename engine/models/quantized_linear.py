@@ -1,9 +1,9 @@
 """Matrices whose weights stay quantised on a GPU: 8-bit floats and 4-bit integers.
 
-A decode step is bound by reading weights, so half the bytes take half the time; few rows are
-multiplied as they are with weights widened in registers. Many rows are bound by arithmetic: with
-8-bit weights they are quantised too and multiplied at the tensor cores' 8-bit rate; 4-bit weights
-are widened into memory first.
+A decode step is bound by reading weights, so half the bytes take half the time. Inputs of 8-bit
+weights are quantised, too, and multiplied at the tensor cores' 8-bit rate; only where a kernel that
+widens weights in registers is faster, with very few rows, they stay what they are. 4-bit weights
+are widened: in registers for few rows, for many into memory first.
 
 A CPU keeps no quantised weights: there they are dequantised while they are loaded, into the
 model's type, and inputs are not quantised.
@@ -21,7 +21,7 @@ from engine.models.linear import Linear
 from kernels.fp8_linear import fp8_linear
 from kernels.int4_linear import int4_linear
 from kernels.int4_packing import TILE_IN, TILE_OUT, Int4Weight, pack_codes
-from kernels.skinny_linear import skinny_linear, skinny_rows
+from kernels.skinny_linear import skinny_linear
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from engine.models.linear import Matrix, MatrixFactory, MatrixSpec
     from engine.models.quantization import Quantization
 
+# Rows up to which widening 8-bit weights in registers is the faster way.
+_WIDENED_ROWS = 0
 _ALL_ROWS = 1 << 62
 
 
@@ -98,7 +100,7 @@ class Float8Linear:
         self._input_scales = input_scales
         # The tensor cores take 8-bit matrices of multiples of 16 only.
         fits = weight.shape[0] % 16 == 0 and weight.shape[1] % 16 == 0
-        self._few_rows = skinny_rows(weight) if fits else _ALL_ROWS
+        self._few_rows = _WIDENED_ROWS if fits else _ALL_ROWS
 
     @classmethod
     def empty(
