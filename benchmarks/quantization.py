@@ -7,8 +7,8 @@
        and values as they were stored.
     3. Perplexity, the share of positions whose first choice is that of float32, and bytes.
 
-"8-bit products" is what a GPU computes: weights and inputs in float8. A CPU multiplies 8-bit weights
-by inputs as they are: "8-bit weights".
+"8-bit products" is what a GPU computes: weights and inputs in float8. A CPU multiplies 8-bit
+weights by inputs as they are: "8-bit weights".
 
 The 4-bit checkpoint is made here: rounded to the nearest, without calibration, in AWQ's layout.
 """
@@ -58,9 +58,10 @@ BLOCK_SIZE = 16
 ROW_TOKENS, BATCH_TOKENS = 512, 4096
 GROUP_SIZE = 32
 _NOTE = """Prose is what the corpus of its training put aside; of the conversations only the answers
-count. "8-bit products" rounds weights and inputs, as a GPU does; "8-bit weights" inputs not, as on a
-CPU, which keeps 8 and 4 bits widened, hence the weights' size. 8-bit KV without scales in the checkpoint. 4 bits are rounded to the nearest, without
-calibration. A model of 7.6 million parameters has less to spare than a large one."""
+count. "8-bit products" rounds weights and inputs, as a GPU does; "8-bit weights" inputs not, as
+on a CPU, which keeps 8 and 4 bits widened, hence the weights' size. 8-bit KV without scales in the
+checkpoint. 4 bits are rounded to the nearest, without calibration. A model of 7.6 million
+parameters has less to spare than a large one."""
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
 
