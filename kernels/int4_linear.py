@@ -14,8 +14,11 @@ from kernels.dispatch import jit, runs_triton, tl
 from kernels.int4_packing import TILE_IN, TILE_OUT, Int4Weight, dequantize
 from kernels.rms_norm import rms_norm
 from kernels.silu_mul import silu_mul
+from kernels.skinny_stream import MAX_ROWS, can_stream, stream
 
 _TILES_PER_PROGRAM = 4
+# Rows up to which codes are widened in registers, twice if need be.
+_MAX_STREAMED = 2 * MAX_ROWS
 
 
 def int4_linear(
@@ -41,11 +44,22 @@ def int4_linear(
         out = torch.empty(x.shape[0], out_size, dtype=x.dtype, device=x.device)
     if x.shape[0] == 0:
         return out
-    if norm_weight is not None:
-        x = rms_norm(x, norm_weight, eps)
+    streamed = x.shape[0] <= _MAX_STREAMED and can_stream(
+        x.device, weight.in_size, torch.int32, gated_out=out_size if silu_mul else TILE_OUT
+    )
+    if norm_weight is not None and (weight.order is not None or not streamed):
+        x, norm_weight = rms_norm(x, norm_weight, eps), None
     if weight.order is not None:
         x = x.index_select(1, weight.order)
-    return _composed(x, widen(weight), bias, residual, silu_mul, out)
+    if not streamed:
+        return _composed(x, widen(weight), bias, residual, silu_mul, out)
+    for first in range(0, x.shape[0], MAX_ROWS):
+        rows = slice(first, first + MAX_ROWS)
+        stream(
+            x[rows], weight.codes, out[rows], int4=weight, bias=bias, norm_weight=norm_weight,
+            eps=eps, residual=None if residual is None else residual[rows], gated=silu_mul,
+        )  # fmt: skip
+    return out
 
 
 def _composed(

@@ -9,7 +9,8 @@ as reading several megabytes:
 2. FP8 weights are read as such and widened in registers; their scale waits for the end too.
 3. bias, silu(gate) * up and the residual are added to the float32 sums before the only rounding.
 
-With many rows the product is bound by arithmetic, and the library's own is called.
+On Hopper the kernel is `skinny_stream`'s; the one here is for other GPUs. With many rows the
+product is bound by arithmetic, and the library's own is called.
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ from torch.nn.functional import linear
 from kernels.dispatch import jit_for_any, next_power_of_two, num_multiprocessors, runs_triton, tl
 from kernels.rms_norm import rms_norm
 from kernels.silu_mul import silu_mul
+from kernels.skinny_stream import MAX_ROWS as MAX_STREAMED
+from kernels.skinny_stream import can_stream, keeps_x, stream
 
 _FP8 = torch.float8_e4m3fn
-# Rows up to which one pass over the weights serves all rows.
 _MAX_ROWS = 16
 
 
@@ -31,10 +33,16 @@ def skinny_rows(weight: torch.Tensor) -> int:
 
     0: none, as on a CPU. Beyond, it composes norm, product and activation.
     """
-    # On a GPU this kernel beats the library's only where that would have to widen FP8 weights.
-    if not runs_triton(weight) or weight.shape[1] % 16 or (weight.is_cuda and weight.dtype != _FP8):
+    in_size = weight.shape[1]
+    if not runs_triton(weight) or in_size % 16:
         return 0
-    return _MAX_ROWS
+    streamed = can_stream(weight.device, in_size, weight.dtype)
+    if weight.dtype == _FP8 or not weight.is_cuda:
+        return MAX_STREAMED if streamed else _MAX_ROWS
+    # Plain weights: a kernel that is not streamed beats the library nowhere.
+    if not streamed:
+        return 0
+    return MAX_STREAMED if keeps_x(in_size) else MAX_STREAMED // 2
 
 
 def skinny_linear(
@@ -69,10 +77,16 @@ def skinny_linear(
     assert residual is None or residual.is_contiguous()
     if x.shape[0] == 0:
         return out
-    if x.shape[0] <= skinny_rows(weight):
+    if x.shape[0] > skinny_rows(weight):
+        return _composed(x, weight, weight_scale, bias, norm_weight, eps, residual, silu_mul, out)
+    if can_stream(x.device, x.shape[1], weight.dtype):
+        stream(
+            x, weight, out, weight_scale=weight_scale, bias=bias, norm_weight=norm_weight, eps=eps,
+            residual=residual, gated=silu_mul,
+        )  # fmt: skip
+    else:
         _skinny_triton(x, weight, weight_scale, bias, norm_weight, eps, residual, silu_mul, out)
-        return out
-    return _composed(x, weight, weight_scale, bias, norm_weight, eps, residual, silu_mul, out)
+    return out
 
 
 def _composed(
