@@ -56,6 +56,17 @@ def gluon_jit(function: Callable[..., Any]) -> Any:
     return function if gluon is None else gluon.jit(function)
 
 
+def gluon_jit_for_any(*arguments: str) -> Callable[[Callable[..., Any]], Any]:
+    """`kernels.dispatch.jit_for_any` for Gluon."""
+
+    def decorate(function: Callable[..., Any]) -> Any:
+        if gluon is None:
+            return function
+        return gluon.jit(function, do_not_specialize=list(arguments))
+
+    return decorate
+
+
 def fits_gated_linear(num_rows: int, weight: torch.Tensor) -> bool:
     """Whether `gated_linear` runs here and beats the library's product with `silu_mul` behind."""
     if gluon is None or not weight.is_cuda or weight.dtype not in (torch.bfloat16, torch.float16):
@@ -199,7 +210,7 @@ def _multiply(
     tma.store_wait(0)
 
 
-@gluon_jit
+@gluon_jit_for_any("num_rows")
 def _gated_kernel(
     x_desc: tma.tensor_descriptor, gate_desc: tma.tensor_descriptor,
     up_desc: tma.tensor_descriptor, out_desc: tma.tensor_descriptor, num_rows: gl.tensor,

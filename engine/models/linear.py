@@ -23,6 +23,7 @@ from kernels.gated_linear import fits_gated_linear, gated_linear
 from kernels.rms_norm import rms_norm
 from kernels.silu_mul import silu_mul
 from kernels.skinny_linear import skinny_linear, skinny_rows
+from kernels.thin_gated_linear import fits_thin_gated_linear, thin_gated_linear
 
 # Rows for which a packed layout is chosen. 16 or more gives the layout that is fast from two
 # rows up to whole prompts; 1 would choose one that is slow at everything else.
@@ -140,8 +141,11 @@ class Linear:
                 silu_mul=True,
             )
         x = rms_norm(residual, norm_weight, eps)
-        if self.bias is None and fits_gated_linear(len(x), self.weight):
-            return gated_linear(x, self.weight)
+        if self.bias is None:
+            if fits_thin_gated_linear(len(x), self.weight):
+                return thin_gated_linear(x, self.weight)
+            if fits_gated_linear(len(x), self.weight):
+                return gated_linear(x, self.weight)
         return silu_mul(self(x))
 
     def add_to(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:

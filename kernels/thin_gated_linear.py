@@ -1,0 +1,191 @@
+"""`silu(x @ gate.T) * (x @ up.T)` of some dozens of rows, on Hopper GPUs.
+
+A decode step of so many sequences is bound by reading the weights, which are the largest of a
+layer. The library reads them at the memory's rate too, but starts when the norm in front has
+ended, and needs a kernel behind it for the activation.
+
+Life of a thread block
+    1. It owns 64 rows of gate and the same 64 of up.
+    2. One warp copies, 64 elements of the inner dimension at a time, weights and rows of x into a
+       ring of stages. The weights of the first round are asked for before the kernel in front has
+       ended (`chained_launch`). Two blocks fit on a multiprocessor.
+    3. One warpgroup multiplies. The weights are the operand of 64 rows, x is the narrow one; a
+       thread holds the sums of gate and up of the same elements and activates them in registers.
+
+More rows are `gated_linear`'s and the library's, few rows `skinny_linear`'s.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from kernels.dispatch import chained_launch, gdc_launch_dependents, gdc_wait, next_power_of_two
+from kernels.gated_linear import gluon_jit, gluon_jit_for_any
+
+try:
+    from triton.experimental import gluon
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.language.nvidia.hopper import (
+        fence_async_shared,
+        mbarrier,
+        tma,
+        warpgroup_mma,
+        warpgroup_mma_wait,
+    )
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+except ImportError:  # no Triton, or one without Gluon
+    gluon = None
+
+_OUT, _DEPTH = 64, 64  # weight rows of a product, inner elements of a stage
+_MOST_ROWS = 128
+_RING_BYTES = 100 << 10  # less than half of what a multiprocessor has
+_LEAST_BLOCKS = 128  # to keep the memory busy
+
+
+def fits_thin_gated_linear(num_rows: int, weight: torch.Tensor) -> bool:
+    """Whether `thin_gated_linear` runs here and beats the library's product with `silu_mul`."""
+    if gluon is None or not weight.is_cuda or weight.dtype not in (torch.bfloat16, torch.float16):
+        return False
+    if torch.cuda.get_device_capability(weight.device)[0] != 9 or weight.shape[1] % _DEPTH:
+        return False
+    return num_rows <= _MOST_ROWS and weight.shape[0] >= 2 * _OUT * _LEAST_BLOCKS
+
+
+def thin_gated_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """`silu(gate) * up` with gate, up the halves of `x @ weight.T`: `[num_rows, intermediate]`.
+
+    x: `[num_rows, in_size]`, 1 to 128 rows; weight: `[2 * intermediate, in_size]`, gate first; both
+    contiguous, bfloat16 or float16, in_size a multiple of 64. Summed and activated in float32.
+    Needs a GPU of compute capability 9, see `fits_thin_gated_linear`.
+    """
+    assert 1 <= x.shape[0] <= _MOST_ROWS
+    assert x.is_contiguous()
+    assert weight.is_contiguous()
+    assert x.dtype == weight.dtype
+    num_rows, in_size = x.shape
+    out_size = weight.shape[0] // 2
+    out = x.new_empty(num_rows, out_size)
+    columns = max(16, next_power_of_two(num_rows))
+    layout = gl.NVMMASharedLayout(128, 16, rank=2)
+    chained = chained_launch(x.device)
+    _thin_gated_kernel[(-(-out_size // _OUT),)](
+        TensorDescriptor.from_tensor(weight[:out_size], [_OUT, _DEPTH], layout),
+        TensorDescriptor.from_tensor(weight[out_size:], [_OUT, _DEPTH], layout),
+        TensorDescriptor.from_tensor(x, [columns, _DEPTH], layout),
+        out, num_rows, OUT_SIZE=out_size, COLUMNS=columns, STEPS=in_size // _DEPTH,
+        STAGES=_RING_BYTES // (2 * _DEPTH * (2 * _OUT + columns)), OUT=_OUT, DEPTH=_DEPTH,
+        CHAINED=chained, num_warps=4, maxnreg=128, launch_pdl=chained,
+    )  # fmt: skip
+    return out
+
+
+@gluon_jit
+def _next(stage: gl.tensor, phase: gl.tensor, STAGES: gl.constexpr) -> tuple[gl.tensor, gl.tensor]:
+    """The stage behind, and the phase of its barriers."""
+    stage += 1
+    wraps = stage == STAGES
+    return gl.where(wraps, 0, stage), gl.where(wraps, phase ^ 1, phase)
+
+
+@gluon_jit
+def _copy(
+    gate_desc: tma.tensor_descriptor, up_desc: tma.tensor_descriptor,
+    x_desc: tma.tensor_descriptor, weights: gl.shared_memory_descriptor,
+    x_memory: gl.shared_memory_descriptor, full: gl.shared_memory_descriptor,
+    empty: gl.shared_memory_descriptor, STEPS: gl.constexpr, STAGES: gl.constexpr,
+    OUT: gl.constexpr, DEPTH: gl.constexpr, CHAINED: gl.constexpr,
+) -> None:  # fmt: skip
+    BYTES: gl.constexpr = 2 * gate_desc.block_type.nbytes + x_desc.block_type.nbytes
+    EARLY: gl.constexpr = min(STEPS, STAGES)
+    row = gl.program_id(0) * OUT
+    for step in gl.static_range(EARLY):
+        bar = full.index(step)
+        mbarrier.expect(bar, BYTES)
+        k = step * DEPTH
+        tma.async_copy_global_to_shared(gate_desc, [row, k], bar, weights.index(2 * step))
+        tma.async_copy_global_to_shared(up_desc, [row, k], bar, weights.index(2 * step + 1))
+    if CHAINED:
+        gdc_wait()
+    for step in gl.static_range(EARLY):
+        tma.async_copy_global_to_shared(
+            x_desc, [0, step * DEPTH], full.index(step), x_memory.index(step)
+        )
+    stage = 0
+    phase = 0
+    for step in range(STAGES, STEPS):
+        mbarrier.wait(empty.index(stage), phase)
+        bar = full.index(stage)
+        mbarrier.expect(bar, BYTES)
+        k = step * DEPTH
+        tma.async_copy_global_to_shared(gate_desc, [row, k], bar, weights.index(2 * stage))
+        tma.async_copy_global_to_shared(up_desc, [row, k], bar, weights.index(2 * stage + 1))
+        tma.async_copy_global_to_shared(x_desc, [0, k], bar, x_memory.index(stage))
+        stage, phase = _next(stage, phase, STAGES)
+
+
+@gluon_jit
+def _multiply(
+    out_ptr: gl.tensor, weights: gl.shared_memory_descriptor,
+    x_memory: gl.shared_memory_descriptor, full: gl.shared_memory_descriptor,
+    empty: gl.shared_memory_descriptor, num_rows: gl.tensor, OUT_SIZE: gl.constexpr,
+    COLUMNS: gl.constexpr, STEPS: gl.constexpr, STAGES: gl.constexpr, OUT: gl.constexpr,
+    CHAINED: gl.constexpr,
+) -> None:  # fmt: skip
+    SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
+    WRITTEN: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    gate = gl.zeros([OUT, COLUMNS], gl.float32, layout=SUMS)
+    up = gate
+    stage = 0
+    phase = 0
+    last = 0
+    for step in range(STEPS):
+        mbarrier.wait(full.index(stage), phase)
+        x = x_memory.index(stage).permute((1, 0))
+        gate = warpgroup_mma(weights.index(2 * stage), x, gate, is_async=True)
+        up = warpgroup_mma(weights.index(2 * stage + 1), x, up, is_async=True)
+        gate, up = warpgroup_mma_wait(2, deps=[gate, up])
+        if step > 0:
+            mbarrier.arrive(empty.index(last), count=1)  # the step before has been read
+        last = stage
+        stage, phase = _next(stage, phase, STAGES)
+    gate, up = warpgroup_mma_wait(0, deps=[gate, up])
+    activated = (gate / (1.0 + gl.exp(-gate)) * up).to(out_ptr.dtype.element_ty)
+    activated = gl.convert_layout(activated.permute((1, 0)), WRITTEN)
+    row = gl.arange(0, COLUMNS, layout=gl.SliceLayout(1, WRITTEN))[:, None]
+    column = gl.program_id(0) * OUT + gl.arange(0, OUT, layout=gl.SliceLayout(0, WRITTEN))[None, :]
+    if CHAINED:
+        gdc_wait()
+    mask = (row < num_rows) & (column < OUT_SIZE)
+    gl.store(out_ptr + row * OUT_SIZE + column, activated, mask=mask)
+
+
+@gluon_jit_for_any("num_rows")
+def _thin_gated_kernel(
+    gate_desc: tma.tensor_descriptor, up_desc: tma.tensor_descriptor,
+    x_desc: tma.tensor_descriptor, out_ptr: gl.tensor, num_rows: gl.tensor,
+    OUT_SIZE: gl.constexpr, COLUMNS: gl.constexpr, STEPS: gl.constexpr, STAGES: gl.constexpr,
+    OUT: gl.constexpr, DEPTH: gl.constexpr, CHAINED: gl.constexpr, num_warps: gl.constexpr,
+) -> None:  # fmt: skip
+    if CHAINED:
+        gdc_launch_dependents()
+    DTYPE: gl.constexpr = x_desc.dtype
+    TILED: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
+    BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
+    weights = gl.allocate_shared_memory(DTYPE, [2 * STAGES, OUT, DEPTH], TILED)
+    x_memory = gl.allocate_shared_memory(DTYPE, [STAGES, COLUMNS, DEPTH], TILED)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(empty.index(i), count=1)
+    fence_async_shared()
+    gl.warp_specialize(
+        [
+            (_multiply, (out_ptr, weights, x_memory, full, empty, num_rows, OUT_SIZE, COLUMNS,
+                STEPS, STAGES, OUT, CHAINED)),
+            (_copy, (gate_desc, up_desc, x_desc, weights, x_memory, full, empty, STEPS, STAGES,
+                OUT, DEPTH, CHAINED)),
+        ],
+        [1],
+        [24],
+    )  # fmt: skip
