@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from benchmarks.kernels import decode_attention, linear, prefill_attention, small
+from benchmarks.kernels import decode_attention, gated, linear, prefill_attention, small
 from benchmarks.kernels.ceilings import Ceilings, measure_ceilings
 from benchmarks.kernels.timing import Case, graph_seconds
 from benchmarks.results_file import machine_facts, write_section
@@ -32,6 +32,7 @@ FAMILIES = {
     "decode_attention": decode_attention.cases,
     "prefill_attention": prefill_attention.cases,
     "linear": linear.cases,
+    "gated": gated.cases,
     "small": small.cases,
 }
 HEAD = "| kernel | us | rate | floor (us) | share of the limit | opponent (us) | against it |"
