@@ -120,7 +120,9 @@ def _place(
 
 
 @gluon_jit
-def _next(stage: gl.tensor, phase: gl.tensor, STAGES: gl.constexpr) -> tuple[gl.tensor, gl.tensor]:
+def next_stage(
+    stage: gl.tensor, phase: gl.tensor, STAGES: gl.constexpr
+) -> tuple[gl.tensor, gl.tensor]:
     """The stage behind, and the phase of its barriers."""
     stage += 1
     wraps = stage == STAGES
@@ -159,7 +161,7 @@ def _copy(
                 )
             tma.async_copy_global_to_shared(gate_desc, [column, k], bar, halves.index(2 * stage))
             tma.async_copy_global_to_shared(up_desc, [column, k], bar, halves.index(2 * stage + 1))
-            stage, phase = _next(stage, phase, STAGES)
+            stage, phase = next_stage(stage, phase, STAGES)
 
 
 @gluon_jit
@@ -185,7 +187,7 @@ def _multiply(
         )  # fmt: skip
         sums = warpgroup_mma_wait(1, deps=[sums])
         last = stage
-        stage, phase = _next(stage, phase, STAGES)
+        stage, phase = next_stage(stage, phase, STAGES)
         for _ in range(1, STEPS):
             mbarrier.wait(full.index(stage), phase)
             sums = warpgroup_mma(
@@ -195,7 +197,7 @@ def _multiply(
             sums = warpgroup_mma_wait(1, deps=[sums])  # the step before has been read
             mbarrier.arrive(empty.index(last), count=1)
             last = stage
-            stage, phase = _next(stage, phase, STAGES)
+            stage, phase = next_stage(stage, phase, STAGES)
         sums = warpgroup_mma_wait(0, deps=[sums])
         mbarrier.arrive(empty.index(last), count=1)
         gate, up = gl.split(sums.reshape([HALF, 2, TILE_COLUMNS]).permute((0, 2, 1)))

@@ -20,7 +20,7 @@ from __future__ import annotations
 import torch
 
 from kernels.dispatch import chained_launch, gdc_launch_dependents, gdc_wait, next_power_of_two
-from kernels.gated_linear import gluon_jit, gluon_jit_for_any
+from kernels.gated_linear import gluon_jit, gluon_jit_for_any, next_stage
 
 try:
     from triton.experimental import gluon
@@ -37,7 +37,8 @@ except ImportError:  # no Triton, or one without Gluon
     gluon = None
 
 _OUT, _DEPTH = 64, 64  # weight rows of a product, inner elements of a stage
-_MOST_ROWS = 128
+# Between the two the library has tiles that suit the rows better.
+_SOME_ROWS, _MANY_ROWS, _MOST_ROWS = 64, 112, 128
 _RING_BYTES = 100 << 10  # less than half of what a multiprocessor has
 _LEAST_BLOCKS = 128  # to keep the memory busy
 
@@ -48,7 +49,8 @@ def fits_thin_gated_linear(num_rows: int, weight: torch.Tensor) -> bool:
         return False
     if torch.cuda.get_device_capability(weight.device)[0] != 9 or weight.shape[1] % _DEPTH:
         return False
-    return num_rows <= _MOST_ROWS and weight.shape[0] >= 2 * _OUT * _LEAST_BLOCKS
+    suits = num_rows <= _SOME_ROWS or _MANY_ROWS < num_rows <= _MOST_ROWS
+    return suits and weight.shape[0] >= 2 * _OUT * _LEAST_BLOCKS
 
 
 def thin_gated_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -77,14 +79,6 @@ def thin_gated_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         CHAINED=chained, num_warps=4, maxnreg=128, launch_pdl=chained,
     )  # fmt: skip
     return out
-
-
-@gluon_jit
-def _next(stage: gl.tensor, phase: gl.tensor, STAGES: gl.constexpr) -> tuple[gl.tensor, gl.tensor]:
-    """The stage behind, and the phase of its barriers."""
-    stage += 1
-    wraps = stage == STAGES
-    return gl.where(wraps, 0, stage), gl.where(wraps, phase ^ 1, phase)
 
 
 @gluon_jit
@@ -120,7 +114,7 @@ def _copy(
         tma.async_copy_global_to_shared(gate_desc, [row, k], bar, weights.index(2 * stage))
         tma.async_copy_global_to_shared(up_desc, [row, k], bar, weights.index(2 * stage + 1))
         tma.async_copy_global_to_shared(x_desc, [0, k], bar, x_memory.index(stage))
-        stage, phase = _next(stage, phase, STAGES)
+        stage, phase = next_stage(stage, phase, STAGES)
 
 
 @gluon_jit
@@ -147,7 +141,7 @@ def _multiply(
         if step > 0:
             mbarrier.arrive(empty.index(last), count=1)  # the step before has been read
         last = stage
-        stage, phase = _next(stage, phase, STAGES)
+        stage, phase = next_stage(stage, phase, STAGES)
     gate, up = warpgroup_mma_wait(0, deps=[gate, up])
     activated = (gate / (1.0 + gl.exp(-gate)) * up).to(out_ptr.dtype.element_ty)
     activated = gl.convert_layout(activated.permute((1, 0)), WRITTEN)

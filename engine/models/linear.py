@@ -24,6 +24,7 @@ from kernels.rms_norm import rms_norm
 from kernels.silu_mul import silu_mul
 from kernels.skinny_linear import skinny_linear, skinny_rows
 from kernels.thin_gated_linear import fits_thin_gated_linear, thin_gated_linear
+from kernels.thin_linear import fits_thin_linear, thin_linear
 
 # Rows for which a packed layout is chosen. 16 or more gives the layout that is fast from two
 # rows up to whole prompts; 1 would choose one that is slow at everything else.
@@ -118,6 +119,8 @@ class Linear:
         if packed is None:
             if x.shape[0] <= self._few_rows:
                 return skinny_linear(x, self.weight, bias=self.bias)
+            if self.bias is None and fits_thin_linear(x.shape[0], self.weight):
+                return thin_linear(x, self.weight)
             return linear(x, self.weight, self.bias)
         return _linear_packed(x, packed, self.bias, "none", [], "")
 
@@ -155,6 +158,8 @@ class Linear:
             return skinny_linear(x, self.weight, bias=self.bias, residual=residual)
         if self.bias is not None:
             residual += self.bias
+        if fits_thin_linear(x.shape[0], self.weight):
+            return thin_linear(x, self.weight, residual=residual)
         # The sum is made before the product is rounded, and nothing else is read or written.
         return residual.addmm_(x, self.weight.t())
 

@@ -1,0 +1,191 @@
+"""Products of some dozens of rows with a matrix, on Hopper GPUs.
+
+A decode step of so many sequences is bound by reading the weights. The library cuts the inner
+dimension of matrices with few outputs to occupy all multiprocessors and adds the parts up in
+another kernel. But half of them are enough to keep the memory busy, if each has asked for
+much of what it will need.
+
+Life of a thread block, one on a multiprocessor
+    1. It owns 64 rows of the weights and all of the inner dimension.
+    2. One warp copies, 64 elements of the inner dimension at a time, weights and rows of x into a
+       ring of stages as large as shared memory. The weights of the first round are asked for before
+       the kernel in front has ended (`chained_launch`).
+    3. One warpgroup multiplies. The weights are the operand of 64 rows, x is the narrow one. The
+       residual is added before the only rounding.
+
+More rows are the library's, few rows `skinny_linear`'s.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from kernels.dispatch import (
+    chained_launch,
+    gdc_launch_dependents,
+    gdc_wait,
+    next_power_of_two,
+    num_multiprocessors,
+)
+from kernels.gated_linear import gluon_jit, gluon_jit_for_any, next_stage
+
+try:
+    from triton.experimental import gluon
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.language.nvidia.hopper import (
+        fence_async_shared,
+        mbarrier,
+        tma,
+        warpgroup_mma,
+        warpgroup_mma_wait,
+    )
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+except ImportError:  # no Triton, or one without Gluon
+    gluon = None
+
+_OUT, _DEPTH = 64, 64  # weight rows of a block, inner elements of a stage
+_MOST_ROWS = 48
+_RING_BYTES = 200 << 10
+_LEAST_BLOCKS = 64  # to keep the memory busy
+
+
+def fits_thin_linear(num_rows: int, weight: torch.Tensor) -> bool:
+    """Whether `thin_linear` runs here and beats the library's product."""
+    if gluon is None or not weight.is_cuda or weight.dtype not in (torch.bfloat16, torch.float16):
+        return False
+    if torch.cuda.get_device_capability(weight.device)[0] != 9 or weight.shape[1] % _DEPTH:
+        return False
+    blocks = -(-weight.shape[0] // _OUT)
+    return num_rows <= _MOST_ROWS and _LEAST_BLOCKS <= blocks <= num_multiprocessors(weight.device)
+
+
+def thin_linear(
+    x: torch.Tensor, weight: torch.Tensor, *, residual: torch.Tensor | None = None
+) -> torch.Tensor:
+    """`x @ weight.T + residual`: `[num_rows, out_size]`.
+
+    x: `[num_rows, in_size]`, 1 to 64 rows, contiguous; weight: `[out_size, in_size]`, contiguous;
+    both bfloat16 or float16, in_size a multiple of 64. residual: `[num_rows, out_size]`,
+    contiguous; the result takes its memory. Summed in float32. Needs a GPU of compute capability
+    9, see `fits_thin_linear`.
+    """
+    assert 1 <= x.shape[0] <= 64
+    assert x.is_contiguous()
+    assert weight.is_contiguous()
+    assert x.dtype == weight.dtype
+    num_rows, in_size = x.shape
+    out_size = weight.shape[0]
+    out = x.new_empty(num_rows, out_size) if residual is None else residual
+    assert out.is_contiguous()
+    columns = max(16, next_power_of_two(num_rows))
+    layout = gl.NVMMASharedLayout(128, 16, rank=2)
+    chained = chained_launch(x.device)
+    _thin_kernel[(-(-out_size // _OUT),)](
+        TensorDescriptor.from_tensor(weight, [_OUT, _DEPTH], layout),
+        TensorDescriptor.from_tensor(x, [columns, _DEPTH], layout),
+        residual, out, num_rows, OUT_SIZE=out_size, COLUMNS=columns, STEPS=in_size // _DEPTH,
+        STAGES=_RING_BYTES // (2 * _DEPTH * (_OUT + columns)), OUT=_OUT, DEPTH=_DEPTH,
+        CHAINED=chained, num_warps=4, maxnreg=128, launch_pdl=chained,
+    )  # fmt: skip
+    return out
+
+
+@gluon_jit
+def _copy(
+    weight_desc: tma.tensor_descriptor, x_desc: tma.tensor_descriptor,
+    weights: gl.shared_memory_descriptor, x_memory: gl.shared_memory_descriptor,
+    full: gl.shared_memory_descriptor, empty: gl.shared_memory_descriptor, STEPS: gl.constexpr,
+    STAGES: gl.constexpr, OUT: gl.constexpr, DEPTH: gl.constexpr, CHAINED: gl.constexpr,
+) -> None:  # fmt: skip
+    BYTES: gl.constexpr = weight_desc.block_type.nbytes + x_desc.block_type.nbytes
+    EARLY: gl.constexpr = min(STEPS, STAGES)
+    row = gl.program_id(0) * OUT
+    for step in gl.static_range(EARLY):
+        bar = full.index(step)
+        mbarrier.expect(bar, BYTES)
+        tma.async_copy_global_to_shared(weight_desc, [row, step * DEPTH], bar, weights.index(step))
+    if CHAINED:
+        gdc_wait()
+    for step in gl.static_range(EARLY):
+        tma.async_copy_global_to_shared(
+            x_desc, [0, step * DEPTH], full.index(step), x_memory.index(step)
+        )
+    stage = 0
+    phase = 0
+    for step in range(STAGES, STEPS):
+        mbarrier.wait(empty.index(stage), phase)
+        bar = full.index(stage)
+        mbarrier.expect(bar, BYTES)
+        k = step * DEPTH
+        tma.async_copy_global_to_shared(weight_desc, [row, k], bar, weights.index(stage))
+        tma.async_copy_global_to_shared(x_desc, [0, k], bar, x_memory.index(stage))
+        stage, phase = next_stage(stage, phase, STAGES)
+
+
+@gluon_jit
+def _multiply(
+    residual_ptr: gl.tensor, out_ptr: gl.tensor, weights: gl.shared_memory_descriptor,
+    x_memory: gl.shared_memory_descriptor, full: gl.shared_memory_descriptor,
+    empty: gl.shared_memory_descriptor, num_rows: gl.tensor, OUT_SIZE: gl.constexpr,
+    COLUMNS: gl.constexpr, STEPS: gl.constexpr, STAGES: gl.constexpr, OUT: gl.constexpr,
+    CHAINED: gl.constexpr,
+) -> None:  # fmt: skip
+    SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
+    WRITTEN: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    y = gl.zeros([OUT, COLUMNS], gl.float32, layout=SUMS)
+    stage = 0
+    phase = 0
+    last = 0
+    for step in range(STEPS):
+        mbarrier.wait(full.index(stage), phase)
+        x = x_memory.index(stage).permute((1, 0))
+        y = warpgroup_mma(weights.index(stage), x, y, is_async=True)
+        y = warpgroup_mma_wait(1, deps=[y])
+        if step > 0:
+            mbarrier.arrive(empty.index(last), count=1)  # the step before has been read
+        last = stage
+        stage, phase = next_stage(stage, phase, STAGES)
+    y = warpgroup_mma_wait(0, deps=[y])
+    if CHAINED:
+        gdc_wait()
+    y = gl.convert_layout(y.permute((1, 0)), WRITTEN)
+    row = gl.arange(0, COLUMNS, layout=gl.SliceLayout(1, WRITTEN))[:, None]
+    column = gl.program_id(0) * OUT + gl.arange(0, OUT, layout=gl.SliceLayout(0, WRITTEN))[None, :]
+    mask = (row < num_rows) & (column < OUT_SIZE)
+    place = row * OUT_SIZE + column
+    if residual_ptr is not None:
+        y += gl.load(residual_ptr + place, mask=mask, other=0.0).to(gl.float32)
+    gl.store(out_ptr + place, y.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@gluon_jit_for_any("num_rows")
+def _thin_kernel(
+    weight_desc: tma.tensor_descriptor, x_desc: tma.tensor_descriptor, residual_ptr: gl.tensor,
+    out_ptr: gl.tensor, num_rows: gl.tensor, OUT_SIZE: gl.constexpr, COLUMNS: gl.constexpr,
+    STEPS: gl.constexpr, STAGES: gl.constexpr, OUT: gl.constexpr, DEPTH: gl.constexpr,
+    CHAINED: gl.constexpr, num_warps: gl.constexpr,
+) -> None:  # fmt: skip
+    """residual_ptr None: there is none, which Triton compiles apart."""
+    if CHAINED:
+        gdc_launch_dependents()
+    DTYPE: gl.constexpr = x_desc.dtype
+    TILED: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
+    BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
+    weights = gl.allocate_shared_memory(DTYPE, [STAGES, OUT, DEPTH], TILED)
+    x_memory = gl.allocate_shared_memory(DTYPE, [STAGES, COLUMNS, DEPTH], TILED)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(empty.index(i), count=1)
+    fence_async_shared()
+    gl.warp_specialize(
+        [
+            (_multiply, (residual_ptr, out_ptr, weights, x_memory, full, empty, num_rows, OUT_SIZE,
+                COLUMNS, STEPS, STAGES, OUT, CHAINED)),
+            (_copy, (weight_desc, x_desc, weights, x_memory, full, empty, STEPS, STAGES, OUT,
+                DEPTH, CHAINED)),
+        ],
+        [1],
+        [24],
+    )  # fmt: skip
