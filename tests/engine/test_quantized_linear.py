@@ -241,3 +241,11 @@ def test_ranks_cannot_share_columns_in_order_of_activation() -> None:
     weights = Int4Weights(plain.codes, plain.scales, plain.zeros, groups)
     with pytest.raises(ConfigError, match="which ranks cannot share"):
         fill_weights(module, kinds, weights, Shard(1, 2))
+
+
+def test_shapes_that_no_8_bit_product_takes_are_widened(place: Place) -> None:
+    made = filled(ON_LOAD, MatrixSpec({"a_proj": 20, "b_proj": 20}, 40, True), place)
+    x = torch.randn(3, 40).to(place.device, place.dtype)
+    expected = x.double().cpu() @ made.weight.T + made.bias
+    allowed = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}[place.dtype]
+    torch.testing.assert_close(made.matrix(x).double().cpu(), expected, rtol=allowed, atol=allowed)
