@@ -22,6 +22,7 @@ from kernels.fp8_linear import fp8_linear
 from kernels.int4_linear import int4_linear
 from kernels.int4_packing import TILE_IN, TILE_OUT, Int4Weight, pack_codes
 from kernels.skinny_linear import skinny_linear
+from kernels.skinny_stream import can_stream
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -29,8 +30,8 @@ if TYPE_CHECKING:
     from engine.models.linear import Matrix, MatrixFactory, MatrixSpec
     from engine.models.quantization import Quantization
 
-# Rows up to which widening 8-bit weights in registers is the faster way.
-_WIDENED_ROWS = 0
+# Rows up to which widening 8-bit weights in registers is the faster way, where they are streamed.
+_STREAMED_ROWS = 1
 _ALL_ROWS = 1 << 62
 
 
@@ -100,7 +101,8 @@ class Float8Linear:
         self._input_scales = input_scales
         # The tensor cores take 8-bit matrices of multiples of 16 only.
         fits = weight.shape[0] % 16 == 0 and weight.shape[1] % 16 == 0
-        self._few_rows = _WIDENED_ROWS if fits else _ALL_ROWS
+        streams = can_stream(weight.device, weight.shape[1], weight.dtype)
+        self._few_rows = (_STREAMED_ROWS if streams else 0) if fits else _ALL_ROWS
 
     @classmethod
     def empty(
