@@ -44,8 +44,12 @@ def int4_linear(
         out = torch.empty(x.shape[0], out_size, dtype=x.dtype, device=x.device)
     if x.shape[0] == 0:
         return out
-    streamed = x.shape[0] <= _MAX_STREAMED and can_stream(
-        x.device, weight.in_size, torch.int32, gated_out=out_size if silu_mul else TILE_OUT
+    streamed = (
+        x.shape[0] <= _MAX_STREAMED
+        and x.itemsize == 2
+        and can_stream(
+            x.device, weight.in_size, torch.int32, gated_out=out_size if silu_mul else TILE_OUT
+        )
     )
     if norm_weight is not None and (weight.order is not None or not streamed):
         x, norm_weight = rms_norm(x, norm_weight, eps), None
