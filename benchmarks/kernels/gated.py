@@ -1,4 +1,4 @@
-"""Products for more rows than `skinny_linear` takes; opponent: the library's and what stands behind.
+"""Products of more rows than `skinny_linear` takes. Opponent: the library and what stands behind.
 
 The product of gate and up has its activation inside, the smaller ones their residual.
 """
