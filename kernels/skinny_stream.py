@@ -27,6 +27,9 @@ try:
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.language.nvidia.ampere import mma_v2
     from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
+
+    # Newer versions of Gluon have given it another name.
+    _load_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 except ImportError:  # no Triton, or one without Gluon
     gluon = None
 
@@ -144,9 +147,9 @@ def _copy_stage(
 ) -> None:  # fmt: skip
     """Outputs from FIRST + 16 * tile, inputs from block `at`."""
     if BITS == 4:
-        tma.async_copy_global_to_shared(desc, [tile + FIRST // 16, at, 0], bar, target, wanted)
+        _load_tile(desc, [tile + FIRST // 16, at, 0], bar, target, wanted)
     else:
-        tma.async_copy_global_to_shared(desc, [at, tile * 16 + FIRST, 0], bar, target, wanted)
+        _load_tile(desc, [at, tile * 16 + FIRST, 0], bar, target, wanted)
 
 
 @gluon_jit
