@@ -117,3 +117,39 @@ def test_no_rows(place: tuple[str]) -> None:
     with entered(place[0]) as device:
         y = skinny_linear(torch.empty(0, 32, device=device), torch.ones(24, 32, device=device))
         assert y.shape == (0, 24)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_rows", [1, 8])
+def test_products_in_a_graph_wait_for_those_before(num_rows: int) -> None:
+    """Each starts before the one in front has ended; what it reads of that must be there."""
+    with entered("cuda") as device:
+        dtype = torch.bfloat16
+        norm_weight = torch.ones(1024, device=device, dtype=dtype)
+        layers = [
+            (matrix_of(2 * 2048, 1024, device, dtype), matrix_of(1024, 2048, device, dtype))
+            for _ in range(16)
+        ]
+        start = torch.randn(num_rows, 1024).to(device, dtype)
+
+        def run() -> torch.Tensor:
+            stream = start
+            for gate_up, down in layers:
+                x = skinny_linear(stream, gate_up, norm_weight=norm_weight, eps=EPS, silu_mul=True)
+                stream = skinny_linear(x, down, residual=stream)
+            return stream
+
+        eager = run()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = run()
+        expected = start.double().cpu()
+        for gate_up, down in layers:
+            x = expected_product(expected, gate_up, norm_weight=norm_weight, silu_mul=True)
+            expected = expected_product(x, down, residual=expected)
+        for _ in range(5):
+            captured.fill_(float("nan"))
+            graph.replay()
+            assert torch.equal(captured, eager)
+        assert_close(captured, expected, 4.0)
