@@ -1,12 +1,12 @@
 """Decode steps as CUDA graphs.
 
 Life of the graphs
-    1. Two for each padded number of rows, captured at start, the largest first so that the
+    1. Three for each padded number of rows, captured at start, the largest first so that the
        smaller ones reuse its memory. The first makes the inputs of the rows and runs all layers,
-       the second computes the logits and draws.
+       the others compute the logits and draw, one for rows that all take their best token.
     2. A step of n sequences takes the smallest ones with at least n rows. What the host says of
        them was uploaded to where the first graph reads it.
-    3. The second is left out when the host has to change the logits before the draw.
+    3. Neither draws when the host has to change the logits before the draw.
     4. Rows beyond n are padding: seq_len 0 and slot -1, so they read and write no KV.
 """
 
@@ -40,14 +40,14 @@ class DecodeGraphs:
     def __init__(
         self,
         forward: Callable[[int], torch.Tensor],
-        draw: Callable[[torch.Tensor], None],
+        draw: Callable[[torch.Tensor, bool], None],
         *,
         sizes: SequenceOf[int],
         device: torch.device,
     ) -> None:
         """`sizes`: numbers of rows, rising. `forward(num_rows)` gives the hidden states of that
-        many rows from inputs in memory that does not move; `draw(hidden)` leaves their tokens in
-        such memory."""
+        many rows from inputs in memory that does not move; `draw(hidden, only_best)` leaves their
+        tokens in such memory."""
         self._forward = forward
         self._draw = draw
         self._device = device
@@ -56,7 +56,7 @@ class DecodeGraphs:
         for size in reversed(self._sizes):
             self._size_of[: size + 1] = [size] * (size + 1)
         self._forwards: dict[int, torch.cuda.CUDAGraph] = {}
-        self._draws: dict[int, torch.cuda.CUDAGraph] = {}
+        self._draws: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}
         self._hidden: dict[int, torch.Tensor] = {}
 
     @property
@@ -85,19 +85,27 @@ class DecodeGraphs:
         self._forwards[num_rows].replay()
         return self._hidden[num_rows]
 
-    def replay_draw(self, num_rows: int) -> None:
-        """Draw from what `replay` of as many rows has just computed."""
-        self._draws[num_rows].replay()
+    def hidden(self, num_rows: int) -> torch.Tensor | None:
+        """What `replay` of as many rows gives."""
+        return self._hidden.get(num_rows)
+
+    def replay_draw(self, num_rows: int, *, only_best: bool) -> None:
+        """Draw from what `replay` of as many rows has just computed. `only_best`: no row has a
+        temperature."""
+        self._draws[num_rows, only_best].replay()
 
     def _warm_up_and_capture(
         self, num_rows: int, pool: _POOL_HANDLE, stream: torch.cuda.Stream
     ) -> None:
         with torch.cuda.stream(stream):
             for _ in range(_WARM_UP_RUNS):  # compiles kernels and makes cuBLAS allocate
-                self._draw(self._forward(num_rows))
-        forward, draw = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        with torch.cuda.graph(forward, pool=pool, stream=stream):
+                hidden = self._forward(num_rows)
+                for only_best in (True, False):
+                    self._draw(hidden, only_best)
+        self._forwards[num_rows] = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._forwards[num_rows], pool=pool, stream=stream):
             self._hidden[num_rows] = self._forward(num_rows)
-        with torch.cuda.graph(draw, pool=pool, stream=stream):
-            self._draw(self._hidden[num_rows])
-        self._forwards[num_rows], self._draws[num_rows] = forward, draw
+        for only_best in (True, False):
+            draw = self._draws[num_rows, only_best] = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(draw, pool=pool, stream=stream):
+                self._draw(self._hidden[num_rows], only_best)

@@ -138,7 +138,8 @@ class ModelRunner:
         fill(self._inputs.filled(num_entries))
         self._inputs.upload(num_entries)
         if header.num_rows:
-            self._run_rows(header.num_rows, None, draws=True)
+            hidden = self._run_rows(header.num_rows, None)
+            self._draw_rows(hidden, only_best=True)  # the logits are all that others compute
 
     # ---- decode ----------------------------------------------------------------------------
 
@@ -156,12 +157,14 @@ class ModelRunner:
         if plan is None:
             plan = self._plan = sampler.plan_for(sequences)
         num_rows = self._upload_rows(sequences, plan, is_steady)
-        hidden = self._run_rows(num_rows, on_layer, draws=not plan.needs_logits)
+        hidden = self._run_rows(num_rows, on_layer)
         params = self._inputs.device_rows.draw_params(len(sequences))
         logits = None
         if plan.needs_logits:
             logits = self._decoder.logits(hidden)[: len(sequences)]
-            sampler.draw(logits, params)
+            sampler.draw(logits, params, only_best=plan.only_best)
+        else:
+            self._draw_rows(hidden, only_best=plan.only_best)
         draws = sampler.finish(plan, sequences, params, logits)
         self._drawn_by = sequences
         return LaunchedStep(sequences, draws, draws.event, not plan.penalized)
@@ -215,20 +218,20 @@ class ModelRunner:
             return num_seqs
         return self._graphs.padded(num_seqs)
 
-    def _run_rows(
-        self, num_rows: int, on_layer: Callable[[int], None] | None, *, draws: bool
-    ) -> torch.Tensor:
-        """The hidden states of the uploaded rows, drawn from if `draws`."""
+    def _run_rows(self, num_rows: int, on_layer: Callable[[int], None] | None) -> torch.Tensor:
+        """The hidden states of the uploaded rows."""
         graphs = self._graphs
         if graphs is None or on_layer is not None or num_rows > graphs.max_rows:
-            hidden = self._forward_rows(num_rows, on_layer)
-            if draws:
-                self._draw(hidden)
-            return hidden
-        hidden = graphs.replay(num_rows)
-        if draws:
-            graphs.replay_draw(num_rows)
-        return hidden
+            return self._forward_rows(num_rows, on_layer)
+        return graphs.replay(num_rows)
+
+    def _draw_rows(self, hidden: torch.Tensor, *, only_best: bool) -> None:
+        """Draw from what `_run_rows` gave."""
+        graphs, num_rows = self._graphs, len(hidden)
+        if graphs is None or graphs.hidden(num_rows) is not hidden:
+            self._draw(hidden, only_best)
+        else:
+            graphs.replay_draw(num_rows, only_best=only_best)
 
     def _forward_rows(
         self, num_rows: int, on_layer: Callable[[int], None] | None = None
@@ -259,11 +262,11 @@ class ModelRunner:
             raise RuntimeError("A decode batch samples all its rows.")
         return hidden
 
-    def _draw(self, hidden: torch.Tensor) -> None:
+    def _draw(self, hidden: torch.Tensor, only_best: bool) -> None:
         logits = self._decoder.logits(hidden)
         if self._sampler is not None:
             params = self._inputs.device_rows.draw_params(len(hidden))
-            self._sampler.draw(logits, params)
+            self._sampler.draw(logits, params, only_best=only_best)
 
     # ---- prefill ---------------------------------------------------------------------------
 
@@ -286,7 +289,7 @@ class ModelRunner:
         rows.ends[: len(sampled)] = [len(each.token_ids) for each in sampled]
         params = self._inputs.upload().draw_params(len(sampled))
         logits = self._decoder.logits(hidden)
-        sampler.draw(logits, params)
+        sampler.draw(logits, params, only_best=plan.only_best)
         self._drawn_by = sampled
         draws = sampler.finish(plan, sampled, params, logits)
         return LaunchedStep(sampled, draws, done, not plan.penalized)

@@ -123,10 +123,16 @@ class Sampler:
         arrays = (plan.scale, plan.min_p, plan.top_p, plan.top_k, plan.seeds, positions)
         return DrawParams(*map(torch.from_numpy, arrays))
 
-    def draw(self, logits: torch.Tensor, params: DrawParams) -> None:
-        """Draw from unchanged logits `[n, vocab]`, any float type, into `drawn`. Captured in
-        graphs: reads nothing on the host when on a GPU."""
-        sample(logits, params, out=self.drawn[: len(logits)], workspace=self.workspace)
+    def draw(self, logits: torch.Tensor, params: DrawParams, *, only_best: bool = False) -> None:
+        """Draw from logits `[n, vocab]`, any float type, into `drawn`. Captured in graphs: reads
+        nothing on the host when on a GPU. `only_best`: no row has a temperature."""
+        sample(
+            logits,
+            params,
+            out=self.drawn[: len(logits)],
+            workspace=self.workspace,
+            only_best=only_best,
+        )
 
     def finish(
         self,

@@ -63,6 +63,7 @@ class SamplingPlan:
         self.rows = rows
         params = [row.sampling for row in rows]
         self.scale = np.array([row.scale for row in rows], np.float32)
+        self.only_best = not self.scale.any()
         self.min_p = np.array([sampling.min_p for sampling in params], np.float32)
         self.top_p = np.array([sampling.top_p for sampling in params], np.float64)
         self.top_k = np.array([sampling.top_k for sampling in params], np.int32)

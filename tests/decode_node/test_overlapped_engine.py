@@ -49,7 +49,9 @@ class Listener:
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)], scope="module")
 def engine(request: pytest.FixtureRequest, open_engine: OpenEngine) -> Iterator[Engine]:
-    engine = open_engine("qwen3", device=request.param, max_num_seqs=12)
+    engine = open_engine(
+        "qwen3", device=request.param, max_num_seqs=12, kv_cache_memory_bytes=64 << 20
+    )
     overlaps = engine.overlaps
     yield engine
     engine.overlaps = overlaps
