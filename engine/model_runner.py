@@ -47,12 +47,11 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, slots=True)
 class LaunchedStep:
     """`sampled[i]` is the sequence of draw i. `draws` is None if there are none. `done` (GPU): the
-    KV is written. `can_be_followed`: the next step may be launched before the tokens are known."""
+    KV is written."""
 
     sampled: SequenceOf[Sequence]
     draws: Draws | None
     done: torch.Event | None
-    can_be_followed: bool
 
 
 class ModelRunner:
@@ -158,16 +157,15 @@ class ModelRunner:
             plan = self._plan = sampler.plan_for(sequences)
         num_rows = self._upload_rows(sequences, plan, is_steady)
         hidden = self._run_rows(num_rows, on_layer)
-        params = self._inputs.device_rows.draw_params(len(sequences))
-        logits = None
+        logprobs = None
         if plan.needs_logits:
             logits = self._decoder.logits(hidden)[: len(sequences)]
-            sampler.draw(logits, params, only_best=plan.only_best)
+            logprobs = self._draw_changed(plan, sequences, logits)
         else:
             self._draw_rows(hidden, only_best=plan.only_best)
-        draws = sampler.finish(plan, sequences, params, logits)
         self._drawn_by = sequences
-        return LaunchedStep(sequences, draws, draws.event, not plan.penalized)
+        draws = sampler.send(len(sequences), plan, logprobs)
+        return LaunchedStep(sequences, draws, draws.event)
 
     def _upload_rows(
         self, sequences: SequenceOf[Sequence], plan: SamplingPlan, is_steady: bool
@@ -281,18 +279,31 @@ class ModelRunner:
             done = torch.Event(self._limits.device)
             done.record()
         if hidden is None:
-            return LaunchedStep((), None, done, True)
+            return LaunchedStep((), None, done)
         sampler = self._drawing()
         plan = sampler.plan_for(sampled)
         rows = self._inputs.next_rows()
         rows.set_params(plan)
         rows.ends[: len(sampled)] = [len(each.token_ids) for each in sampled]
-        params = self._inputs.upload().draw_params(len(sampled))
+        rows.sources[: len(sampled)] = -1
+        self._inputs.upload()
         logits = self._decoder.logits(hidden)
-        sampler.draw(logits, params, only_best=plan.only_best)
+        logprobs = None
+        if plan.needs_logits:
+            logprobs = self._draw_changed(plan, sampled, logits)
+        else:
+            params = self._inputs.device_rows.draw_params(len(sampled))
+            sampler.draw(logits, params, only_best=plan.only_best)
         self._drawn_by = sampled
-        draws = sampler.finish(plan, sampled, params, logits)
-        return LaunchedStep(sampled, draws, done, not plan.penalized)
+        return LaunchedStep(sampled, sampler.send(len(sampled), plan, logprobs), done)
+
+    def _draw_changed(
+        self, plan: SamplingPlan, sequences: SequenceOf[Sequence], logits: torch.Tensor
+    ) -> torch.Tensor | None:
+        """Draw the uploaded rows from logits that the plan changes; log-probabilities wanted."""
+        rows, num_rows = self._inputs.device_rows, len(sequences)
+        params, sources = rows.draw_params(num_rows), rows.sources[:num_rows]
+        return self._drawing().draw_changed(plan, sequences, params, logits, sources)
 
     def _drawing(self) -> Sampler:
         if self._sampler is None:

@@ -76,11 +76,13 @@ def apply_penalties(
     rows: SequenceOf[int],
     counts: SequenceOf[TokenCounts],
     strengths: torch.Tensor,
+    pending: torch.Tensor,
 ) -> None:
     """Change `logits` [n, vocab] in place at the counted tokens of `rows`.
 
     `strengths` float32 [3, len(rows)]: repetition (divides what is positive, multiplies what
-    is negative), frequency (times the count), presence (once).
+    is negative), frequency (times the count), presence (once). `pending` int64 [len(rows)]: a
+    token put out that is not counted yet, known to the device alone; -1 where there is none.
     """
     lengths = [len(count) for count in counts]
     index = np.stack(
@@ -92,12 +94,21 @@ def apply_penalties(
         ]
     )
     row, token_id, count, place = to_device(index, logits.device)
-    repetition, frequency, presence = strengths[:, place]
+    is_pending = token_id == pending[place]
     value = logits[row, token_id]
+    logits[row, token_id] = _penalized(value, count + is_pending, strengths[:, place])
+    is_listed = torch.zeros_like(pending).index_add_(0, place, is_pending.long())
+    row, token_id = to_device(np.array(rows, np.int64), logits.device), pending.clamp(min=0)
+    value = logits[row, token_id]
+    is_new = (pending >= 0) & (is_listed == 0)
+    changed = _penalized(value, torch.ones_like(pending), strengths)
+    logits[row, token_id] = torch.where(is_new, changed, value)
+
+
+def _penalized(value: torch.Tensor, count: torch.Tensor, strengths: torch.Tensor) -> torch.Tensor:
+    repetition, frequency, presence = strengths
     value = torch.where(value > 0, value / repetition, value * repetition)
-    value -= frequency * count
-    value -= presence * (count > 0)
-    logits[row, token_id] = value
+    return value - frequency * count - presence * (count > 0)
 
 
 class TokenEdits:

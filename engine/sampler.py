@@ -12,8 +12,8 @@ Life of a row in one step
        host behind the step. `Draws.tokens` waits for that, and for nothing else.
 
 A row's outcome depends on its own logits, tokens and parameters, never on its neighbours. Only
-penalties depend on the values of earlier tokens: a batch with one is launched when all of them
-are known.
+penalties depend on the values of earlier tokens; of the one that a running step draws they learn
+on the device.
 """
 
 from __future__ import annotations
@@ -134,52 +134,30 @@ class Sampler:
             only_best=only_best,
         )
 
-    def finish(
+    def draw_changed(
         self,
         plan: SamplingPlan,
         sequences: SequenceOf[Sequence],
         params: DrawParams,
-        logits: torch.Tensor | None,
-    ) -> Draws:
-        """After `draw`: draw again where parameters change the logits, and send the tokens.
+        logits: torch.Tensor,
+        sources: torch.Tensor,
+    ) -> torch.Tensor | None:
+        """Draw from `logits` as the plan changes them, row i for `sequences[i]`.
 
-        `logits` `[n, vocab]`, row i of `sequences[i]`; only read if `plan.needs_logits`.
+        `sources` int32 [n]: the row of `drawn` that holds the sequence's last token, -1 where the
+        sequence has it. Returns the table of log-probabilities if some are wanted.
         """
-        logprobs = None
-        if logits is not None and plan.needs_logits:
-            raw = logits.float()
-            changed = self._change(raw, plan, sequences)
-            if changed is not raw:
-                self.draw(changed, params)
-            if plan.num_wanted_logprobs:
-                rows = plan.logprob_rows
-                chosen = self.drawn[rows].clamp(min=0)
-                logprobs = logprob_table(raw[rows], chosen, plan.num_top_logprobs)
-        return self._send(len(sequences), plan, logprobs)
+        raw = logits.float()
+        changed = self._change(raw, plan, sequences, sources)
+        self.draw(changed, params, only_best=plan.only_best)
+        if not plan.num_wanted_logprobs:
+            return None
+        rows = plan.logprob_rows
+        chosen = self.drawn[rows].clamp(min=0)
+        return logprob_table(raw[rows], chosen, plan.num_top_logprobs)
 
-    @torch.inference_mode()
-    def sample(self, logits: torch.Tensor, sequences: SequenceOf[Sequence]) -> list[SampledToken]:
-        """Draw and wait: for `logits` [n, vocab] whose row i is of `sequences[i]`. Changes
-        neither `logits` nor the sequences' tokens."""
-        if not sequences:
-            return []
-        plan = self.plan_for(sequences)
-        positions = np.array([len(each.token_ids) for each in sequences], np.int64)
-        params = self.host_params(plan, positions)
-        if self._on_gpu:
-            params = DrawParams(*(each.to(self._device) for each in params))
-        self.draw(logits.contiguous(), params)
-        draws = self.finish(plan, sequences, params, logits)
-        tokens = draws.tokens()
-        logprobs = draws.logprobs()
-        return [
-            SampledToken(token_id, logprobs.get(row))
-            if token_id != NO_TOKEN
-            else SampledToken(NO_TOKEN, error=not_finite())
-            for row, token_id in enumerate(tokens)
-        ]
-
-    def _send(self, num_rows: int, plan: SamplingPlan, logprobs: torch.Tensor | None) -> Draws:
+    def send(self, num_rows: int, plan: SamplingPlan, logprobs: torch.Tensor | None) -> Draws:
+        """Send what was drawn last, of the first `num_rows` rows, to the host."""
         if not self._on_gpu:
             return Draws(self.drawn[:num_rows].clone(), plan, logprobs, None)
         self._turn = (self._turn + 1) % _NUM_STAGED
@@ -192,13 +170,40 @@ class Sampler:
         event.record()
         return Draws(staged, plan, logprobs, event)
 
+    @torch.inference_mode()
+    def sample(self, logits: torch.Tensor, sequences: SequenceOf[Sequence]) -> list[SampledToken]:
+        """Draw and wait: for `logits` [n, vocab] whose row i is of `sequences[i]`. Changes
+        neither `logits` nor the sequences' tokens."""
+        if not sequences:
+            return []
+        plan = self.plan_for(sequences)
+        positions = np.array([len(each.token_ids) for each in sequences], np.int64)
+        params = self.host_params(plan, positions)
+        if self._on_gpu:
+            params = DrawParams(*(each.to(self._device) for each in params))
+        sources = torch.full((len(sequences),), -1, dtype=torch.int32, device=self._device)
+        table = self.draw_changed(plan, sequences, params, logits.contiguous(), sources)
+        draws = self.send(len(sequences), plan, table)
+        tokens = draws.tokens()
+        logprobs = draws.logprobs()
+        return [
+            SampledToken(token_id, logprobs.get(row))
+            if token_id != NO_TOKEN
+            else SampledToken(NO_TOKEN, error=not_finite())
+            for row, token_id in enumerate(tokens)
+        ]
+
     def _row_of(self, sequence: Sequence) -> SamplingRow:
         row = SamplingRow(sequence, self._vocab_size, self._eos_token_ids)
         sequence.sampling_row = row
         return row
 
     def _change(
-        self, raw: torch.Tensor, plan: SamplingPlan, sequences: SequenceOf[Sequence]
+        self,
+        raw: torch.Tensor,
+        plan: SamplingPlan,
+        sequences: SequenceOf[Sequence],
+        sources: torch.Tensor,
     ) -> torch.Tensor:
         """The logits after penalties, biases and bans; `raw` itself if there are none."""
         bans = [
@@ -216,7 +221,9 @@ class Sampler:
                 if count is not None:
                     count.update(sequences[place].token_ids)
                     counts.append(count)
-            apply_penalties(changed, plan.penalized, counts, plan.strengths)
+            source = sources[plan.penalized_rows].long()
+            pending = torch.where(source >= 0, self.drawn[source.clamp(min=0)], NO_TOKEN)
+            apply_penalties(changed, plan.penalized, counts, plan.strengths, pending)
         if plan.bias is not None:
             plan.bias.add_to(changed)
         if bans:

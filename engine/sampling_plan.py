@@ -69,6 +69,7 @@ class SamplingPlan:
         self.top_k = np.array([sampling.top_k for sampling in params], np.int32)
         self.seeds = np.array([sampling.seed for sampling in params], np.int64)
         self.penalized = [place for place, row in enumerate(rows) if row.counts is not None]
+        self.penalized_rows = to_device(np.array(self.penalized, np.int64), device)
         self.strengths = to_device(self._strengths(), device)
         self.bias: TokenEdits | None = None
         if any(row.bias for row in rows):

@@ -10,7 +10,7 @@ Life of a step
 
 Why two steps in flight are safe:
     - The host knows all of the second step but the tokens: positions, blocks, how it draws.
-      Where it does not (a penalty counts tokens), `can_be_followed` says so.
+      What depends on the tokens (inputs, penalties) is worked out on the device.
     - A sequence that turns out to have ended, by a token or because it was aborted, computes one
       token too many. It goes to a slot of its own blocks and is discarded. A limit of length is
       known before, so no step goes beyond it.
@@ -109,8 +109,7 @@ class StepPipeline:
         for sequence in launched.sampled:
             sequence.num_launched_draws += 1
         self._block_manager.step_launched()
-        can_be_followed = self.overlaps and launched.can_be_followed
-        step = InFlightStep(decision.chunks, launched, can_be_followed)
+        step = InFlightStep(decision.chunks, launched, self.overlaps)
         self._in_flight.append(step)
         return step
 

@@ -30,7 +30,12 @@ KINDS: list[dict[str, Any]] = [
     {"temperature": 1.0, "min_tokens": 5, "stop_token_ids": (7, 8, 9, 10, 11)},
     {"temperature": 1.5, "stop_token_ids": tuple(range(40))},
 ]
-PENALIZED: dict[str, Any] = {"temperature": 0.7, "repetition_penalty": 1.3}
+PENALIZED: list[dict[str, Any]] = [
+    {"temperature": 0.7, "repetition_penalty": 1.3},
+    {"temperature": 0.0, "frequency_penalty": 0.9, "presence_penalty": 0.4},
+    {"temperature": 0.0, "frequency_penalty": -1.5},
+    {"temperature": 1.0, "top_p": 0.8, "repetition_penalty": 0.8, "presence_penalty": -1.0},
+]
 
 
 class Listener:
@@ -98,7 +103,7 @@ def run(
     return listener.told, ahead
 
 
-@pytest.mark.parametrize("kinds", [KINDS[:1], KINDS[:5], KINDS, [*KINDS, PENALIZED]])
+@pytest.mark.parametrize("kinds", [KINDS[:1], KINDS[:5], KINDS, PENALIZED])
 def test_steps_launched_ahead_change_no_token(
     engine: Engine, expected: Expected, kinds: list[dict[str, Any]]
 ) -> None:
@@ -113,7 +118,7 @@ def test_steps_launched_ahead_change_no_token(
     one_by_one, none = run(engine, sequences(), overlaps=False)
     overlapped, many = run(engine, sequences(), overlaps=True)
     assert none == 0
-    assert many > 10 or PENALIZED in kinds
+    assert many > 10
     assert overlapped.keys() == one_by_one.keys()
     for name, told in one_by_one.items():
         assert overlapped[name] == told

@@ -23,11 +23,13 @@ def test_sizes_grow_to_the_most_sequences(max_num_seqs: int, sizes: list[int]) -
 
 
 def test_a_step_takes_the_smallest_graph_that_holds_it() -> None:
-    def never(_: object) -> torch.Tensor:
+    def forward(num_rows: int) -> torch.Tensor:
         raise AssertionError("not asked before a capture")
 
-    sizes = capture_sizes(20)
-    graphs = DecodeGraphs(never, lambda hidden: None, sizes=sizes, device=torch.device("cpu"))
+    def draw(hidden: torch.Tensor, only_best: bool) -> None:
+        raise AssertionError("not asked before a capture")
+
+    graphs = DecodeGraphs(forward, draw, sizes=capture_sizes(20), device=torch.device("cpu"))
     assert [graphs.padded(n) for n in range(1, 21)] == [
         *(1, 2, 4, 4, 8, 8, 8, 8),
         *[16] * 8,
