@@ -34,6 +34,7 @@ from kernels.sample_rows import best_kernel, collect_kernel, plan_kernel, weigh_
 NO_TOKEN = -1
 MAX_CANDIDATES = 1024  # on the CPU a filtered draw looks at more tokens only if these do not do
 _TILE = 2048
+_LEAST_TILES = 16  # no compiler is tried with vectors of one element
 _NUM_BINS = 1024  # 0 begins with the weight 1; those deeper than 41 octaves stay empty
 _LIST_SIZE = 16384
 # Of each stage (top-k, top-p, point): first bin, last bin, sum before the first; then, for top-k,
@@ -163,7 +164,7 @@ def _sample_triton(
         "VOCAB": vocab_size,
         "TILE": _TILE,
         "TILES": num_tiles,
-        "TILES_PADDED": next_power_of_two(num_tiles),
+        "TILES_PADDED": max(_LEAST_TILES, next_power_of_two(num_tiles)),
         "BINS": _NUM_BINS,
         # A fused product and sum would round once where the reference rounds twice.
         "enable_fp_fusion": False,
@@ -176,14 +177,14 @@ def _sample_triton(
         logits, *filters, work.best, work.best_ids, *bins, work.num_listed, **sizes, num_warps=4
     )
     if not only_best:
-        weigh_kernel[grid](logits, *filters, work.best, work.totals, *bins, **sizes, num_warps=4)
+        weigh_kernel[grid](logits, *filters, work.best, work.totals, *bins, **sizes, num_warps=8)
         plan_kernel[(num_rows,)](
             *filters, seeds, positions, work.best, work.totals, *bins, work.plan,
             **sizes, PLAN=_PLAN_SIZE, num_warps=4,
         )  # fmt: skip
         collect_kernel[grid](
             logits, *filters, work.best, work.plan, *listed,
-            **sizes, PLAN=_PLAN_SIZE, LIST=_LIST_SIZE, num_warps=4,
+            **sizes, PLAN=_PLAN_SIZE, LIST=_LIST_SIZE, num_warps=8,
         )  # fmt: skip
     draw_kernel[(num_rows,)](
         logits, *filters, seeds, positions, work.best, work.best_ids, work.totals,
