@@ -133,7 +133,7 @@ class EngineRun:
 
         def step() -> None:
             graphs.replay(num_rows)
-            graphs.replay_draw(num_rows)
+            graphs.replay_draw(num_rows, only_best=True)
 
         def steps() -> None:
             for _ in range(STEPS_ALONE):

@@ -108,7 +108,7 @@ def apply_penalties(
 def _penalized(value: torch.Tensor, count: torch.Tensor, strengths: torch.Tensor) -> torch.Tensor:
     repetition, frequency, presence = strengths
     value = torch.where(value > 0, value / repetition, value * repetition)
-    return value - frequency * count - presence * (count > 0)
+    return value.sub_(frequency * count).sub_(presence * (count > 0))
 
 
 class TokenEdits:
