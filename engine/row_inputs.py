@@ -94,8 +94,11 @@ class RowInputs:
 
     def __init__(self, max_rows: int, max_blocks: int, device: torch.device) -> None:
         self._on_gpu = device.type == "cuda"
-        self._rows_bytes = max_rows * sum(dtype.itemsize for dtype in _DTYPES)
         self._max_entries = min(_MAX_ENTRIES, max_rows * max_blocks)
+        num_tables = max_rows
+        # Arrays of 4-byte items then begin at multiples of 16 bytes, as kernels are compiled for.
+        max_rows = -(-max_rows // 4) * 4
+        self._rows_bytes = max_rows * sum(dtype.itemsize for dtype in _DTYPES)
         num_bytes = self._rows_bytes + 8 * self._max_entries
         self._memory = [
             torch.zeros(num_bytes, dtype=torch.uint8, pin_memory=self._on_gpu)
@@ -111,7 +114,7 @@ class RowInputs:
         if self._on_gpu:
             self._on_device = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
         self.device_rows = DeviceRows(*_views(self._on_device, max_rows))
-        self.tables = torch.zeros(max_rows, max_blocks, dtype=torch.int32, device=device)
+        self.tables = torch.zeros(num_tables, max_blocks, dtype=torch.int32, device=device)
 
     def next_rows(self) -> HostRows:
         """The next step's rows, to be filled; contents undefined."""

@@ -6,7 +6,7 @@ Life of a prompt here
        The one at the head waits for them; none overtakes it.
     3. `schedule` cuts chunks until the token budget of the step is used up. What is left of a
        prompt goes on in the next step, in its turn.
-    4. While a step is in flight, `schedule_ahead` cuts the chunks of the next one.
+    4. While a step is in flight, `schedule_ahead` cuts the next chunks of a long prompt.
     5. `update`: its first token was sampled, or it ended. It leaves, and drops its blocks;
        those that are still being sent stay under the sender's holds.
 
@@ -92,20 +92,31 @@ class PrefillScheduler:
         return sequence
 
     def schedule_ahead(self) -> ScheduleDecision | None:
-        """The chunks of the step after the one in flight, None if there are none: what a prompt
-        needs does not depend on what others draw."""
-        decision = self.schedule()
-        return decision if decision.chunks else None
+        """The step after the one in flight: chunks of prompts that have begun, if they fill it.
+
+        Else it is better to wait: prompts that come meanwhile can share the step, and those that
+        begin like one in flight find its blocks.
+        """
+        first = self._waiting.peek()
+        chunks: list[ScheduledChunk] = []
+        budget = self._max_num_batched_tokens
+        for sequence in self._running:
+            if first is not None and order_key(first) < order_key(sequence):
+                return None
+            left = sequence.num_uncomputed_tokens - sequence.num_launched_tokens
+            if left > 0:  # else its last chunk is in flight
+                chunks.append(ScheduledChunk(sequence, min(budget, left)))
+                budget -= chunks[-1].num_scheduled_tokens
+            if budget == 0:
+                return ScheduleDecision(tuple(chunks))
+        return None
 
     def schedule(self) -> ScheduleDecision:
         """The chunks of the next step; none while everyone waits for blocks."""
         chunks: list[ScheduledChunk] = []
         budget = self._max_num_batched_tokens
         for sequence in self._in_turn():
-            left = sequence.num_uncomputed_tokens - sequence.num_launched_tokens
-            num_tokens = min(budget, left)
-            if num_tokens == 0:  # its last chunk is in flight
-                continue
+            num_tokens = min(budget, sequence.num_uncomputed_tokens)
             chunks.append(ScheduledChunk(sequence, num_tokens))
             budget -= num_tokens
             if budget == 0 or len(chunks) == self._max_num_seqs:

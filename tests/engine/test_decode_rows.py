@@ -6,6 +6,7 @@ import random
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -93,6 +94,16 @@ def test_more_entries_than_an_upload_holds_take_several() -> None:
     rows.arrange(sequences)
     assert write(rows, inputs) == 75
     assert inputs.tables[:, :25].tolist() == tables
+
+
+@pytest.mark.parametrize("max_rows", [1, 3, 4, 21])
+def test_each_array_begins_where_kernels_take_it_without_another_compilation(
+    max_rows: int,
+) -> None:
+    rows = RowInputs(max_rows, 16, CPU).device_rows
+    first = rows.ends.data_ptr()
+    assert all((array.data_ptr() - first) % 16 == 0 for array in rows)
+    assert all(len(array) >= max_rows for array in rows)
 
 
 @settings(max_examples=60, deadline=None)

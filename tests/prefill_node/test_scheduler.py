@@ -14,7 +14,14 @@ from engine.block_manager import BlockManager
 from engine.sequence import SequenceStatus
 from engine.waiting_queue import order_key
 from prefill_node.scheduler import PrefillScheduler
-from tests.sequences import BLOCK_SIZE, StepOutcome, make_sequence, run_step
+from tests.sequences import (
+    BLOCK_SIZE,
+    StepOutcome,
+    collect_step,
+    launch_step,
+    make_sequence,
+    run_step,
+)
 
 if TYPE_CHECKING:
     from engine.block_manager import Hold
@@ -48,6 +55,43 @@ def test_the_budget_is_filled_in_order_of_arrival_and_the_rest_goes_on() -> None
     assert scheduler.update(output) == [first]
     assert chunks_of(scheduler.schedule()) == [(second, 6)]
     assert scheduler.num_running == 1
+
+
+def test_the_next_chunk_of_a_long_prompt_is_cut_while_one_is_in_flight() -> None:
+    manager, scheduler = make(budget=8)
+    sequence = make_sequence(prompt(20, 1))
+    scheduler.add(sequence)
+    first = launch_step(scheduler.schedule(), manager)
+    ahead = scheduler.schedule_ahead()
+    assert ahead is not None
+    assert [(chunk.begin, chunk.num_scheduled_tokens) for chunk in ahead.chunks] == [(8, 8)]
+    second = launch_step(ahead, manager)
+    scheduler.update(collect_step(first, manager))
+    assert scheduler.schedule_ahead() is None, "four tokens: others may share that step"
+    scheduler.update(collect_step(second, manager))
+    assert chunks_of(scheduler.schedule()) == [(sequence, 4)]
+
+
+def test_no_prompt_is_admitted_while_a_step_is_in_flight() -> None:
+    """It may begin with the very blocks that the step computes."""
+    manager, scheduler = make(budget=8)
+    first, second = make_sequence(prompt(9, 1)), make_sequence(prompt(20, 1))
+    scheduler.add(first)
+    flight = launch_step(scheduler.schedule(), manager)
+    scheduler.add(second)
+    assert scheduler.schedule_ahead() is None
+    scheduler.update(collect_step(flight, manager))
+    assert chunks_of(scheduler.schedule()) == [(first, 1), (second, 7)]
+    assert second.num_cached_tokens == 8
+
+
+def test_a_more_urgent_prompt_is_not_kept_waiting_behind_two_steps() -> None:
+    manager, scheduler = make(budget=8)
+    scheduler.add(make_sequence(prompt(40, 1)))
+    launch_step(scheduler.schedule(), manager)
+    assert scheduler.schedule_ahead() is not None
+    scheduler.add(make_sequence(prompt(4, 2), priority=-1))
+    assert scheduler.schedule_ahead() is None
 
 
 def test_a_prompt_longer_than_the_budget_is_cut() -> None:
