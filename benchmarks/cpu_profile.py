@@ -1,7 +1,8 @@
 """`python -m benchmarks.cpu_profile`: where a step of the pocket model goes on this CPU.
 
     1. Steps of one kind through a bare engine, without gateway or scheduler: decode of 1 and of 16
-       sequences, prefill of one long prompt and of 16 short ones. The figure is the median.
+       sequences, prefill of one long prompt and of 16 short ones. The figure is the median of the
+       quietest of some rounds: other programs on the same cores only ever add to it.
     2. The same steps under torch's profiler: the time inside its operations, by what they are for,
        scaled so that operations and everything else (Python, its calls of torch) add up to 1.
     3. The same steps under cProfile: how many Python functions a step calls. A loop over sequences
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
 
 POCKET_MODEL = ROOT / "baton" / "pocket_model"
 CONTEXT = 256
-WARM_UP_STEPS, TIMED_STEPS, PROFILED_STEPS = 8, 120, 20
+WARM_UP_STEPS, ROUNDS, ROUND_STEPS, PROFILED_STEPS = 8, 8, 20, 20
 
 PRODUCTS, ATTENTION, OTHER, PYTHON = "products", "attention", "other operations", "Python"
 PURPOSES = {
@@ -171,7 +172,7 @@ def open_engine(num_threads: int) -> Engine:
 def measure(engine: Engine, kind: Kind, seed: int) -> Profile:
     steps = Steps(engine, kind, seed)
     steps.run(WARM_UP_STEPS)
-    seconds = statistics.median(steps.run(TIMED_STEPS))
+    seconds = min(statistics.median(steps.run(ROUND_STEPS)) for _ in range(ROUNDS))
     shares, top = operation_shares(steps)
     calls = python_calls(steps)
     steps.close()
@@ -203,7 +204,7 @@ def python_calls(steps: Steps) -> int:
 
 
 def table(profiles: SequenceOf[Profile]) -> str:
-    head = ["step", "median (ms)", PRODUCTS, ATTENTION, OTHER, PYTHON, "Python calls", "longest"]
+    head = ["step", "ms", PRODUCTS, ATTENTION, OTHER, PYTHON, "Python calls", "longest"]
     lines = [head, ["---", *["---:"] * 6, "---"], *(each.cells() for each in profiles)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
