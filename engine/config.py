@@ -14,6 +14,7 @@ from engine.models.quantization import QuantizationMethod  # noqa: TC001
 
 DType = Literal["auto", "bfloat16", "float16", "float32"]
 LoadFormat = Literal["auto", "dummy"]
+AttentionBackendChoice = Literal["auto", "gluon", "triton"]
 KVCacheDType = Literal["auto", "fp8", "fp8_e4m3"]
 
 _MODEL = "Model"
@@ -111,6 +112,13 @@ class EngineConfig:
         None,
         help="Most sequences of a decode step that a CUDA graph is captured for. Default: "
         "max-num-seqs.",
+        group=_STEP,
+        advanced=True,
+    )
+    attention_backend: AttentionBackendChoice = option(
+        "auto",
+        help="Kernel of attention to prompts on a GPU. auto: the fastest that runs here: gluon on "
+        "Hopper GPUs for 16-bit models with heads of 64 or 128, else triton.",
         group=_STEP,
         advanced=True,
     )

@@ -53,6 +53,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
+logger = logging.getLogger(__name__)
+
+
 class Engine:
     """`block_manager` and `kv_cache` are for the thread that steps; the facts are for all."""
 
@@ -164,6 +167,8 @@ class Engine:
         whole = read_model(config)
         shard = WHOLE if seat is None else seat.shard.fitted(whole)
         limits = resolve(config, whole, Machine.here(), rank=shard.rank)
+        if limits.attention_backend is not None:
+            logger.info("attention to prompts by %s", limits.attention_backend)
         _enter_thread(limits)
         # Another engine of this process is not part of this one's share.
         others_bytes = torch.cuda.memory_reserved(limits.device) if limits.on_gpu else 0

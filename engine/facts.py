@@ -1,4 +1,4 @@
-"""What a node tells the cluster of the engine it runs."""
+"""What a node tells of the engine it runs: the cluster, and whoever reads its metrics."""
 
 from __future__ import annotations
 
@@ -31,3 +31,14 @@ def node_info(node: NodeId, role: NodeRole, engine: Engine) -> NodeInfo:
         block_size=engine.block_manager.block_size,
         max_model_len=engine.max_model_len,
     )
+
+
+def engine_choices(engine: Engine) -> dict[str, str]:
+    """What the engine decided at start, for metrics."""
+    limits = engine.limits
+    return {
+        "device": limits.device.type,
+        "dtype": str(limits.dtype).removeprefix("torch."),
+        "kv_dtype": str(limits.kv_dtype).removeprefix("torch."),
+        "attention_backend": limits.attention_backend or "torch",
+    }

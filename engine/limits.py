@@ -13,10 +13,12 @@ import torch
 
 from cluster.errors import ConfigError
 from engine.models.linear import can_pack
+from kernels.attention_backend import BACKENDS, obstacles
 
 if TYPE_CHECKING:
     from engine.config import EngineConfig
     from engine.models.config import ModelConfig
+    from kernels.attention_backend import AttentionBackend
 
 _DTYPES = {
     "bfloat16": torch.bfloat16,
@@ -39,6 +41,8 @@ class Machine:
     num_gpus: int
     cpu_is_fast_at_bfloat16: bool
     gpus_have_float8: bool = True
+    # The lowest compute capability of its GPUs.
+    capability: tuple[int, int] = (8, 0)
 
     @classmethod
     def here(cls) -> Machine:
@@ -47,15 +51,16 @@ class Machine:
             torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
         )
         num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        capabilities = (torch.cuda.get_device_capability(index) for index in range(num_gpus))
-        return cls(num_gpus, fast, all(each >= _FLOAT8_CAPABILITY for each in capabilities))
+        lowest = min(map(torch.cuda.get_device_capability, range(num_gpus)), default=(0, 0))
+        return cls(num_gpus, fast, lowest >= _FLOAT8_CAPABILITY, lowest)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineLimits:
     """Everything the configuration left open, decided. `num_threads` None: torch's choice.
 
-    `max_graph_rows`: most sequences of a decode step that a CUDA graph is captured for.
+    `attention_backend`: the kernel of attention to prompts; None on a CPU. `max_graph_rows`: most
+    sequences of a decode step that a CUDA graph is captured for.
     """
 
     device: torch.device
@@ -66,6 +71,7 @@ class EngineLimits:
     max_graph_rows: int
     max_num_batched_tokens: int
     num_threads: int | None
+    attention_backend: AttentionBackend | None = None
 
     @property
     def on_gpu(self) -> bool:
@@ -104,7 +110,35 @@ def resolve(
         max_num_batched_tokens=config.max_num_batched_tokens
         or (_GPU_BATCHED_TOKENS if on_gpu else _CPU_BATCHED_TOKENS),
         num_threads=config.num_threads or (1 if is_small and not on_gpu else None),
+        attention_backend=_attention_backend(config, model, machine, dtype, on_gpu=on_gpu),
     )
+
+
+def _attention_backend(
+    config: EngineConfig,
+    model: ModelConfig,
+    machine: Machine,
+    dtype: torch.dtype,
+    *,
+    on_gpu: bool,
+) -> AttentionBackend | None:
+    asked = config.attention_backend
+    if not on_gpu:
+        if asked == "auto":
+            return None
+        problem = "a GPU"
+    else:
+        for backend in BACKENDS if asked == "auto" else (asked,):
+            found = obstacles(
+                backend,
+                capability=machine.capability,
+                dtype=dtype,
+                head_size=model.head_size,
+            )
+            if not found:
+                return backend
+        problem = " and ".join(found)
+    raise ConfigError(f"--attention-backend {asked} needs {problem}.", param="attention_backend")
 
 
 def _check_no_float8(config: EngineConfig, model: ModelConfig) -> None:

@@ -8,18 +8,27 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
 
     from cluster.node import NodeLoad
     from engine.loop import LoopStats
 
 
 class EngineCollector(Collector):
-    """`load` gives the same numbers that heartbeats carry, so both always agree."""
+    """`load` gives the same numbers that heartbeats carry, so both always agree.
 
-    def __init__(self, load: Callable[[], NodeLoad], stats: LoopStats) -> None:
+    `choices`: what the engine decided at start, by label.
+    """
+
+    def __init__(
+        self,
+        load: Callable[[], NodeLoad],
+        stats: LoopStats,
+        choices: Mapping[str, str] | None = None,
+    ) -> None:
         self._load = load
         self._stats = stats
+        self._choices = dict(choices or {})
 
     def collect(self) -> Iterator[Metric]:
         load, stats = self._load(), self._stats
@@ -30,6 +39,14 @@ class EngineCollector(Collector):
         blocks.add_metric(["used"], max(0, num_used))  # the two counts are a moment apart
         blocks.add_metric(["quarantined"], load.num_quarantined_blocks)
         yield blocks
+        if self._choices:
+            info = GaugeMetricFamily(
+                "baton_engine_info",
+                "1, with what the engine decided at start.",
+                labels=list(self._choices),
+            )
+            info.add_metric(list(self._choices.values()), 1)
+            yield info
         gauges: tuple[tuple[str, str, float], ...] = (
             ("baton_sequences_running", "Sequences that run.", load.num_running),
             ("baton_sequences_waiting", "Sequences that wait.", load.num_waiting),

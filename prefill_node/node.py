@@ -20,7 +20,7 @@ from cluster.version import VERSION
 from engine.cache_report import cache_changes
 from engine.config import EngineConfig
 from engine.engine import Engine
-from engine.facts import node_info
+from engine.facts import engine_choices, node_info
 from engine.load import LoadSnapshot
 from engine.loop import EngineLoop
 from engine.metrics import EngineCollector
@@ -99,7 +99,9 @@ class PrefillNode:
         node_pb2_grpc.add_NodeServicer_to_server(NodeService(self.handler, self.hub), server)
 
     def add_metrics(self, registry: CollectorRegistry, sources: MemberSources) -> None:
-        registry.register(EngineCollector(sources.load, self.loop.stats))
+        registry.register(
+            EngineCollector(sources.load, self.loop.stats, engine_choices(self.engine))
+        )
         registry.register(TransferCollector(self._agent.stats, transports=sources.transports))
 
     async def start(self, member: Member) -> None:

@@ -1,4 +1,4 @@
-"""Paged prefill attention; opponent: cuDNN over contiguous keys and values."""
+"""Paged prefill attention by each kernel; opponent: cuDNN over contiguous keys and values."""
 
 from __future__ import annotations
 
@@ -18,18 +18,35 @@ from benchmarks.kernels.inputs import (
     paged_kv,
 )
 from benchmarks.kernels.timing import Call, Case
+from kernels.attention_backend import BACKENDS, obstacles
 from kernels.prefill_attention import prefill_attention
+from kernels.prefill_tiles import plan_tiles
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from kernels.attention_backend import AttentionBackend
+
 
 def cases() -> Iterator[Case]:
-    for num_tokens in (2048, 8192, 32768):
-        yield prefill_case(num_tokens, 0)
-    yield prefill_case(2048, 0, num_seqs=4)
-    yield prefill_case(2048, 30720)
-    yield prefill_case(64, 8192)
+    for backend in backends():
+        for num_tokens in (2048, 8192, 32768):
+            yield prefill_case(backend, num_tokens, 0)
+        yield prefill_case(backend, 512, 0, num_seqs=16)
+        yield prefill_case(backend, 2048, 0, num_seqs=4)
+        yield prefill_case(backend, 2048, 30720)
+        yield prefill_case(backend, 64, 8192)
+
+
+def backends() -> list[AttentionBackend]:
+    """The kernels that run here, the fastest first."""
+    capability = torch.cuda.get_device_capability()
+    dtype, head_size = torch.bfloat16, HEAD_SIZE
+    return [
+        backend
+        for backend in BACKENDS
+        if not obstacles(backend, capability=capability, dtype=dtype, head_size=head_size)
+    ]
 
 
 def attention_flops(num_tokens: int, prefix: int) -> int:
@@ -37,12 +54,16 @@ def attention_flops(num_tokens: int, prefix: int) -> int:
     return 4 * HEADS * HEAD_SIZE * pairs
 
 
-def prefill_case(num_tokens: int, prefix: int, num_seqs: int = 1) -> Case:
+def prefill_case(
+    backend: AttentionBackend, num_tokens: int, prefix: int, num_seqs: int = 1
+) -> Case:
     def make() -> Call:
         kv_layer, tables, lengths = paged_kv([prefix + num_tokens] * num_seqs)
         query = normal(num_tokens * num_seqs, HEADS, HEAD_SIZE)
         starts = torch.arange(num_seqs + 1, dtype=torch.int32, device=DEVICE) * num_tokens
         out = torch.empty_like(query)
+        # Made once for all layers of a step.
+        tiles = plan_tiles(starts, lengths, len(query))
         return lambda: prefill_attention(
             query,
             kv_layer,
@@ -52,11 +73,13 @@ def prefill_case(num_tokens: int, prefix: int, num_seqs: int = 1) -> Case:
             max_seqlen_q=num_tokens,
             scale=SCALE,
             out=out,
+            plan=tiles,
+            backend=backend,
         )
 
     has_peer = prefix == 0
     return Case(
-        f"prefill_attention {num_seqs} x {num_tokens} after {prefix}",
+        f"prefill_attention {backend} {num_seqs} x {num_tokens} after {prefix}",
         make,
         num_flops=num_seqs * attention_flops(num_tokens, prefix),
         peer="cuDNN, contiguous" if has_peer else "",

@@ -31,8 +31,10 @@ from engine.models.rope import cos_sin_cache
 from engine.offload import tensor_bytes
 from engine.tensor_parallel.shard import WHOLE
 from engine.tensor_parallel.sharded import sharded_factory
+from kernels.attention_backend import GLUON_MIN_QUERIES
 from kernels.attention_plan import plan_decode, plan_prefill
 from kernels.decode_plan import plan_splits
+from kernels.prefill_tiles import plan_tiles
 from kernels.rope_store import plan_tokens
 
 if TYPE_CHECKING:
@@ -44,6 +46,7 @@ if TYPE_CHECKING:
     from engine.models.linear import MatrixFactory
     from engine.offload import OffloadedLayers
     from engine.tensor_parallel.ranks import Ranks
+    from kernels.attention_backend import AttentionBackend
     from kernels.attention_plan import AttentionPlan
 
 
@@ -64,16 +67,18 @@ class Decoder:
         kv_dtype: torch.dtype | None = None,
         ranks: Ranks | None = None,
         offloaded: OffloadedLayers | None = None,
+        attention_backend: AttentionBackend | None = None,
     ) -> None:
         """`make_matrix` builds the matrices of the layers; None keeps them as they are.
 
         `kv_dtype`: of the KV pool where that is not `dtype`.
         `ranks`: this is one shard of a model, `config` says what this rank has of it, and all
         ranks call `forward` and `logits` with the same batches. `offloaded`: the layers that
-        live in main memory.
+        live in main memory. `attention_backend`: the kernel of attention to prompts on a GPU.
         """
         self.config = config
         self._ranks = ranks
+        self._attention_backend = attention_backend
         self._windows = frozenset(config.layer_windows)
         self._cos_sin = cos_sin_cache(config, max_model_len, device)
         shard = WHOLE if ranks is None else ranks.shard
@@ -175,7 +180,7 @@ class Decoder:
 
     def _plan(self, batch: Batch, kv_layer: torch.Tensor) -> StepPlan:
         if batch.seq_lens.is_cuda:
-            return self._device_plan(batch, kv_layer) if batch.is_decode else NO_PLAN
+            return self._device_plan(batch, kv_layer)
         return StepPlan(
             {window: self._attention_plan(batch, kv_layer, window) for window in self._windows},
             plan_tokens(batch.positions, self._cos_sin, batch.slot_mapping, kv_layer.shape[3]),
@@ -183,8 +188,13 @@ class Decoder:
         )
 
     def _device_plan(self, batch: Batch, kv_layer: torch.Tensor) -> StepPlan:
-        """Kernels in the step's graph: nothing of it is known on the host."""
+        """Kernels, a decode step's in its graph: nothing of it is known on the host."""
         seq_lens = batch.seq_lens
+        if not batch.is_decode:
+            if self._attention_backend != "gluon" or batch.max_seqlen_q < GLUON_MIN_QUERIES:
+                return NO_PLAN
+            tiles = plan_tiles(batch.cu_seqlens_q, seq_lens, len(batch.token_ids))
+            return StepPlan({}, None, {}, tiles)
         splits = {
             window: plan_splits(seq_lens, kv_layer, sliding_window=window)
             for window in self._windows

@@ -21,17 +21,20 @@ if TYPE_CHECKING:
     from engine.models.linear import Matrix, MatrixFactory
     from kernels.attention_plan import AttentionPlan
     from kernels.decode_plan import SplitPlan
+    from kernels.prefill_tiles import PrefillTiles
 
 
 class StepPlan(NamedTuple):
     """What all layers of a pass would work out alike; dictionaries are by sliding window.
 
-    On a GPU that is the `splits` of a decode step, and for the rest kernels do it.
+    On a GPU that is the `splits` of a decode step and, where Gluon attends to prompts, the `tiles`
+    of any other; for the rest kernels do it.
     """
 
     attention: dict[int | None, AttentionPlan]
     tokens: TokenPlan | None
     splits: dict[int | None, SplitPlan]
+    tiles: PrefillTiles | None = None
 
 
 NO_PLAN = StepPlan({}, None, {})
@@ -171,8 +174,9 @@ class DecoderLayer:
             max_seqlen_q=batch.max_seqlen_q,
             scale=self._scale,
             sliding_window=self._window,
-            plan=gathers,
+            plan=gathers if plan.tiles is None else plan.tiles,
             kv_scales=self.kv_scales,
+            backend="triton" if plan.tiles is None else "gluon",
         )
 
 

@@ -112,4 +112,5 @@ def _empty_decoder(
         kv_dtype=limits.kv_dtype,
         ranks=ranks,
         offloaded=offloaded,
+        attention_backend=limits.attention_backend,
     )

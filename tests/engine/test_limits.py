@@ -26,6 +26,7 @@ def limits(tmp_path: Path) -> ResolveLimits:
         stored: str = "bfloat16",
         quantized: dict[str, Any] | None = None,
         rank: int = 0,
+        head_size: int | None = None,
         **options: Any,
     ) -> EngineLimits:
         facts = {
@@ -38,6 +39,7 @@ def limits(tmp_path: Path) -> ResolveLimits:
             "max_position_embeddings": 2048,
             "torch_dtype": stored,
             "quantization_config": quantized,
+            "head_dim": head_size,
         }
         (tmp_path / "config.json").write_text(json.dumps(facts))
         model = ModelConfig.from_folder(tmp_path)
@@ -158,3 +160,53 @@ def test_the_context_is_the_models_unless_a_shorter_one_is_asked(limits: Resolve
 def test_an_option_out_of_range_is_refused(option: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         EngineConfig(model=Path("model"), **option)
+
+
+HOPPER = Machine(num_gpus=1, cpu_is_fast_at_bfloat16=True, capability=(9, 0))
+BLACKWELL = Machine(num_gpus=1, cpu_is_fast_at_bfloat16=True, capability=(10, 0))
+
+
+@pytest.mark.parametrize(
+    ("machine", "stored", "head_size", "backend"),
+    [
+        (HOPPER, "bfloat16", 128, "gluon"),
+        (HOPPER, "float16", 64, "gluon"),
+        (HOPPER, "float32", 128, "triton"),
+        (HOPPER, "bfloat16", 96, "triton"),
+        (BLACKWELL, "bfloat16", 128, "triton"),
+        (TWO_GPUS, "bfloat16", 128, "triton"),
+        (FAST_CPU, "bfloat16", 128, None),
+    ],
+)
+def test_the_fastest_attention_that_runs_is_chosen(
+    limits: ResolveLimits, machine: Machine, stored: str, head_size: int, backend: str | None
+) -> None:
+    assert limits(machine, stored, head_size=head_size).attention_backend == backend
+
+
+def test_attention_that_is_asked_for_wins(limits: ResolveLimits) -> None:
+    chosen = limits(HOPPER, head_size=128, attention_backend="triton")
+    assert chosen.attention_backend == "triton"
+
+
+@pytest.mark.parametrize(
+    ("machine", "stored", "asked", "needs"),
+    [
+        (
+            BLACKWELL,
+            "bfloat16",
+            "gluon",
+            r"a GPU of compute capability 9\.0 .* 10\.0\) and heads of",
+        ),
+        (HOPPER, "float32", "gluon", "a model in bfloat16 or float16 .* float32"),
+        (HOPPER, "bfloat16", "gluon", r"heads of 64 or 128 \(these have 96\)"),
+        (FAST_CPU, "bfloat16", "gluon", r"a GPU\."),
+        (FAST_CPU, "bfloat16", "triton", r"a GPU\."),
+    ],
+)
+def test_attention_that_cannot_run_is_refused_with_the_reason(
+    limits: ResolveLimits, machine: Machine, stored: str, asked: str, needs: str
+) -> None:
+    with pytest.raises(ConfigError, match=f"--attention-backend {asked} needs {needs}") as refused:
+        limits(machine, stored, head_size=96, attention_backend=asked)
+    assert refused.value.param == "attention_backend"

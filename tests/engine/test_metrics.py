@@ -38,6 +38,12 @@ def test_the_states_of_blocks_add_up_to_the_pool() -> None:
     assert states == {"free": 40, "cached": 20, "used": 35, "quarantined": 5}
 
 
+def test_what_the_engine_chose_is_one_series() -> None:
+    choices = {"device": "cuda", "attention_backend": "gluon"}
+    registry = values(EngineCollector(NodeLoad, LoopStats(), choices))
+    assert registry.get_sample_value("baton_engine_info", choices) == 1
+
+
 def test_counts_that_are_a_moment_apart_never_show_less_than_nothing() -> None:
     load = NodeLoad(num_blocks=8, num_free_blocks=8, num_quarantined_blocks=3)
     registry = values(EngineCollector(lambda: load, LoopStats()))

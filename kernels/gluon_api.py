@@ -1,0 +1,97 @@
+"""Gluon by one set of names, whichever Triton is installed; and what its kernels share.
+
+Where Triton is missing or has no Gluon, `HAS_GLUON` is false and the decorated functions stay
+plain and are never called.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+try:
+    from triton.experimental import gluon
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.language.nvidia.hopper import (
+        fence_async_shared,
+        mbarrier,
+        tma,
+        warpgroup_mma,
+        warpgroup_mma_wait,
+    )
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    # By the names of Triton 3.9, or those of 3.6.
+    barrier = getattr(gl, "barrier", None) or gl.thread_barrier
+    async_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+    _memory = gl.shared_memory_descriptor
+    reinterpret = getattr(_memory, "reinterpret", None) or _memory._reinterpret
+except ImportError:
+    gluon = gl = fence_async_shared = mbarrier = warpgroup_mma = warpgroup_mma_wait = None
+    TensorDescriptor = barrier = async_load = reinterpret = None
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = [
+    "HAS_GLUON",
+    "TensorDescriptor",
+    "async_load",
+    "barrier",
+    "fence_async_shared",
+    "gl",
+    "gluon_constexpr",
+    "gluon_jit",
+    "gluon_jit_for_any",
+    "mbarrier",
+    "next_stage",
+    "post",
+    "read",
+    "reinterpret",
+    "warpgroup_mma",
+    "warpgroup_mma_wait",
+]
+
+HAS_GLUON = gluon is not None
+
+
+def gluon_jit(function: Callable[..., Any]) -> Any:
+    """`gluon.jit`, or the function itself where there is no Gluon."""
+    return function if gluon is None else gluon.jit(function)
+
+
+def gluon_constexpr(function: Callable[..., Any]) -> Any:
+    """A function that kernels call while they are compiled."""
+    return function if gluon is None else gluon.constexpr_function(function)
+
+
+def gluon_jit_for_any(*arguments: str) -> Callable[[Callable[..., Any]], Any]:
+    """`gluon_jit` with one compilation for all values of these integer arguments."""
+
+    def decorate(function: Callable[..., Any]) -> Any:
+        if gluon is None:
+            return function
+        return gluon.jit(function, do_not_specialize=list(arguments))
+
+    return decorate
+
+
+@gluon_jit
+def post(mail: gl.tensor, value: gl.tensor) -> None:
+    """Write a number to a mailbox, shared memory of one int32."""
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+    mail.store(gl.full([1], value, gl.int32, layout=LAYOUT))
+
+
+@gluon_jit
+def read(mail: gl.tensor) -> Any:
+    """The number in a mailbox."""
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+    return gl.sum(mail.load(LAYOUT), axis=0)
+
+
+@gluon_jit
+def next_stage(stage: gl.tensor, phase: gl.tensor, STAGES: gl.constexpr) -> Any:
+    """The stage after this one, and by which phase of its barrier it is waited for."""
+    stage += 1
+    wraps = stage == STAGES
+    return gl.where(wraps, 0, stage), gl.where(wraps, phase ^ 1, phase)
