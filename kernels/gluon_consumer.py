@@ -26,7 +26,7 @@ def consume(
     half: gl.constexpr, out_ptr: gl.tensor, memory: gl.tensor, full: gl.tensor, empty: gl.tensor,
     scale_log2: gl.tensor, HEADS: gl.constexpr, HEAD_SIZE: gl.constexpr, PAGE: gl.constexpr,
     TILE: gl.constexpr, ROWS: gl.constexpr, KEY_STAGES: gl.constexpr, VALUE_STAGES: gl.constexpr,
-    QUERY_STAGES: gl.constexpr, EARLY: gl.constexpr, WINDOW: gl.constexpr,
+    QUERY_STAGES: gl.constexpr, WINDOW: gl.constexpr,
 ) -> None:  # fmt: skip
     """One piece after the other until one comes that has no rows."""
     mail, queries, keys, values = memory
@@ -49,7 +49,7 @@ def consume(
         result, places = _attend(
             query, query_freed, keys, values, keys_full, values_full, keys_empty, values_empty,
             places, position, position + rows, position + half * M, scale_log2,
-            HEAD_SIZE, PAGE, TILE, M, KEY_STAGES, VALUE_STAGES, EARLY, WINDOW,
+            HEAD_SIZE, PAGE, TILE, M, KEY_STAGES, VALUE_STAGES, WINDOW,
         )  # fmt: skip
         _store(result, out_ptr, token, rows, half * M, head, HEADS, HEAD_SIZE, M)
         query_stage, query_phase = next_stage(query_stage, query_phase, QUERY_STAGES)
@@ -64,7 +64,7 @@ def _attend(
     keys_full: gl.tensor, values_full: gl.tensor, keys_empty: gl.tensor, values_empty: gl.tensor,
     places: gl.tensor, position: gl.tensor, end: gl.tensor, first: gl.tensor,
     scale_log2: gl.tensor, HEAD_SIZE: gl.constexpr, PAGE: gl.constexpr, TILE: gl.constexpr,
-    M: gl.constexpr, KEY_STAGES: gl.constexpr, VALUE_STAGES: gl.constexpr, EARLY: gl.constexpr, WINDOW: gl.constexpr,
+    M: gl.constexpr, KEY_STAGES: gl.constexpr, VALUE_STAGES: gl.constexpr, WINDOW: gl.constexpr,
 ) -> Any:  # fmt: skip
     """The result of half a piece, and the places behind its last tile.
 
@@ -94,16 +94,13 @@ def _attend(
         mbarrier.wait(values_full.index(value_stage), value_phase)
         adding = warpgroup_mma(weights, values.index(value_stage), result, is_async=True)
         scores = warpgroup_mma_wait(1, deps=[scoring])
-        if EARLY:
-            mbarrier.arrive(keys_empty.index(key_stage), count=1)
+        mbarrier.arrive(keys_empty.index(key_stage), count=1)
         weights, decay, base, total = _fold(
             scores, tile, first, row_position, base, total, scale_log2, TILE, WINDOW
         )
         # Long complete. Keeps the assembler from moving the next line above the softmax.
         mbarrier.wait(values_full.index(value_stage), value_phase)
         result = warpgroup_mma_wait(0, deps=[adding])
-        if not EARLY:
-            mbarrier.arrive(keys_empty.index(key_stage), count=1)
         mbarrier.arrive(values_empty.index(value_stage), count=1)
         key_stage, key_phase = next_stage(key_stage, key_phase, KEY_STAGES)
         value_stage, value_phase = next_stage(value_stage, value_phase, VALUE_STAGES)

@@ -45,14 +45,14 @@ HEAD_SIZES = (64, 128)
 MAX_PAGE = 128
 
 _TILE = 128
-# Buffers of keys, of values and of queries: 224 of the 227 KiB of shared memory.
-_KEY_STAGES, _VALUE_STAGES, _QUERY_STAGES = 3, 3, 1
-_EARLY = 0
+# Buffers of keys, of values and of queries, 224 of the 227 KiB of shared memory. Values wait longer
+# than keys for those that they replace.
+_KEY_STAGES, _VALUE_STAGES, _QUERY_STAGES = 2, 3, 2
 _NUM_WARPS = 4
 # 65,536 registers over three warpgroups; consumers then take most of the producer's.
 _REGISTERS = 168
 # Keys and values of the heads that are worked on at a time should stay in the second-level cache.
-_SECTION_BYTES = 16 << 20
+_SECTION_BYTES = 18 << 20
 
 
 def gluon_prefill(
@@ -85,34 +85,31 @@ def gluon_prefill(
         query, [num_tokens, num_heads * head_size], [query.stride(0), 1], [PIECE // 2, 64], layout
     )
     pool = TensorDescriptor(kv_layer, [num_rows, head_size], [head_size, 1], [page, 64], layout)
-    section = section_heads(num_heads, num_kv_heads, head_size, num_tokens, max_seqlen_q)
+    section = num_heads // num_kv_heads
+    if num_tokens < 4 * max_seqlen_q:
+        section *= kv_heads_at_a_time(num_kv_heads, block_tables.numel() * page * head_size)
     grid = min(num_multiprocessors(query.device), (len(tiles) - 1) * num_heads)
     _prefill_kernel[(grid,)](
         queries, pool, block_tables, tiles, out, block_tables.stride(0), num_rows, section,
         scale * math.log2(math.e), HEADS=num_heads, KV_HEADS=num_kv_heads, HEAD_SIZE=head_size,
         PAGE=page, TILE=_TILE, ROWS=PIECE, KEY_STAGES=_KEY_STAGES, VALUE_STAGES=_VALUE_STAGES,
-        QUERY_STAGES=_QUERY_STAGES, EARLY=_EARLY, WINDOW=sliding_window or 0,
+        QUERY_STAGES=_QUERY_STAGES, WINDOW=sliding_window or 0,
         num_warps=_NUM_WARPS, maxnreg=_REGISTERS,
     )  # fmt: skip
 
 
-def section_heads(
-    num_heads: int, num_kv_heads: int, head_size: int, num_tokens: int, max_seqlen_q: int
-) -> int:
-    """How many heads are worked on before the others: all pieces of these come first.
+def kv_heads_at_a_time(num_kv_heads: int, elements_per_head: int) -> int:
+    """With how many KV heads' pieces to begin, before those of the others.
 
-    One KV head at a time where sequences are many, so that long and short pieces mix: short ones
-    alone would leave the tensor cores waiting for memory. Of few sequences, as many as the cache
-    holds: the longer the list, the more evenly it ends.
+    As many as the cache holds: the longer a list of pieces, the more evenly it ends. But one where
+    there are many sequences, so that long and short pieces mix: while all blocks work on short
+    ones, their tensor cores wait for memory.
     """
-    group = num_heads // num_kv_heads
-    if num_tokens >= 4 * max_seqlen_q:
-        return group
-    kv_head_bytes = 4 * head_size * num_tokens
-    num_at_a_time = max(1, min(num_kv_heads, _SECTION_BYTES // kv_head_bytes))
-    while num_kv_heads % num_at_a_time:
-        num_at_a_time -= 1
-    return group * num_at_a_time
+    head_bytes = 4 * elements_per_head
+    number = max(1, min(num_kv_heads, _SECTION_BYTES // head_bytes))
+    while num_kv_heads % number:
+        number -= 1
+    return number
 
 
 @gluon_jit_for_any("table_stride", "outside", "section")
@@ -120,10 +117,10 @@ def _prefill_kernel(
     queries: gl.tensor, pool: gl.tensor, tables_ptr: gl.tensor, tiles_ptr: gl.tensor,
     out_ptr: gl.tensor, table_stride: gl.tensor, outside: gl.tensor, section: gl.tensor,
     scale_log2: gl.tensor, HEADS: gl.constexpr, KV_HEADS: gl.constexpr, HEAD_SIZE: gl.constexpr,
-    PAGE: gl.constexpr, TILE: gl.constexpr, ROWS: gl.constexpr, KEY_STAGES: gl.constexpr, VALUE_STAGES: gl.constexpr, QUERY_STAGES: gl.constexpr, EARLY: gl.constexpr,
-    WINDOW: gl.constexpr,
+    PAGE: gl.constexpr, TILE: gl.constexpr, ROWS: gl.constexpr, KEY_STAGES: gl.constexpr,
+    VALUE_STAGES: gl.constexpr, QUERY_STAGES: gl.constexpr, WINDOW: gl.constexpr,
 ) -> None:  # fmt: skip
-    """Everything shared, then the three roles. Two buffers for queries, one for each half."""
+    """Everything shared, then the three roles. Queries are copied in halves, one for a consumer."""
     MATRIX: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
     dtype: gl.constexpr = queries.dtype
@@ -159,12 +156,12 @@ def _prefill_kernel(
     gl.warp_specialize(
         [
             (consume, (gl.constexpr(0), out_ptr, memory, full, empty, scale_log2, HEADS, HEAD_SIZE,
-                        PAGE, TILE, ROWS, KEY_STAGES, VALUE_STAGES, QUERY_STAGES, EARLY, WINDOW)),
+                        PAGE, TILE, ROWS, KEY_STAGES, VALUE_STAGES, QUERY_STAGES, WINDOW)),
             (consume, (gl.constexpr(1), out_ptr, memory, full, empty, scale_log2, HEADS, HEAD_SIZE,
-                        PAGE, TILE, ROWS, KEY_STAGES, VALUE_STAGES, QUERY_STAGES, EARLY, WINDOW)),
+                        PAGE, TILE, ROWS, KEY_STAGES, VALUE_STAGES, QUERY_STAGES, WINDOW)),
             (produce, (queries, pool, tables_ptr, tiles_ptr, memory, full, empty, table_stride,
-                        outside, section, HEADS, KV_HEADS, HEAD_SIZE, PAGE, TILE, ROWS, KEY_STAGES, VALUE_STAGES, QUERY_STAGES,
-                        WINDOW)),
+                        outside, section, HEADS, KV_HEADS, HEAD_SIZE, PAGE, TILE, ROWS, KEY_STAGES,
+                        VALUE_STAGES, QUERY_STAGES, WINDOW)),
         ],
         [4, 1],
         [240, 24],

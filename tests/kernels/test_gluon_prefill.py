@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from kernels.gluon_prefill import gluon_prefill, section_heads
+from kernels.gluon_prefill import gluon_prefill, kv_heads_at_a_time
 from kernels.prefill_attention import prefill_attention
 from kernels.prefill_tiles import plan_tiles
 from tests.kernels.paged import PagedCase, assert_attention_close, paged_case
@@ -48,8 +48,9 @@ types = dict.fromkeys(("tables_ptr", "tiles_ptr"), "*i32") | {
     "scale_log2": "fp32",
 }
 constants = {"HEADS": 8, "KV_HEADS": 2, "HEAD_SIZE": head_size, "PAGE": page, "TILE": 128}
-constants |= {"ROWS": 128, "KEY_STAGES": 3, "VALUE_STAGES": 3, "QUERY_STAGES": 1, "EARLY": 0}
-constants["WINDOW"] = window
+constants |= {"ROWS": 128, "KEY_STAGES": gluon_prefill._KEY_STAGES, "WINDOW": window}
+constants["VALUE_STAGES"] = gluon_prefill._VALUE_STAGES
+constants["QUERY_STAGES"] = gluon_prefill._QUERY_STAGES
 kernel = gluon_prefill._prefill_kernel
 names = kernel.arg_names
 source = GluonASTSource(
@@ -83,19 +84,14 @@ def test_it_compiles_for_hopper_anywhere(head_size: int, page: int, window: int)
     assert all(counts), "tensor cores, memory accelerator and registers are used"
 
 
-@pytest.mark.parametrize(
-    ("num_tokens", "longest", "heads"),
-    [(100, 100, 32), (2048, 2048, 32), (8192, 8192, 16), (32768, 32768, 4), (8192, 512, 4)],
-)
-def test_heads_at_a_time_fit_the_cache_and_mix_short_prompts(
-    num_tokens: int, longest: int, heads: int
-) -> None:
-    assert section_heads(32, 8, 128, num_tokens, longest) == heads
+@pytest.mark.parametrize(("length", "heads"), [(100, 8), (2048, 8), (8192, 4), (32768, 1)])
+def test_as_many_kv_heads_at_a_time_as_the_cache_holds(length: int, heads: int) -> None:
+    assert kv_heads_at_a_time(8, length * 128) == heads
 
 
-def test_heads_at_a_time_divide_the_heads() -> None:
-    for num_tokens in range(1, 40000, 501):
-        assert 18 % section_heads(18, 6, 64, num_tokens, num_tokens) == 0
+def test_kv_heads_at_a_time_divide_all() -> None:
+    for length in range(1, 60_000, 501):
+        assert 6 % kv_heads_at_a_time(6, length * 64) == 0
 
 
 def cuda_case(
