@@ -20,7 +20,7 @@ import torch
 
 from cluster.errors import ServingError
 from decode_node.intake_instructions import Dropping, Landing
-from kv_transfer.digests import seal_digests
+from kv_transfer.digests import PlaceSeal
 from kv_transfer.failures import FailureReason, failure
 from kv_transfer.protocol import FrameHeader, FrameMalformed, parse_header
 
@@ -164,13 +164,22 @@ class ReceiverSession:
             return error
         if not self._events.may_scatter(header.transfer_id):
             return failure(FailureReason.ABORTED)
-        is_right = await self._agent.pool.scatter(
+        pool = self._agent.pool
+        seal = PlaceSeal(
+            seed=landing.digest_seed,
+            layer_start=header.layer_start,
+            num_layers=header.num_layers,
+            positions=header.positions,
+        )
+        scattering = pool.begin_scatter(
             slot.payload,
             layer_start=header.layer_start,
             num_layers=header.num_layers,
             block_ids=landing.block_ids,
-            accepts=lambda digests: _digests_match(header, landing.digest_seed, digests),
+            accepts=lambda digests: np.array_equal(seal.seal(digests), header.digests),
         )
+        seal.prepare()
+        is_right = await pool.end(scattering)
         if is_right:
             return None
         self._agent.stats.corrupt_frames_by_peer[self.peer.name] += 1
@@ -180,10 +189,3 @@ class ReceiverSession:
         frame = asyncio.create_task(work)
         self._frames.add(frame)
         frame.add_done_callback(self._frames.discard)
-
-
-def _digests_match(header: FrameHeader, seed: int, unit_digests: Any) -> bool:
-    expected = seal_digests(
-        unit_digests, seed=seed, layer_start=header.layer_start, positions=header.positions
-    )
-    return bool(np.array_equal(expected, header.digests))

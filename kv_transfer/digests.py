@@ -34,19 +34,44 @@ def digest_seed(transfer_id: bytes, salt: bytes) -> int:
     return int.from_bytes(digest, "little")
 
 
+class PlaceSeal:
+    """Seals the digests of units for the places they are meant for."""
+
+    __slots__ = ("_layer_start", "_num_layers", "_places", "_positions", "_seed")
+
+    def __init__(
+        self, *, seed: int, layer_start: int, num_layers: int, positions: Sequence[int]
+    ) -> None:
+        self._seed = np.uint64(seed)
+        self._layer_start = layer_start
+        self._num_layers = num_layers
+        self._positions = positions
+        self._places: NDArray[np.uint64] | None = None
+
+    def prepare(self) -> NDArray[np.uint64]:
+        """What depends on the places alone, `[num_layers, len(positions)]`: worth doing while the
+        digests are on their way."""
+        if self._places is None:
+            end = self._layer_start + self._num_layers
+            layers = np.arange(self._layer_start, end, dtype=np.uint64)
+            positions = np.asarray(self._positions, dtype=np.uint64) * _POSITION
+            layer_seeds = _mix(self._seed ^ (layers * _LAYER))
+            self._places = _mix(layer_seeds[:, None] ^ positions[None, :])
+        return self._places
+
+    def seal(self, unit_digests: NDArray[np.uint64]) -> NDArray[np.uint64]:
+        """`[num_layers, len(positions)]` -> the same shape. For a fixed place a bijection: two
+        contents seal alike only if their unit digests are equal."""
+        return _mix(unit_digests ^ self.prepare())
+
+
 def seal_digests(
     unit_digests: NDArray[np.uint64], *, seed: int, layer_start: int, positions: Sequence[int]
 ) -> NDArray[np.uint64]:
-    """`unit_digests` `[num_layers, len(positions)]` -> sealed digests of the same shape.
-
-    For a fixed place the map is a bijection: two contents seal alike only if their unit
-    digests are equal.
-    """
-    layers = np.arange(layer_start, layer_start + unit_digests.shape[0], dtype=np.uint64)
-    places = np.asarray(positions, dtype=np.uint64)
-    layer_seeds = _mix(np.uint64(seed) ^ (layers * _LAYER))
-    place_seeds = _mix(layer_seeds[:, None] ^ (places * _POSITION)[None, :])
-    return _mix(unit_digests ^ place_seeds)
+    """`unit_digests` `[num_layers, len(positions)]` -> sealed digests of the same shape."""
+    num_layers = unit_digests.shape[0]
+    seal = PlaceSeal(seed=seed, layer_start=layer_start, num_layers=num_layers, positions=positions)
+    return seal.seal(unit_digests)
 
 
 def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:

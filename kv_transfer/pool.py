@@ -7,31 +7,36 @@ A model that several GPUs share has one pool for each, with an equal part of the
 slot their units are whole again, so nodes with other numbers of GPUs exchange the same bytes. All
 of these pools are mapped into this process; the moves run on the device of the first.
 
-Moves run on a thread of their own, so that neither the copy nor the wait for the device stops
-the event loop; a small one in host memory is done at once. On CUDA a move is queued on a side
-stream; the thread then waits for an event, so a move has ended, and is visible to everyone,
-when its coroutine returns.
+Life of a move
+    1. `begin_gather` or `begin_scatter`. On CUDA it is queued on a side stream before the call
+       returns, so the caller may prepare what comes after while the device works. In host memory a
+       small move is done at once, a large one is handed to a thread.
+    2. `end` waits for it: on CUDA a thread waits for an event, so the event loop does not. A move
+       that has ended is visible to everyone. It cannot be stopped half-way: a cancelled caller
+       still waits for its end.
 """
 
 from __future__ import annotations
 
 import asyncio
 import functools
-import threading
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
 
 from kernels.block_digest import block_digests
 from kernels.copy_blocks import pack_blocks, unpack_blocks
+from kv_transfer.protocol import MAX_UNITS_PER_FRAME
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 T = TypeVar("T")
+Move = Awaitable
 _INLINE_BYTES = 256 * 1024
 Verdict = Callable[["NDArray[np.uint64]"], bool]
 
@@ -47,10 +52,12 @@ class TransferPool:
                 raise TypeError("A pool must be uint8 [num_layers, num_blocks, bytes].")
         self._shards = shards
         self._stream = _side_stream(self._pool.device)
-        # On a device two threads: one queues the next move while the other waits for the last.
+        # On a device threads only wait: for a gather and a scatter at a time.
         num_threads = 1 if self._stream is None else 2
         self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="kv-pool")
-        self._queueing = threading.Lock()
+        self._notes: deque[_Notes] = deque()
+        if self._stream is not None:
+            self._warm_up()
 
     @property
     def device(self) -> torch.device:
@@ -65,23 +72,33 @@ class TransferPool:
         """Of a whole unit, the parts of all ranks together."""
         return self._pool.shape[2] * len(self._shards)
 
-    async def gather(
+    def begin_gather(
         self,
         slot: torch.Tensor,
         *,
         layer_start: int,
         num_layers: int,
         block_ids: Sequence[int],
-        after: torch.cuda.Event | None,
-    ) -> NDArray[np.uint64]:
-        """Copy blocks into the front of `slot` once `after` has happened.
+        after: torch.Event | None,
+    ) -> Move[NDArray[np.uint64]]:
+        """Copy blocks into the front of `slot` once `after` has happened. Gives their digests,
+        `[num_layers, len(block_ids)]`."""
+        frame = _Frame(slot, layer_start, num_layers, block_ids, self.unit_bytes)
+        if self._stream is None:
+            return self._begin(functools.partial(self._gather_here, frame), frame)
+        notes = self._take_notes()
+        with torch.cuda.stream(self._stream):
+            if after is not None:
+                self._stream.wait_event(after)
+            self._pack(frame, self._ids(notes, block_ids))
+            self._queue_digests(notes, frame)
+        return self._wait_for(notes, frame)
 
-        Returns their digests, `[num_layers, len(block_ids)]`.
-        """
-        work = functools.partial(self._gather, slot, layer_start, num_layers, block_ids, after)
-        return await self._run(work, num_layers * len(block_ids))
+    async def gather(self, slot: torch.Tensor, **what: Any) -> NDArray[np.uint64]:
+        """`begin_gather` and its end."""
+        return await self.end(self.begin_gather(slot, **what))
 
-    async def scatter(
+    def begin_scatter(
         self,
         slot: torch.Tensor,
         *,
@@ -89,119 +106,164 @@ class TransferPool:
         num_layers: int,
         block_ids: Sequence[int],
         accepts: Verdict,
-    ) -> bool:
+    ) -> Move[bool]:
         """Copy the front of `slot` into blocks if `accepts` its digests `[num_layers,
-        len(block_ids)]`; returns the verdict.
+        len(block_ids)]`; gives the verdict.
 
         On CUDA the copy is queued right behind the digests, to save a round trip to the device:
         the blocks are the transfer's alone until the verdict is known.
         """
-        work = functools.partial(self._scatter, slot, layer_start, num_layers, block_ids, accepts)
-        return await self._run(work, num_layers * len(block_ids))
+        frame = _Frame(slot, layer_start, num_layers, block_ids, self.unit_bytes)
+        if self._stream is None:
+            return self._begin(functools.partial(self._scatter_here, frame, accepts), frame)
+        notes = self._take_notes()
+        with torch.cuda.stream(self._stream):
+            self._queue_digests(notes, frame)
+            self._unpack(frame, self._ids(notes, block_ids))
+            notes.done.record(self._stream)
+        digests = self._wait_for(notes, frame)
+        return _judge(digests, accepts)
 
-    async def settle(self) -> None:
-        """Wait until every device operation of this process on slots and blocks has ended."""
-        if self._stream is not None:
-            await self._on_thread(functools.partial(torch.cuda.synchronize, self.device))
+    async def scatter(self, slot: torch.Tensor, **what: Any) -> bool:
+        """`begin_scatter` and its end."""
+        return await self.end(self.begin_scatter(slot, **what))
 
-    def close(self) -> None:
-        self._threads.shutdown(wait=True)
-
-    async def _run(self, work: Callable[[], T], num_units: int) -> T:
-        """A move in host memory that takes less time than handing it to a thread is done here."""
-        if self._stream is None and num_units * self.unit_bytes <= _INLINE_BYTES:
-            return work()
-        return await self._on_thread(work)
-
-    async def _on_thread(self, work: Callable[[], T]) -> T:
-        """A move cannot be stopped half-way: a cancelled caller still waits for its end."""
-        moving = asyncio.get_running_loop().run_in_executor(self._threads, work)
+    async def end(self, move: Move[T]) -> T:
+        """Wait for a move, also when cancelled."""
+        moving = asyncio.ensure_future(move)
         try:
             return await asyncio.shield(moving)
         except asyncio.CancelledError:
             await asyncio.wait([moving])
             raise
 
-    def _gather(
-        self,
-        slot: torch.Tensor,
-        layer_start: int,
-        num_layers: int,
-        block_ids: Sequence[int],
-        after: torch.cuda.Event | None,
-    ) -> NDArray[np.uint64]:
-        num_units = num_layers * len(block_ids)
-        front = slot[: num_units * self.unit_bytes]
-        out = front.view(num_layers, len(block_ids), self.unit_bytes)
-        if self._stream is None:
-            self._pack(out, layer_start, num_layers, self._ids(block_ids))
-            return _as_array(block_digests(front, num_units), num_layers)
-        with self._queueing, torch.cuda.stream(self._stream):
-            if after is not None:
-                self._stream.wait_event(after)
-            self._pack(out, layer_start, num_layers, self._ids(block_ids))
-            digests = _to_host(block_digests(front, num_units))
-            done = _record(self._stream)
-        done.synchronize()
-        return _as_array(digests, num_layers)
+    async def settle(self) -> None:
+        """Wait until every device operation of this process on slots and blocks has ended."""
+        if self._stream is not None:
+            work = functools.partial(torch.cuda.synchronize, self.device)
+            await self.end(asyncio.get_running_loop().run_in_executor(self._threads, work))
 
-    def _scatter(
-        self,
-        slot: torch.Tensor,
-        layer_start: int,
-        num_layers: int,
-        block_ids: Sequence[int],
-        accepts: Verdict,
-    ) -> bool:
-        num_units = num_layers * len(block_ids)
-        front = slot[: num_units * self.unit_bytes]
-        src = front.view(num_layers, len(block_ids), self.unit_bytes)
-        if self._stream is None:
-            if not accepts(_as_array(block_digests(front, num_units), num_layers)):
-                return False
-            self._unpack(src, layer_start, num_layers, self._ids(block_ids))
-            return True
-        with self._queueing, torch.cuda.stream(self._stream):
-            digests = _to_host(block_digests(front, num_units))
-            self._unpack(src, layer_start, num_layers, self._ids(block_ids))
-            done = _record(self._stream)
-        done.synchronize()
-        return accepts(_as_array(digests, num_layers))
+    def close(self) -> None:
+        self._threads.shutdown(wait=True)
 
-    def _pack(self, out: torch.Tensor, first: int, num_layers: int, ids: torch.Tensor) -> None:
+    # ---- in host memory ------------------------------------------------------------------------
+
+    def _begin(self, work: Callable[[], T], frame: _Frame) -> Move[T]:
+        """A move that takes less time than handing it to a thread is done here."""
+        loop = asyncio.get_running_loop()
+        if frame.front.numel() > _INLINE_BYTES:
+            return loop.run_in_executor(self._threads, work)
+        done: asyncio.Future[T] = loop.create_future()
+        done.set_result(work())
+        return done
+
+    def _gather_here(self, frame: _Frame) -> NDArray[np.uint64]:
+        self._pack(frame, torch.tensor(frame.block_ids, dtype=torch.int64))
+        return _as_array(block_digests(frame.front, frame.num_units), frame.num_layers)
+
+    def _scatter_here(self, frame: _Frame, accepts: Verdict) -> bool:
+        digests = block_digests(frame.front, frame.num_units)
+        if not accepts(_as_array(digests, frame.num_layers)):
+            return False
+        self._unpack(frame, torch.tensor(frame.block_ids, dtype=torch.int64))
+        return True
+
+    # ---- on a device -----------------------------------------------------------------------------
+
+    def _take_notes(self) -> _Notes:
+        try:
+            return self._notes.pop()
+        except IndexError:
+            return _Notes()
+
+    def _ids(self, notes: _Notes, block_ids: Sequence[int]) -> torch.Tensor:
+        num_ids = len(block_ids)
+        notes.ids_view[:num_ids] = block_ids
+        return notes.ids[:num_ids].to(self.device, non_blocking=True)
+
+    def _queue_digests(self, notes: _Notes, frame: _Frame) -> None:
+        digests = block_digests(frame.front, frame.num_units)
+        notes.digests[: frame.num_units].copy_(digests, non_blocking=True)
+        notes.done.record(self._stream)
+
+    def _wait_for(self, notes: _Notes, frame: _Frame) -> Move[NDArray[np.uint64]]:
+        def wait() -> NDArray[np.uint64]:
+            notes.done.synchronize()
+            digests = _as_array(notes.digests[: frame.num_units], frame.num_layers).copy()
+            self._notes.append(notes)
+            return digests
+
+        return asyncio.get_running_loop().run_in_executor(self._threads, wait)
+
+    def _warm_up(self) -> None:
+        """Compile the kernels now: the first move must not stop the event loop."""
+        slot = torch.empty(self.unit_bytes, dtype=torch.uint8, device=self.device)
+        frame = _Frame(slot, 0, 1, (0,), self.unit_bytes)
+        ids = torch.zeros(1, dtype=torch.int64, device=self.device)
+        self._pack(frame, ids)
+        block_digests(frame.front, 1)
+        self._unpack(frame, ids)
+        torch.cuda.synchronize(self.device)
+
+    def _pack(self, frame: _Frame, ids: torch.Tensor) -> None:
         for part, shard in enumerate(self._shards):
-            pack_blocks(shard, first, num_layers, ids, out, part=part, num_parts=len(self._shards))
+            pack_blocks(
+                shard, frame.layer_start, frame.num_layers, ids, frame.units,
+                part=part, num_parts=len(self._shards),
+            )  # fmt: skip
 
-    def _unpack(self, src: torch.Tensor, first: int, num_layers: int, ids: torch.Tensor) -> None:
+    def _unpack(self, frame: _Frame, ids: torch.Tensor) -> None:
         for part, shard in enumerate(self._shards):
             unpack_blocks(
-                src, shard, first, num_layers, ids, part=part, num_parts=len(self._shards)
-            )
-
-    def _ids(self, block_ids: Sequence[int]) -> torch.Tensor:
-        ids = torch.tensor(block_ids, dtype=torch.int64)
-        if self._stream is None:
-            return ids
-        return ids.pin_memory().to(self.device, non_blocking=True)
+                frame.units, shard, frame.layer_start, frame.num_layers, ids,
+                part=part, num_parts=len(self._shards),
+            )  # fmt: skip
 
 
-def _to_host(digests: torch.Tensor) -> torch.Tensor:
-    """Into pinned memory, so that the copy is only queued."""
-    host = torch.empty(digests.shape, dtype=digests.dtype, pin_memory=True)
-    return host.copy_(digests, non_blocking=True)
+class _Frame:
+    """The front of a slot, as the units of `num_layers` layers of these blocks."""
+
+    __slots__ = ("block_ids", "front", "layer_start", "num_layers", "num_units", "units")
+
+    def __init__(
+        self,
+        slot: torch.Tensor,
+        layer_start: int,
+        num_layers: int,
+        block_ids: Sequence[int],
+        unit_bytes: int,
+    ) -> None:
+        self.layer_start = layer_start
+        self.num_layers = num_layers
+        self.block_ids = block_ids
+        self.num_units = num_layers * len(block_ids)
+        self.front = slot[: self.num_units * unit_bytes]
+        self.units = self.front.view(num_layers, len(block_ids), unit_bytes)
 
 
-def _record(stream: torch.cuda.Stream) -> torch.cuda.Event:
-    """An event behind what was queued; waiting for it sleeps instead of spinning."""
-    done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
-    done.record(stream)
-    return done
+class _Notes:
+    """Pinned memory that one move on a device needs, and the event behind it. Used again: making
+    either takes longer than most moves. The event spins when waited for, which costs a thread
+    some microseconds; one that sleeps is woken up to a millisecond late."""
+
+    __slots__ = ("digests", "done", "ids", "ids_view")
+
+    def __init__(self) -> None:
+        self.ids = torch.empty(MAX_UNITS_PER_FRAME, dtype=torch.int64, pin_memory=True)
+        self.ids_view = self.ids.numpy()
+        self.digests = torch.empty(MAX_UNITS_PER_FRAME, dtype=torch.int64, pin_memory=True)
+        self.done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+
+
+async def _judge(digests: Move[NDArray[np.uint64]], accepts: Verdict) -> bool:
+    return accepts(await digests)
 
 
 def _side_stream(device: torch.device) -> torch.cuda.Stream | None:
     if device.type != "cuda":
         return None
-    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    # Ahead of the model's kernels: a move is short, and somebody waits for it.
+    return torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
 
 
 def _as_array(digests: torch.Tensor, num_layers: int) -> NDArray[np.uint64]:

@@ -17,7 +17,7 @@ import time
 from typing import TYPE_CHECKING, Any, Protocol
 
 from cluster.errors import InternalError, ServingError
-from kv_transfer.digests import seal_digests
+from kv_transfer.digests import PlaceSeal
 from kv_transfer.failures import FailureReason, failure
 from kv_transfer.protocol import FrameHeader, FrameLimits, pack_header
 from prefill_node.kv_session import KvSessionStream
@@ -190,15 +190,23 @@ class Peer:
         endpoint: Endpoint,
     ) -> None:
         """Pack one frame and post it. The slot is given back when its send has ended."""
-        machine = shipment.machine
+        machine, pool = shipment.machine, self._agent.pool
+        seal = PlaceSeal(
+            seed=shipment.digest_seed,
+            layer_start=plan.layer_start,
+            num_layers=plan.num_layers,
+            positions=plan.positions,
+        )
         try:
-            digests = await self._agent.pool.gather(
+            gathering = pool.begin_gather(
                 slot.payload,
                 layer_start=plan.layer_start,
                 num_layers=plan.num_layers,
                 block_ids=plan.block_ids,
                 after=plan.after,
             )
+            seal.prepare()
+            digests = seal.seal(await pool.end(gathering))
         except Exception:
             logger.exception("blocks could not be packed")
             self._agent.staging.release(slot)
@@ -258,14 +266,8 @@ class Peer:
 def _header_of(
     shipment: Any, plan: FramePlan, seq: int, payload_bytes: int, digests: Any
 ) -> FrameHeader:
-    """`digests` are those of the packed units; the frame carries them sealed."""
+    """`digests` are sealed."""
     ticket = shipment.machine.ticket
-    sealed = seal_digests(
-        digests,
-        seed=shipment.digest_seed,
-        layer_start=plan.layer_start,
-        positions=plan.positions,
-    )
     return FrameHeader(
         transfer_id=shipment.transfer_id,
         incarnation=ticket.incarnation,
@@ -276,5 +278,5 @@ def _header_of(
         num_layers=plan.num_layers,
         positions=plan.positions,
         payload_bytes=payload_bytes,
-        digests=sealed,
+        digests=digests,
     )
