@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from cluster.errors import Cancelled, DeadlineExceeded
 from cluster.request import KVLoadFailurePolicy, SequenceRequest
 from kv_transfer.digests import digest_seed
@@ -36,52 +38,52 @@ class IncomingSequence:
         return self.request.sequence_id
 
 
-@dataclass(slots=True)
 class BlockProgress:
-    """Which layers of which missing block positions have been announced and verified."""
+    """Which layers of which missing block positions have been announced and verified.
 
-    num_layers: int
-    num_units: int  # to receive in all
-    announced: dict[int, int]  # position -> bit set of its layers
-    verified: dict[int, int]  # likewise
-    num_verified: int = 0
+    Arrays, since a long prompt comes in dozens of frames of hundreds of blocks.
+    """
 
-    @classmethod
-    def of(cls, positions: Sequence[int], num_layers: int) -> BlockProgress:
-        none = dict.fromkeys(positions, 0)
-        return cls(num_layers, num_layers * len(positions), none, dict(none))
+    __slots__ = ("_announced", "_positions", "_rows", "_verified", "num_verified")
+
+    def __init__(self, positions: Sequence[int], num_layers: int) -> None:
+        """`positions` ascending."""
+        self._positions = np.array(positions, dtype=np.int64)
+        self._rows = np.full(positions[-1] + 1 if positions else 0, -1, dtype=np.int64)
+        self._rows[self._positions] = np.arange(len(positions))
+        self._announced = np.zeros((len(positions), num_layers), dtype=np.bool_)
+        self._verified = np.zeros_like(self._announced)
+        self.num_verified = 0  # units
 
     def announce(self, header: FrameHeader) -> bool:
         """False when the frame holds what was not asked for, or what came before."""
-        layers = _layers(header)
-        for position in header.positions:
-            if self.announced.get(position, layers) & layers:
-                return False
-        for position in header.positions:
-            self.announced[position] |= layers
+        positions = np.array(header.positions, dtype=np.int64)
+        if positions[-1] >= len(self._rows):
+            return False
+        rows, layers = self._rows[positions], _layers(header)
+        if rows.min() < 0 or self._announced[rows, layers].any():
+            return False
+        self._announced[rows, layers] = True
         return True
 
     def verify(self, header: FrameHeader) -> None:
         """What it holds is in the blocks, and its digests were right."""
-        layers = _layers(header)
-        for position in header.positions:
-            self.verified[position] |= layers
+        rows = self._rows[np.array(header.positions, dtype=np.int64)]
+        self._verified[rows, _layers(header)] = True
         self.num_verified += header.num_layers * len(header.positions)
 
     @property
     def is_complete(self) -> bool:
-        return self.num_verified == self.num_units
+        return self.num_verified == self._verified.size
 
     def num_good_blocks(self, num_blocks: int) -> int:
         """Of `num_blocks` of a prompt: those before the first that lacks a verified layer."""
-        every_layer = (1 << self.num_layers) - 1
-        lacking = (p for p, layers in self.verified.items() if layers != every_layer)
-        return min(lacking, default=num_blocks)
+        lacking = self._positions[~self._verified.all(axis=1)]
+        return int(lacking[0]) if lacking.size else num_blocks
 
 
-def _layers(header: FrameHeader) -> int:
-    """Its layers as a bit set."""
-    return ((1 << header.num_layers) - 1) << header.layer_start
+def _layers(header: FrameHeader) -> slice:
+    return slice(header.layer_start, header.layer_start + header.num_layers)
 
 
 @dataclass(slots=True)
@@ -101,7 +103,7 @@ class IncomingTransfer:
     digest_seed: int
     state: TransferState = TransferState.PENDING
     block_ids: tuple[int, ...] = ()
-    progress: BlockProgress = field(default_factory=lambda: BlockProgress.of((), 0))
+    progress: BlockProgress = field(default_factory=lambda: BlockProgress((), 0))
     error: ServingError | None = None
     num_good_blocks: int | None = None  # when it failed, if the node may compute the rest
     is_asking: bool = False  # the block source has not answered yet
@@ -171,7 +173,7 @@ class IncomingTransfer:
         """Keep only what a late message may ask for."""
         self.forget_at = forget_at
         self.block_ids = ()
-        self.progress = BlockProgress.of((), 0)
+        self.progress = BlockProgress((), 0)
         request = replace(self.sequence.request, prompt_token_ids=())
         self.sequence = replace(self.sequence, request=request)
 

@@ -137,7 +137,7 @@ class Intake:
         if transfer.state is not TransferState.PENDING:
             return self._settle(transfer, now)
         missing = tuple(range(num_held_blocks, len(block_ids)))
-        transfer.progress = BlockProgress.of(missing, self._num_layers)
+        transfer.progress = BlockProgress(missing, self._num_layers)
         transfer.state = TransferState.ACTIVE
         seconds = self._leases.remaining_seconds(transfer_id, now)
         ticket = transfer.ticket(self._incarnation, missing, expires_in_seconds=seconds)

@@ -61,7 +61,9 @@ class Launched(Protocol):
 class Stepper(Protocol):
     """What the loop needs of an engine. When `collect` raises, no step is in flight."""
 
-    def launch(self, decision: ScheduleDecision) -> Launched: ...
+    def launch(
+        self, decision: ScheduleDecision, *, on_layer: Callable[[int], None] | None = None
+    ) -> Launched: ...
 
     def collect(self, step: Any) -> StepOutput:
         """`step`: the oldest that `launch` gave."""
@@ -92,6 +94,13 @@ class Observer(Protocol):
     def before_step(self, decision: ScheduleDecision) -> None: ...
     def after_step(self, decision: ScheduleDecision, output: StepOutput) -> None: ...
     def settled(self, deltas: SequenceOf[TokenDelta]) -> None: ...
+
+
+class LayerHook(Protocol):
+    """Gives the function that hears, on the loop's thread, when layer i's KV is written (GPU:
+    queued); None if nobody needs to. Called after `before_step`."""
+
+    def __call__(self, decision: ScheduleDecision, /) -> Callable[[int], None] | None: ...
 
 
 @dataclass(slots=True)
@@ -141,8 +150,11 @@ class EngineLoop:
         *,
         on_fatal: Callable[[BaseException], None],
         on_idle: Callable[[], None] | None = None,
+        layer_hook: LayerHook | None = None,
     ) -> None:
+        """`layer_hook` is asked before each launch who is to hear of its layers."""
         self._engine = engine
+        self._layer_hook = layer_hook
         self._scheduler = scheduler
         self._observer = observer
         self._on_fatal = on_fatal
@@ -256,7 +268,9 @@ class EngineLoop:
 
     def _launch(self, decision: ScheduleDecision) -> _Flight:
         self._observer.before_step(decision)
-        return _Flight(decision, self._engine.launch(decision), time.perf_counter())
+        on_layer = None if self._layer_hook is None else self._layer_hook(decision)
+        step = self._engine.launch(decision, on_layer=on_layer)
+        return _Flight(decision, step, time.perf_counter())
 
     def _settle(self, flight: _Flight, behind: ScheduleDecision | None = None) -> bool:
         """Collect a step and tell everybody. False if it failed, and with it the one behind."""

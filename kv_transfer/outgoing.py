@@ -2,8 +2,8 @@
 
 Life of an outgoing transfer
     1. PENDING      `Reserve` was sent. Chunks may be computed already; nothing is sent.
-    2. ACTIVE       the ticket came. Computed blocks that the receiver lacks become frames:
-                    `next_frame` -> packed by the shell -> `posted` -> `settled`.
+    2. ACTIVE       the ticket came. Computed layers of blocks that the receiver lacks become
+                    frames: `next_frame` -> packed by the shell -> `posted` -> `settled`.
     3. COMMITTING   the first token is known and every frame is posted: `SendCommit`.
     4. DONE         the receiver committed.
     Any failure, from either end or from the link, ends the transfer at once for the node
@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from kv_transfer.failures import FailureReason, failure
@@ -84,9 +84,17 @@ class FramePlan:
 
 
 @dataclass(frozen=True, slots=True)
-class _Computed:
-    block_id: int
+class _Part:
+    """Layers `layer_start .. layer_end` of some blocks, to be sent once `after` has happened."""
+
+    layer_start: int
+    layer_end: int
+    positions: tuple[int, ...]
     after: Any
+
+    @property
+    def num_units(self) -> int:
+        return (self.layer_end - self.layer_start) * len(self.positions)
 
 
 class OutgoingTransfer:
@@ -98,11 +106,12 @@ class OutgoingTransfer:
         self.num_posted = 0
         self._num_layers = num_layers
         self._num_blocks = num_blocks
-        self._computed: list[_Computed] = []
-        self._missing: frozenset[int] = frozenset()
-        self._ready: deque[int] = deque()
-        self._next_layer = 0
-        self._num_unplanned = 0
+        self._block_ids: list[int] = []  # of all blocks that some layer is computed of
+        self._num_complete = 0  # blocks with every layer; those after them have `_num_layers_begun`
+        self._num_layers_begun = 0
+        self._missing: frozenset[int] | None = None
+        self._ready: deque[_Part] = deque()  # before the ticket: of all blocks
+        self._num_unplanned = 0  # units
         self._num_packing = 0
         self._num_in_flight = 0
         self._first_token_id: int | None = None
@@ -130,10 +139,36 @@ class OutgoingTransfer:
 
     def chunk_computed(self, num_blocks: int, block_table: Sequence[int], after: Any) -> None:
         """The first `num_blocks` blocks of the prompt are complete once `after` happened."""
-        for position in range(len(self._computed), min(num_blocks, self._num_blocks)):
-            self._computed.append(_Computed(block_table[position], after))
-            if position in self._missing:
-                self._ready.append(position)
+        self.layers_computed(num_blocks, block_table, self._num_layers, after)
+
+    def layers_computed(
+        self, num_blocks: int, block_table: Sequence[int], layer_end: int, after: Any
+    ) -> None:
+        """The layers below `layer_end` of the first `num_blocks` blocks are computed once `after`
+        happened. Layers come in order; blocks follow when the last layer of those before them
+        came. Nothing for what was said before."""
+        num_blocks = min(num_blocks, self._num_blocks)
+        begun = len(self._block_ids)
+        if self._num_layers_begun == 0:
+            self._block_ids += block_table[begun:num_blocks]
+        elif num_blocks > begun:
+            raise ValueError("the layers of earlier blocks are not complete")
+        first, end = self._num_complete, min(num_blocks, len(self._block_ids))
+        if first >= end or layer_end <= self._num_layers_begun:
+            return
+        positions = tuple(range(first, len(self._block_ids)))
+        self._add(_Part(self._num_layers_begun, layer_end, positions, after))
+        self._num_layers_begun = layer_end
+        if layer_end == self._num_layers:
+            self._num_complete, self._num_layers_begun = len(self._block_ids), 0
+
+    def _add(self, part: _Part) -> None:
+        """Queue what the receiver lacks of it; all of it while that is not known."""
+        missing = self._missing
+        if missing is not None:
+            part = replace(part, positions=tuple(p for p in part.positions if p in missing))
+        if part.positions and (missing is None or self.may_post):
+            self._ready.append(part)
 
     def commit_asked(self, first_token_id: int) -> list[Instruction]:
         if self.state is not TransferState.PENDING and not self.may_post:
@@ -151,21 +186,23 @@ class OutgoingTransfer:
         """The next frame of at most `max_units` layers of blocks; the shell packs it now."""
         if not self.has_frame:
             return None
-        if max_units >= self._num_layers:
-            layer_start, num_layers = 0, self._num_layers
-            count = min(len(self._ready), max_units // self._num_layers)
-        else:
-            layer_start, count = self._next_layer, 1
-            num_layers = min(max_units, self._num_layers - layer_start)
-        positions = tuple(self._ready[index] for index in range(count))
-        self._advance(count, layer_start + num_layers)
+        part = self._ready.popleft()
+        layer_end = min(part.layer_end, part.layer_start + max_units)
+        count = max(1, max_units // (part.layer_end - part.layer_start))
+        positions, left = part.positions[:count], part.positions[count:]
+        if left:
+            self._ready.appendleft(replace(part, positions=left))
+        if layer_end < part.layer_end:
+            self._ready.appendleft(replace(part, layer_start=layer_end, positions=positions))
+        planned = replace(part, layer_end=layer_end, positions=positions)
+        self._num_unplanned -= planned.num_units
         self._num_packing += 1
         return FramePlan(
-            layer_start=layer_start,
-            num_layers=num_layers,
+            layer_start=planned.layer_start,
+            num_layers=layer_end - planned.layer_start,
             positions=positions,
-            block_ids=tuple(self._computed[position].block_id for position in positions),
-            after=self._computed[positions[-1]].after,
+            block_ids=tuple(self._block_ids[position] for position in positions),
+            after=planned.after,
         )
 
     def posted(self) -> tuple[int, list[Instruction]]:
@@ -203,8 +240,10 @@ class OutgoingTransfer:
         self.state = TransferState.ACTIVE
         self.ticket = ticket
         self._missing = frozenset(positions)
-        self._num_unplanned = len(positions)
-        self._ready.extend(p for p in range(len(self._computed)) if p in self._missing)
+        self._num_unplanned = len(positions) * self._num_layers
+        computed, self._ready = self._ready, deque()
+        for part in computed:
+            self._add(part)
         return self._commit_if_sent()
 
     def refused(self, error: ServingError) -> list[Instruction]:
@@ -279,13 +318,3 @@ class OutgoingTransfer:
             return self._end(error, tells_node=True, tells_peer=True)
         self.state = TransferState.COMMITTING
         return [SendCommit(self.num_posted, first_token_id)]
-
-    def _advance(self, num_positions: int, next_layer: int) -> None:
-        """Take planned work off the queue; a block cut by layers stays until its last layer."""
-        if next_layer < self._num_layers:
-            self._next_layer = next_layer
-            return
-        self._next_layer = 0
-        for _ in range(num_positions):
-            self._ready.popleft()
-        self._num_unplanned -= num_positions

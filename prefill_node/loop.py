@@ -2,8 +2,9 @@
 
 Life of a prompt, as this thread sees it
     1. First scheduled: the service is told, and asks the decode node for blocks meanwhile.
-    2. After each chunk: the blocks it completed are put under a `Hold` of the transfer and
-       handed to the service, which sends them while the next chunk computes.
+    2. With each chunk: the blocks it completes are put under a `Hold` of the transfer. The service
+       is told of them, a group of layers at a time while the chunk computes, or all of it after
+       a chunk that is too small for that; it sends them meanwhile.
     3. First token sampled: the scheduler lets go of the sequence. Its blocks live on under
        the holds, until the service says that nothing reads them any more.
 """
@@ -13,6 +14,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from prefill_node.layer_groups import group_ends
+
 if TYPE_CHECKING:
     import asyncio
     from collections.abc import Callable, Sequence
@@ -20,7 +23,7 @@ if TYPE_CHECKING:
     from cluster.request import TokenDelta
     from engine.block_manager import BlockManager, Hold
     from engine.load import LoadSnapshot
-    from engine.schedule import ScheduleDecision
+    from engine.schedule import ScheduledChunk, ScheduleDecision
     from engine.step_pipeline import StepOutput
 
 
@@ -38,9 +41,29 @@ class ComputedChunk:
 
 
 @dataclass(frozen=True, slots=True)
+class LayerReport:
+    """Of each chunk, whose `done` counts for nothing, the layers below `layer_end` are written
+    once its event has happened."""
+
+    chunks: tuple[ComputedChunk, ...]
+    layers: tuple[tuple[int, Any], ...]  # (layer_end, event), in order
+
+
+@dataclass(frozen=True, slots=True)
 class StepReport:
     chunks: tuple[ComputedChunk, ...]
     deltas: tuple[TokenDelta, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class LayerFacts:
+    """What decides the groups of layers. `record` gives an event behind what is queued on the
+    current stream, None on the CPU."""
+
+    num_layers: int
+    unit_bytes: int  # of one layer of one block
+    group_bytes: int
+    record: Callable[[], Any]
 
 
 @dataclass(slots=True)
@@ -60,9 +83,13 @@ class PrefillObserver:
         loop: asyncio.AbstractEventLoop,
         snapshot: LoadSnapshot,
         *,
+        layers: LayerFacts,
         on_scheduled: Callable[[Sequence[str]], None],
+        on_layers: Callable[[LayerReport], None],
         on_step: Callable[[StepReport], None],
     ) -> None:
+        self._layers = layers
+        self._on_layers = on_layers
         self._block_manager = block_manager
         self._loop = loop
         self._snapshot = snapshot
@@ -84,6 +111,39 @@ class PrefillObserver:
         if new:
             self._sources.update((sequence_id, SourceHolds()) for sequence_id in new)
             self._loop.call_soon_threadsafe(self._on_scheduled, new)
+
+    def layer_hook(self, decision: ScheduleDecision) -> Callable[[int], None] | None:
+        """Hears of the layers of a step that is large enough; its blocks are held from here."""
+        if decision.is_decode:
+            return None  # one token, by a captured graph
+        facts, block_size = self._layers, self._block_manager.block_size
+        num_blocks = -(-decision.num_scheduled_tokens // block_size)
+        ends = group_ends(facts.num_layers, num_blocks * facts.unit_bytes, facts.group_bytes)
+        if not ends:
+            return None
+        chunks = tuple(self._launched_chunk(chunk) for chunk in decision.chunks)
+        layers: list[tuple[int, Any]] = []
+
+        def on_layer(layer: int) -> None:
+            layer_end = layer + 1
+            if layer_end not in ends:
+                return
+            done = facts.record()
+            layers.append((layer_end, done))
+            # On a GPU the host is far ahead: one report of all events. On a CPU it is done now.
+            if done is None or layer_end == facts.num_layers:
+                report = LayerReport(chunks, tuple(layers))
+                layers.clear()
+                self._loop.call_soon_threadsafe(self._on_layers, report)
+
+        return on_layer
+
+    def _launched_chunk(self, chunk: ScheduledChunk) -> ComputedChunk:
+        sequence = chunk.sequence
+        num_tokens = sequence.num_computed_tokens + sequence.num_launched_tokens
+        num_tokens += chunk.num_scheduled_tokens
+        self._hold(sequence.sequence_id, sequence.block_table, num_tokens)
+        return ComputedChunk(sequence.sequence_id, num_tokens, tuple(sequence.block_table), None)
 
     def after_step(self, decision: ScheduleDecision, output: StepOutput) -> None:
         """Hold what was computed, before the scheduler may free it. What was aborted while the

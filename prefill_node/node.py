@@ -6,6 +6,8 @@ import asyncio
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import torch
+
 from cluster.codec import PROTOCOL_VERSION
 from cluster.member import Member, MemberSources
 from cluster.member_config import MemberConfig
@@ -28,7 +30,8 @@ from kv_transfer.agent import TransferAgent
 from kv_transfer.config import KVTransferConfig
 from kv_transfer.handshake import Compatibility
 from kv_transfer.metrics import TransferCollector
-from prefill_node.loop import PrefillObserver
+from prefill_node.layer_groups import CPU_GROUP_BYTES, GPU_GROUP_BYTES
+from prefill_node.loop import LayerFacts, PrefillObserver
 from prefill_node.scheduler import PrefillScheduler
 from prefill_node.sender import KVSender
 from prefill_node.service import PrefillHandler
@@ -69,12 +72,19 @@ class PrefillNode:
             engine.block_manager,
             asyncio.get_running_loop(),
             self._snapshot,
+            layers=_layer_facts(engine, agent),
             on_scheduled=self.handler.on_scheduled,
+            on_layers=self.handler.on_layers,
             on_step=self.handler.on_step,
         )
         engine.watch(on_fatal)
         self.loop = EngineLoop(
-            engine, scheduler, self._observer, on_fatal=on_fatal, on_idle=self._snapshot.take
+            engine,
+            scheduler,
+            self._observer,
+            on_fatal=on_fatal,
+            on_idle=self._snapshot.take,
+            layer_hook=self._observer.layer_hook,
         )
         self._sender = KVSender(
             node_id=node_id,
@@ -117,6 +127,23 @@ class PrefillNode:
 
     def _load(self) -> NodeLoad:
         return replace(self._snapshot.value, num_transfers=self._sender.num_transfers)
+
+
+def _layer_facts(engine: Engine, agent: TransferAgent) -> LayerFacts:
+    on_gpu = engine.limits.on_gpu
+    return LayerFacts(
+        num_layers=agent.pool.num_layers,
+        unit_bytes=agent.pool.unit_bytes,
+        group_bytes=GPU_GROUP_BYTES if on_gpu else CPU_GROUP_BYTES,
+        record=_record if on_gpu else lambda: None,
+    )
+
+
+def _record() -> torch.Event:
+    """An event behind what this thread has queued."""
+    event = torch.cuda.Event()
+    event.record()
+    return event
 
 
 async def run_prefill_node(loaded: LoadedConfig, report: StartupReport) -> None:

@@ -3,8 +3,8 @@
 Life of a hand-off
     1. `open` when the prompt is first scheduled: `Reserve` goes to its decode node, which is
        paired with first if need be.
-    2. `chunk_computed` after each chunk: blocks it completed, and that the decode node lacks,
-       are packed and sent while the next chunk computes.
+    2. `layers_computed` while a chunk is computed, `chunk_computed` after it: blocks it completes,
+       and that the decode node lacks, are packed and sent while later layers compute.
     3. `commit` with the first token: the last blocks, then `Commit`.
     4. `on_committed`, or `on_failed` with a typed error; or nothing, after `abort`.
     5. `on_sources_free`, once, when no send reads the prompt's blocks any more.
@@ -177,6 +177,19 @@ class KVSender:
     ) -> None:
         """The KV of the first `num_computed_tokens` tokens is in the blocks once `done` (a CUDA
         event, None on the CPU) has happened. Nothing for a hand-off that has ended."""
+        self.layers_computed(
+            sequence_id, num_computed_tokens, block_table, self.agent.pool.num_layers, done
+        )
+
+    def layers_computed(
+        self,
+        sequence_id: str,
+        num_computed_tokens: int,
+        block_table: Sequence[int],
+        layer_end: int,
+        done: Any,
+    ) -> None:
+        """The same of the layers below `layer_end` alone, while later ones are computed."""
         sending = self._sendings.get(sequence_id)
         if sending is None:
             return
@@ -184,7 +197,7 @@ class KVSender:
         num_blocks = num_computed_tokens // self._block_size
         if num_computed_tokens >= num_prompt_tokens:
             num_blocks = sending.machine.num_blocks
-        sending.machine.chunk_computed(num_blocks, block_table, done)
+        sending.machine.layers_computed(num_blocks, block_table, layer_end, done)
         self._wake(sending)
 
     def commit(self, sequence_id: str, first_token_id: int) -> None:

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from cluster.rpc import SessionHub
     from engine.engine import Engine
     from engine.loop import EngineLoop
-    from prefill_node.loop import PrefillObserver, StepReport
+    from prefill_node.loop import LayerReport, PrefillObserver, StepReport
     from prefill_node.scheduler import PrefillScheduler
     from prefill_node.sender import KVSender
 
@@ -199,6 +199,16 @@ class PrefillHandler:
             self._fail(sequence_id, InternalError("The hand-off could not be opened."))
         else:
             prompt.is_sending = True
+
+    def on_layers(self, report: LayerReport) -> None:
+        for chunk in report.chunks:
+            prompt = self._prompts.get(chunk.sequence_id)
+            if prompt is None or not prompt.is_sending:
+                continue
+            for layer_end, done in report.layers:
+                self._sender.layers_computed(
+                    chunk.sequence_id, chunk.num_computed_tokens, chunk.block_table, layer_end, done
+                )
 
     def on_step(self, report: StepReport) -> None:
         for chunk in report.chunks:

@@ -57,7 +57,7 @@ class ScriptedEngine:
         self.may_step = threading.Event()
         self.may_step.set()
 
-    def launch(self, decision: ScheduleDecision) -> Flight:
+    def launch(self, decision: ScheduleDecision, *, on_layer: object = None) -> Flight:
         flight = launch_step(decision, self.block_manager, can_be_followed=self.overlaps)
         self._in_flight.append(flight)
         return flight

@@ -55,7 +55,7 @@ class ScriptedEngine:
         self.in_flight: list[tuple[Flight, dict[Sequence, int], set[int]]] = []
         self.overlaps = 0
 
-    def launch(self, decision: ScheduleDecision) -> Flight:
+    def launch(self, decision: ScheduleDecision, *, on_layer: object = None) -> Flight:
         assert len(self.in_flight) < 2
         self.overlaps += bool(self.in_flight)
         drawn = {

@@ -151,6 +151,33 @@ def test_greedy_tokens_of_the_split_pools_are_those_of_one_node_and_of_the_refer
     asyncio.run(main())
 
 
+@pytest.mark.parametrize("group_bytes", [1, 40_000])
+@pytest.mark.parametrize("chunk", [40, WHOLE])
+@pytest.mark.parametrize("family", ["llama3", "qwen3", POCKET_MODEL])
+def test_layers_sent_while_later_ones_are_computed_give_the_same_tokens(
+    family: str,
+    chunk: int,
+    group_bytes: int,
+    expected: Expected,
+    open_engine: OpenEngine,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    reference = expected[family]
+    monkeypatch.setattr("prefill_node.node.CPU_GROUP_BYTES", group_bytes)
+
+    async def main() -> None:
+        engines = [open_engine(family, max_num_batched_tokens=chunk) for _ in range(2)]
+        async with split_pair(*engines) as pair:
+            await pair.split([make_request(reference[3]["prompt"], GREEDY, salt=b"streamed")])
+            num_layers = engines[0].model_config.num_layers
+            if group_bytes == 1 and chunk == WHOLE:
+                assert pair.prefill.agent.stats.frames == num_layers
+            for rotation in (0, 4, 7):
+                await check(pair, cases_of(reference, rotation, label="streamed"))
+
+    asyncio.run(main())
+
+
 @pytest.mark.parametrize("family", ["llama3", "mistral", "qwen3", POCKET_MODEL])
 def test_prompts_that_share_their_beginnings_find_them_on_both_nodes(
     family: str, expected: Expected, open_engine: OpenEngine

@@ -76,7 +76,7 @@ class ScriptedEngine:
     """Fails the steps of sequences whose name begins with "bad", or "big" for its memory; "lost"
     loses a rank."""
 
-    def launch(self, decision: ScheduleDecision) -> Any:
+    def launch(self, decision: ScheduleDecision, *, on_layer: object = None) -> Any:
         return SimpleNamespace(decision=decision, can_be_followed=False)
 
     def collect(self, step: Any) -> Any:

@@ -184,13 +184,13 @@ def test_a_slot_too_small_for_a_whole_block_carries_groups_of_layers() -> None:
     assert layers == [(0, 0, 2), (0, 2, 2), (0, 4, 1), (1, 0, 2), (1, 2, 2), (1, 4, 1)]
 
 
-def test_a_frame_waits_for_the_chunk_of_its_last_block() -> None:
+def test_each_chunk_is_sent_as_soon_as_it_is_computed() -> None:
     machine = OutgoingTransfer(num_layers=NUM_LAYERS, num_blocks=3)
     machine.chunk_computed(1, [4], "first")
     machine.chunk_computed(3, [4, 5, 6], "second")
     machine.ticketed(make_ticket(0, 1, 2))
     plans = ship_all(machine, max_units=NUM_LAYERS * 2)
-    assert [plan.after for plan in plans] == ["second", "second"]
+    assert [(plan.after, plan.positions) for plan in plans] == [("first", (0,)), ("second", (1, 2))]
 
 
 def test_a_prompt_held_entirely_by_the_peer_commits_without_a_frame() -> None:
@@ -232,3 +232,59 @@ def test_a_repeated_abort_is_acknowledged_again() -> None:
     machine.ticketed(make_ticket(0))
     machine.abort_asked(4, Cancelled("gone"))
     assert machine.abort_asked(4, Cancelled("gone")) == [SendAbortAck(4, 0)]
+
+
+# ---- layer by layer -------------------------------------------------------------------------
+
+
+def units(plans: list[FramePlan]) -> list[tuple[int, int]]:
+    """(position, layer) of every unit, in the order sent."""
+    return [
+        (position, layer)
+        for plan in plans
+        for layer in range(plan.layer_start, plan.layer_start + plan.num_layers)
+        for position in plan.positions
+    ]
+
+
+@pytest.mark.parametrize("ticket_at", range(6))
+@pytest.mark.parametrize("max_units", [1, 2, 3, 100])
+def test_every_missing_unit_is_sent_once_whenever_the_ticket_comes(
+    ticket_at: int, max_units: int
+) -> None:
+    machine = OutgoingTransfer(num_layers=4, num_blocks=3)
+    reports = [(2, 1), (2, 3), (2, 4), (3, 4), (3, 4)]
+    plans = []
+    for index, (num_blocks, layer_end) in enumerate(reports):
+        if index == ticket_at:
+            machine.ticketed(make_ticket(0, 2))
+        machine.layers_computed(num_blocks, [7, 8, 9][:num_blocks], layer_end, layer_end)
+        plans += ship_all(machine, max_units=max_units)
+    if ticket_at == len(reports):
+        machine.ticketed(make_ticket(0, 2))
+    plans += ship_all(machine, max_units=max_units)
+    assert sorted(units(plans)) == [(p, layer) for p in (0, 2) for layer in range(4)]
+    assert all(plan.after >= plan.layer_start + plan.num_layers for plan in plans)
+    assert all(len(plan.positions) * plan.num_layers <= max_units for plan in plans)
+    assert {plan.block_ids[i] for plan in plans for i in range(len(plan.positions))} == {7, 9}
+    assert machine.commit_asked(5) == [SendCommit(len(plans), 5)]
+
+
+def test_a_commit_waits_for_the_last_layer() -> None:
+    machine = OutgoingTransfer(num_layers=2, num_blocks=1)
+    machine.ticketed(make_ticket(0))
+    machine.layers_computed(1, [3], 1, None)
+    ship_all(machine, max_units=9)
+    reports = [i for i in machine.commit_asked(9) if isinstance(i, ReportFailed)]
+    assert [report.error.reason for report in reports] == [FailureReason.INCOMPLETE.value]
+
+
+def test_a_chunk_that_was_sent_by_layers_is_not_sent_again() -> None:
+    machine = OutgoingTransfer(num_layers=2, num_blocks=2)
+    machine.ticketed(make_ticket(0, 1))
+    machine.layers_computed(1, [3], 1, None)
+    machine.layers_computed(1, [3], 2, None)
+    machine.chunk_computed(1, [3, 4], None)
+    assert units(ship_all(machine, max_units=9)) == [(0, 0), (0, 1)]
+    machine.chunk_computed(2, [3, 4], None)
+    assert units(ship_all(machine, max_units=9)) == [(1, 0), (1, 1)]

@@ -14,7 +14,7 @@ from cluster.request import FinishReason, Handoff
 from cluster.rpc import SessionHub
 from engine.load import LoadSnapshot
 from engine.loop import EngineLoop
-from prefill_node.loop import PrefillObserver
+from prefill_node.loop import LayerFacts, PrefillObserver
 from prefill_node.scheduler import PrefillScheduler
 from prefill_node.service import PrefillHandler
 from tests.node_parts import (
@@ -93,7 +93,9 @@ class World:
             self.engine.block_manager,
             asyncio.get_running_loop(),
             LoadSnapshot(self.scheduler, self.engine.block_manager),
+            layers=LayerFacts(num_layers=2, unit_bytes=1, group_bytes=1 << 20, record=lambda: None),
             on_scheduled=self.handler.on_scheduled,
+            on_layers=self.handler.on_layers,
             on_step=self.handler.on_step,
         )
         self.loop = EngineLoop(
