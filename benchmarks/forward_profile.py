@@ -29,6 +29,7 @@ from benchmarks.results_file import machine_facts, write_section
 from engine.batch import Batch, table_width
 from engine.models.config import ModelConfig
 from engine.models.decoder import Decoder
+from kernels.attention_backend import Facts, fastest
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -44,7 +45,12 @@ class Model:
 
     def __init__(self, shape: str, num_tokens: int, max_model_len: int) -> None:
         self.config = config_of(shape)
-        self.decoder = Decoder(self.config, max_model_len=max_model_len, dtype=DTYPE, device=DEVICE)
+        self.decoder = Decoder(
+            self.config, max_model_len=max_model_len, dtype=DTYPE, device=DEVICE,
+            attention_backend=fastest(
+                Facts(torch.cuda.get_device_capability(DEVICE), DTYPE, self.config.head_size)
+            ),
+        )  # fmt: skip
         for name, view in self.decoder.checkpoint_views().items():
             if name.endswith("norm.weight"):
                 view.fill_(1.0)

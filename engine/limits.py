@@ -13,7 +13,7 @@ import torch
 
 from cluster.errors import ConfigError
 from engine.models.linear import can_pack
-from kernels.attention_backend import BACKENDS, obstacles
+from kernels.attention_backend import Facts, fastest, obstacles
 
 if TYPE_CHECKING:
     from engine.config import EngineConfig
@@ -126,18 +126,15 @@ def _attention_backend(
     if not on_gpu:
         if asked == "auto":
             return None
-        problem = "a GPU"
+        found = ["a GPU"]
     else:
-        for backend in BACKENDS if asked == "auto" else (asked,):
-            found = obstacles(
-                backend,
-                capability=machine.capability,
-                dtype=dtype,
-                head_size=model.head_size,
-            )
-            if not found:
-                return backend
-        problem = " and ".join(found)
+        facts = Facts(machine.capability, dtype, model.head_size)
+        if asked == "auto":
+            return fastest(facts)
+        found = obstacles(asked, facts)
+        if not found:
+            return asked
+    problem = " and ".join(found)
     raise ConfigError(f"--attention-backend {asked} needs {problem}.", param="attention_backend")
 
 

@@ -9,7 +9,7 @@ pieces of 128 queries.
 
 from __future__ import annotations
 
-from typing import Literal, TypeAlias, get_args
+from typing import Literal, NamedTuple, TypeAlias, get_args
 
 import torch
 
@@ -24,29 +24,33 @@ BACKENDS: tuple[AttentionBackend, ...] = get_args(AttentionBackend)
 GLUON_MIN_QUERIES = 65
 
 
-def obstacles(
-    backend: AttentionBackend,
-    *,
-    capability: tuple[int, int],
-    dtype: torch.dtype,
-    head_size: int,
-) -> list[str]:
-    """What a kernel needs and does not find; nothing if it works.
+class Facts(NamedTuple):
+    """The compute capability of the GPU, the type and the head size of queries."""
 
-    capability: the compute capability of the GPU. dtype, head_size: of queries.
-    """
+    capability: tuple[int, int]
+    dtype: torch.dtype
+    head_size: int
+
+
+def fastest(facts: Facts) -> AttentionBackend:
+    """The best kernel that works."""
+    return next(backend for backend in BACKENDS if not obstacles(backend, facts))
+
+
+def obstacles(backend: AttentionBackend, facts: Facts) -> list[str]:
+    """What a kernel needs and does not find; nothing if it works."""
     found: list[str] = []
     if backend == "triton":
         return found
     if not HAS_GLUON:
         found.append("a Triton with Gluon")
-    if capability[0] != 9:
-        major, minor = capability
+    if facts.capability[0] != 9:
+        major, minor = facts.capability
         found.append(f"a GPU of compute capability 9.0 (this one has {major}.{minor})")
-    if dtype not in (torch.bfloat16, torch.float16):
-        name = str(dtype).removeprefix("torch.")
+    if facts.dtype not in (torch.bfloat16, torch.float16):
+        name = str(facts.dtype).removeprefix("torch.")
         found.append(f"a model in bfloat16 or float16 (this one is in {name})")
-    if head_size not in HEAD_SIZES:
+    if facts.head_size not in HEAD_SIZES:
         sizes = " or ".join(map(str, HEAD_SIZES))
-        found.append(f"heads of {sizes} (these have {head_size})")
+        found.append(f"heads of {sizes} (these have {facts.head_size})")
     return found

@@ -18,7 +18,7 @@ from benchmarks.kernels.inputs import (
     paged_kv,
 )
 from benchmarks.kernels.timing import Call, Case
-from kernels.attention_backend import BACKENDS, obstacles
+from kernels.attention_backend import BACKENDS, Facts, obstacles
 from kernels.prefill_attention import prefill_attention
 from kernels.prefill_tiles import plan_tiles
 
@@ -40,13 +40,8 @@ def cases() -> Iterator[Case]:
 
 def backends() -> list[AttentionBackend]:
     """The kernels that run here, the fastest first."""
-    capability = torch.cuda.get_device_capability()
-    dtype, head_size = torch.bfloat16, HEAD_SIZE
-    return [
-        backend
-        for backend in BACKENDS
-        if not obstacles(backend, capability=capability, dtype=dtype, head_size=head_size)
-    ]
+    facts = Facts(torch.cuda.get_device_capability(), torch.bfloat16, HEAD_SIZE)
+    return [backend for backend in BACKENDS if not obstacles(backend, facts)]
 
 
 def attention_flops(num_tokens: int, prefix: int) -> int:
