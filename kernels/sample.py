@@ -82,7 +82,8 @@ def sample(
     workspace: SampleWorkspace | None = None,
     only_best: bool = False,
 ) -> torch.Tensor:
-    """Token ids into `out` int64 [n]: of row i of `logits` [n, vocab], any float type, contiguous.
+    """Token ids into `out` int64 [n]: of row i of `logits` [n, vocab], any float type, contiguous,
+    of at least two tokens.
 
     A row whose best logit is no finite number gets `NO_TOKEN`. On a GPU `workspace` of at least n
     rows is needed. `only_best`: no row has a temperature, which saves the launches for those that
