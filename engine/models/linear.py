@@ -87,8 +87,10 @@ class Linear:
     """The `Matrix` of plain weights.
 
     On a GPU few rows take the kernel whose time is that of reading the weights, with what belongs
-    to the product inside; many rows the library's. On a CPU `pack` moves them into oneDNN's
-    blocked layout, 2 to 3 times faster than the plain one at 16 rows, and `weight` is given up.
+    to the product inside; so do some dozens, but for the norm, where kernels for them suit the
+    matrix. Many rows take the library's, and a prompt's activation is part of the product. On a CPU
+    `pack` moves the weights into oneDNN's blocked layout, 2 to 3 times faster than the plain one at
+    16 rows, and `weight` is given up.
     """
 
     __slots__ = ("_few_rows", "_packed", "_parts", "bias", "weight")
