@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import math
 import queue
@@ -90,11 +91,14 @@ class EngineRun:
         )
 
     def __enter__(self) -> EngineRun:
+        gc.collect()
+        gc.freeze()  # as a node does when it is ready
         self._loop.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._loop.stop()
+        gc.unfreeze()
 
     def first_token_seconds(self, num_tokens: int) -> float:
         sequence = self._sequence(num_tokens)
