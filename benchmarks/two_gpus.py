@@ -13,6 +13,7 @@ import argparse
 import json
 import tempfile
 import urllib.request
+from itertools import product
 from pathlib import Path
 
 from tokenizers import Tokenizer
@@ -54,17 +55,41 @@ def set_policy(admin_url: str, **changes: int) -> None:
         pass
 
 
-def transports(url: str) -> list[str]:
+def metrics(url: str, name: str) -> list[str]:
     with urllib.request.urlopen(f"{url}/metrics", timeout=10) as response:
         text = response.read().decode()
-    return [line for line in text.splitlines() if line.startswith("baton_kv_transport_info{")]
+    return [line for line in text.splitlines() if line.startswith(name)]
 
 
-def measure(arguments: argparse.Namespace, url: str, concurrency: int, seed: int) -> str:
+class HandoffGaps:
+    """Means of the gap between first and second token, which the gateway sums up."""
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+        self._sum, self._count = self._read()
+
+    def mean_ms(self) -> float | None:
+        """Since asked last; None when nothing was handed off."""
+        total, count = self._read()
+        spent, number = total - self._sum, count - self._count
+        self._sum, self._count = total, count
+        return spent / number * 1e3 if number else None
+
+    def _read(self) -> tuple[float, float]:
+        found = []
+        for part in ("sum", "count"):
+            lines = metrics(self._url, f"baton_handoff_gap_seconds_{part}")
+            found.append(sum(float(line.rpartition(" ")[2]) for line in lines))
+        return found[0], found[1]
+
+
+def measure(
+    arguments: argparse.Namespace, url: str, input_len: int, concurrency: int, seed: int
+) -> str:
     config = BenchConfig(
         base_url=url,
         num_prompts=arguments.num_prompts * concurrency,
-        random_input_len=arguments.input_len,
+        random_input_len=input_len,
         random_output_len=arguments.output_len,
         random_vocab_size=PROMPT_VOCABULARY,
         max_concurrency=concurrency,
@@ -92,14 +117,18 @@ def main() -> None:
         )
         with serve:
             print(f"ready in {serve.wait_until_ready():.1f} s", flush=True)
-            seed = arguments.seed
-            for concurrency in arguments.concurrency:
+            seed, gaps = arguments.seed, HandoffGaps(serve.url)
+            for input_len, concurrency in product(arguments.input_len, arguments.concurrency):
                 for arm, tokens in (("split pools", 0), ("one node doing both", EVERYTHING)):
                     set_policy(serve.admin_url, local_prefill_tokens=tokens)
                     seed += 1
-                    print(f"\n{arm}, {concurrency} at once, seed {seed}", flush=True)
-                    print(measure(arguments, serve.url, concurrency, seed), flush=True)
-            print("\n".join(transports(serve.url)))
+                    load = f"{input_len} tokens, {concurrency} at once, seed {seed}"
+                    print(f"\n{arm}, {load}", flush=True)
+                    print(measure(arguments, serve.url, input_len, concurrency, seed), flush=True)
+                    mean = gaps.mean_ms()
+                    if mean is not None:
+                        print(f"mean gap between first and second token: {mean:.2f} ms")
+            print("\n".join(metrics(serve.url, "baton_kv_transport_info{")))
             print(serve.log())
 
 
@@ -108,7 +137,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--shape", default="llama-3.1-8b", choices=SHAPES)
     parser.add_argument("--num-layers", type=int, help="fewer layers, to try the program")
     parser.add_argument("--max-model-len", type=int, default=16384)
-    parser.add_argument("--input-len", type=int, default=2048)
+    parser.add_argument("--input-len", type=int, nargs="+", default=[2048])
     parser.add_argument("--output-len", type=int, default=256)
     parser.add_argument("--num-prompts", type=int, default=8, help="per concurrent request")
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 16])
