@@ -156,20 +156,29 @@ class Decoder:
             if offloaded is not None:
                 offloaded.enter(index)
             attended = layer.attend(residual, batch, kv_layers[index], self._cos_sin, plan)
-            if self._ranks is not None and (on_layer is not None or _ends_here(batch, index, last)):
-                self._ranks.settle()  # the KV of the other ranks is written, too
-            if on_layer is not None:
+            if on_layer is not None and self._ranks is None:
                 on_layer(index)
             if index == last:
                 if batch.num_samples == 0:
+                    self._end_without_sample(index, on_layer)
                     return None
                 if batch.sample_indices is not None:
                     attended = attended.index_select(0, batch.sample_indices)
                     residual = residual.index_select(0, batch.sample_indices)
             residual = layer.transform(attended, residual)
+            if on_layer is not None and self._ranks is not None:
+                on_layer(index)  # behind a sum: the KV of the other ranks is written, too
             if offloaded is not None:
                 offloaded.leave(index)
         return residual
+
+    def _end_without_sample(self, layer: int, on_layer: Callable[[int], None] | None) -> None:
+        """No sum follows that would show that the other ranks have written their KV."""
+        if self._ranks is None:
+            return
+        self._ranks.settle()
+        if on_layer is not None:
+            on_layer(layer)
 
     def _embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         if self._ranks is None:
@@ -231,8 +240,3 @@ class Decoder:
         if self._ranks is None:
             return logits
         return self._ranks.gather_logits(logits, self.config.vocab_size)
-
-
-def _ends_here(batch: Batch, layer: int, last: int) -> bool:
-    """Whether no sum follows that would show that the other ranks have written their KV."""
-    return layer == last and batch.num_samples == 0

@@ -33,7 +33,12 @@ def engine_of(open_engine: OpenEngine, family: str, num_ranks: int) -> Iterator[
 @pytest.mark.parametrize(("on_prefill", "on_decode"), [(2, 1), (1, 2), (2, 2)])
 @pytest.mark.parametrize("family", ["llama3", "qwen3"])
 def test_tokens_do_not_depend_on_the_ranks_of_either_node(
-    family: str, on_prefill: int, on_decode: int, expected: Expected, open_engine: OpenEngine
+    family: str,
+    on_prefill: int,
+    on_decode: int,
+    expected: Expected,
+    open_engine: OpenEngine,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     reference = expected[family]
     tokens = [case["tokens"] for case in reference]
@@ -47,6 +52,8 @@ def test_tokens_do_not_depend_on_the_ranks_of_either_node(
                 assert all(answer.was_handed_off for answer in answers)
                 await pair.check_nothing_held()
 
+    # Layers are sent while later ones are computed, which the other rank may still do.
+    monkeypatch.setattr("prefill_node.node.CPU_GROUP_BYTES", 1)
     with ExitStack() as stack:
         prefill, decode = (
             stack.enter_context(engine_of(open_engine, family, num_ranks))
