@@ -182,7 +182,11 @@ class ReceiverSession:
         is_right = await pool.end(scattering)
         if is_right:
             return None
-        self._agent.stats.corrupt_frames_by_peer[self.peer.name] += 1
+        if self._agent.stats.corrupt(self.peer.name):
+            logger.error(
+                "prefill node %s has sent corrupt KV again and again: look at its memory and links",
+                self.peer.name,
+            )
         return failure(FailureReason.DIGEST_MISMATCH)
 
     def _spawn(self, work: Any) -> None:

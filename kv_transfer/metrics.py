@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from kv_transfer.stats import CORRUPT_FRAMES_OF_A_SUSPECT
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
@@ -45,12 +47,22 @@ class TransferCollector(Collector):
         )
         for reason, count in list(stats.recomputes.items()):
             recomputes.add_metric([reason], count)
+        corrupt = CounterMetricFamily(
+            "baton_kv_corrupt_frames", "Frames whose digests did not match.", labels=["peer"]
+        )
+        suspects = GaugeMetricFamily(
+            "baton_kv_suspect_peer", "1 for each peer that corrupts KV repeatedly.", labels=["peer"]
+        )
+        for peer, count in list(stats.corrupt_frames_by_peer.items()):
+            corrupt.add_metric([peer], count)
+            if count >= CORRUPT_FRAMES_OF_A_SUSPECT:
+                suspects.add_metric([peer], 1)
         dropped = CounterMetricFamily(
             "baton_kv_frames_dropped", "Frames refused or drained.", labels=["reason"]
         )
         for reason, count in list(stats.frames_dropped.items()):
             dropped.add_metric([reason], count)
-        yield from (moved, seconds, failures, recomputes, dropped)
+        yield from (moved, seconds, failures, recomputes, corrupt, suspects, dropped)
         yield from self._plain(stats)
         info = GaugeMetricFamily(
             "baton_kv_transport_in_use", "1 for each transport in use.", labels=["transport"]

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
+# One flipped bit is weather; a peer that corrupts again and again has a fault of its own.
+CORRUPT_FRAMES_OF_A_SUSPECT = 3
+
 
 @dataclass(slots=True)
 class TransferStats:
@@ -22,6 +25,11 @@ class TransferStats:
     handshakes_refused: int = 0
     pairings: int = 0
     revocations: int = 0
+
+    def corrupt(self, peer: str) -> bool:
+        """A frame of `peer` was not what it had sent. True when that makes it a suspect."""
+        self.corrupt_frames_by_peer[peer] += 1
+        return self.corrupt_frames_by_peer[peer] == CORRUPT_FRAMES_OF_A_SUSPECT
 
     def moved(self, transport: str, num_bytes: int, seconds: float) -> None:
         """One frame has moved."""

@@ -86,3 +86,15 @@ def test_transfers_are_counted_by_transport_and_failures_by_reason_and_policy() 
     assert registry.get_sample_value("baton_kv_transport_in_use", labels) == 1
     failed = {"reason": "link_lost", "policy": "fail"}
     assert registry.get_sample_value("baton_kv_load_failures_total", failed) == 1
+
+
+def test_a_peer_that_corrupts_kv_three_times_becomes_a_suspect_once() -> None:
+    stats = TransferStats()
+    registry = values(TransferCollector(stats, transports=tuple))
+    became = [stats.corrupt("p0") for _ in range(4)]
+    stats.corrupt("p1")
+    assert became == [False, False, True, False]
+    counted = registry.get_sample_value("baton_kv_corrupt_frames_total", {"peer": "p0"})
+    assert counted == 4
+    assert registry.get_sample_value("baton_kv_suspect_peer", {"peer": "p0"}) == 1
+    assert registry.get_sample_value("baton_kv_suspect_peer", {"peer": "p1"}) is None
