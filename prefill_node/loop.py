@@ -41,12 +41,13 @@ class ComputedChunk:
 
 
 @dataclass(frozen=True, slots=True)
-class LayerReport:
-    """Of each chunk, whose `done` counts for nothing, the layers below `layer_end` are written
-    once its event has happened."""
+class ComputedLayers:
+    """Of a chunk, whose `done` counts for nothing, the layers below `layer_end` are written once
+    `done` has happened."""
 
-    chunks: tuple[ComputedChunk, ...]
-    layers: tuple[tuple[int, Any], ...]  # (layer_end, event), in order
+    chunk: ComputedChunk
+    layer_end: int
+    done: Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +86,7 @@ class PrefillObserver:
         *,
         layers: LayerFacts,
         on_scheduled: Callable[[Sequence[str]], None],
-        on_layers: Callable[[LayerReport], None],
+        on_layers: Callable[[Sequence[ComputedLayers]], None],
         on_step: Callable[[StepReport], None],
     ) -> None:
         self._layers = layers
@@ -113,30 +114,39 @@ class PrefillObserver:
             self._loop.call_soon_threadsafe(self._on_scheduled, new)
 
     def layer_hook(self, decision: ScheduleDecision) -> Callable[[int], None] | None:
-        """Hears of the layers of a step that is large enough; its blocks are held from here."""
+        """Hears of the layers of a step. Each chunk that is large enough is reported in groups of
+        its own; its blocks are held from here on."""
         if decision.is_decode:
             return None  # one token, by a captured graph
-        facts, block_size = self._layers, self._block_manager.block_size
-        num_blocks = -(-decision.num_scheduled_tokens // block_size)
-        ends = group_ends(facts.num_layers, num_blocks * facts.unit_bytes, facts.group_bytes)
-        if not ends:
+        facts = self._layers
+        by_layer: dict[int, list[ComputedChunk]] = {}
+        for chunk in decision.chunks:
+            ends = self._group_ends(chunk)
+            if ends:
+                launched = self._launched_chunk(chunk)
+                for layer_end in ends:
+                    by_layer.setdefault(layer_end, []).append(launched)
+        if not by_layer:
             return None
-        chunks = tuple(self._launched_chunk(chunk) for chunk in decision.chunks)
-        layers: list[tuple[int, Any]] = []
+        reports: list[ComputedLayers] = []
 
         def on_layer(layer: int) -> None:
             layer_end = layer + 1
-            if layer_end not in ends:
+            if layer_end not in by_layer:
                 return
             done = facts.record()
-            layers.append((layer_end, done))
+            reports.extend(ComputedLayers(each, layer_end, done) for each in by_layer[layer_end])
             # On a GPU the host is far ahead: one report of all events. On a CPU it is done now.
             if done is None or layer_end == facts.num_layers:
-                report = LayerReport(chunks, tuple(layers))
-                layers.clear()
-                self._loop.call_soon_threadsafe(self._on_layers, report)
+                self._loop.call_soon_threadsafe(self._on_layers, tuple(reports))
+                reports.clear()
 
         return on_layer
+
+    def _group_ends(self, chunk: ScheduledChunk) -> frozenset[int]:
+        facts = self._layers
+        num_blocks = -(-chunk.num_scheduled_tokens // self._block_manager.block_size)
+        return group_ends(facts.num_layers, num_blocks * facts.unit_bytes, facts.group_bytes)
 
     def _launched_chunk(self, chunk: ScheduledChunk) -> ComputedChunk:
         sequence = chunk.sequence

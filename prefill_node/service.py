@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from cluster.rpc import SessionHub
     from engine.engine import Engine
     from engine.loop import EngineLoop
-    from prefill_node.loop import LayerReport, PrefillObserver, StepReport
+    from prefill_node.loop import ComputedLayers, PrefillObserver, StepReport
     from prefill_node.scheduler import PrefillScheduler
     from prefill_node.sender import KVSender
 
@@ -200,14 +200,17 @@ class PrefillHandler:
         else:
             prompt.is_sending = True
 
-    def on_layers(self, report: LayerReport) -> None:
-        for chunk in report.chunks:
+    def on_layers(self, reports: SequenceOf[ComputedLayers]) -> None:
+        for report in reports:
+            chunk = report.chunk
             prompt = self._prompts.get(chunk.sequence_id)
-            if prompt is None or not prompt.is_sending:
-                continue
-            for layer_end, done in report.layers:
+            if prompt is not None and prompt.is_sending:
                 self._sender.layers_computed(
-                    chunk.sequence_id, chunk.num_computed_tokens, chunk.block_table, layer_end, done
+                    chunk.sequence_id,
+                    chunk.num_computed_tokens,
+                    chunk.block_table,
+                    report.layer_end,
+                    report.done,
                 )
 
     def on_step(self, report: StepReport) -> None:
