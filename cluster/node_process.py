@@ -24,6 +24,7 @@ import uvloop
 
 from cluster.config import LoadedConfig, load_config, render_config
 from cluster.errors import ConfigError, InternalError
+from cluster.failpoints import arm as arm_failpoints
 from cluster.logging import setup_logging
 from cluster.member_config import MemberConfig
 from cluster.metrics import MetricsServer, start_metrics_server
@@ -152,6 +153,7 @@ def node_main(
     if loaded.show_config:
         print(render_config(loaded), end="")
         return 0
+    arm_failpoints(os.environ)
     member = loaded[MemberConfig]
     setup_logging(
         member.log_level,

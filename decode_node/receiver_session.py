@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from cluster.errors import ServingError
+from cluster.failpoints import failpoint
 from decode_node.intake_instructions import Dropping, Landing
 from kv_transfer.digests import PlaceSeal
 from kv_transfer.failures import FailureReason, failure
@@ -110,6 +111,7 @@ class ReceiverSession:
 
     async def _take(self, endpoint: Endpoint, header: FrameHeader) -> None:
         """Post the receive of one payload; payloads are posted in the order of their headers."""
+        failpoint("decode.on_frame")
         fate = self._events.frame_arrived(self.id, header)
         if isinstance(fate, Dropping):
             self._agent.stats.frames_dropped[fate.reason.value] += 1

@@ -34,6 +34,7 @@ from cluster.errors import (
     ServingError,
     TransferFailed,
 )
+from cluster.failpoints import failpoint
 from cluster.node import NodeState
 from cluster.prefix_hash import root_hash
 from cluster.proto import node_pb2 as pb
@@ -205,6 +206,7 @@ class DecodeHandler:
         stream = self._streams.get(sequence_id)
         if stream is None:
             raise Cancelled("The request was cancelled.")
+        failpoint("decode.before_start")
         await asyncio.wrap_future(self._loop.call(lambda: self._start(sequence_id, first_token_id)))
         if not stream.is_started:
             raise Cancelled("The request was cancelled.")

@@ -17,6 +17,7 @@ import time
 from typing import TYPE_CHECKING, Any, Protocol
 
 from cluster.errors import InternalError, ServingError
+from cluster.failpoints import failpoint
 from kv_transfer.digests import PlaceSeal
 from kv_transfer.failures import FailureReason, failure
 from kv_transfer.protocol import FrameHeader, FrameLimits, pack_header
@@ -242,6 +243,7 @@ class Peer:
             lambda done: self._sent(shipment, slot, done.result(), payload_bytes, began)
         )
         self._events.did(shipment, instructions)
+        failpoint("prefill.after_frame")
 
     def _sent(
         self,

@@ -28,6 +28,7 @@ from cluster.errors import (
     NodeUnavailable,
     ServingError,
 )
+from cluster.failpoints import failpoint
 from cluster.node import NodeState
 from cluster.prefix_hash import root_hash
 from cluster.proto import node_pb2 as pb
@@ -220,6 +221,7 @@ class PrefillHandler:
                 self._sender.chunk_computed(
                     chunk.sequence_id, chunk.num_computed_tokens, chunk.block_table, chunk.done
                 )
+                failpoint("prefill.after_chunk")
         for delta in report.deltas:
             self._on_delta(delta)
 
@@ -232,11 +234,13 @@ class PrefillHandler:
             prompt.end()
             self._stop(delta.sequence_id, prompt)
         elif prompt.is_sending:
+            failpoint("prefill.before_commit")
             self._sender.commit(delta.sequence_id, delta.token_ids[-1])
 
     # ---- reports of the sender --------------------------------------------------------
 
     def on_committed(self, sequence_id: str) -> None:
+        failpoint("prefill.after_commit")
         prompt = self._prompts.get(sequence_id)
         if prompt is not None and not prompt.is_done:
             prompt.end()
