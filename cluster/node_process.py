@@ -1,7 +1,8 @@
 """A node's process around its role: ports, membership, signals, and the order of its end.
 
 Life of a node's process
-    1. The role builds its engine and its services; nothing listens yet.
+    1. `node_main` reads the options and imports the role; the role builds its engine and gives
+       `run_node` a way to build the rest. Nothing listens yet.
     2. `NodeProcess.start` binds gRPC and metrics, announces the node, and reports ready.
     3. `run_until_stopped` waits for SIGTERM or SIGINT, for a fatal error, or for the name to
        be taken by another incarnation.
@@ -18,7 +19,7 @@ import logging
 import os
 import signal
 from collections.abc import Awaitable, Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import uvloop
 
@@ -26,19 +27,22 @@ from cluster.config import LoadedConfig, load_config, render_config
 from cluster.errors import ConfigError, InternalError
 from cluster.failpoints import arm as arm_failpoints
 from cluster.logging import setup_logging
+from cluster.member import Member
 from cluster.member_config import MemberConfig
-from cluster.metrics import MetricsServer, start_metrics_server
-from cluster.rpc import bind, create_server
+from cluster.metrics import MetricsServer, new_registry, start_metrics_server
+from cluster.node import new_incarnation
+from cluster.node_stores import NodeStores
+from cluster.rpc import SessionHub, bind, create_server
 from cluster.startup import StartupReport
+from cluster.version import VERSION
 
 if TYPE_CHECKING:
     import grpc
     from prometheus_client import CollectorRegistry
 
     from cluster.config import ChoosePresets
-    from cluster.member import Member
-    from cluster.node import NodeRole
-    from cluster.rpc import SessionHub
+    from cluster.member import MemberSources
+    from cluster.node import NodeId, NodeInfo, NodeRole
 
 logger = logging.getLogger(__name__)
 CLOSE_GRACE_SECONDS = 1.0
@@ -124,6 +128,55 @@ class NodeProcess:
         self._failure = self._failure or InternalError(message)
         self._failed.set()
         self._stop.set()
+
+
+class Node(Protocol):
+    """What a role builds around its engine."""
+
+    @property
+    def info(self) -> NodeInfo: ...
+    def sources(self, on_replaced: Callable[[], None]) -> MemberSources:
+        """What its membership tells the cluster."""
+
+    def add_services(self, server: grpc.aio.Server, member: Member) -> None: ...
+    def add_metrics(self, registry: CollectorRegistry, sources: MemberSources) -> None: ...
+    async def start(self, member: Member) -> None: ...
+    async def close(self) -> None: ...
+
+
+class BuildNode(Protocol):
+    def __call__(
+        self, hub: SessionHub, node_id: NodeId, *, on_fatal: Callable[[BaseException], None]
+    ) -> Node: ...
+
+
+async def run_node(
+    role: NodeRole, config: MemberConfig, report: StartupReport, build: BuildNode
+) -> None:
+    """Build the node and serve until told to stop. Raises `ConfigError` for what keeps it from
+    serving, `InternalError` after a fatal end."""
+    registry = new_registry(role=role.value, version=VERSION)
+    stores = NodeStores(config.redis_url, registry)
+    hub = SessionHub()
+    process = NodeProcess(config, hub, registry)
+    node = build(
+        hub,
+        config.node_id(role, new_incarnation()),
+        on_fatal=lambda _: process.fail("The engine failed; the node ends."),
+    )
+    sources = node.sources(
+        on_replaced=lambda: process.fail("Another node has taken this node's name.")
+    )
+    member = Member(node.info, stores.registry, stores.index, sources)
+    node.add_services(process.server, member)
+    node.add_metrics(registry, sources)
+    await node.start(member)
+
+    async def close() -> None:
+        await node.close()
+        await stores.close()
+
+    await process.run(member, report, close=close)
 
 
 NodeBody = Callable[["LoadedConfig", "StartupReport"], Awaitable[None]]

@@ -45,27 +45,37 @@ HELLO_SECONDS = 5.0
 class Handler(Protocol):
     """What a role does with the frames. Called on the event loop; must not block."""
 
-    def description(self) -> pb.NodeDescription: ...
     def submit(self, gateway_id: str, sequence: SequenceRequest, handoff: Handoff | None) -> None:
         """Take the sequence, or raise a `ServingError` that becomes its last delta."""
 
     def cancel(self, sequence_id: str) -> None: ...
     def orphaned(self, gateway_id: str, sequence_id: str) -> None: ...
     def gateway_gone(self, gateway_id: str) -> None: ...
-    async def control(self, action: pb.ControlRequest.Action) -> str: ...
+    def reset_prefix_cache(self) -> None: ...
     async def inspect(self) -> pb.InspectReply: ...
 
 
+class Standing(Protocol):
+    """How the node stands in the cluster: a `Member`."""
+
+    def description(self) -> pb.NodeDescription: ...
+    def control(self, action: pb.ControlRequest.Action) -> str:
+        """Carry out an operator's order; the state after it. Raises `InvalidRequest`."""
+
+
 class NodeService(node_pb2_grpc.NodeServicer):
-    def __init__(self, handler: Handler, hub: SessionHub) -> None:
+    def __init__(self, handler: Handler, hub: SessionHub, member: Standing) -> None:
         self._handler = handler
         self._hub = hub
+        self._member = member
 
     async def Describe(self, request: pb.DescribeRequest, context: Any) -> pb.NodeDescription:
-        return self._handler.description()
+        return self._member.description()
 
     async def Control(self, request: pb.ControlRequest, context: Any) -> pb.ControlReply:
-        return pb.ControlReply(state=await self._handler.control(request.action))
+        if request.action == pb.ControlRequest.RESET_PREFIX_CACHE:
+            self._handler.reset_prefix_cache()
+        return pb.ControlReply(state=self._member.control(request.action))
 
     async def Inspect(self, request: pb.InspectRequest, context: Any) -> pb.InspectReply:
         return await self._handler.inspect()
@@ -86,7 +96,7 @@ class NodeService(node_pb2_grpc.NodeServicer):
         reader = asyncio.create_task(self._read(gateway_id, frames))
         reader.add_done_callback(lambda _: session.close())
         try:
-            yield pb.NodeFrame(welcome=self._handler.description())
+            yield pb.NodeFrame(welcome=self._member.description())
             async for step in session:
                 yield pb.NodeFrame(step=step)
             if reader.done() and (broken := ending_of(reader)) is not None:

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from cluster.clock import monotonic
 from cluster.codec import PROTOCOL_VERSION
-from cluster.member import Member, MemberSources
+from cluster.member import MemberSources
 from cluster.member_config import MemberConfig
-from cluster.metrics import new_registry
-from cluster.node import NodeRole, new_incarnation
-from cluster.node_process import NodeProcess
+from cluster.node import NodeRole
+from cluster.node_process import run_node
 from cluster.node_service import NodeService
-from cluster.node_stores import NodeStores
 from cluster.proto import node_pb2_grpc
-from cluster.rpc import SessionHub
-from cluster.version import VERSION
 from decode_node.kv_session import KvReceiverService
 from decode_node.loop import DecodeObserver
 from decode_node.receiver import KVReceiver
@@ -44,7 +41,9 @@ if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
 
     from cluster.config import LoadedConfig
+    from cluster.member import Member
     from cluster.node import NodeId, NodeLoad
+    from cluster.rpc import SessionHub
     from cluster.startup import StartupReport
 
 
@@ -113,8 +112,9 @@ class DecodeNode:
             on_replaced=on_replaced,
         )
 
-    def add_services(self, server: grpc.aio.Server) -> None:
-        node_pb2_grpc.add_NodeServicer_to_server(NodeService(self.handler, self.hub), server)
+    def add_services(self, server: grpc.aio.Server, member: Member) -> None:
+        service = NodeService(self.handler, self.hub, member)
+        node_pb2_grpc.add_NodeServicer_to_server(service, server)
         node_pb2_grpc.add_KvReceiverServicer_to_server(KvReceiverService(self._receiver), server)
 
     def add_metrics(self, registry: CollectorRegistry, sources: MemberSources) -> None:
@@ -147,31 +147,8 @@ class DecodeNode:
 
 async def run_decode_node(loaded: LoadedConfig, report: StartupReport) -> None:
     """Serve until told to stop. Raises `ConfigError` for what keeps it from serving."""
-    config = loaded[MemberConfig]
     engine = Engine.create(loaded[EngineConfig], progress=report)
     with report.phase("open transport"):
         agent = TransferAgent.create(engine.kv_pools, loaded[KVTransferConfig])
-    registry = new_registry(role=NodeRole.DECODE.value, version=VERSION)
-    stores = NodeStores(config.redis_url, registry)
-    hub = SessionHub()
-    process = NodeProcess(config, hub, registry)
-    node = DecodeNode(
-        engine,
-        agent,
-        hub,
-        config.node_id(NodeRole.DECODE, new_incarnation()),
-        on_fatal=lambda _: process.fail("The engine failed; the node ends."),
-    )
-    sources = node.sources(
-        on_replaced=lambda: process.fail("Another node has taken this node's name.")
-    )
-    member = Member(node.info, stores.registry, stores.index, sources)
-    node.add_services(process.server)
-    node.add_metrics(registry, sources)
-    await node.start(member)
-
-    async def close() -> None:
-        await node.close()
-        await stores.close()
-
-    await process.run(member, report, close=close)
+    build = partial(DecodeNode, engine, agent)
+    await run_node(NodeRole.DECODE, loaded[MemberConfig], report, build)

@@ -123,9 +123,6 @@ class DecodeHandler:
 
     # ---- frames of gateways -----------------------------------------------------------
 
-    def description(self) -> pb.NodeDescription:
-        return self._member.description()
-
     def submit(self, gateway_id: str, sequence: SequenceRequest, handoff: Handoff | None) -> None:
         if handoff is not None:
             raise InvalidRequest("A decode node does not hand off.")
@@ -159,10 +156,8 @@ class DecodeHandler:
             if stream.gateway_id == gateway_id:
                 self.cancel(sequence_id)
 
-    async def control(self, action: pb.ControlRequest.Action) -> str:
-        if action == pb.ControlRequest.RESET_PREFIX_CACHE:
-            self._loop.call(self._engine.block_manager.reset_prefix_cache)
-        return self._member.control(action)
+    def reset_prefix_cache(self) -> None:
+        self._loop.call(self._engine.block_manager.reset_prefix_cache)
 
     async def inspect(self) -> pb.InspectReply:
         now = time.monotonic()

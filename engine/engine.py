@@ -53,9 +53,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-logger = logging.getLogger(__name__)
-
-
 class Engine:
     """`block_manager` and `kv_cache` are for the thread that steps; the facts are for all."""
 

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 
 from cluster.codec import PROTOCOL_VERSION
-from cluster.member import Member, MemberSources
+from cluster.member import MemberSources
 from cluster.member_config import MemberConfig
-from cluster.metrics import new_registry
-from cluster.node import NodeRole, new_incarnation
-from cluster.node_process import NodeProcess
+from cluster.node import NodeRole
+from cluster.node_process import run_node
 from cluster.node_service import NodeService
-from cluster.node_stores import NodeStores
 from cluster.proto import node_pb2_grpc
-from cluster.rpc import SessionHub, open_channel
-from cluster.version import VERSION
+from cluster.rpc import open_channel
 from engine.cache_report import cache_changes
 from engine.config import EngineConfig
 from engine.engine import Engine
@@ -43,7 +41,9 @@ if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
 
     from cluster.config import LoadedConfig
+    from cluster.member import Member
     from cluster.node import NodeId, NodeLoad
+    from cluster.rpc import SessionHub
     from cluster.startup import StartupReport
 
 
@@ -105,8 +105,9 @@ class PrefillNode:
             on_replaced=on_replaced,
         )
 
-    def add_services(self, server: grpc.aio.Server) -> None:
-        node_pb2_grpc.add_NodeServicer_to_server(NodeService(self.handler, self.hub), server)
+    def add_services(self, server: grpc.aio.Server, member: Member) -> None:
+        service = NodeService(self.handler, self.hub, member)
+        node_pb2_grpc.add_NodeServicer_to_server(service, server)
 
     def add_metrics(self, registry: CollectorRegistry, sources: MemberSources) -> None:
         registry.register(
@@ -148,31 +149,8 @@ def _record() -> torch.Event:
 
 async def run_prefill_node(loaded: LoadedConfig, report: StartupReport) -> None:
     """Serve until told to stop. Raises `ConfigError` for what keeps it from serving."""
-    config = loaded[MemberConfig]
     engine = Engine.create(loaded[EngineConfig], progress=report)
     with report.phase("open transport"):
         agent = TransferAgent.create(engine.kv_pools, loaded[KVTransferConfig])
-    registry = new_registry(role=NodeRole.PREFILL.value, version=VERSION)
-    stores = NodeStores(config.redis_url, registry)
-    hub = SessionHub()
-    process = NodeProcess(config, hub, registry)
-    node = PrefillNode(
-        engine,
-        agent,
-        hub,
-        config.node_id(NodeRole.PREFILL, new_incarnation()),
-        on_fatal=lambda _: process.fail("The engine failed; the node ends."),
-    )
-    sources = node.sources(
-        on_replaced=lambda: process.fail("Another node has taken this node's name.")
-    )
-    member = Member(node.info, stores.registry, stores.index, sources)
-    node.add_services(process.server)
-    node.add_metrics(registry, sources)
-    await node.start(member)
-
-    async def close() -> None:
-        await node.close()
-        await stores.close()
-
-    await process.run(member, report, close=close)
+    build = partial(PrefillNode, engine, agent)
+    await run_node(NodeRole.PREFILL, loaded[MemberConfig], report, build)

@@ -101,9 +101,6 @@ class PrefillHandler:
 
     # ---- frames of gateways -----------------------------------------------------------
 
-    def description(self) -> pb.NodeDescription:
-        return self._member.description()
-
     def submit(self, gateway_id: str, sequence: SequenceRequest, handoff: Handoff | None) -> None:
         if handoff is None:
             raise InvalidRequest("A prefill node needs to know where to hand off.")
@@ -159,10 +156,8 @@ class PrefillHandler:
             if prompt.gateway_id == gateway_id:
                 self.cancel(sequence_id)
 
-    async def control(self, action: pb.ControlRequest.Action) -> str:
-        if action == pb.ControlRequest.RESET_PREFIX_CACHE:
-            self._loop.call(self._engine.block_manager.reset_prefix_cache)
-        return self._member.control(action)
+    def reset_prefix_cache(self) -> None:
+        self._loop.call(self._engine.block_manager.reset_prefix_cache)
 
     async def inspect(self) -> pb.InspectReply:
         now = time.monotonic()

@@ -7,16 +7,17 @@ import json
 import os
 import signal
 import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
 from cluster.errors import ConfigError, InternalError
+from cluster.member import MemberSources
 from cluster.member_config import MemberConfig
 from cluster.metrics import new_registry
-from cluster.node import NodeRole
-from cluster.node_process import EXIT_FAILED, NodeProcess, node_main
+from cluster.node import NodeLoad, NodeRole
+from cluster.node_process import EXIT_FAILED, NodeProcess, node_main, run_node
 from cluster.options import option
 from cluster.rpc import SessionHub
 from cluster.startup import PROGRESS_FD_VARIABLE, StartupReport
@@ -96,6 +97,63 @@ def run(
     yield runner
     for number, handler in handlers.items():
         signal.signal(number, handler)
+
+
+class RecordingNode:
+    """The parts that a role would build."""
+
+    def __init__(self, info: NodeInfo, log: list[str]) -> None:
+        self.info = info
+        self.log = log
+
+    def sources(self, on_replaced: Callable[[], None]) -> MemberSources:
+        async def no_changes(everything: bool) -> tuple[tuple[()], tuple[()]]:
+            return (), ()
+
+        return MemberSources(
+            load=NodeLoad,
+            transports=tuple,
+            cache_changes=no_changes,
+            is_idle=lambda: True,
+            on_replaced=on_replaced,
+        )
+
+    def add_services(self, server: Any, member: Any) -> None:
+        self.log.append(f"services of {member.info.id.name}")
+
+    def add_metrics(self, registry: Any, sources: MemberSources) -> None:
+        self.log.append("metrics")
+
+    async def start(self, member: Any) -> None:
+        self.log.append("started")
+
+    async def close(self) -> None:
+        self.log.append("closed")
+
+
+def test_a_node_is_built_served_and_ended_by_its_engine(
+    make_node: Callable[..., NodeInfo], redis_url: str
+) -> None:
+    log: list[str] = []
+    config = MemberConfig(port=0, metrics_port=0, node_name="n-1", redis_url=redis_url)
+
+    async def body() -> None:
+        fatal: list[Callable[[BaseException], None]] = []
+
+        def build(hub: SessionHub, node_id: Any, *, on_fatal: Any) -> RecordingNode:
+            fatal.append(on_fatal)
+            return RecordingNode(replace(make_node(), id=node_id), log)
+
+        def on_fact(fact: Mapping[str, Fact]) -> None:
+            if fact["event"] == "ready":
+                fatal[0](RuntimeError("the engine is gone"))
+
+        async with asyncio.timeout(20):
+            await run_node(NodeRole.DECODE, config, StartupReport(on_fact), build)
+
+    with pytest.raises(InternalError, match="engine failed"):
+        asyncio.run(body())
+    assert log == ["services of n-1", "metrics", "started", "closed"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -62,7 +62,10 @@ class RecordingHandler:
     def gateway_gone(self, gateway_id: str) -> None:
         self._note("gone", gateway_id)
 
-    async def control(self, action: pb.ControlRequest.Action) -> str:
+    def reset_prefix_cache(self) -> None:
+        self._note("reset", "prefix cache")
+
+    def control(self, action: pb.ControlRequest.Action) -> str:
         if action == pb.ControlRequest.ACTION_UNSPECIFIED:
             raise InvalidRequest("No action.")
         return "draining"
@@ -88,7 +91,7 @@ class World:
     @asynccontextmanager
     async def serving(self) -> AsyncIterator[World]:
         server = create_server()
-        service = NodeService(self.handler, self.hub)
+        service = NodeService(self.handler, self.hub, self.handler)
         node_pb2_grpc.add_NodeServicer_to_server(service, server)  # type: ignore[no-untyped-call]
         port = bind(server, "127.0.0.1", 0)
         await server.start()
@@ -272,6 +275,10 @@ def test_the_plain_calls_answer_and_their_errors_are_typed() -> None:
         assert (await world.stub.Inspect(pb.InspectRequest())).sequences[0].sequence_id == "s"
         drain = pb.ControlRequest(action=pb.ControlRequest.DRAIN)
         assert (await world.stub.Control(drain)).state == "draining"
+        assert ("reset", "prefix cache") not in world.handler.log
+        reset = pb.ControlRequest(action=pb.ControlRequest.RESET_PREFIX_CACHE)
+        await world.stub.Control(reset)
+        assert ("reset", "prefix cache") in world.handler.log
         with pytest.raises(grpc.aio.AioRpcError) as raised:
             await world.stub.Control(pb.ControlRequest())
         assert isinstance(error_from_rpc(raised.value), InvalidRequest)

@@ -245,12 +245,12 @@ def _agent(engine: Engine, network: LoopbackNetwork) -> TransferAgent:
 async def _serve(
     node: PrefillNode | DecodeNode, agent: TransferAgent, hearing: _Hearing
 ) -> AsyncIterator[ServedNode]:
-    """As `run_prefill_node` and `run_decode_node` do, in their order."""
+    """As `run_node` does, in its order."""
     stores = NodeStores(NO_REDIS, CollectorRegistry())
     sources = node.sources(on_replaced=lambda: None)
     member = Member(node.info, stores.registry, stores.index, sources)
     server = create_server()
-    node.add_services(server)
+    node.add_services(server, member)
     await node.start(member)
     address = f"127.0.0.1:{bind(server, '127.0.0.1', 0)}"
     await server.start()

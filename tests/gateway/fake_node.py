@@ -73,6 +73,7 @@ class FakeNode:
         self.handoffs: list[Handoff] = []
         self.cancelled: list[str] = []
         self.asked_about: list[str] = []
+        self.num_cache_resets = 0
         self.on_cancel: Callable[[str], None] = lambda _: None
         self.answers_orphans = True
         self.info = NodeInfo(
@@ -92,7 +93,7 @@ class FakeNode:
         self._peers = peers
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._server = create_server()
-        service = NodeService(self, self.hub)
+        service = NodeService(self, self.hub, self)
         node_pb2_grpc.add_NodeServicer_to_server(  # type: ignore[no-untyped-call]
             service, self._server
         )
@@ -143,7 +144,10 @@ class FakeNode:
         for task in self._tasks.values():
             task.cancel()
 
-    async def control(self, action: pb.ControlRequest.Action) -> str:
+    def reset_prefix_cache(self) -> None:
+        self.num_cache_resets += 1
+
+    def control(self, action: pb.ControlRequest.Action) -> str:
         states = {
             pb.ControlRequest.CORDON: NodeState.CORDONED,
             pb.ControlRequest.UNCORDON: NodeState.READY,
