@@ -1,0 +1,119 @@
+"""`python -m benchmarks.gpu_suite`: every check and every table that needs a GPU, in one call.
+
+1. Each part is a command of its own with a time limit, cheapest and most telling first, so that a
+   suite that is cut short has told the most.
+2. A part that needs more GPUs than there are is left out, and said to be.
+3. What each part printed last is shown again at the end, with how it ended and what it took. The
+   tables are written to benchmarks/RESULTS.md by the parts themselves (`--write`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+
+import torch
+
+_PYTEST = "-m pytest -q -p no:cacheprovider -p no:benchmark -m gpu"
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    name: str
+    command: str  # what follows the interpreter
+    seconds: int
+    num_gpus: int = 1
+    writes: bool = True  # has a `--write`
+
+
+PARTS = (
+    Part("kernel tests", f"{_PYTEST} -n 8 tests/kernels", 120, writes=False),
+    Part("engine", "-m benchmarks.engine --steps 100 --repeats 3", 110),
+    Part("kernels", "-m benchmarks.kernels decode_attention prefill_attention", 60),
+    Part(
+        "engine, fp8",
+        "-m benchmarks.engine --quantization fp8 --batch 1 32 128 --prefill 2048 8192",
+        60,
+    ),
+    Part("engine tests", f"{_PYTEST} tests/engine tests/decode_node", 120, writes=False),
+    Part("first wave", "-m benchmarks.first_wave", 60),
+    Part(
+        "KV transfer",
+        "-m benchmarks.kv_transfer --source cuda:0 --target cuda:1",
+        45,
+        num_gpus=2,
+        writes=False,
+    ),
+    Part(
+        "split pools",
+        "-m benchmarks.two_gpus --concurrency 1 --input-len 8192 2048 --output-len 32",
+        120,
+        num_gpus=2,
+        writes=False,
+    ),
+    Part("tensor parallel", "-m benchmarks.tensor_parallel", 90, num_gpus=2),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    name: str
+    ending: str
+    seconds: float
+    last_lines: tuple[str, ...]
+
+
+def run_part(part: Part, *, write: bool, num_lines: int) -> Outcome:
+    words = [sys.executable, *part.command.split()]
+    if write and part.writes:
+        words.append("--write")
+    print(f"== {part.name}: {' '.join(words[1:])}", flush=True)
+    began = time.perf_counter()
+    try:
+        done = subprocess.run(
+            words,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=part.seconds,
+            check=False,
+        )
+        output, ending = done.stdout, f"exit code {done.returncode}"
+    except subprocess.TimeoutExpired as cut:
+        raw = cut.stdout or b""
+        output = raw.decode(errors="replace") if isinstance(raw, bytes) else raw
+        ending = f"cut after {part.seconds} s"
+    lines = tuple(line for line in output.splitlines() if line.strip())
+    return Outcome(part.name, ending, time.perf_counter() - began, lines[-num_lines:])
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser("python -m benchmarks.gpu_suite", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    names = [part.name for part in PARTS]
+    parser.add_argument("--parts", nargs="+", choices=names, default=names, metavar="PART")
+    parser.add_argument("--lines", type=int, default=30, help="shown of each part")
+    parser.add_argument("--write", action="store_true", help="update benchmarks/RESULTS.md")
+    arguments = parser.parse_args(argv)
+    num_gpus = torch.cuda.device_count()
+    outcomes = []
+    for part in PARTS:
+        if part.name not in arguments.parts:
+            continue
+        if part.num_gpus > num_gpus:
+            print(f"== {part.name}: left out, it needs {part.num_gpus} GPUs")
+            continue
+        outcome = run_part(part, write=arguments.write, num_lines=arguments.lines)
+        outcomes.append(outcome)
+        print("\n".join(outcome.last_lines), flush=True)
+    print("\n| part | ending | seconds |\n|---|---|---:|")
+    for outcome in outcomes:
+        print(f"| {outcome.name} | {outcome.ending} | {outcome.seconds:.0f} |")
+    return int(any(outcome.ending != "exit code 0" for outcome in outcomes))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
