@@ -104,7 +104,7 @@ def main(argv: list[str] | None = None) -> int:
         if part.name not in arguments.parts:
             continue
         if part.num_gpus > num_gpus:
-            print(f"== {part.name}: left out, it needs {part.num_gpus} GPUs")
+            print(f"== {part.name}: left out, it needs {part.num_gpus} GPU(s)")
             continue
         outcome = run_part(part, write=arguments.write, num_lines=arguments.lines)
         outcomes.append(outcome)
