@@ -122,7 +122,10 @@ def build_parser(
         title = each.group or section_name(each.section).replace("_", " ")
         if title not in groups:
             groups[title] = parser.add_argument_group(title)
-        _add_flag(groups[title], each, visible=show_advanced or not each.advanced)
+        shown = _help_text(each) if show_advanced or not each.advanced else argparse.SUPPRESS
+        if each.name == positional:
+            shown = f"The same as {each.name.upper()}."
+        _add_flag(groups[title], each, shown)
     return parser
 
 
@@ -144,7 +147,7 @@ def _add_general_flags(parser: argparse.ArgumentParser, *, hides_some: bool) -> 
     )
 
 
-def _add_flag(group: Any, each: Option, *, visible: bool) -> None:
+def _add_flag(group: Any, each: Option, help_text: str) -> None:
     names = [each.flag] if each.short is None else [each.short, each.flag]
     how: dict[str, Any] = {}
     if each.is_bool:
@@ -153,7 +156,6 @@ def _add_flag(group: Any, each: Option, *, visible: bool) -> None:
         how["metavar"] = _metavar(each)
         if each.is_list:
             how |= {"nargs": "+", "action": "extend"}
-    help_text = _help_text(each) if visible else argparse.SUPPRESS
     group.add_argument(*names, dest=each.name, help=help_text, **how)
     for alias in each.aliases:
         group.add_argument(alias, dest=each.name, help=argparse.SUPPRESS, **how)
@@ -172,7 +174,7 @@ def _help_text(each: Option) -> str:
     text = each.help
     if each.is_required:
         text += " [required]"
-    elif each.default not in (None, (), ""):
+    elif each.default not in (None, (), "") and "Default:" not in text:
         shown = each.default
         if each.is_list:
             shown = " ".join(str(item) for item in each.default)

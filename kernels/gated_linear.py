@@ -20,11 +20,10 @@ What hangs over the edges of x or of the weights reads as zero and is not writte
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
 import torch
 
 from kernels.dispatch import num_multiprocessors
+from kernels.gluon_api import gluon_jit, gluon_jit_for_any, next_stage
 
 try:
     from triton.experimental import gluon
@@ -40,31 +39,12 @@ try:
 except ImportError:  # no Triton, or one without Gluon
     gluon = None
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
 _ROWS, _COLUMNS, _DEPTH = 128, 128, 64  # of a tile, and of a step through it
 _STAGES = 4
 _ROWS_AT_ONCE = 8  # tiles of x that neighbouring blocks work through together
 # Part of the multiprocessors' time that must go into wanted elements; the library picks the size
 # of its tiles to suit, these are always the same.
 _LEAST_USE = 0.9
-
-
-def gluon_jit(function: Callable[..., Any]) -> Any:
-    """`gluon.jit`, or the function itself where Gluon does not exist."""
-    return function if gluon is None else gluon.jit(function)
-
-
-def gluon_jit_for_any(*arguments: str) -> Callable[[Callable[..., Any]], Any]:
-    """`kernels.dispatch.jit_for_any` for Gluon."""
-
-    def decorate(function: Callable[..., Any]) -> Any:
-        if gluon is None:
-            return function
-        return gluon.jit(function, do_not_specialize=list(arguments))
-
-    return decorate
 
 
 def fits_gated_linear(num_rows: int, weight: torch.Tensor) -> bool:
@@ -117,16 +97,6 @@ def _place(
     height = gl.minimum(tiles_down - band * AT_ONCE, AT_ONCE)
     rest = tile % (AT_ONCE * tiles_across)
     return band * AT_ONCE + rest % height, rest // height
-
-
-@gluon_jit
-def next_stage(
-    stage: gl.tensor, phase: gl.tensor, STAGES: gl.constexpr
-) -> tuple[gl.tensor, gl.tensor]:
-    """The stage behind, and the phase of its barriers."""
-    stage += 1
-    wraps = stage == STAGES
-    return gl.where(wraps, 0, stage), gl.where(wraps, phase ^ 1, phase)
 
 
 @gluon_jit

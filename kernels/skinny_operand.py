@@ -12,27 +12,14 @@ the scale is multiplied, which rounds once.
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-try:
-    from triton.experimental import gluon
-    from triton.experimental.gluon import language as gl
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-except ImportError:  # no Triton, or one without Gluon
-    gluon = gl = TensorDescriptor = None
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
+from kernels.gluon_api import TensorDescriptor, gl, gluon_jit
 
 WARPS = 8
 TILE_OUT = 16
-
-
-def gluon_jit(function: Callable[..., Any]) -> Any:
-    """`gluon.jit`, or the function itself where Gluon does not exist."""
-    return function if gluon is None else gluon.jit(function)
 
 
 @lru_cache(maxsize=4)

@@ -14,13 +14,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from kernels.dispatch import chained_launch, gdc_launch_dependents, gdc_wait, num_multiprocessors
+from kernels.gluon_api import gluon_jit, gluon_jit_for_any
 from kernels.skinny_input import all_blocks, read_blocks, scale_of_all
-from kernels.skinny_operand import TILE_OUT, WARPS, descriptor, gluon_jit, operand, word_layouts
+from kernels.skinny_operand import TILE_OUT, WARPS, descriptor, operand, word_layouts
 
 try:
     from triton.experimental import gluon
@@ -34,8 +35,6 @@ except ImportError:  # no Triton, or one without Gluon
     gluon = None
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from kernels.int4_packing import Int4Weight
 
 _FP8 = torch.float8_e4m3fn
@@ -43,17 +42,6 @@ _FP8 = torch.float8_e4m3fn
 MAX_ROWS = 8
 # Inputs up to which a program keeps x in registers: a quarter of what it may have.
 _MAX_KEPT = 4096
-
-
-def _jit_for_any(*arguments: str) -> Callable[[Callable[..., Any]], Any]:
-    """See `kernels.dispatch.jit_for_any`."""
-
-    def decorate(function: Callable[..., Any]) -> Any:
-        if gluon is None:
-            return function
-        return gluon.jit(function, do_not_specialize=list(arguments))
-
-    return decorate
 
 
 def can_stream(
@@ -334,7 +322,7 @@ def _walk(
         )  # fmt: skip
 
 
-@_jit_for_any("num_rows")
+@gluon_jit_for_any("num_rows")
 def _stream_kernel(
     desc: tma.tensor_descriptor, x_ptr: gl.tensor, scale_ptr: gl.tensor, bias_ptr: gl.tensor,
     norm_ptr: gl.tensor, residual_ptr: gl.tensor, zeros_ptr: gl.tensor, scales_ptr: gl.tensor,

@@ -20,7 +20,7 @@ from __future__ import annotations
 import torch
 
 from kernels.dispatch import chained_launch, gdc_launch_dependents, gdc_wait, next_power_of_two
-from kernels.gated_linear import gluon_jit, gluon_jit_for_any, next_stage
+from kernels.gluon_api import gluon_jit, gluon_jit_for_any, next_stage
 
 try:
     from triton.experimental import gluon

@@ -27,7 +27,7 @@ from kernels.dispatch import (
     next_power_of_two,
     num_multiprocessors,
 )
-from kernels.gated_linear import gluon_jit, gluon_jit_for_any, next_stage
+from kernels.gluon_api import gluon_jit, gluon_jit_for_any, next_stage
 
 try:
     from triton.experimental import gluon

@@ -138,6 +138,7 @@ def test_help_is_grouped_and_hides_advanced_options(capsys: pytest.CaptureFixtur
     for heading in ("engine:", "kv transfer:", "parallel:", "[default: 16]", "[required]", "100%"):
         assert heading in text
     assert "--require-transport" not in text
+    assert text.count("Folder of the model.") == 1, "the positional says it, the flag refers to it"
     with pytest.raises(SystemExit):
         load("--help-all")
     assert "--require-transport" in capsys.readouterr().out
