@@ -1,0 +1,15 @@
+"""One model, one paged cache, one step. Where to look:
+
+a step       loop -> engine -> step_pipeline -> model_runner; schedule says what is to compute
+inputs       prompts: batch, block_tables; decoding rows: decode_rows, row_inputs, cuda_graphs
+tokens       sampler, by sampling_plan, penalties and logprobs; stopping
+KV           kv_cache (tensors), block_manager over prefix_cache and reservation (numbers only)
+sequences    sequence, waiting_queue
+weights      weights (files) -> stored_matrices (layouts) -> weight_views (memory to fill);
+             quantized_tensors (arithmetic), kv_scales, offload
+the model    models/decoder over decoder_layer, linear and quantized_linear; models/config
+the start    config (options) -> limits ("auto") -> models/loading -> workspace -> memory ->
+             warm_up
+many GPUs    tensor_parallel/
+for others   facts, load, cache_report, metrics
+"""

@@ -1,4 +1,4 @@
-"""Block tables of the running sequences as rows of one array.
+"""Block tables of prompts in chunks as rows of one array; decoding sequences: `decode_rows.py`.
 
 A sequence's table is a Python list that grows by a block every `block_size` tokens. Turning it
 into an array at each step would cost time per block; a row is kept instead, and only what is

@@ -1,0 +1,28 @@
+"""Functions of tensors. Each takes Triton or Gluon on a GPU and torch on a CPU, by its tensors.
+
+Who multiplies (the matrices of `engine/models/` choose; a row is a token, Hopper is capability 9):
+
+    weights     rows                      by                                     what is inside
+    16 bits     to 8 (in > 4096: to 4)    skinny_linear      Gluon, Hopper       norm, act, residual
+                to 48, 4k to 8k outputs   thin_linear        Gluon, Hopper       residual
+                gate/up to 64, 113-128    thin_gated_linear  Gluon, Hopper       act
+                gate/up that fill a GPU   gated_linear       Gluon, Hopper       act
+                else                      the library, rms_norm, silu_mul
+    float8      1                         skinny_linear      Gluon, Hopper       norm, act, residual
+                else, capability 8.9 on   fp8_linear (library's product, scale_product)
+    4 bits      to 16                     int4_linear        Gluon, Hopper       norm, act, residual
+                else                      int4_linear (widened, then the library)
+
+Who attends:
+
+    decode      any GPU                   split_attention, shares by decode_plan; KV of 8 bits too
+    prompts     Hopper, 16 bits, heads    gluon_prefill, pieces by prefill_tiles; KV of 8 bits is
+                of 64 or 128, 65 queries  widened by gather_kv where it is not too much
+                else                      prefill_attention (Triton), KV of 8 bits too
+    both        CPU                       gathered_attention, planned by attention_plan
+
+The rest: rope_store (norm of heads, rotation, store), rms_norm, decode_inputs, sample (on a GPU by
+sample_*, on a CPU by draw), peer_sum (small tensors, between ranks), copy_blocks and block_digest
+(the hand-off). What kernels share is in dispatch and gluon_api. Parts of one kernel each are
+skinny_stream, skinny_operand, skinny_input, and gluon_prefill, gluon_producer, gluon_consumer.
+"""

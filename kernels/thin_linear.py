@@ -13,7 +13,8 @@ Life of a thread block, one on a multiprocessor
     3. One warpgroup multiplies. The weights are the operand of 64 rows, x is the narrow one. The
        residual is added before the only rounding.
 
-More rows are the library's, few rows `skinny_linear`'s.
+More rows are the library's, few rows (`skinny_rows`: 8 at the most) `skinny_linear`'s. That one
+multiplies by warps, with x in registers where it fits, takes 8-bit weights and norms x itself.
 """
 
 from __future__ import annotations

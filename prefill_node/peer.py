@@ -32,19 +32,11 @@ if TYPE_CHECKING:
     from cluster.proto import node_pb2 as pb
     from kv_transfer.agent import TransferAgent
     from kv_transfer.handshake import Compatibility
-    from kv_transfer.outgoing import FramePlan, Instruction, OutgoingTransfer
+    from kv_transfer.outgoing import FramePlan, Instruction
     from kv_transfer.staging import StagingSlot
     from kv_transfer.transports.base import Endpoint
 
 logger = logging.getLogger(__name__)
-
-
-class Shipment(Protocol):
-    """What a peer needs of one transfer."""
-
-    transfer_id: bytes
-    digest_seed: int
-    machine: OutgoingTransfer
 
 
 class PeerEvents(Protocol):

@@ -133,10 +133,6 @@ class KVSender:
         """Those whose source blocks are still held."""
         return len(self._sendings)
 
-    @property
-    def num_peers(self) -> int:
-        return len(self._peers)
-
     async def start(self) -> None:
         self._sweeping = asyncio.create_task(self._sweep_forever())
 

@@ -106,14 +106,6 @@ class Channel:
             raise Closed
         return descriptors[0]
 
-    def wait_closed(self) -> None:
-        """Returns when the other end is gone; what it still says is skipped."""
-        try:
-            while self._socket.recv(4096):
-                pass
-        except OSError:
-            return
-
     def close(self) -> None:
         with contextlib.suppress(OSError):  # the other end was first
             self._socket.shutdown(socket.SHUT_RDWR)
