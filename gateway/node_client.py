@@ -190,7 +190,8 @@ class NodeClient:
             self._call = None
             for helper in helpers:
                 helper.cancel()
-            logger.warning("lost %s node %s", self.node.role, self.node.id.name)
+            level, end = (logging.INFO, "left") if is_cancelled() else (logging.WARNING, "lost")
+            logger.log(level, "%s %s node %s", end, self.node.role, self.node.id.name)
             self._listener.on_lost(self)
 
     async def _read(self, call: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -92,6 +93,17 @@ def test_a_decode_node_killed_mid_stream_is_one_error_event(running: RunningGate
     running.call(running.decode.kill())
     assert stream.error() == "node_lost"
     everything_is_given_back(running)
+
+
+def test_only_a_session_that_breaks_is_called_lost(
+    running: RunningGateway, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "gateway.node_client")
+    running.call(running.prefill.kill())
+    running.until(lambda: "lost prefill node prefill-0" in caplog.messages)
+    running.call(running.gateway.nodes.close())
+    assert "left decode node decode-0" in caplog.messages
+    assert not any("lost decode" in message for message in caplog.messages)
 
 
 def test_a_prefill_node_killed_before_its_token_is_a_503(running: RunningGateway) -> None:
