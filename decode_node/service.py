@@ -27,7 +27,6 @@ from typing import TYPE_CHECKING
 from cluster.errors import (
     Cancelled,
     DeadlineExceeded,
-    InternalError,
     InvalidRequest,
     NodeLost,
     NodeUnavailable,
@@ -39,6 +38,7 @@ from cluster.node import NodeState
 from cluster.prefix_hash import root_hash
 from cluster.proto import node_pb2 as pb
 from cluster.request import TokenDelta
+from engine.loop import refusal
 from engine.sequence import Sequence, check_request
 
 if TYPE_CHECKING:
@@ -368,15 +368,9 @@ class DecodeHandler:
         )
 
     def _on_added(self, sequence_id: str, adding: asyncio.Future[None]) -> None:
-        """The scheduler refuses what this node can never run."""
-        if adding.cancelled():
-            return  # the engine has ended, and the process ends with it
-        error = adding.exception()
-        if isinstance(error, ServingError):
+        error = refusal(adding)
+        if error is not None:
             self._fail(sequence_id, error)
-        elif error is not None:
-            logger.error("a sequence could not be queued", exc_info=error)
-            self._fail(sequence_id, InternalError("The decode node could not queue it."))
 
 
 def orphan_error() -> NodeLost:

@@ -30,12 +30,13 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from cluster.errors import InternalError, OutOfMemory
+from cluster.errors import InternalError, OutOfMemory, ServingError
 from cluster.request import TokenDelta
 from engine.schedule import ScheduleDecision
 from engine.tensor_parallel.failures import RankLost
 
 if TYPE_CHECKING:
+    import asyncio
     from collections.abc import Callable
     from collections.abc import Sequence as SequenceOf
 
@@ -328,6 +329,18 @@ class EngineLoop:
                 return
             if command is not None:
                 command.future.cancel()
+
+
+def refusal(adding: asyncio.Future[None]) -> ServingError | None:
+    """Why a scheduler did not take a sequence, which this node can never run; None if it did, or
+    if the engine has ended, and the process ends with it."""
+    if adding.cancelled():
+        return None
+    error = adding.exception()
+    if error is None or isinstance(error, ServingError):
+        return error
+    logger.error("a sequence could not be queued", exc_info=error)
+    return InternalError("The node could not queue the sequence.")
 
 
 def error_delta(sequence: Sequence) -> TokenDelta:

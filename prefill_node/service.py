@@ -33,6 +33,7 @@ from cluster.node import NodeState
 from cluster.prefix_hash import root_hash
 from cluster.proto import node_pb2 as pb
 from cluster.request import TokenDelta
+from engine.loop import refusal
 from engine.sequence import Sequence, check_request
 
 if TYPE_CHECKING:
@@ -128,15 +129,9 @@ class PrefillHandler:
         adding.add_done_callback(lambda done: self._on_added(sequence.sequence_id, done))
 
     def _on_added(self, sequence_id: str, adding: asyncio.Future[None]) -> None:
-        """The scheduler refuses what this node can never run."""
-        if adding.cancelled():
-            return  # the engine has ended, and the process ends with it
-        error = adding.exception()
-        if isinstance(error, ServingError):
+        error = refusal(adding)
+        if error is not None:
             self._fail(sequence_id, error)
-        elif error is not None:
-            logger.error("a prompt could not be queued", exc_info=error)
-            self._fail(sequence_id, InternalError("The prefill node could not queue the prompt."))
 
     def _on_deadline(self, sequence_id: str, prompt: Prompt) -> None:
         if self._prompts.get(sequence_id) is prompt:
