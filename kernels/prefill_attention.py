@@ -64,24 +64,22 @@ def prefill_attention(
     which kernel runs on a GPU; what it does worse Triton does. Returns out, `[num_tokens,
     num_heads, head_size]` contiguous; tokens that no sequence owns are left as they were.
     """
-    if out is None:
-        out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    out = torch.empty_like(query, memory_format=torch.contiguous_format) if out is None else out
     assert query.dtype == out.dtype
     assert (kv_layer.dtype == query.dtype) == (kv_scales is None)
     assert kv_layer.is_contiguous()
     assert out.is_contiguous()
     if runs_triton(query):
         if backend == "gluon" and _suits_gluon(query, kv_layer, block_tables, max_seqlen_q):
+            if not isinstance(plan, torch.Tensor):
+                plan = plan_tiles(cu_seqlens_q, seq_lens, query.shape[0])
             if kv_scales is not None:
                 kv_layer, block_tables = gather_kv(
                     kv_layer, block_tables, cu_seqlens_q, seq_lens, block_size=MAX_PAGE,
                     dtype=query.dtype, kv_scales=kv_scales, sliding_window=sliding_window,
                 )  # fmt: skip
-            tiles = plan if isinstance(plan, torch.Tensor) else None
-            if tiles is None:
-                tiles = plan_tiles(cu_seqlens_q, seq_lens, query.shape[0])
             gluon_prefill(
-                query, kv_layer, block_tables, tiles, max_seqlen_q=max_seqlen_q, scale=scale,
+                query, kv_layer, block_tables, plan, max_seqlen_q=max_seqlen_q, scale=scale,
                 out=out, sliding_window=sliding_window,
             )  # fmt: skip
             return out
