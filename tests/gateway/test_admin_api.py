@@ -81,6 +81,7 @@ def test_a_cordoned_node_gets_no_work_until_uncordoned(
     assert admin.post("/nodes/decode-0:uncordon").json()["state"] == "ready"
     assert admin.post("/nodes/nobody:cordon").status_code == 404
     assert admin.post("/prefix-cache:reset").json() == {"nodes": ["decode-0", "prefill-0"]}
+    assert [node.num_cache_resets for node in gateway.nodes.values()] == [1, 1]
 
 
 def test_the_policy_changes_at_once_or_not_at_all(
