@@ -13,10 +13,9 @@ Life of an incoming transfer
     Abort, from either end, lease, deadline, a bad frame, the loss of the peer:
     5. QUARANTINED  the epoch moves on, so nothing more lands. The peer is told, stops, and
                     says how many frames it had posted; that many are drained. If it does not
-                    say so in time, or is lost, its connection is cut (`Revoke`) and everything
-                    posted on it has ended (`session_revoked`).
+                    say so in time, or is lost, its connection is cut until everything posted
+                    on it has ended (`Revoke`, `session_revoked`).
     6. FAILED       only now `Free`. Never on a bare timeout.
-
 A final transfer is remembered as long as a late message could name it.
 """
 
@@ -216,7 +215,7 @@ class Intake:
         first_token_id: int,
         now: float,
     ) -> list[Instruction]:
-        """Idempotent: asked again, the stored result is sent again."""
+        """Asked again, the stored result is sent again."""
         transfer = self.transfers.get(transfer_id, session_id)
         if transfer is None or (transfer.nonce, transfer.epoch) != (nonce, epoch):
             error = failure(FailureReason.TICKET_INVALID)

@@ -23,7 +23,7 @@ from cluster.membership import SessionLost, SessionOpened
 from cluster.proto import node_pb2 as pb
 from cluster.request import Handoff, KVLoadFailurePolicy, SequenceRequest, TokenDelta
 from gateway.active import ActiveSequence, Listener, demand_of
-from gateway.retries import RetryBudget, Stream
+from gateway.retries import RetryBudget, RetryKind, Stream
 from gateway.router import Placement, choose, choose_again
 from gateway.sequence_machine import (
     AskDecode,
@@ -269,6 +269,8 @@ class Dispatcher:
             )
             self._start(stream, request, placement, {}, active.listener, now)
         except NodeUnavailable as unavailable:
+            if kind is RetryKind.REDISPATCH:
+                self._budget.give_back()
             logger.info("%s: no other nodes for it: %s", stream.id, unavailable.message)
             return False
         self._measures.retries[kind.value, error.reason or error.code] += 1

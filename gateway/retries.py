@@ -58,6 +58,10 @@ class RetryBudget:
         self._balance -= 1.0
         return True
 
+    def give_back(self) -> None:
+        """Withdrawn, but there was no other node to try."""
+        self._balance += 1.0
+
 
 @dataclass(slots=True)
 class Stream:

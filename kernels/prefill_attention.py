@@ -71,16 +71,9 @@ def prefill_attention(
     assert out.is_contiguous()
     if runs_triton(query):
         if backend == "gluon" and _suits_gluon(query, kv_layer, block_tables, max_seqlen_q):
-            if not isinstance(plan, torch.Tensor):
-                plan = plan_tiles(cu_seqlens_q, seq_lens, query.shape[0])
-            if kv_scales is not None:
-                kv_layer, block_tables = gather_kv(
-                    kv_layer, block_tables, cu_seqlens_q, seq_lens, block_size=MAX_PAGE,
-                    dtype=query.dtype, kv_scales=kv_scales, sliding_window=sliding_window,
-                )  # fmt: skip
-            gluon_prefill(
-                query, kv_layer, block_tables, plan, max_seqlen_q=max_seqlen_q, scale=scale,
-                out=out, sliding_window=sliding_window,
+            _prefill_attention_gluon(
+                query, kv_layer, block_tables, cu_seqlens_q, seq_lens, max_seqlen_q, scale, out,
+                sliding_window, plan, kv_scales,
             )  # fmt: skip
             return out
         _prefill_attention_triton(
@@ -95,6 +88,32 @@ def prefill_attention(
         )  # fmt: skip
     gathered_attention(query, kv_layer, plan, scale=scale, out=out, kv_scales=kv_scales)
     return out
+
+
+def _prefill_attention_gluon(
+    query: torch.Tensor,
+    kv_layer: torch.Tensor,
+    block_tables: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    seq_lens: torch.Tensor,
+    max_seqlen_q: int,
+    scale: float,
+    out: torch.Tensor,
+    sliding_window: int | None,
+    plan: AttentionPlan | PrefillTiles | None,
+    kv_scales: torch.Tensor | None,
+) -> None:
+    if not isinstance(plan, torch.Tensor):
+        plan = plan_tiles(cu_seqlens_q, seq_lens, query.shape[0])
+    if kv_scales is not None:
+        kv_layer, block_tables = gather_kv(
+            kv_layer, block_tables, cu_seqlens_q, seq_lens, block_size=MAX_PAGE,
+            dtype=query.dtype, kv_scales=kv_scales, sliding_window=sliding_window,
+        )  # fmt: skip
+    gluon_prefill(
+        query, kv_layer, block_tables, plan, max_seqlen_q=max_seqlen_q, scale=scale,
+        out=out, sliding_window=sliding_window,
+    )  # fmt: skip
 
 
 def _suits_gluon(

@@ -65,15 +65,6 @@ class PlaceSeal:
         return _mix(unit_digests ^ self.prepare())
 
 
-def seal_digests(
-    unit_digests: NDArray[np.uint64], *, seed: int, layer_start: int, positions: Sequence[int]
-) -> NDArray[np.uint64]:
-    """`unit_digests` `[num_layers, len(positions)]` -> sealed digests of the same shape."""
-    num_layers = unit_digests.shape[0]
-    seal = PlaceSeal(seed=seed, layer_start=layer_start, num_layers=num_layers, positions=positions)
-    return seal.seal(unit_digests)
-
-
 def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
     """The finalizer of splitmix64: bijective on 64 bits."""
     x = x + _GOLDEN

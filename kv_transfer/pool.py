@@ -23,7 +23,7 @@ import functools
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import torch
@@ -94,10 +94,6 @@ class TransferPool:
             self._queue_digests(notes, frame)
         return self._wait_for(notes, frame)
 
-    async def gather(self, slot: torch.Tensor, **what: Any) -> NDArray[np.uint64]:
-        """`begin_gather` and its end."""
-        return await self.end(self.begin_gather(slot, **what))
-
     def begin_scatter(
         self,
         slot: torch.Tensor,
@@ -123,10 +119,6 @@ class TransferPool:
             notes.done.record(self._stream)
         digests = self._wait_for(notes, frame)
         return _judge(digests, accepts)
-
-    async def scatter(self, slot: torch.Tensor, **what: Any) -> bool:
-        """`begin_scatter` and its end."""
-        return await self.end(self.begin_scatter(slot, **what))
 
     async def end(self, move: Move[T]) -> T:
         """Wait for a move, also when cancelled."""
@@ -243,8 +235,9 @@ class _Frame:
 
 class _Notes:
     """Pinned memory that one move on a device needs, and the event behind it. Used again: making
-    either takes longer than most moves. The event spins when waited for, which costs a thread
-    some microseconds; one that sleeps is woken up to a millisecond late."""
+    either takes longer than most moves. The event spins when waited for: one that sleeps is woken
+    up to a millisecond late. A gather of layers that are still computed keeps its thread spinning as
+    long as they take."""
 
     __slots__ = ("digests", "done", "ids", "ids_view")
 

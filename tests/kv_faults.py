@@ -15,7 +15,7 @@ from cluster.node import NodeId, NodeName, new_incarnation
 from cluster.proto import node_pb2 as pb
 from cluster.request import Handoff, SequenceRequest
 from cluster.rpc import open_channel
-from kv_transfer.digests import digest_seed, seal_digests
+from kv_transfer.digests import PlaceSeal, digest_seed
 from kv_transfer.pool import TransferPool
 from kv_transfer.protocol import FrameHeader, pack_header
 from kv_transfer.transports.loopback import LoopbackEndpoint, LoopbackNetwork, LoopbackTransport
@@ -98,16 +98,19 @@ class HandDriven:
         """A right frame of all layers of these blocks (position -> block of our pool)."""
         slot = torch.zeros(NUM_LAYERS * len(blocks) * UNIT_BYTES, dtype=torch.uint8)
         mover = TransferPool(self.pool)
-        digests = await mover.gather(
-            slot,
-            layer_start=0,
-            num_layers=NUM_LAYERS,
-            block_ids=tuple(blocks.values()),
-            after=None,
+        digests = await mover.end(
+            mover.begin_gather(
+                slot,
+                layer_start=0,
+                num_layers=NUM_LAYERS,
+                block_ids=tuple(blocks.values()),
+                after=None,
+            )
         )
         mover.close()
         seed = digest_seed(ticket.transfer_id, salt)
         positions = tuple(blocks)
+        place = PlaceSeal(seed=seed, layer_start=0, num_layers=NUM_LAYERS, positions=positions)
         header = FrameHeader(
             transfer_id=ticket.transfer_id,
             incarnation=ticket.incarnation,
@@ -118,7 +121,7 @@ class HandDriven:
             num_layers=NUM_LAYERS,
             positions=positions,
             payload_bytes=slot.numel(),
-            digests=seal_digests(digests, seed=seed, layer_start=0, positions=positions),
+            digests=place.seal(digests),
         )
         return header, slot
 

@@ -93,6 +93,15 @@ def test_an_empty_budget_ends_redispatches_until_a_tenth_of_the_requests_fills_i
     assert budget.withdraw()
 
 
+def test_a_redispatch_that_finds_no_other_node_costs_nothing(new_gateway: NewGateway) -> None:
+    running = new_gateway()
+    running.prefill.error = TransferFailed("The KV did not arrive.", reason="digest_mismatch")
+    for _ in range(int(MAX_SAVED_RETRIES) + 2):
+        assert code_of(post(running)) == (503, "kv_load_failed")
+    budget = running.gateway.dispatcher._budget
+    assert sum(budget.withdraw() for _ in range(100)) == MAX_SAVED_RETRIES
+
+
 def test_saved_retries_are_bounded() -> None:
     budget = RetryBudget()
     for _ in range(1000):

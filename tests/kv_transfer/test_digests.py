@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kv_transfer.digests import digest_seed, seal_digests
+from kv_transfer.digests import PlaceSeal, digest_seed
 
 UNITS = np.arange(6, dtype=np.uint64).reshape(2, 3)
 SEED = digest_seed(b"t" * 16, b"tenant")
@@ -17,7 +17,8 @@ SEALED_ON_THE_WIRE = 0xA5F271FEC3C8DE78
 
 def seal(units: np.ndarray = UNITS, **changes: object) -> np.ndarray:
     fields = {"seed": SEED, "layer_start": 0, "positions": (0, 1, 2), **changes}
-    return seal_digests(units, **fields)  # type: ignore[arg-type]
+    place = PlaceSeal(num_layers=len(units), **fields)  # type: ignore[arg-type]
+    return place.seal(units)
 
 
 def test_both_ends_seal_alike() -> None:
@@ -53,7 +54,7 @@ def test_two_blocks_swapped_are_seen() -> None:
 
 def test_places_of_a_long_prompt_all_differ() -> None:
     units = np.zeros((64, 4096), dtype=np.uint64)
-    sealed = seal_digests(units, seed=SEED, layer_start=0, positions=range(4096))
+    sealed = seal(units, positions=range(4096))
     assert len(np.unique(sealed)) == sealed.size
 
 
@@ -62,8 +63,6 @@ def test_fields_of_the_seed_cannot_run_into_each_other() -> None:
 
 
 def test_the_wire_format_does_not_drift() -> None:
-    sealed = seal_digests(
-        np.array([[1]], dtype=np.uint64), seed=SEED, layer_start=2, positions=(3,)
-    )
+    sealed = seal(np.array([[1]], dtype=np.uint64), layer_start=2, positions=(3,))
     assert SEED == SEED_ON_THE_WIRE
     assert int(sealed[0, 0]) == SEALED_ON_THE_WIRE

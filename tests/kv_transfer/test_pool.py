@@ -16,7 +16,9 @@ def test_gathered_units_lie_layer_by_layer_in_the_slot() -> None:
         blocks = make_pool(1)
         pool = TransferPool(blocks)
         slot = torch.zeros(4096, dtype=torch.uint8)
-        await pool.gather(slot, layer_start=1, num_layers=2, block_ids=(7, 3), after=None)
+        await pool.end(
+            pool.begin_gather(slot, layer_start=1, num_layers=2, block_ids=(7, 3), after=None)
+        )
         packed = slot[: 4 * UNIT_BYTES].view(2, 2, UNIT_BYTES)
         assert torch.equal(packed, blocks[1:3][:, [7, 3]])
         pool.close()
@@ -30,12 +32,14 @@ def test_scattering_what_was_gathered_copies_the_blocks_and_gives_the_same_diges
         one, other = TransferPool(source), TransferPool(target)
         slot = torch.zeros(4096, dtype=torch.uint8)
         whole = {"layer_start": 0, "num_layers": NUM_LAYERS}
-        digests = await one.gather(slot, **whole, block_ids=(5, 9), after=None)
-        assert await other.scatter(
-            slot,
-            **whole,
-            block_ids=(30, 2),
-            accepts=lambda found: np.array_equal(found, digests),
+        digests = await one.end(one.begin_gather(slot, **whole, block_ids=(5, 9), after=None))
+        assert await other.end(
+            other.begin_scatter(
+                slot,
+                **whole,
+                block_ids=(30, 2),
+                accepts=lambda found: np.array_equal(found, digests),
+            )
         )
         assert torch.equal(target[:, [30, 2]], source[:, [5, 9]])
         one.close()
@@ -51,11 +55,13 @@ def test_a_slot_that_is_not_accepted_leaves_the_blocks_alone() -> None:
         pool = TransferPool(target)
         slot = torch.zeros(4096, dtype=torch.uint8)
         whole = {"layer_start": 0, "num_layers": NUM_LAYERS}
-        assert not await pool.scatter(
-            slot,
-            **whole,
-            block_ids=(1,),
-            accepts=lambda _: False,
+        assert not await pool.end(
+            pool.begin_scatter(
+                slot,
+                **whole,
+                block_ids=(1,),
+                accepts=lambda _: False,
+            )
         )
         assert torch.equal(target, before)
         pool.close()
@@ -78,13 +84,15 @@ def test_pools_cut_by_heads_exchange_the_bytes_of_whole_ones() -> None:
         slots = [torch.zeros(4096, dtype=torch.uint8) for _ in range(2)]
         layers = {"layer_start": 1, "num_layers": 2}
         digests = [
-            await pool.gather(slot, **layers, block_ids=(7, 3), after=None)
+            await pool.end(pool.begin_gather(slot, **layers, block_ids=(7, 3), after=None))
             for pool, slot in zip((one, two), slots, strict=True)
         ]
         assert torch.equal(*slots)
         assert np.array_equal(digests[0], digests[1])
         for pool in (one, two):
-            assert await pool.scatter(slots[0], **layers, block_ids=(2, 9), accepts=lambda _: True)
+            assert await pool.end(
+                pool.begin_scatter(slots[0], **layers, block_ids=(2, 9), accepts=lambda _: True)
+            )
             pool.close()
         assert torch.equal(whole[1:3][:, [2, 9]], whole[1:3][:, [7, 3]])
         for part in parts:

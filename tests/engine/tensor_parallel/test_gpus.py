@@ -54,9 +54,11 @@ async def _gathered(engine: Engine) -> torch.Tensor:
     pool = TransferPool(*engine.kv_pools)
     layers: dict[str, Any] = {"layer_start": 0, "num_layers": pool.num_layers}
     slots = torch.zeros(2, 2 * pool.num_layers * pool.unit_bytes, dtype=torch.uint8).cuda()
-    await pool.gather(slots[0], **layers, block_ids=(0, 1), after=None)
-    assert await pool.scatter(slots[0], **layers, block_ids=(300, 200), accepts=lambda _: True)
-    await pool.gather(slots[1], **layers, block_ids=(300, 200), after=None)
+    await pool.end(pool.begin_gather(slots[0], **layers, block_ids=(0, 1), after=None))
+    assert await pool.end(
+        pool.begin_scatter(slots[0], **layers, block_ids=(300, 200), accepts=lambda _: True)
+    )
+    await pool.end(pool.begin_gather(slots[1], **layers, block_ids=(300, 200), after=None))
     pool.close()
     assert torch.equal(*slots)
     return slots[0].view(engine.kv_layout.dtype)
