@@ -236,8 +236,8 @@ class _Frame:
 class _Notes:
     """Pinned memory that one move on a device needs, and the event behind it. Used again: making
     either takes longer than most moves. The event spins when waited for: one that sleeps is woken
-    up to a millisecond late. A gather of layers that are still computed keeps its thread spinning as
-    long as they take."""
+    up to a millisecond late. A gather of layers that are still computed keeps its thread spinning
+    as long as they take."""
 
     __slots__ = ("digests", "done", "ids", "ids_view")
 
