@@ -15,9 +15,7 @@ from cluster.node import NodeRole
 from cluster.node_process import run_node
 from cluster.node_service import NodeService
 from cluster.proto import node_pb2_grpc
-from decode_node.kv_session import KvReceiverService
 from decode_node.loop import DecodeObserver
-from decode_node.receiver import KVReceiver
 from decode_node.recompute import RecomputeBudget
 from decode_node.reservations import Reservations
 from decode_node.scheduler import DecodeScheduler
@@ -33,6 +31,8 @@ from kv_transfer.agent import TransferAgent
 from kv_transfer.config import KVTransferConfig
 from kv_transfer.handshake import Compatibility
 from kv_transfer.metrics import TransferCollector
+from kv_transfer.receiving.kv_session import KvReceiverService
+from kv_transfer.receiving.receiver import KVReceiver
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -47,12 +47,12 @@ if TYPE_CHECKING:
     from cluster.member import Member
     from cluster.request import Handoff, SequenceRequest
     from cluster.rpc import SessionHub
-    from decode_node.receiver import KVReceiver
     from decode_node.recompute import RecomputeBudget
     from decode_node.reservations import Reservations, ReservedBlocks
     from decode_node.scheduler import DecodeScheduler
     from engine.engine import Engine
     from engine.loop import EngineLoop
+    from kv_transfer.receiving.receiver import KVReceiver
 
 logger = logging.getLogger(__name__)
 MAX_REMEMBERED = 4096

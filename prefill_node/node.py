@@ -28,10 +28,10 @@ from kv_transfer.agent import TransferAgent
 from kv_transfer.config import KVTransferConfig
 from kv_transfer.handshake import Compatibility
 from kv_transfer.metrics import TransferCollector
+from kv_transfer.sending.sender import KVSender
 from prefill_node.layer_groups import CPU_GROUP_BYTES, GPU_GROUP_BYTES
 from prefill_node.loop import LayerFacts, PrefillObserver
 from prefill_node.scheduler import PrefillScheduler
-from prefill_node.sender import KVSender
 from prefill_node.service import PrefillHandler
 
 if TYPE_CHECKING:

@@ -44,9 +44,9 @@ if TYPE_CHECKING:
     from cluster.rpc import SessionHub
     from engine.engine import Engine
     from engine.loop import EngineLoop
+    from kv_transfer.sending.sender import KVSender
     from prefill_node.loop import ComputedLayers, PrefillObserver, StepReport
     from prefill_node.scheduler import PrefillScheduler
-    from prefill_node.sender import KVSender
 
 logger = logging.getLogger(__name__)
 

@@ -18,8 +18,8 @@ from cluster.rpc import open_channel
 from kv_transfer.digests import PlaceSeal, digest_seed
 from kv_transfer.pool import TransferPool
 from kv_transfer.protocol import FrameHeader, pack_header
+from kv_transfer.sending.kv_session import KvSessionStream, decode_ticket, reserve_frame
 from kv_transfer.transports.loopback import LoopbackEndpoint, LoopbackNetwork, LoopbackTransport
-from prefill_node.kv_session import KvSessionStream, decode_ticket, reserve_frame
 from tests.kv_twins import COMPATIBLE, NUM_LAYERS, UNIT_BYTES, DecodeSide
 
 if TYPE_CHECKING:

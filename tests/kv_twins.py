@@ -19,13 +19,13 @@ from cluster.node import NodeId, NodeName, new_incarnation
 from cluster.proto import node_pb2_grpc
 from cluster.request import Handoff, SamplingParams, SequenceRequest
 from cluster.rpc import bind, create_server
-from decode_node.kv_session import KvReceiverService
-from decode_node.receiver import KVReceiver
 from kv_transfer.agent import TransferAgent
 from kv_transfer.config import KVTransferConfig
 from kv_transfer.handshake import Compatibility
+from kv_transfer.receiving.kv_session import KvReceiverService
+from kv_transfer.receiving.receiver import KVReceiver
+from kv_transfer.sending.sender import KVSender
 from kv_transfer.transports.loopback import LoopbackNetwork, LoopbackTransport
-from prefill_node.sender import KVSender
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable

@@ -11,7 +11,6 @@ from cluster.errors import Cancelled, InvalidRequest, NodeUnavailable, Overloade
 from cluster.node import Incarnation, NodeId, NodeName, NodeState
 from cluster.request import FinishReason, Handoff
 from cluster.rpc import SessionHub
-from decode_node.incoming import IncomingSequence
 from decode_node.loop import DecodeObserver
 from decode_node.recompute import RecomputeBudget
 from decode_node.reservations import Reservations
@@ -19,6 +18,7 @@ from decode_node.scheduler import DecodeScheduler
 from decode_node.service import DecodeHandler, Remembered
 from engine.load import LoadSnapshot
 from engine.loop import EngineLoop
+from kv_transfer.receiving.incoming import IncomingSequence
 from kv_transfer.transports.loopback import LoopbackNetwork, LoopbackTransport
 from tests.kv_twins import COMPATIBLE, decode_side, until
 from tests.node_parts import (

@@ -14,7 +14,7 @@ from kv_transfer.transfer import TransferState
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from decode_node.incoming import IncomingSequence, IncomingTransfer
+    from kv_transfer.receiving.incoming import IncomingSequence, IncomingTransfer
 
 
 class IncomingTransfers:

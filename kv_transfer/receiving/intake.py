@@ -23,9 +23,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from decode_node.incoming import EPOCH_MASK, BlockProgress, IncomingSequence, IncomingTransfer
-from decode_node.incoming_transfers import IncomingTransfers
-from decode_node.intake_instructions import (
+from kv_transfer.failures import FailureReason, failure
+from kv_transfer.lease import LeaseTable
+from kv_transfer.receiving.incoming import (
+    EPOCH_MASK,
+    BlockProgress,
+    IncomingSequence,
+    IncomingTransfer,
+)
+from kv_transfer.receiving.incoming_transfers import IncomingTransfers
+from kv_transfer.receiving.intake_instructions import (
     AskBlocks,
     Dropping,
     Free,
@@ -42,8 +49,6 @@ from decode_node.intake_instructions import (
     Start,
     StopAsking,
 )
-from kv_transfer.failures import FailureReason, failure
-from kv_transfer.lease import LeaseTable
 from kv_transfer.transfer import TransferState
 
 if TYPE_CHECKING:

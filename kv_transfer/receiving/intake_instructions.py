@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from cluster.errors import ServingError
-    from decode_node.incoming import IncomingSequence
     from kv_transfer.failures import FailureReason
+    from kv_transfer.receiving.incoming import IncomingSequence
     from kv_transfer.transfer import Ticket
 
 

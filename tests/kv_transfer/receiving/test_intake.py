@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from decode_node.intake_instructions import (
+from kv_transfer.receiving.intake_instructions import (
     AskBlocks,
     Dropping,
     Free,
@@ -25,7 +25,8 @@ from decode_node.intake_instructions import (
     StopAsking,
 )
 from kv_transfer.transfer import TransferState
-from tests.decode_node.intake_world import (
+from tests.interleavings import explore
+from tests.kv_transfer.receiving.intake_world import (
     DRAIN_SECONDS,
     LEASE_SECONDS,
     SESSION,
@@ -33,7 +34,6 @@ from tests.decode_node.intake_world import (
     make_header,
     make_sequence,
 )
-from tests.interleavings import explore
 
 HAPPY = ("answer", "post0", "arrive0", "end0", "commit", "started")
 AFTERMATH = ("ack", "cut")

@@ -9,7 +9,7 @@ import pytest
 
 from cluster.errors import Cancelled, LeaseExpired, ServingError
 from kv_transfer.failures import FailureReason, failure
-from kv_transfer.outgoing import (
+from kv_transfer.sending.outgoing import (
     FramePlan,
     FreeSources,
     Instruction,

@@ -20,15 +20,15 @@ import torch
 
 from cluster.errors import ServingError
 from cluster.failpoints import failpoint
-from decode_node.intake_instructions import Dropping, Landing
 from kv_transfer.digests import PlaceSeal
 from kv_transfer.failures import FailureReason, failure
 from kv_transfer.protocol import FrameHeader, FrameMalformed, parse_header
+from kv_transfer.receiving.intake_instructions import Dropping, Landing
 
 if TYPE_CHECKING:
     from cluster.node import NodeId
-    from decode_node.intake_instructions import Instruction
     from kv_transfer.agent import TransferAgent
+    from kv_transfer.receiving.intake_instructions import Instruction
     from kv_transfer.staging import StagingSlot
     from kv_transfer.transports.base import Endpoint
 

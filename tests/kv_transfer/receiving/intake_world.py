@@ -15,9 +15,11 @@ import numpy as np
 
 from cluster.errors import Cancelled, ServingError, TransferFailed
 from cluster.request import SamplingParams, SequenceRequest
-from decode_node.incoming import IncomingSequence
-from decode_node.intake import Intake
-from decode_node.intake_instructions import (
+from kv_transfer.failures import FailureReason, failure
+from kv_transfer.protocol import FrameHeader
+from kv_transfer.receiving.incoming import IncomingSequence
+from kv_transfer.receiving.intake import Intake
+from kv_transfer.receiving.intake_instructions import (
     AskBlocks,
     Free,
     Instruction,
@@ -32,8 +34,6 @@ from decode_node.intake_instructions import (
     Start,
     StopAsking,
 )
-from kv_transfer.failures import FailureReason, failure
-from kv_transfer.protocol import FrameHeader
 
 if TYPE_CHECKING:
     from collections.abc import Callable

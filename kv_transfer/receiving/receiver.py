@@ -22,8 +22,9 @@ from typing import TYPE_CHECKING, Protocol
 from cluster.clock import Clock, monotonic
 from cluster.errors import Cancelled, InternalError, ServingError
 from cluster.proto import node_pb2 as pb
-from decode_node.intake import Intake
-from decode_node.intake_instructions import (
+from kv_transfer.failures import FailureReason, failure_label
+from kv_transfer.receiving.intake import Intake
+from kv_transfer.receiving.intake_instructions import (
     AskBlocks,
     Dropping,
     Free,
@@ -40,8 +41,7 @@ from decode_node.intake_instructions import (
     Start,
     StopAsking,
 )
-from decode_node.receiver_session import ReceiverSession
-from kv_transfer.failures import FailureReason, failure_label
+from kv_transfer.receiving.receiver_session import ReceiverSession
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine, Sequence
@@ -49,10 +49,10 @@ if TYPE_CHECKING:
 
     from cluster.node import NodeId
     from cluster.request import SequenceRequest
-    from decode_node.incoming import IncomingSequence
     from kv_transfer.agent import TransferAgent
     from kv_transfer.handshake import Compatibility
     from kv_transfer.protocol import FrameHeader
+    from kv_transfer.receiving.incoming import IncomingSequence
     from kv_transfer.transports.base import Endpoint
 
 logger = logging.getLogger(__name__)

@@ -9,7 +9,7 @@ Life of a hand-off
     4. `on_committed`, or `on_failed` with a typed error; or nothing, after `abort`.
     5. `on_sources_free`, once, when no send reads the prompt's blocks any more.
 
-The rules are in `kv_transfer/outgoing.py`; this is its shell. All methods and callbacks run on
+The rules are in `outgoing.py`; this is its shell. All methods and callbacks run on
 the event loop. Leases: the source blocks are granted to the decode node, which renews them; a
 lease that ran out ends the transfer, and is looked at again before each frame is posted.
 """
@@ -33,7 +33,13 @@ from cluster.rpc import open_channel
 from kv_transfer.digests import digest_seed
 from kv_transfer.failures import FailureReason, failure, failure_label
 from kv_transfer.lease import LeaseTable
-from kv_transfer.outgoing import (
+from kv_transfer.sending.kv_session import (
+    decode_ticket,
+    encode_instruction,
+    renew_frame,
+    reserve_frame,
+)
+from kv_transfer.sending.outgoing import (
     FreeSources,
     Instruction,
     OutgoingTransfer,
@@ -43,13 +49,7 @@ from kv_transfer.outgoing import (
     SendAbortAck,
     SendCommit,
 )
-from prefill_node.kv_session import (
-    decode_ticket,
-    encode_instruction,
-    renew_frame,
-    reserve_frame,
-)
-from prefill_node.peer import Peer
+from kv_transfer.sending.peer import Peer
 
 if TYPE_CHECKING:
     from cluster.node import NodeId

@@ -21,7 +21,7 @@ from cluster.failpoints import failpoint
 from kv_transfer.digests import PlaceSeal
 from kv_transfer.failures import FailureReason, failure
 from kv_transfer.protocol import FrameHeader, FrameLimits, pack_header
-from prefill_node.kv_session import KvSessionStream
+from kv_transfer.sending.kv_session import KvSessionStream
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from cluster.proto import node_pb2 as pb
     from kv_transfer.agent import TransferAgent
     from kv_transfer.handshake import Compatibility
-    from kv_transfer.outgoing import FramePlan, Instruction
+    from kv_transfer.sending.outgoing import FramePlan, Instruction
     from kv_transfer.staging import StagingSlot
     from kv_transfer.transports.base import Endpoint
 

@@ -24,8 +24,9 @@ from cluster.errors import InvalidRequest, ServingError
 from cluster.node import Incarnation, NodeId, NodeName
 from cluster.proto import node_pb2 as pb
 from cluster.proto import node_pb2_grpc as rpc
-from decode_node.incoming import IncomingSequence
-from decode_node.intake_instructions import (
+from kv_transfer.handshake import Compatibility
+from kv_transfer.receiving.incoming import IncomingSequence
+from kv_transfer.receiving.intake_instructions import (
     Instruction,
     SendAbort,
     SendCommitted,
@@ -33,13 +34,12 @@ from decode_node.intake_instructions import (
     SendRenew,
     SendTicket,
 )
-from kv_transfer.handshake import Compatibility
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-    from decode_node.receiver import KVReceiver
-    from decode_node.receiver_session import ReceiverSession
+    from kv_transfer.receiving.receiver import KVReceiver
+    from kv_transfer.receiving.receiver_session import ReceiverSession
     from kv_transfer.transfer import Ticket
 
 logger = logging.getLogger(__name__)

@@ -1,0 +1,1 @@
+"""The sending end of hand-offs: `outgoing` holds the rules of one, `sender` carries them out."""
