@@ -14,9 +14,10 @@ While a decode step runs, `schedule_ahead` decides the next one: the same sequen
 further, without those that its token makes full, and those that have come with their KV in place.
 Who must be prefilled, preempted or failed waits until the tokens are known.
 
-Why this never deadlocks: the first sequence in order takes blocks from all others, so it
-advances; when there is nobody left to take from, the rest is in transfer and comes back by
-itself, and a sequence that needs more than the whole pool fails.
+Why this never deadlocks: of those with blocks, the first in order takes them from all others, so
+it advances; if it waits for a place and no active one goes on, one of these yields its place. When
+there is nobody left to take from, the rest is in transfer and comes back by itself, and a sequence
+that needs more than the whole pool fails.
 
 Pure: no clock, no tensors.
 """
@@ -123,13 +124,9 @@ class DecodeScheduler:
     def schedule(self) -> ScheduleDecision:
         """One decode step or one prefill step; no chunks while everyone waits for blocks."""
         self._activate()
-        decode, prefill = self._decode_chunks, self._prefill_chunks
-        chunks: list[ScheduledChunk] = []
-        for phase in (prefill, decode) if self._is_prefill_turn else (decode, prefill):
-            chunks = phase()
-            if chunks:
-                self._is_prefill_turn = phase == decode
-                break
+        chunks = self._next_chunks()
+        while not chunks and self._yield_place():
+            chunks = self._next_chunks()
         preempted, failed = tuple(self._newly_preempted), tuple(self._newly_failed)
         self._newly_preempted, self._newly_failed = [], []
         return ScheduleDecision(tuple(chunks), preempted, failed)
@@ -201,7 +198,30 @@ class DecodeScheduler:
     def _has_place(self) -> bool:
         return len(self._active) < self._max_num_seqs
 
+    def _yield_place(self) -> bool:
+        """When no active sequence can go on, the last gives its place to one before it in order
+        that has blocks too. It keeps its own, until that one needs them."""
+        first = self._ready.peek()
+        if first is None or not self._active or order_key(self._active[-1]) < order_key(first):
+            return False
+        last = self._active[-1]
+        self._detach(last)
+        last.status = SequenceStatus.WAITING
+        self._make_active(self._ready, first)
+        self._ready.push(last)
+        return True
+
     # ---- what they do -------------------------------------------------------------------
+
+    def _next_chunks(self) -> list[ScheduledChunk]:
+        """Of a step that decodes or one that prefills, in turn; of the other if there are none."""
+        decode, prefill = self._decode_chunks, self._prefill_chunks
+        for phase in (prefill, decode) if self._is_prefill_turn else (decode, prefill):
+            chunks = phase()
+            if chunks:
+                self._is_prefill_turn = phase == decode
+                return chunks
+        return []
 
     def _decode_chunks(self) -> list[ScheduledChunk]:
         """The last token of every active sequence that has computed all before it.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from cluster.errors import ContextLengthExceeded
@@ -45,6 +45,20 @@ actions = st.lists(
 
 @settings(max_examples=200, deadline=None)
 @given(actions, st.integers(6, 20), st.integers(1, 12), st.integers(1, 5))
+@example(
+    # The only place is taken by one that can grow no further, and the block that it lacks is held
+    # by a hand-off before it in order.
+    plan=[
+        ("submit", 2, 20, 0, 1),
+        ("reserve", 1, 1, 0, 0),
+        ("submit", 1, 1, 0, 1),
+        ("step",),
+        ("commit", True),
+    ],
+    num_blocks=6,
+    budget=1,
+    max_num_seqs=1,
+)
 def test_any_traffic_ends_with_the_right_tokens_and_all_blocks_back(
     plan: list[tuple[object, ...]], num_blocks: int, budget: int, max_num_seqs: int
 ) -> None:
