@@ -34,6 +34,8 @@ from kernels.attention_backend import Facts, fastest
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from engine.tensor_parallel.ranks import Ranks
+
 BLOCK_SIZE = 16
 DEVICE, DTYPE = torch.device("cuda"), torch.bfloat16
 SHOWN_KERNELS, NAME_LENGTH = 12, 56
@@ -41,12 +43,17 @@ REPEATS = 15
 
 
 class Model:
-    """A decoder with random weights over a pool for `num_tokens` tokens."""
+    """A decoder with random weights over a pool for `num_tokens` tokens; with `ranks`, this rank's
+    shard of one."""
 
-    def __init__(self, shape: str, num_tokens: int, max_model_len: int) -> None:
+    def __init__(
+        self, shape: str, num_tokens: int, max_model_len: int, ranks: Ranks | None = None
+    ) -> None:
         self.config = config_of(shape)
+        if ranks is not None:
+            self.config = ranks.shard.of_model(self.config)
         self.decoder = Decoder(
-            self.config, max_model_len=max_model_len, dtype=DTYPE, device=DEVICE,
+            self.config, max_model_len=max_model_len, dtype=DTYPE, device=DEVICE, ranks=ranks,
             attention_backend=fastest(
                 Facts(torch.cuda.get_device_capability(DEVICE), DTYPE, self.config.head_size)
             ),

@@ -11,12 +11,12 @@ from collections import defaultdict, deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
+
 from kv_transfer.failures import FailureReason, failure
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-    import torch
 
     from kv_transfer.transports.base import Accept
 
@@ -94,6 +94,8 @@ class LoopbackEndpoint:
             receive.done.set_exception(failure(FailureReason.FRAME_MALFORMED))
         else:
             receive.buffer[:num_bytes].copy_(message.buffer)
+            if receive.buffer.is_cuda:  # what has arrived is seen by every stream
+                torch.cuda.current_stream(receive.buffer.device).synchronize()
             receive.done.set_result(None)
         message.done.set_result(None)
 
