@@ -158,11 +158,31 @@ class NodeLost(NodeUnavailable):
     code = "node_lost"
 
 
+# What a client is told of why KV was not loaded, by our own reason. For the load, the link to a
+# prefill node and that node are the same. Whatever is not named here is `unknown`.
+_CAUSES = {
+    "prefill_lost": "prefill_lost",
+    "prefill_replaced": "prefill_lost",
+    "link_lost": "prefill_lost",
+    "transfer_timeout": "transfer_timeout",
+    "lease_expired": "lease_expired",
+    "digest_mismatch": "digest_mismatch",
+    "layout_mismatch": "layout_mismatch",
+    "transport_refused": "layout_mismatch",
+}
+UNKNOWN_CAUSE = "unknown"
+
+
 class TransferError(ServingError):
     code = "kv_load_failed"
     http_status = 503
     grpc_code = "UNAVAILABLE"
     retryable = True
+
+    @property
+    def cause(self) -> str:
+        """One of a few words that never change, for clients; `reason` is for us."""
+        return _CAUSES.get(self.reason or "", UNKNOWN_CAUSE)
 
 
 class HandshakeMismatch(TransferError):

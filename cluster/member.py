@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from cluster.codec import encode_description, encode_load
-from cluster.errors import InvalidRequest
+from cluster.errors import InvalidRequest, NodeUnavailable
 from cluster.node import NodeInfo, NodeLoad, NodeState
 from cluster.prefix_index import ENTRY_TTL_SECONDS
 from cluster.proto import node_pb2 as pb
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 DRAIN_POLL_SECONDS = 0.05
+HUNG_SECONDS = 30.0  # no step takes so long once the kernels are compiled
 
 # Half of an index entry's life: what is still cached is published again before it expires.
 REPUBLISH_SECONDS = ENTRY_TTL_SECONDS / 2
@@ -55,6 +56,7 @@ class MemberSources:
     cache_changes: CacheChanges
     is_idle: Callable[[], bool]
     on_replaced: Callable[[], None]
+    seconds_without_progress: Callable[[], float] = lambda: 0.0  # of the engine, while it has work
 
 
 class Member:
@@ -88,6 +90,11 @@ class Member:
         return replace(self._info, load=self._sources.load(), transports=self._sources.transports())
 
     def description(self) -> pb.NodeDescription:
+        """What a gateway asks to know that the node lives. Raises `NodeUnavailable` when this event
+        loop answers but the engine hangs: that is no life."""
+        seconds = self._sources.seconds_without_progress()
+        if seconds > HUNG_SECONDS:
+            raise NodeUnavailable(f"The engine has hung for {seconds:.0f} s.", reason="hung")
         return encode_description(self.info, version=VERSION)
 
     def load_message(self) -> pb.NodeLoad:

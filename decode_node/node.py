@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from cluster.clock import monotonic
 from cluster.codec import PROTOCOL_VERSION
+from cluster.errors import InternalError
 from cluster.member import MemberSources
 from cluster.member_config import MemberConfig
 from cluster.node import NodeRole
@@ -92,6 +93,7 @@ class DecodeNode:
             on_step=self.handler.on_step,
         )
         engine.watch(on_fatal)
+        agent.quarantine.watch(lambda: on_fatal(InternalError("Too much KV memory is lost.")))
         self.loop = EngineLoop(
             engine, scheduler, observer, on_fatal=on_fatal, on_idle=self._snapshot.take
         )
@@ -110,6 +112,7 @@ class DecodeNode:
             cache_changes=cache_changes(self.loop, self.engine.block_manager),
             is_idle=self._is_idle,
             on_replaced=on_replaced,
+            seconds_without_progress=lambda: self.loop.seconds_without_progress,
         )
 
     def add_services(self, server: grpc.aio.Server, member: Member) -> None:

@@ -168,7 +168,15 @@ class EngineLoop:
         self._num_failed_in_a_row = 0
         self._flight: _Flight | None = None  # launched, and the next thing to collect
         self._settled_at = 0.0
+        self._busy_since: float | None = None
         self.stats = LoopStats()
+
+    @property
+    def seconds_without_progress(self) -> float:
+        """How long the thread has been at one step or command; 0 while it waits for work. For
+        health: a process whose event loop answers may have an engine that hangs. Any thread."""
+        since = self._busy_since
+        return 0.0 if since is None else time.perf_counter() - since
 
     def start(self) -> None:
         self._thread.start()
@@ -193,6 +201,7 @@ class EngineLoop:
     def _run(self) -> None:
         try:
             while not self._stopping:
+                self._busy_since = time.perf_counter()
                 self._run_commands()
                 if self._is_busy() and not self._stopping:
                     self._step()
@@ -209,7 +218,10 @@ class EngineLoop:
         if not self._is_busy():
             if self._on_idle is not None:
                 self._on_idle()
-            self._execute(self._commands.get())
+            self._busy_since = None
+            command = self._commands.get()
+            self._busy_since = time.perf_counter()
+            self._execute(command)
         while not self._stopping:
             try:
                 command = self._commands.get_nowait()
@@ -320,6 +332,7 @@ class EngineLoop:
             raise error
 
     def _end(self) -> None:
+        self._busy_since = None
         with self._ending:
             self._has_ended = True
         while True:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
-from cluster.errors import InternalError, ServingError
+from cluster.errors import InternalError, ServingError, TransferError
 
 if TYPE_CHECKING:
     from starlette.types import Send
@@ -35,14 +35,15 @@ def unexplained() -> InternalError:
 
 
 def error_body(error: ServingError) -> dict[str, Any]:
-    return {
-        "error": {
-            "message": error.message,
-            "type": error.openai_type,
-            "param": error.param,
-            "code": error.code,
-        }
+    body = {
+        "message": error.message,
+        "type": error.openai_type,
+        "param": error.param,
+        "code": error.code,
     }
+    if isinstance(error, TransferError):
+        body["cause"] = error.cause
+    return {"error": body}
 
 
 def error_json(error: ServingError) -> bytes:

@@ -15,6 +15,7 @@ import torch
 from kv_transfer.handshake import check_transport
 from kv_transfer.pool import TransferPool
 from kv_transfer.protocol import FrameLimits
+from kv_transfer.quarantine import Quarantine
 from kv_transfer.staging import Staging
 from kv_transfer.stats import TransferStats
 from kv_transfer.transports.ucx import UcxTransport
@@ -46,6 +47,11 @@ class TransferAgent:
             num_slots=config.num_staging_slots,
             limits=self.limits,
             device=device,
+        )
+        self.quarantine = Quarantine(
+            num_blocks=pools[0].shape[1],
+            num_slots=config.num_staging_slots,
+            max_share=config.max_quarantined_share,
         )
         self._in_use: dict[Endpoint, str] = {}
 

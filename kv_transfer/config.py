@@ -60,6 +60,19 @@ class KVTransferConfig:
         group=_TRANSFER,
         advanced=True,
     )
+    stall_seconds: float = option(
+        60.0,
+        help="How long a transfer may make no progress while both of its nodes live.",
+        group=_TRANSFER,
+        advanced=True,
+    )
+    max_quarantined_share: float = option(
+        0.25,
+        help="The share of KV blocks or staging slots that cannot be taken back from broken "
+        "connections, at which the node ends itself to start afresh.",
+        group=_TRANSFER,
+        advanced=True,
+    )
     max_recomputes: int = option(
         4,
         help="Sequences whose lost KV a decode node computes itself at a time, where the policy "
@@ -85,11 +98,13 @@ class KVTransferConfig:
             raise _refused("staging_slot_bytes", "must be at least 4096")
         if self.num_staging_slots < 2:
             raise _refused("num_staging_slots", "must be at least 2")
+        if not 0.0 < self.max_quarantined_share <= 1.0:
+            raise _refused("max_quarantined_share", "must be in (0, 1]")
         if self.max_recomputes < 0:
             raise _refused("max_recomputes", "must not be negative")
         if not 0.0 <= self.recompute_tokens_per_second < float("inf"):
             raise _refused("recompute_tokens_per_second", "must not be negative")
-        for name in ("lease_seconds", "drain_seconds", "pairing_seconds"):
+        for name in ("lease_seconds", "drain_seconds", "stall_seconds", "pairing_seconds"):
             if not 0.0 < getattr(self, name) < 86400.0:
                 raise _refused(name, "must be in (0, 86400)")
 

@@ -23,8 +23,10 @@ class FailureReason(StrEnum):
     FRAME_UNEXPECTED = "frame_unexpected"  # well formed, but not what the ticket allows
     FRAME_LOST = "frame_lost"
     INCOMPLETE = "incomplete"  # committed, but blocks are missing
+    SENDER_REPLACED = "prefill_replaced"  # another process has the name of this one
     TICKET_INVALID = "ticket_invalid"
     LEASE_EXPIRED = "lease_expired"
+    TRANSFER_TIMEOUT = "transfer_timeout"  # both ends live, and nothing moves
     DEADLINE = "deadline_exceeded"
     LAYOUT_MISMATCH = "layout_mismatch"
     TRANSPORT_REFUSED = "transport_refused"
@@ -34,6 +36,7 @@ class FailureReason(StrEnum):
     WITHDRAWN = "withdrawn"  # the sender needs it no more: no failure
     ABORTED = "aborted"
     INTERNAL = "internal"
+    UNKNOWN = "unknown"  # nobody foresaw it: a failure like any other
 
 
 _MESSAGES = {
@@ -46,8 +49,10 @@ _MESSAGES = {
     FailureReason.FRAME_UNEXPECTED: "A KV frame arrived that its ticket does not allow.",
     FailureReason.FRAME_LOST: "A KV frame did not arrive.",
     FailureReason.INCOMPLETE: "The transfer was committed before all of its KV was sent.",
+    FailureReason.SENDER_REPLACED: "Another process has taken the prefill node's name.",
     FailureReason.TICKET_INVALID: "The ticket of the transfer is not valid.",
     FailureReason.LEASE_EXPIRED: "The lease on the blocks in transfer was not renewed.",
+    FailureReason.TRANSFER_TIMEOUT: "The KV stopped moving between the nodes.",
     FailureReason.DEADLINE: "The deadline of the request passed.",
     FailureReason.LAYOUT_MISMATCH: "The nodes differ in model, KV layout or protocol version.",
     FailureReason.TRANSPORT_REFUSED: "The nodes have no connection of the required kind.",
@@ -55,6 +60,7 @@ _MESSAGES = {
     FailureReason.SUPERSEDED: "A newer attempt took over.",
     FailureReason.ABORTED: "The transfer was aborted.",
     FailureReason.INTERNAL: "The transfer failed inside the node.",
+    FailureReason.UNKNOWN: "The transfer failed in a way that nobody foresaw.",
 }
 
 _REASONS = frozenset(reason.value for reason in FailureReason)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter, deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -28,9 +28,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StagingSlot:
-    """`payload` is uint8 `[slot_bytes]` on the pool's device, `header` uint8 in host memory."""
+    """`payload` is uint8 `[slot_bytes]` on the pool's device, `header` uint8 in host memory.
+
+    The memory comes back, the object does not: `generation` counts its owners, so that who kept a
+    slot too long is told from who has it now."""
 
     index: int
+    generation: int
     payload: torch.Tensor
     header: torch.Tensor
 
@@ -61,7 +65,7 @@ class Staging:
         memory = _allocate(num_slots, slot_bytes, device)
         headers = torch.zeros((num_slots, limits.max_header_bytes), dtype=torch.uint8)
         self._free = deque(
-            StagingSlot(index, memory[index], headers[index]) for index in range(num_slots)
+            StagingSlot(index, 0, memory[index], headers[index]) for index in range(num_slots)
         )
         self._share = max(1, num_slots // 2)
         self._owners: dict[StagingSlot, Hashable] = {}
@@ -72,6 +76,9 @@ class Staging:
     @property
     def num_free(self) -> int:
         return len(self._free)
+
+    def num_owned_by(self, owner: Hashable) -> int:
+        return self._num_owned[owner]
 
     @property
     def scratch(self) -> torch.Tensor:
@@ -91,9 +98,14 @@ class Staging:
             self._forget(waiter)
             raise
 
+    def owns(self, slot: StagingSlot) -> bool:
+        """Whether it is still his who acquired it. To be asked before its bytes are believed."""
+        return slot in self._owners
+
     def release(self, slot: StagingSlot) -> None:
+        """Raises `KeyError` for a slot that was released before."""
         self._disown(slot)
-        self._free.append(slot)
+        self._free.append(replace(slot, generation=slot.generation + 1))
         self._serve()
 
     def check_integrity(self) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from cluster.codec import PROTOCOL_VERSION
+from cluster.errors import InternalError
 from cluster.member import MemberSources
 from cluster.member_config import MemberConfig
 from cluster.node import NodeRole
@@ -78,6 +79,7 @@ class PrefillNode:
             on_step=self.handler.on_step,
         )
         engine.watch(on_fatal)
+        agent.quarantine.watch(lambda: on_fatal(InternalError("Too much KV memory is lost.")))
         self.loop = EngineLoop(
             engine,
             scheduler,
@@ -103,6 +105,7 @@ class PrefillNode:
             cache_changes=cache_changes(self.loop, self.engine.block_manager),
             is_idle=lambda: self.handler.num_prompts == 0,
             on_replaced=on_replaced,
+            seconds_without_progress=lambda: self.loop.seconds_without_progress,
         )
 
     def add_services(self, server: grpc.aio.Server, member: Member) -> None:
@@ -127,7 +130,11 @@ class PrefillNode:
         self.engine.close()
 
     def _load(self) -> NodeLoad:
-        return replace(self._snapshot.value, num_transfers=self._sender.num_transfers)
+        return replace(
+            self._snapshot.value,
+            num_transfers=self._sender.num_transfers,
+            num_quarantined_blocks=self._sender.num_quarantined_blocks,
+        )
 
 
 def _layer_facts(engine: Engine, agent: TransferAgent) -> LayerFacts:

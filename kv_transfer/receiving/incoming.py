@@ -99,6 +99,7 @@ class IncomingTransfer:
     epoch: int
     nonce: int
     began_at: float
+    progress_at: float  # when a frame or a commit last moved it
     deadline: float | None
     digest_seed: int
     state: TransferState = TransferState.PENDING
@@ -130,6 +131,7 @@ class IncomingTransfer:
             epoch=epoch,
             nonce=nonce,
             began_at=now,
+            progress_at=now,
             deadline=None if seconds is None else now + seconds,
             digest_seed=digest_seed(sequence.transfer_id, sequence.request.cache_salt),
         )
@@ -148,6 +150,13 @@ class IncomingTransfer:
         """Its frames are wanted."""
         return self.state in (TransferState.ACTIVE, TransferState.COMMITTING) and (
             not self.is_starting
+        )
+
+    @property
+    def waits_for_peer(self) -> bool:
+        """What was announced has not come. Between two frames the peer may compute for long."""
+        return self.is_receiving and (
+            self.num_landing > 0 or self.state is TransferState.COMMITTING
         )
 
     @property

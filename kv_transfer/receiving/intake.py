@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING
 
 from kv_transfer.failures import FailureReason, failure
 from kv_transfer.lease import LeaseTable
+from kv_transfer.receiving.endings import Endings
 from kv_transfer.receiving.incoming import (
     EPOCH_MASK,
     BlockProgress,
@@ -33,7 +34,6 @@ from kv_transfer.receiving.incoming import (
 )
 from kv_transfer.receiving.incoming_transfers import IncomingTransfers
 from kv_transfer.receiving.intake_instructions import (
-    AskBlocks,
     Dropping,
     Free,
     Instruction,
@@ -41,13 +41,11 @@ from kv_transfer.receiving.intake_instructions import (
     ReportFailed,
     ReportWithdrawn,
     Revoke,
-    SendAbort,
     SendCommitted,
     SendRefused,
     SendRenew,
     SendTicket,
     Start,
-    StopAsking,
 )
 from kv_transfer.transfer import TransferState
 
@@ -57,11 +55,10 @@ if TYPE_CHECKING:
     from cluster.errors import ServingError
     from kv_transfer.protocol import FrameHeader
 
-TOMBSTONE_LEASES = 2
-
 
 class Intake:
-    """`draw_nonce` gives unpredictable 64-bit numbers."""
+    """`draw_nonce` gives unpredictable 64-bit numbers. `stall_seconds`: how long what
+    was announced, a payload or all frames of a commit, may not come, however alive the peer is."""
 
     def __init__(
         self,
@@ -70,14 +67,16 @@ class Intake:
         num_layers: int,
         lease_seconds: float,
         drain_seconds: float,
+        stall_seconds: float,
         draw_nonce: Callable[[], int],
     ) -> None:
         self._incarnation = incarnation
         self._num_layers = num_layers
-        self._drain_seconds = drain_seconds
+        self._stall_seconds = stall_seconds
         self._draw_nonce = draw_nonce
         self._leases = LeaseTable(lease_seconds)
         self.transfers = IncomingTransfers()
+        self._endings = Endings(self.transfers, self._leases, drain_seconds=drain_seconds)
         self._open_sessions: set[int] = set()
         self._epoch = 0
 
@@ -98,15 +97,20 @@ class Intake:
         self._open_sessions.remove(session_id)
         instructions: list[Instruction] = []
         for transfer in self.transfers.of_session(session_id):
-            instructions += self._abort(transfer, failure(reason), now)
+            instructions += self._endings.abort(transfer, failure(reason), now)
         return [*instructions, Revoke(session_id)]
+
+    def revocation_failed(self, session_id: int) -> int:
+        """The connection is cut, but something posted on it does not end. Its blocks stay in
+        quarantine for good; returns how many they are."""
+        return sum(len(each.block_ids) for each in self.transfers.of_session(session_id))
 
     def session_revoked(self, session_id: int, now: float) -> list[Instruction]:
         """The session's connection is cut and every operation posted on it has ended."""
         instructions: list[Instruction] = []
         for transfer in self.transfers.of_session(session_id):
             transfer.is_cut = True
-            instructions += self._settle(transfer, now)
+            instructions += self._endings.settle(transfer, now)
         return instructions
 
     # ---- reserving ------------------------------------------------------------------------
@@ -129,8 +133,10 @@ class Intake:
         instructions: list[Instruction] = []
         for other in older:
             error = failure(FailureReason.SUPERSEDED)
-            instructions += self._abort(other, error, now, report=ReportWithdrawn(other.sequence))
-        return instructions + self._ask_if_first(transfer)
+            instructions += self._endings.abort(
+                other, error, now, report=ReportWithdrawn(other.sequence)
+            )
+        return instructions + self._endings.ask_if_first(transfer)
 
     def reserved(
         self, transfer_id: bytes, block_ids: tuple[int, ...], num_held_blocks: int, now: float
@@ -139,10 +145,11 @@ class Intake:
         transfer.is_asking = False
         transfer.block_ids = block_ids
         if transfer.state is not TransferState.PENDING:
-            return self._settle(transfer, now)
+            return self._endings.settle(transfer, now)
         missing = tuple(range(num_held_blocks, len(block_ids)))
         transfer.progress = BlockProgress(missing, self._num_layers)
         transfer.state = TransferState.ACTIVE
+        transfer.progress_at = now
         seconds = self._leases.remaining_seconds(transfer_id, now)
         ticket = transfer.ticket(self._incarnation, missing, expires_in_seconds=seconds)
         return [SendTicket(transfer.session_id, ticket)]
@@ -154,10 +161,10 @@ class Intake:
         transfer = self.transfers[transfer_id]
         transfer.is_asking = False
         if transfer.state is not TransferState.PENDING:
-            return self._settle(transfer, now)
+            return self._endings.settle(transfer, now)
         transfer.error = error
         refused = SendRefused(transfer.session_id, transfer_id, error)
-        return [refused, *self._finish(transfer, TransferState.FAILED, now)]
+        return [refused, *self._endings.finish(transfer, TransferState.FAILED, now)]
 
     # ---- frames ---------------------------------------------------------------------------
 
@@ -172,12 +179,14 @@ class Intake:
         reason = transfer.why_not_ours(header, self._incarnation)
         if reason is not None:
             return Dropping(header.transfer_id, reason, is_counted=False), []
-        problem = transfer.announce(header)
+        overdue = self._overdue(transfer, now)
+        problem = transfer.announce(header) or overdue
+        transfer.progress_at = now
         if not transfer.is_receiving:
             return Dropping(header.transfer_id, FailureReason.ABORTED, is_counted=True), []
         if problem is not None:
             dropping = Dropping(header.transfer_id, problem, is_counted=True)
-            return dropping, self._abort(transfer, failure(problem), now)
+            return dropping, self._endings.abort(transfer, failure(problem), now)
         block_ids = tuple(transfer.block_ids[position] for position in header.positions)
         return Landing(header.transfer_id, header.seq, block_ids, transfer.digest_seed), []
 
@@ -199,9 +208,10 @@ class Intake:
             return []
         transfer.num_landing -= 1
         if not transfer.is_receiving:
-            return self._settle(transfer, now)
+            return self._endings.settle(transfer, now)
         if error is not None:
-            return self._abort(transfer, error, now)
+            return self._endings.abort(transfer, error, now)
+        transfer.progress_at = now
         if verified is not None:
             transfer.progress.verify(verified)
         transfer.num_verified += 1
@@ -229,6 +239,7 @@ class Intake:
             return [SendCommitted(session_id, transfer_id, None)]
         if transfer.state is TransferState.ACTIVE:
             transfer.state = TransferState.COMMITTING
+            transfer.progress_at = now
             transfer.num_committed = num_frames
             transfer.first_token_id = first_token_id
             return self._start_if_complete(transfer, now)
@@ -241,7 +252,7 @@ class Intake:
         transfer = self.transfers[transfer_id]
         transfer.is_starting = False
         committed = SendCommitted(transfer.session_id, transfer_id, None)
-        return [committed, *self._finish(transfer, TransferState.DONE, now)]
+        return [committed, *self._endings.finish(transfer, TransferState.DONE, now)]
 
     def start_failed(
         self, transfer_id: bytes, error: ServingError, now: float
@@ -254,7 +265,7 @@ class Intake:
             SendCommitted(transfer.session_id, transfer_id, error),
             ReportFailed(transfer.sequence, error),
             Free(transfer.sequence),
-            *self._finish(transfer, TransferState.FAILED, now),
+            *self._endings.finish(transfer, TransferState.FAILED, now),
         ]
 
     # ---- aborting -------------------------------------------------------------------------
@@ -273,10 +284,10 @@ class Intake:
             return []
         transfer.num_to_drain = num_frames_posted
         if transfer.state is TransferState.QUARANTINED:
-            return self._settle(transfer, now)
+            return self._endings.settle(transfer, now)
         report = ReportWithdrawn(transfer.sequence) if error is None else None
         reported = error or failure(FailureReason.WITHDRAWN)
-        return self._abort(transfer, reported, now, report=report, tells_peer=False)
+        return self._endings.abort(transfer, reported, now, report=report, tells_peer=False)
 
     def abort_acked(
         self, session_id: int, transfer_id: bytes, epoch: int, num_frames_posted: int, now: float
@@ -287,14 +298,14 @@ class Intake:
         if epoch != transfer.abort_epoch:
             return []
         transfer.num_to_drain = num_frames_posted
-        return self._settle(transfer, now)
+        return self._endings.settle(transfer, now)
 
     def cancelled(self, sequence_id: str, error: ServingError, now: float) -> list[Instruction]:
         """The node wants the sequence no more. Nothing when it runs or was never reserved."""
         transfer = self.transfers.latest(sequence_id)
         if transfer is None:
             return []
-        return self._abort(transfer, error, now, report=ReportWithdrawn(transfer.sequence))
+        return self._endings.abort(transfer, error, now, report=ReportWithdrawn(transfer.sequence))
 
     def renewed(
         self, session_id: int, transfer_id: bytes, extend_seconds: float, now: float
@@ -305,12 +316,10 @@ class Intake:
     def ticked(self, now: float) -> list[Instruction]:
         """Sweep everything: leases, deadlines, drains that take too long, tombstones."""
         instructions: list[Instruction] = []
-        for transfer_id in self._leases.expire(now):
-            error = failure(FailureReason.LEASE_EXPIRED)
-            instructions += self._abort(self.transfers[transfer_id], error, now)
         for transfer in self.transfers:
-            if transfer.deadline is not None and now >= transfer.deadline:
-                instructions += self._abort(transfer, failure(FailureReason.DEADLINE), now)
+            overdue = self._overdue(transfer, now)
+            if overdue is not None:
+                instructions += self._endings.abort(transfer, failure(overdue), now)
             if transfer.drain_deadline is not None and now >= transfer.drain_deadline:
                 lost = FailureReason.LINK_LOST
                 instructions += self.session_lost(transfer.session_id, now, lost)
@@ -323,81 +332,32 @@ class Intake:
 
     # ---- steps ----------------------------------------------------------------------------
 
-    def _abort(
-        self,
-        transfer: IncomingTransfer,
-        error: ServingError,
-        now: float,
-        *,
-        report: ReportWithdrawn | None = None,
-        tells_peer: bool = True,
-    ) -> list[Instruction]:
-        """Quarantine it. Nothing when it is over, ending, or on the way to the engine."""
-        state = transfer.state
-        if state.is_final or state is TransferState.QUARANTINED or transfer.is_starting:
-            return []
-        transfer.state = TransferState.QUARANTINED
-        transfer.error = error
-        self._leases.release(transfer.transfer_id)
-        transfer.num_good_blocks = None if report else transfer.num_good_blocks_after(error)
-        instructions: list[Instruction] = [
-            report or ReportFailed(transfer.sequence, error, transfer.num_good_blocks)
-        ]
-        if state is TransferState.PENDING:
-            transfer.num_to_drain = 0  # no ticket, no frames
-            if transfer.is_asking:
-                instructions.append(StopAsking(transfer.transfer_id))
-            if tells_peer:
-                refused = SendRefused(transfer.session_id, transfer.transfer_id, error)
-                instructions.append(refused)
-        else:
-            transfer.drain_deadline = now + self._drain_seconds
-            if tells_peer:
-                ids = (transfer.session_id, transfer.transfer_id)
-                instructions.append(SendAbort(*ids, transfer.abort_epoch, error))
-        return instructions + self._settle(transfer, now)
-
-    def _settle(self, transfer: IncomingTransfer, now: float) -> list[Instruction]:
-        """Free a quarantined transfer once nothing can write into its blocks."""
-        if transfer.state is not TransferState.QUARANTINED:
-            return []
-        if not transfer.is_quiescent:
-            return []
-        num_good_blocks = transfer.num_good_blocks or 0
-        freed = [Free(transfer.sequence, num_good_blocks)] if transfer.block_ids else []
-        return [*freed, *self._finish(transfer, TransferState.FAILED, now)]
-
-    def _finish(
-        self, transfer: IncomingTransfer, state: TransferState, now: float
-    ) -> list[Instruction]:
-        """It is over; a newer attempt of its sequence may ask for blocks now."""
-        transfer.state = state
-        tombstone_seconds = TOMBSTONE_LEASES * self._leases.duration_seconds
-        self.transfers.end(transfer, forget_at=now + tombstone_seconds)
-        self._leases.release(transfer.transfer_id)
-        instructions: list[Instruction] = []
-        for newer in self.transfers.waiting_for(transfer.transfer_id):
-            newer.is_waiting_for.discard(transfer.transfer_id)
-            instructions += self._ask_if_first(newer)
-        return instructions
-
-    def _ask_if_first(self, transfer: IncomingTransfer) -> list[Instruction]:
-        if transfer.state is not TransferState.PENDING or transfer.is_waiting_for:
-            return []
-        transfer.is_asking = True
-        return [AskBlocks(transfer.sequence)]
-
     def _start_if_complete(self, transfer: IncomingTransfer, now: float) -> list[Instruction]:
         num_committed = transfer.num_committed
         if num_committed is None or transfer.num_verified < num_committed:
             return []
+        overdue = self._overdue(transfer, now)
+        if overdue is not None:
+            return self._endings.abort(transfer, failure(overdue), now)
         if transfer.num_arrived > num_committed:
-            return self._abort(transfer, failure(FailureReason.FRAME_UNEXPECTED), now)
+            return self._endings.abort(transfer, failure(FailureReason.FRAME_UNEXPECTED), now)
         if not transfer.progress.is_complete:
-            return self._abort(transfer, failure(FailureReason.INCOMPLETE), now)
+            return self._endings.abort(transfer, failure(FailureReason.INCOMPLETE), now)
         transfer.is_starting = True
         self._leases.release(transfer.transfer_id)
         return [Start(transfer.sequence, transfer.first_token_id)]
+
+    def _overdue(self, transfer: IncomingTransfer, now: float) -> FailureReason | None:
+        """Why time alone has ended it. Asked at every frame and commit too: a node that was stopped
+        may find those before its timer runs."""
+        if not (transfer.is_receiving or transfer.state is TransferState.PENDING):
+            return None
+        if not self._leases.is_live(transfer.transfer_id, now):
+            return FailureReason.LEASE_EXPIRED
+        if transfer.deadline is not None and now >= transfer.deadline:
+            return FailureReason.DEADLINE
+        is_stalled = now - transfer.progress_at >= self._stall_seconds
+        return FailureReason.TRANSFER_TIMEOUT if is_stalled and transfer.waits_for_peer else None
 
     def _next_epoch(self) -> int:
         """Two apart: the one between is that of the ticket's abort."""

@@ -17,12 +17,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from cluster.clock import Clock, monotonic
 from cluster.errors import Cancelled, InternalError, ServingError
 from cluster.proto import node_pb2 as pb
-from kv_transfer.failures import FailureReason, failure_label
+from kv_transfer.failures import FailureReason, failure, failure_label
 from kv_transfer.receiving.intake import Intake
 from kv_transfer.receiving.intake_instructions import (
     AskBlocks,
@@ -42,59 +42,23 @@ from kv_transfer.receiving.intake_instructions import (
     StopAsking,
 )
 from kv_transfer.receiving.receiver_session import ReceiverSession
+from kv_transfer.receiving.succession import Succession
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine, Sequence
     from typing import Any
 
     from cluster.node import NodeId
-    from cluster.request import SequenceRequest
     from kv_transfer.agent import TransferAgent
     from kv_transfer.handshake import Compatibility
     from kv_transfer.protocol import FrameHeader
+    from kv_transfer.receiving.block_source import BlockSource
     from kv_transfer.receiving.incoming import IncomingSequence
     from kv_transfer.transports.base import Endpoint
 
 logger = logging.getLogger(__name__)
 
 MAX_SWEEP_SECONDS = 0.25
-
-
-class ReservedBlocks(Protocol):
-    """All block ids of a prompt, by position; the first `num_held_blocks` need no transfer."""
-
-    @property
-    def block_ids(self) -> tuple[int, ...]: ...
-    @property
-    def num_held_blocks(self) -> int: ...
-
-
-class BlockSource(Protocol):
-    """The node that owns the blocks. Calls for one sequence never overlap: an attempt asks
-    only after the one before it was released."""
-
-    async def reserve(self, request: SequenceRequest, gateway_id: str) -> ReservedBlocks:
-        """Waits for room. Raises `ServingError`; cancelled when it is not wanted any more."""
-
-    async def start(self, sequence_id: str, first_token_id: int) -> None:
-        """Take the blocks over and run. When it raises, `release` follows."""
-
-    def release(self, sequence_id: str) -> None:
-        """Nothing writes into the reserved blocks any more; they were not started."""
-
-    def may_recompute(self, sequence_id: str, num_good_blocks: int) -> bool:
-        """The transfer failed, its policy is to recompute. True: instead of `on_transfer_failed`
-        and `release`, `recompute` follows when nothing writes into the blocks any more."""
-
-    def recompute(self, sequence_id: str, num_good_blocks: int) -> None:
-        """Take the blocks over and compute the KV after the first `num_good_blocks`."""
-
-    def on_transfer_failed(self, sequence_id: str, error: ServingError) -> None:
-        """The sequence will not start. At once, maybe before `release`."""
-
-    def on_transfer_withdrawn(self, sequence_id: str) -> None:
-        """The sequence is not needed here any more and nobody failed: it ended on the prefill
-        node, was cancelled here, or a newer attempt of it follows."""
 
 
 class KVReceiver:
@@ -116,6 +80,7 @@ class KVReceiver:
         self._source = source
         self._clock = clock
         self._sessions: dict[int, ReceiverSession] = {}
+        self._succession = Succession()
         self._asking: dict[bytes, asyncio.Task[None]] = {}
         self._recomputing: set[bytes] = set()  # transfers whose blocks the node goes on with
         self._tasks: set[asyncio.Task[None]] = set()
@@ -126,6 +91,7 @@ class KVReceiver:
             num_layers=agent.pool.num_layers,
             lease_seconds=config.lease_seconds,
             drain_seconds=config.drain_seconds,
+            stall_seconds=config.stall_seconds,
             draw_nonce=_draw_nonce,
         )
 
@@ -184,14 +150,17 @@ class KVReceiver:
     # ---- what a peer says (through the gRPC service) ----------------------------------------
 
     def open_session(self, peer: NodeId, theirs: Compatibility) -> ReceiverSession:
-        """Raises `HandshakeMismatch`. An older session of the same node name is ended: that
-        process is gone, or has given it up."""
+        """Raises `HandshakeMismatch`, or `TransferFailed` for a process that was replaced. An older
+        session of the same node name is ended: that process is gone, or has given it up."""
         try:
             self._compatibility.check(theirs)
         except ServingError as error:
             self.agent.stats.handshakes_refused += 1
             logger.warning("refused prefill node %s: %s", peer.name, error.message)
             raise
+        if not self._succession.admit(peer):
+            logger.warning("refused an earlier process of prefill node %s", peer.name)
+            raise failure(FailureReason.SENDER_REPLACED)
         for session in list(self._sessions.values()):
             if session.peer.name == peer.name:
                 self.link_lost(session.id, FailureReason.SENDER_LOST)
@@ -353,9 +322,10 @@ class KVReceiver:
         if await session.revoke():
             self._execute(self._intake.session_revoked(session_id, self._clock()))
         else:
-            logger.error(
-                "receives from %s did not end: their slots and blocks stay quarantined",
-                session.peer.name,
+            self.agent.quarantine.keep(
+                num_blocks=self._intake.revocation_failed(session_id),
+                num_slots=self.agent.staging.num_owned_by(session_id),
+                peer=session.peer.name,
             )
 
     # ---- helpers --------------------------------------------------------------------------------

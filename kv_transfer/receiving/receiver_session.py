@@ -108,6 +108,9 @@ class ReceiverSession:
             self._events.link_lost(self.id, FailureReason.FRAME_MALFORMED)
         except ServingError:
             self._events.link_lost(self.id, FailureReason.LINK_LOST)
+        except Exception:
+            logger.exception("frames of %s are not received any more", self.peer.name)
+            self._events.link_lost(self.id, FailureReason.UNKNOWN)
 
     async def _take(self, endpoint: Endpoint, header: FrameHeader) -> None:
         """Post the receive of one payload; payloads are posted in the order of their headers."""
@@ -144,6 +147,10 @@ class ReceiverSession:
         began = time.perf_counter()
         try:
             error = await self._verify(header, landing, slot, received)
+        except Exception:
+            logger.exception("a frame of %s could not be placed", self.peer.name)
+            error = failure(FailureReason.UNKNOWN)
+            await self._agent.pool.settle()
         finally:
             self._agent.staging.release(slot)
         if error is None:
@@ -164,7 +171,7 @@ class ReceiverSession:
         except ServingError as error:
             await self._agent.pool.settle()
             return error
-        if not self._events.may_scatter(header.transfer_id):
+        if not (self._events.may_scatter(header.transfer_id) and self._agent.staging.owns(slot)):
             return failure(FailureReason.ABORTED)
         pool = self._agent.pool
         seal = PlaceSeal(

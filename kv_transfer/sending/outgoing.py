@@ -127,6 +127,17 @@ class OutgoingTransfer:
         return self.state in (TransferState.ACTIVE, TransferState.COMMITTING)
 
     @property
+    def is_draining(self) -> bool:
+        """It has ended, but something of it still reads the source blocks."""
+        return self.state is TransferState.QUARANTINED
+
+    @property
+    def waits_for_peer(self) -> bool:
+        """It goes on only when the peer takes a frame or answers the commit."""
+        is_committing = self.state is TransferState.COMMITTING
+        return self.may_post and (is_committing or self._num_in_flight > 0)
+
+    @property
     def is_over(self) -> bool:
         """Nothing is left to do: the sources are free."""
         return self._is_freed

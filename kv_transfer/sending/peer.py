@@ -45,6 +45,7 @@ class PeerEvents(Protocol):
     def paired(self, peer: Peer) -> None: ...
     def received(self, peer: Peer, frame: pb.ReceiverFrame) -> None: ...
     def lost(self, peer: Peer, error: ServingError) -> None: ...
+    def stuck(self, peer: Peer) -> int: ...
     def next_shipment(self, peer: Peer) -> Any: ...
     def may_post(self, shipment: Any) -> bool: ...
     def did(self, shipment: Any, instructions: list[Instruction]) -> None: ...
@@ -87,6 +88,11 @@ class Peer:
     def wake(self) -> None:
         """A transfer may have a frame to ship."""
         self._has_work.set()
+
+    def cut(self) -> None:
+        """End the connection, and with it what was posted: the peer takes nothing. Idempotent."""
+        if self._stream is not None:
+            self._stream.cancel()
 
     async def close(self) -> None:
         self._running.cancel()
@@ -147,9 +153,10 @@ class Peer:
         if self._stream is not None:
             await self._stream.close()
         if self._endpoint is not None and not await self._endpoint.close():
-            logger.error(
-                "sends to decode node %s did not end: their slots and blocks stay held",
-                self.node_id.name,
+            self._agent.quarantine.keep(
+                num_blocks=self._events.stuck(self),
+                num_slots=self._agent.staging.num_owned_by(self),
+                peer=self.node_id.name,
             )
         await self._channel.close()
 

@@ -11,7 +11,9 @@ Life of a hand-off
 
 The rules are in `outgoing.py`; this is its shell. All methods and callbacks run on
 the event loop. Leases: the source blocks are granted to the decode node, which renews them; a
-lease that ran out ends the transfer, and is looked at again before each frame is posted.
+lease that ran out ends the transfer, and is looked at again before each frame is posted. A peer
+that lives but takes nothing does not hold them for ever: a transfer that stalls is ended, and one
+that has ended but whose sends do not is cut off with its whole connection.
 """
 
 from __future__ import annotations
@@ -20,7 +22,6 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 import grpc
@@ -50,6 +51,7 @@ from kv_transfer.sending.outgoing import (
     SendCommit,
 )
 from kv_transfer.sending.peer import Peer
+from kv_transfer.sending.sendings import Sending, Tombstone
 
 if TYPE_CHECKING:
     from cluster.node import NodeId
@@ -69,32 +71,6 @@ class SenderEvents(Protocol):
     def on_committed(self, sequence_id: str) -> None: ...
     def on_failed(self, sequence_id: str, error: ServingError) -> None: ...
     def on_sources_free(self, sequence_id: str) -> None: ...
-
-
-@dataclass(slots=True)
-class Sending:
-    """One hand-off under way."""
-
-    request: SequenceRequest
-    handoff: Handoff
-    machine: OutgoingTransfer
-    digest_seed: int
-    peer: Peer
-    began_at: float = field(default_factory=time.monotonic)
-
-    @property
-    def transfer_id(self) -> bytes:
-        return self.handoff.transfer_id
-
-    @property
-    def sequence_id(self) -> str:
-        return self.request.sequence_id
-
-
-@dataclass(frozen=True, slots=True)
-class _Tombstone:
-    num_frames_posted: int
-    forget_at: float
 
 
 ChannelFactory = Callable[[str], grpc.aio.Channel]
@@ -124,7 +100,7 @@ class KVSender:
         self._leases = LeaseTable(agent.config.lease_seconds)
         self._sendings: dict[str, Sending] = {}  # by sequence_id
         self._by_transfer: dict[bytes, Sending] = {}
-        self._tombstones: dict[bytes, _Tombstone] = {}
+        self._tombstones: dict[bytes, Tombstone] = {}
         self._peers: dict[NodeId, Peer] = {}
         self._sweeping: asyncio.Task[None] | None = None
 
@@ -132,6 +108,12 @@ class KVSender:
     def num_transfers(self) -> int:
         """Those whose source blocks are still held."""
         return len(self._sendings)
+
+    @property
+    def num_quarantined_blocks(self) -> int:
+        """Source blocks of transfers that have ended, but that a send may still read."""
+        draining = (each for each in self._sendings.values() if each.machine.is_draining)
+        return sum(sending.machine.num_blocks for sending in draining)
 
     async def start(self) -> None:
         self._sweeping = asyncio.create_task(self._sweep_forever())
@@ -161,6 +143,7 @@ class KVSender:
             machine=OutgoingTransfer(num_layers=self.agent.pool.num_layers, num_blocks=num_blocks),
             digest_seed=digest_seed(handoff.transfer_id, request.cache_salt),
             peer=self._peer_for(handoff.decode, handoff.decode_address),
+            progress_at=self._clock(),
         )
         self._sendings[request.sequence_id] = sending
         self._by_transfer[handoff.transfer_id] = sending
@@ -229,6 +212,8 @@ class KVSender:
         now = self._clock()
         for transfer_id in self._leases.expire(now):
             self._expire(self._by_transfer[transfer_id])
+        for sending in list(self._sendings.values()):
+            self._check_progress(sending, now)
         for transfer_id in self._leases.due_renewals(now):
             sending = self._by_transfer[transfer_id]
             sending.peer.send(renew_frame(transfer_id, self._leases.extension_seconds))
@@ -254,7 +239,8 @@ class KVSender:
                 self._on_abort(peer, frame.abort)
             case "renew":
                 renew = frame.renew
-                self._leases.renew(renew.transfer_id, renew.extend_seconds, self._clock())
+                if self._find(peer, renew.transfer_id) is not None:
+                    self._leases.renew(renew.transfer_id, renew.extend_seconds, self._clock())
             case other:
                 raise InternalError(f"The decode node sent {other} out of turn.")
 
@@ -263,6 +249,10 @@ class KVSender:
             del self._peers[peer.node_id]
         for sending in self._of(peer):
             self.did(sending, sending.machine.peer_lost(error))
+
+    def stuck(self, peer: Peer) -> int:
+        """Its sends did not end with the connection: how many source blocks stay held."""
+        return sum(sending.machine.num_blocks for sending in self._of(peer))
 
     def next_shipment(self, peer: Peer) -> Sending | None:
         """The oldest hand-off to this peer that has something to ship."""
@@ -280,6 +270,7 @@ class KVSender:
 
     def did(self, shipment: Sending, instructions: list[Instruction]) -> None:
         """Carry out what the machine of a hand-off says."""
+        shipment.progress_at = self._clock()
         for instruction in instructions:
             match instruction:
                 case SendCommit() | SendAbort() | SendAbortAck():
@@ -357,8 +348,17 @@ class KVSender:
         if sending.machine.has_frame:
             sending.peer.wake()
 
-    def _expire(self, sending: Sending) -> None:
-        self.did(sending, sending.machine.expired(failure(FailureReason.LEASE_EXPIRED)))
+    def _expire(
+        self, sending: Sending, reason: FailureReason = FailureReason.LEASE_EXPIRED
+    ) -> None:
+        self.did(sending, sending.machine.expired(failure(reason)))
+
+    def _check_progress(self, sending: Sending, now: float) -> None:
+        seconds, config = now - sending.progress_at, self.agent.config
+        if sending.machine.is_draining and seconds >= config.drain_seconds:
+            sending.peer.cut()
+        elif sending.machine.waits_for_peer and seconds >= config.stall_seconds:
+            self._expire(sending, FailureReason.TRANSFER_TIMEOUT)
 
     def _count_done(self, sending: Sending) -> None:
         self.agent.stats.transfers_done += 1
@@ -370,7 +370,7 @@ class KVSender:
         del self._by_transfer[sending.transfer_id]
         self._leases.release(sending.transfer_id)
         forget_at = self._clock() + TOMBSTONE_LEASES * self._leases.duration_seconds
-        self._tombstones[sending.transfer_id] = _Tombstone(sending.machine.num_posted, forget_at)
+        self._tombstones[sending.transfer_id] = Tombstone(sending.machine.num_posted, forget_at)
 
     async def _sweep_forever(self) -> None:
         interval = min(MAX_SWEEP_SECONDS, self.agent.config.lease_seconds / 12)

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, cast
 import pytest
 
 import cluster.member
-from cluster.errors import InvalidRequest
-from cluster.member import Member, MemberSources
+from cluster.errors import InvalidRequest, NodeUnavailable
+from cluster.member import HUNG_SECONDS, Member, MemberSources
 from cluster.node import NodeLoad, NodeState
 from cluster.prefix_hash import BlockHash
 from cluster.proto import node_pb2 as pb
@@ -81,6 +81,7 @@ class World:
     def __init__(self, make_node: Callable[..., NodeInfo]) -> None:
         self.registry, self.index = FakeRegistry(), FakeIndex()
         self.is_idle = True
+        self.seconds_without_progress = 0.0
         self.num_replaced = 0
         self.replaced = asyncio.Event()
         self.changes: Callable[[bool], Awaitable[Any]] = self._no_changes
@@ -91,6 +92,7 @@ class World:
             cache_changes=self._cache_changes,
             is_idle=lambda: self.is_idle,
             on_replaced=self._on_replaced,
+            seconds_without_progress=lambda: self.seconds_without_progress,
         )
         self.member = Member(
             make_node(state=NodeState.STARTING),
@@ -262,5 +264,16 @@ def test_an_uncordon_takes_a_drain_back_and_who_waits_for_it_hears_so(run: Any) 
         assert not await waiting
         world.is_idle = True
         assert await world.member.drained(20), "a later drain works"
+
+    run(body)
+
+
+def test_a_node_whose_engine_hangs_does_not_say_that_it_lives(run: Any) -> None:
+    async def body(world: World) -> None:
+        world.seconds_without_progress = HUNG_SECONDS
+        assert world.member.description().name
+        world.seconds_without_progress = HUNG_SECONDS + 1
+        with pytest.raises(NodeUnavailable):
+            world.member.description()
 
     run(body)

@@ -212,3 +212,22 @@ def test_a_lost_rank_ends_the_thread_at_its_first_step() -> None:
     assert [type(error) for error in harness.fatal] == [RankLost]
     assert harness.loop.stats.num_failed_steps == 0
     harness.loop.stop()
+
+
+def test_a_thread_that_hangs_shows_and_one_that_waits_for_work_does_not() -> None:
+    harness = Harness()
+    harness.loop.start()
+    harness.loop.call(lambda: None).result(10)
+    entered, leave = threading.Event(), threading.Event()
+
+    def hang() -> None:
+        entered.set()
+        leave.wait(10)
+
+    hanging = harness.loop.call(hang)
+    assert entered.wait(10)
+    assert harness.loop.seconds_without_progress > 0.0
+    leave.set()
+    hanging.result(10)
+    harness.loop.stop()
+    assert harness.loop.seconds_without_progress == 0.0

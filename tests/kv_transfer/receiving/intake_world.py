@@ -45,6 +45,7 @@ INCARNATION = 77
 SESSION = 5
 LEASE_SECONDS = 30.0
 DRAIN_SECONDS = 1.0
+STALL_SECONDS = 60.0
 
 
 def make_sequence(
@@ -69,6 +70,7 @@ def make_intake() -> Intake:
         num_layers=NUM_LAYERS,
         lease_seconds=LEASE_SECONDS,
         drain_seconds=DRAIN_SECONDS,
+        stall_seconds=STALL_SECONDS,
         draw_nonce=lambda: next(nonces),
     )
 

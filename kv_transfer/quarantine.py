@@ -1,0 +1,48 @@
+"""What could not be taken back, and when a node has lost so much that it must start afresh.
+
+Life of what is kept
+    1. A connection was cut, but an operation posted on it did not end in time: nobody knows what
+       it may still read or write.
+    2. `keep`: its blocks and slots are out of use as long as this process lives, and counted.
+    3. Past the share that the operator allows, of blocks or of slots, `on_full` is called, once.
+       Only a new process has that memory back for sure.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+logger = logging.getLogger(__name__)
+
+
+class Quarantine:
+    """Of one process. `max_share` in (0, 1]."""
+
+    def __init__(self, *, num_blocks: int, num_slots: int, max_share: float) -> None:
+        self.num_kept_blocks = 0
+        self.num_kept_slots = 0
+        self._max_blocks = num_blocks * max_share
+        self._max_slots = num_slots * max_share
+        self._is_full = False
+        self._on_full: Callable[[], None] = lambda: None
+
+    def watch(self, on_full: Callable[[], None]) -> None:
+        self._on_full = on_full
+
+    def keep(self, *, num_blocks: int, num_slots: int, peer: str) -> None:
+        """These belong to a connection to `peer` that could not be revoked."""
+        self.num_kept_blocks += num_blocks
+        self.num_kept_slots += num_slots
+        logger.error(
+            "operations with %s did not end: %d blocks and %d staging slots stay out of use",
+            peer, num_blocks, num_slots,
+        )  # fmt: skip
+        is_full = self.num_kept_blocks >= self._max_blocks or self.num_kept_slots >= self._max_slots
+        if is_full and not self._is_full:
+            self._is_full = True
+            logger.error("too much KV memory is out of use: this node must start afresh")
+            self._on_full()
