@@ -72,6 +72,16 @@ class Waves:
             self._engine.block_manager.free(sequence)
         return prefill, decode
 
+    def run_in_chunks(self, num_tokens: int, sampling: SamplingParams) -> None:
+        """One prompt, as many tokens in a step as the engine takes."""
+        sequence = self._start(num_tokens, sampling)
+        while sequence.num_uncomputed_tokens:
+            chunk = min(sequence.num_uncomputed_tokens, self._engine.max_num_batched_tokens)
+            self._step([(sequence, chunk)])
+            if sequence.num_output_tokens:
+                break
+        self._engine.block_manager.free(sequence)
+
     def _step(self, chunks: SequenceOf[tuple[Sequence, int]]) -> float:
         for sequence, length in chunks:
             if not self._engine.block_manager.allocate(

@@ -4,7 +4,8 @@
        as the ranks of an engine do.
     2. The step as a graph, replayed by all ranks together: whole, without the sums over the ranks,
        without attention, and its products alone; then each product alone, through all layers.
-    3. The whole step once more under torch's profiler. Kernels overlap, so what counts for each
+    3. One sum over the ranks, small and large: by `kernels.peer_sum` in a graph, and by NCCL.
+    4. The whole step once more under torch's profiler. Kernels overlap, so what counts for each
        is the time from the end of those before it to its own end; a layer of them is shown.
 
 `--write` puts the tables into benchmarks/RESULTS.md.
@@ -50,6 +51,8 @@ if TYPE_CHECKING:
     from engine.tensor_parallel.rendezvous import Rendezvous
 
 STEPS, REPEATS = 10, 11
+ROWS_OF_ENGINE = 256  # of the decode steps that sums are made ready for
+SUM_KIB = (8, 64, 256, 512, 1024, 2048, 8192, 65536)
 PROFILED_STEPS = 3
 LAYER_BEGINS = "_rope_store_kernel"
 NAME_LENGTH = 40
@@ -81,7 +84,7 @@ class Place:
             self.ranks = GpuRanks(
                 shard.fitted(whole), c10d.FileStore(str(Path(folder) / "store"), shard.size),
                 rendezvous, torch.device("cuda", shard.rank),
-                largest_sum=rows * whole.hidden_size * DTYPE.itemsize,
+                largest_sum=ROWS_OF_ENGINE * whole.hidden_size * DTYPE.itemsize,
                 logits_shape=(rows, -(-whole.vocab_size // shard.size)), dtype=DTYPE,
             )  # fmt: skip
         num_tokens = rows * (arguments.context + 16)
@@ -101,6 +104,8 @@ class Place:
         for name, run, num_bytes in self._products():
             micros = 1e3 * self._ms(run) / len(self.model.decoder._layers)
             yield f"{name}: {micros:.2f} us, {num_bytes / micros / 1e6:.2f} TB/s"
+        if self.ranks is not None:
+            yield from self._sums(self.ranks)
         for num_seqs in self._arguments.decode:
             yield f"| {self._name()}, {num_seqs} rows | own us | added us |\n|---|---:|---:|"
             yield from self._layer_of(self._step(num_seqs))
@@ -149,6 +154,16 @@ class Place:
             views = _own(getattr(layers[0], name)).checkpoint_views().values()
             num_bytes = sum(view.numel() * view.element_size() for view in views)
             yield name, captured(partial(_through, layers, call)), num_bytes
+
+    def _sums(self, ranks: GpuRanks) -> Iterator[str]:
+        yield "| KiB of one sum, bfloat16 | in a graph (us) | NCCL, launched (us) |\n|---:|---:|---:|"
+        for kib in SUM_KIB:
+            x = torch.zeros(kib << 9, dtype=DTYPE, device="cuda")
+            small = ""
+            if ranks._inboxes.holds(x):
+                small = f"{1e3 * self._ms(captured(partial(_again, ranks.sum, x))) / STEPS:.2f}"
+            large = 1e3 * self._ms(partial(_reduced, ranks, x))
+            yield f"| {kib} | {small} | {large:.1f} |"
 
     def _ms(self, run: Run) -> float:
         """Of one run; all ranks begin together."""
@@ -219,6 +234,15 @@ def _no_meetings() -> Iterator[None]:
 def _through(layers: Sequence[DecoderLayer], call: Callable[[DecoderLayer], object]) -> None:
     for layer in layers:
         call(layer)
+
+
+def _again(call: Callable[[torch.Tensor], object], x: torch.Tensor) -> None:
+    for _ in range(STEPS):
+        call(x)
+
+
+def _reduced(ranks: GpuRanks, x: torch.Tensor) -> None:
+    ranks._group.allreduce([x]).wait()
 
 
 def _own(matrix: Matrix) -> Matrix:
