@@ -156,7 +156,7 @@ class Place:
             yield name, captured(partial(_through, layers, call)), num_bytes
 
     def _sums(self, ranks: GpuRanks) -> Iterator[str]:
-        yield "| KiB of one sum, bfloat16 | in a graph (us) | NCCL, launched (us) |\n|---:|---:|---:|"
+        yield "| KiB of one sum | in a graph (us) | NCCL, launched (us) |\n|---:|---:|---:|"
         for kib in SUM_KIB:
             x = torch.zeros(kib << 9, dtype=DTYPE, device="cuda")
             small = ""
