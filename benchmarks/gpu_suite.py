@@ -40,6 +40,7 @@ PARTS = (
     ),
     Part("engine tests", f"{_PYTEST} tests/engine tests/decode_node", 120, writes=False),
     Part("first wave", "-m benchmarks.first_wave", 60),
+    Part("memory", "-m benchmarks.memory", 90),
     Part(
         "KV transfer",
         "-m benchmarks.kv_transfer --source cuda:0 --target cuda:1",
@@ -55,6 +56,14 @@ PARTS = (
         writes=False,
     ),
     Part("tensor parallel", "-m benchmarks.tensor_parallel", 90, num_gpus=2),
+    Part("rank profile", "-m benchmarks.rank_profile", 90, num_gpus=2),
+    Part(
+        "tests of ranks",
+        f"{_PYTEST} -n 4 tests/engine/tensor_parallel tests/e2e/test_split_ranks.py",
+        150,
+        num_gpus=2,
+        writes=False,
+    ),
 )
 
 

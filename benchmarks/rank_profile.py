@@ -6,7 +6,8 @@
        without attention, and its products alone; then each product alone, through all layers.
     3. One sum over the ranks, small and large: by `kernels.peer_sum` in a graph, and by NCCL.
     4. The whole step once more under torch's profiler. Kernels overlap, so what counts for each
-       is the time from the end of those before it to its own end; a layer of them is shown.
+       is the time from the end of those before it to its own end; a layer of them is shown, and
+       what lies between the layers of two steps.
 
 `--write` puts the tables into benchmarks/RESULTS.md.
 """
@@ -107,8 +108,7 @@ class Place:
         if self.ranks is not None:
             yield from self._sums(self.ranks)
         for num_seqs in self._arguments.decode:
-            yield f"| {self._name()}, {num_seqs} rows | own us | added us |\n|---|---:|---:|"
-            yield from self._layer_of(self._step(num_seqs))
+            yield from self._parts(self._step(num_seqs), num_seqs)
 
     def _name(self) -> str:
         return f"rank {self.shard.rank} of {self.shard.size}"
@@ -181,7 +181,7 @@ class Place:
             samples.append(begin.elapsed_time(end) / STEPS)
         return statistics.median(samples)
 
-    def _layer_of(self, run: Run) -> Iterator[str]:
+    def _parts(self, run: Run, num_seqs: int) -> Iterator[str]:
         run()
         torch.cuda.synchronize()
         self._rendezvous.exchange({})
@@ -191,33 +191,39 @@ class Place:
             torch.cuda.synchronize()
         events = [each for each in recorded.events() or () if each.device_time > 0]
         spans = sorted((each.time_range.start, each.time_range.end, each.name) for each in events)
-        for spent in layer_of(spans):
-            yield f"| {spent.name[:NAME_LENGTH]} | {spent.own:.1f} | {spent.added:.1f} |"
+        for title, part in zip(("a layer", "between two steps"), parts_of(spans), strict=False):
+            yield f"| {self._name()}, {num_seqs} rows, {title} | own us | added us |"
+            yield "|---|---:|---:|"
+            for spent in part:
+                yield f"| {spent.name[:NAME_LENGTH]} | {spent.own:.1f} | {spent.added:.1f} |"
+            yield f"| all | | {sum(spent.added for spent in part):.1f} |"
 
 
-def layer_of(spans: Sequence[tuple[float, float, str]]) -> list[Spent]:
-    """The mean layer of kernels `(start, end, name)`, given in the order of their starts; a layer
-    is what lies between two kernels of `LAYER_BEGINS`."""
-    own: dict[int, list[float]] = defaultdict(list)
-    added: dict[int, list[float]] = defaultdict(list)
-    layers: dict[tuple[str, ...], int] = defaultdict(int)
+def parts_of(spans: Sequence[tuple[float, float, str]]) -> list[list[Spent]]:
+    """The mean layer of kernels `(start, end, name)`, given in the order of their starts, and what
+    lies between the last layer of a step and the second of the next one.
+
+    A layer is what lies between two kernels of `LAYER_BEGINS`.
+    """
     begins = [at for at, span in enumerate(spans) if LAYER_BEGINS in span[2]]
-    pairs = list(itertools.pairwise(begins))
-    for begin, end in pairs:
-        layers[tuple(name for _, _, name in spans[begin:end])] += 1
-    usual = max(layers, key=lambda names: layers[names], default=())
-    for begin, end in pairs:
-        if tuple(name for _, _, name in spans[begin:end]) != usual:
-            continue
+    alike: dict[tuple[str, ...], list[int]] = defaultdict(list)
+    for begin, end in itertools.pairwise(begins):
+        alike[tuple(name for _, _, name in spans[begin:end])].append(begin)
+    usual = sorted(alike.items(), key=lambda item: -len(item[1]))[:2]
+    return [_mean_part(spans, names, places) for names, places in usual]
+
+
+def _mean_part(
+    spans: Sequence[tuple[float, float, str]], names: Sequence[str], places: Sequence[int]
+) -> list[Spent]:
+    own, added = ([0.0] * len(names) for _ in range(2))
+    for begin in places:
         before = max((span[1] for span in spans[max(0, begin - 8) : begin]), default=0.0)
-        for place, (start, stop, _) in enumerate(spans[begin:end]):
-            own[place].append(stop - start)
-            added[place].append(max(0.0, stop - before))
+        for place, (start, stop, _) in enumerate(spans[begin : begin + len(names)]):
+            own[place] += (stop - start) / len(places)
+            added[place] += max(0.0, stop - before) / len(places)
             before = max(before, stop)
-    return [
-        Spent(name, statistics.mean(own[place]), statistics.mean(added[place]))
-        for place, name in enumerate(usual)
-    ]
+    return [Spent(*each) for each in zip(names, own, added, strict=True)]
 
 
 @contextmanager

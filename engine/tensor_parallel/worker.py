@@ -13,6 +13,7 @@ Started by `crew.py`; not for people.
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
 import sys
@@ -69,6 +70,8 @@ def run(channel: Channel) -> int:
 
 def serve(engine: Engine, channel: Channel) -> None:
     """Run what is announced until the channel ends."""
+    gc.collect()
+    gc.freeze()  # as rank 0: a collection that looked at it all would hold up a step
     with torch.inference_mode():
         while True:
             try:
