@@ -26,6 +26,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
+import uvloop
 
 from cluster.node import NodeId, NodeName, new_incarnation
 from cluster.proto import node_pb2_grpc
@@ -149,7 +150,7 @@ def decode_process(arguments: argparse.Namespace, where: Connection, started: Co
         await server.stop(None)
         await agent.close()
 
-    asyncio.run(main())
+    uvloop.run(main())
 
 
 class Bench:
@@ -293,7 +294,7 @@ def main() -> None:
     )
     process.start()
     try:
-        asyncio.run(run(arguments, where, started))
+        uvloop.run(run(arguments, where, started))
     finally:
         where.send(None)
         process.join(10)

@@ -41,7 +41,7 @@ class KVTransferConfig:
     staging_slot_bytes: int | None = option(
         None,
         help="Size of one staging slot, which is the largest frame. Default: 128 MiB on a GPU, "
-        "2 MiB on a CPU.",
+        "4 MiB on a CPU.",
         group=_TRANSFER,
         advanced=True,
     )
@@ -112,7 +112,7 @@ class KVTransferConfig:
         """Bytes of a staging slot on a device of this type ("cpu", "cuda")."""
         if self.staging_slot_bytes is not None:
             return self.staging_slot_bytes
-        return 2 * _MIB if device_type == "cpu" else 128 * _MIB
+        return 4 * _MIB if device_type == "cpu" else 128 * _MIB
 
 
 def _refused(name: str, problem: str) -> ConfigError:

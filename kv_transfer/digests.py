@@ -1,6 +1,7 @@
 """Digests that fit one place of one transfer only.
 
-`kernels.block_digest` gives a 64-bit digest of each unit (one layer of one block). Sealing
+The kernels give a 64-bit digest of each unit (one layer of one block), of the kind that both
+nodes agreed on when they paired. Sealing
 mixes it with what the unit is meant to be: the transfer, the tenant's salt, the position, the
 layer and the layout. A unit that is flipped, swapped, stale, misplaced or another tenant's
 fails the comparison. It is no MAC: an untrusted wire needs encryption.
@@ -9,16 +10,30 @@ fails the comparison. It is no MAC: an untrusted wire needs encryption.
 from __future__ import annotations
 
 import hashlib
+from enum import StrEnum
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Sequence
 
     from numpy.typing import NDArray
 
 LAYOUT_VERSION = 1
+
+
+class DigestKind(StrEnum):
+    """How a unit is digested. Every node knows the first."""
+
+    MULTIPLY_SHIFT = "multiply_shift"  # kernels/block_digest.py
+    XXH3 = "xxh3"  # kernels/host_digest.py
+
+
+def agreed_kind(ours: Sequence[DigestKind], theirs: Collection[str]) -> DigestKind:
+    """The first of ours, which are ordered by speed, that the peer knows too."""
+    return next((kind for kind in ours if kind.value in theirs), DigestKind.MULTIPLY_SHIFT)
+
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _POSITION = np.uint64(0xD6E8FEB86659FD93)

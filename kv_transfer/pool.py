@@ -30,6 +30,8 @@ import torch
 
 from kernels.block_digest import block_digests
 from kernels.copy_blocks import pack_blocks, unpack_blocks
+from kv_transfer.digests import DigestKind
+from kv_transfer.host_moves import HostMoves
 from kv_transfer.protocol import MAX_UNITS_PER_FRAME
 
 if TYPE_CHECKING:
@@ -51,6 +53,7 @@ class TransferPool:
             if each.dtype != torch.uint8 or each.dim() != 3 or each.shape != self._pool.shape:
                 raise TypeError("A pool must be uint8 [num_layers, num_blocks, bytes].")
         self._shards = shards
+        self._in_host = HostMoves(shards)
         self._stream = _side_stream(self._pool.device)
         # On a device threads only wait: for a gather and a scatter at a time.
         num_threads = 1 if self._stream is None else 2
@@ -72,6 +75,13 @@ class TransferPool:
         """Of a whole unit, the parts of all ranks together."""
         return self._pool.shape[2] * len(self._shards)
 
+    @property
+    def digest_kinds(self) -> tuple[DigestKind, ...]:
+        """What can be computed where the pool is, the fastest first."""
+        if self._stream is None:
+            return self._in_host.digest_kinds
+        return (DigestKind.MULTIPLY_SHIFT,)
+
     def begin_gather(
         self,
         slot: torch.Tensor,
@@ -80,12 +90,13 @@ class TransferPool:
         num_layers: int,
         block_ids: Sequence[int],
         after: torch.Event | None,
+        digest: DigestKind = DigestKind.MULTIPLY_SHIFT,
     ) -> Move[NDArray[np.uint64]]:
         """Copy blocks into the front of `slot` once `after` has happened. Gives their digests,
         `[num_layers, len(block_ids)]`."""
         frame = _Frame(slot, layer_start, num_layers, block_ids, self.unit_bytes)
         if self._stream is None:
-            return self._begin(functools.partial(self._gather_here, frame), frame)
+            return self._begin(functools.partial(self._gather_here, frame, digest), frame)
         notes = self._take_notes()
         with torch.cuda.stream(self._stream):
             if after is not None:
@@ -102,6 +113,7 @@ class TransferPool:
         num_layers: int,
         block_ids: Sequence[int],
         accepts: Verdict,
+        digest: DigestKind = DigestKind.MULTIPLY_SHIFT,
     ) -> Move[bool]:
         """Copy the front of `slot` into blocks if `accepts` its digests `[num_layers,
         len(block_ids)]`; gives the verdict.
@@ -111,7 +123,8 @@ class TransferPool:
         """
         frame = _Frame(slot, layer_start, num_layers, block_ids, self.unit_bytes)
         if self._stream is None:
-            return self._begin(functools.partial(self._scatter_here, frame, accepts), frame)
+            work = functools.partial(self._scatter_here, frame, digest, accepts)
+            return self._begin(work, frame)
         notes = self._take_notes()
         with torch.cuda.stream(self._stream):
             self._queue_digests(notes, frame)
@@ -149,16 +162,13 @@ class TransferPool:
         done.set_result(work())
         return done
 
-    def _gather_here(self, frame: _Frame) -> NDArray[np.uint64]:
-        self._pack(frame, torch.tensor(frame.block_ids, dtype=torch.int64))
-        return _as_array(block_digests(frame.front, frame.num_units), frame.num_layers)
+    def _gather_here(self, frame: _Frame, digest: DigestKind) -> NDArray[np.uint64]:
+        return self._in_host.gather(frame.units, frame.layer_start, frame.block_ids, digest)
 
-    def _scatter_here(self, frame: _Frame, accepts: Verdict) -> bool:
-        digests = block_digests(frame.front, frame.num_units)
-        if not accepts(_as_array(digests, frame.num_layers)):
-            return False
-        self._unpack(frame, torch.tensor(frame.block_ids, dtype=torch.int64))
-        return True
+    def _scatter_here(self, frame: _Frame, digest: DigestKind, accepts: Verdict) -> bool:
+        return self._in_host.scatter(
+            frame.units, frame.layer_start, frame.block_ids, digest, accepts
+        )
 
     # ---- on a device -----------------------------------------------------------------------------
 

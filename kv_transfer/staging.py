@@ -122,7 +122,7 @@ class Staging:
             if waiter.future.done() or self._num_owned[waiter.owner] >= self._share:
                 continue
             self._waiters.remove(waiter)
-            slot = self._free.popleft()
+            slot = self._free.pop()  # the one used last: its memory is in the cache
             self._owners[slot] = waiter.owner
             self._num_owned[waiter.owner] += 1
             waiter.future.set_result(slot)

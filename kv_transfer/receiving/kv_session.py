@@ -24,6 +24,7 @@ from cluster.errors import InvalidRequest, ServingError
 from cluster.node import Incarnation, NodeId, NodeName
 from cluster.proto import node_pb2 as pb
 from cluster.proto import node_pb2_grpc as rpc
+from kv_transfer.digests import agreed_kind
 from kv_transfer.handshake import Compatibility
 from kv_transfer.receiving.incoming import IncomingSequence
 from kv_transfer.receiving.intake_instructions import (
@@ -78,7 +79,10 @@ class KvReceiverService(rpc.KvReceiverServicer):
         hello = frame.hello
         theirs = Compatibility(hello.protocol_version, hello.compatibility_hash)
         peer = NodeId(NodeName(hello.name), Incarnation(hello.incarnation))
-        return self._receiver.open_session(peer, theirs)
+        session = self._receiver.open_session(peer, theirs)
+        ours = self._receiver.agent.pool.digest_kinds
+        session.digest_kind = agreed_kind(ours, hello.digest_kinds)
+        return session
 
     def _hello(self, session: ReceiverSession) -> pb.ReceiverHello:
         receiver = self._receiver
@@ -89,6 +93,7 @@ class KvReceiverService(rpc.KvReceiverServicer):
             data_port=receiver.data_port,
             slot_bytes=receiver.agent.limits.max_payload_bytes,
             session_id=session.id,
+            digest_kind=session.digest_kind,
         )
 
     async def _read(self, session: ReceiverSession, frames: AsyncIterator[pb.SenderFrame]) -> None:

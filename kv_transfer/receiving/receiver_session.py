@@ -20,7 +20,7 @@ import torch
 
 from cluster.errors import ServingError
 from cluster.failpoints import failpoint
-from kv_transfer.digests import PlaceSeal
+from kv_transfer.digests import DigestKind, PlaceSeal
 from kv_transfer.failures import FailureReason, failure
 from kv_transfer.protocol import FrameHeader, FrameMalformed, parse_header
 from kv_transfer.receiving.intake_instructions import Dropping, Landing
@@ -52,6 +52,7 @@ class ReceiverSession:
     ) -> None:
         self.id = session_id
         self.peer = peer
+        self.digest_kind = DigestKind.MULTIPLY_SHIFT  # until the hellos agree on another
         self.outbox: asyncio.Queue[Instruction | None] = asyncio.Queue()
         self._agent = agent
         self._events = events
@@ -186,6 +187,7 @@ class ReceiverSession:
             num_layers=header.num_layers,
             block_ids=landing.block_ids,
             accepts=lambda digests: np.array_equal(seal.seal(digests), header.digests),
+            digest=self.digest_kind,
         )
         seal.prepare()
         is_right = await pool.end(scattering)

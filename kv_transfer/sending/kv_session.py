@@ -24,10 +24,11 @@ from kv_transfer.sending.outgoing import SendAbort, SendAbortAck, SendCommit
 from kv_transfer.transfer import Ticket
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Sequence
 
     from cluster.node import NodeId
     from cluster.request import Handoff, SequenceRequest
+    from kv_transfer.digests import DigestKind
     from kv_transfer.handshake import Compatibility
 
 logger = logging.getLogger(__name__)
@@ -50,6 +51,7 @@ class KvSessionStream:
         node_id: NodeId,
         ours: Compatibility,
         expected: NodeId,
+        digest_kinds: Sequence[DigestKind] = (),
     ) -> KvSessionStream:
         """Raises `HandshakeMismatch` when the pair does not fit, `TransferFailed` when the
         peer cannot be reached or is another process than `expected`."""
@@ -60,6 +62,7 @@ class KvSessionStream:
             incarnation=node_id.incarnation,
             protocol_version=ours.protocol_version,
             compatibility_hash=ours.compatibility_hash,
+            digest_kinds=digest_kinds,
         )
         try:
             await call.write(pb.SenderFrame(hello=hello))

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from cluster.errors import InternalError, ServingError
 from cluster.failpoints import failpoint
-from kv_transfer.digests import PlaceSeal
+from kv_transfer.digests import DigestKind, PlaceSeal, agreed_kind
 from kv_transfer.failures import FailureReason, failure
 from kv_transfer.protocol import FrameHeader, FrameLimits, pack_header
 from kv_transfer.sending.kv_session import KvSessionStream
@@ -75,6 +75,7 @@ class Peer:
         self._stream: KvSessionStream | None = None
         self._endpoint: Endpoint | None = None
         self._limits = agent.limits
+        self._digest = DigestKind.MULTIPLY_SHIFT
         self._has_work = asyncio.Event()
         self._is_lost = False
         self._shipping: set[asyncio.Task[None]] = set()
@@ -124,10 +125,15 @@ class Peer:
 
     async def _pair(self) -> tuple[KvSessionStream, Endpoint]:
         stream = await KvSessionStream.open(
-            self._channel, node_id=self._us, ours=self._ours, expected=self.node_id
+            self._channel,
+            node_id=self._us,
+            ours=self._ours,
+            expected=self.node_id,
+            digest_kinds=self._agent.pool.digest_kinds,
         )
         self._stream = stream
         hello = stream.hello
+        self._digest = agreed_kind(self._agent.pool.digest_kinds, (hello.digest_kind,))
         mine = self._agent.limits
         slot_bytes = min(mine.max_payload_bytes, hello.slot_bytes)
         if slot_bytes < mine.unit_bytes:
@@ -204,6 +210,7 @@ class Peer:
                 num_layers=plan.num_layers,
                 block_ids=plan.block_ids,
                 after=plan.after,
+                digest=self._digest,
             )
             seal.prepare()
             digests = seal.seal(await pool.end(gathering))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,7 +32,7 @@ def test_scattering_what_was_gathered_copies_the_blocks_and_gives_the_same_diges
         source, target = make_pool(1), make_pool(2)
         one, other = TransferPool(source), TransferPool(target)
         slot = torch.zeros(4096, dtype=torch.uint8)
-        whole = {"layer_start": 0, "num_layers": NUM_LAYERS}
+        whole: dict[str, Any] = {"layer_start": 0, "num_layers": NUM_LAYERS}
         digests = await one.end(one.begin_gather(slot, **whole, block_ids=(5, 9), after=None))
         assert await other.end(
             other.begin_scatter(
@@ -54,7 +55,7 @@ def test_a_slot_that_is_not_accepted_leaves_the_blocks_alone() -> None:
         before = target.clone()
         pool = TransferPool(target)
         slot = torch.zeros(4096, dtype=torch.uint8)
-        whole = {"layer_start": 0, "num_layers": NUM_LAYERS}
+        whole: dict[str, Any] = {"layer_start": 0, "num_layers": NUM_LAYERS}
         assert not await pool.end(
             pool.begin_scatter(
                 slot,
@@ -82,7 +83,7 @@ def test_pools_cut_by_heads_exchange_the_bytes_of_whole_ones() -> None:
         one, two = TransferPool(whole), TransferPool(*parts)
         assert two.unit_bytes == one.unit_bytes
         slots = [torch.zeros(4096, dtype=torch.uint8) for _ in range(2)]
-        layers = {"layer_start": 1, "num_layers": 2}
+        layers: dict[str, Any] = {"layer_start": 1, "num_layers": 2}
         digests = [
             await pool.end(pool.begin_gather(slot, **layers, block_ids=(7, 3), after=None))
             for pool, slot in zip((one, two), slots, strict=True)

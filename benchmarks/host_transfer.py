@@ -1,0 +1,208 @@
+"""`python -m benchmarks.host_transfer`: KV between two host-memory pools, beside plain sockets.
+
+In every round each row moves the same bytes once, so that rows meet the same weather:
+
+    plain socket   one buffer to another, the fastest of several settings (`raw_sockets.py`)
+    pool to pool   what a hand-off does: pack, digest, frames over UCX, verify, scatter, start
+    ... with the digest that every device can take, and without digests: where the time goes
+
+Rates are medians; "of the socket" is the median of the rounds' ratios. Processor time is that of
+both processes, by byte: on a machine with few cores it is what limits a copy on loopback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import multiprocessing
+import os
+import statistics
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+import uvloop
+
+from benchmarks import kv_transfer
+from benchmarks.raw_sockets import SETTINGS, RawSockets
+from benchmarks.results_file import machine_facts, write_section
+from kv_transfer import host_moves
+from kv_transfer.digests import DigestKind
+
+if TYPE_CHECKING:
+    from multiprocessing.connection import Connection
+
+    from numpy.typing import NDArray
+
+MIB = 1 << 20
+TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
+
+
+@dataclass
+class Row:
+    label: str
+    num_bytes: int
+    seconds: list[float] = field(default_factory=list)
+    processor_seconds: float = 0.0
+
+    def describe(self, reference: Row) -> str:
+        ratio = statistics.median(
+            theirs / ours for ours, theirs in zip(self.seconds, reference.seconds, strict=True)
+        )
+        rate = self.num_bytes / statistics.median(self.seconds) / 1e9
+        best = self.num_bytes / min(self.seconds) / 1e9
+        spent = self.processor_seconds / len(self.seconds) / self.num_bytes * 1e9
+        return f"| {self.label} | {rate:.2f} | {best:.2f} | {ratio:.2f}x | {spent:.2f} |"
+
+
+def processor_seconds(*pids: int) -> float:
+    """User and system time of processes so far."""
+    total = 0
+    for pid in pids:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        total += int(fields[11]) + int(fields[12])
+    return total / TICKS_PER_SECOND
+
+
+class PoolToPool:
+    """Two processes with a pool each; `copy` hands one prompt off."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self._arguments = arguments
+        context = multiprocessing.get_context("spawn")
+        self._where, their_where = context.Pipe()
+        self._started, their_started = context.Pipe()
+        self._child = context.Process(
+            target=decode_process, args=(arguments, their_where, their_started), daemon=True
+        )
+        self._child.start()
+        choose_digest(arguments.digest)
+
+    async def start(self) -> None:
+        address, node_id = await asyncio.to_thread(self._where.recv)
+        self._bench = kv_transfer.Bench(self._arguments, address, node_id, self._started)
+        await self._bench.sender.start()
+
+    @property
+    def transports(self) -> tuple[str, ...]:
+        return self._bench.agent.transports_in_use
+
+    @property
+    def pids(self) -> tuple[int, int]:
+        return os.getpid(), self._child.pid or 0
+
+    async def copy(self) -> float:
+        choose_digest(self._arguments.digest)
+        num_blocks = self._arguments.prompt_blocks
+        self._bench.settle()
+        return await self._bench.hand_off(num_blocks, num_last=num_blocks)
+
+    async def close(self) -> None:
+        await self._bench.sender.close()
+        await self._bench.agent.close()
+        self._where.send(None)
+        await asyncio.to_thread(self._child.join, 10)
+
+
+def decode_process(arguments: argparse.Namespace, where: Connection, started: Connection) -> None:
+    choose_digest(arguments.digest)
+    kv_transfer.decode_process(arguments, where, started)
+
+
+_REAL_DIGESTS = host_moves.unit_digests
+
+
+def choose_digest(name: str) -> None:
+    """Of this process: "xxh3", "multiply_shift", or "none" to leave them out."""
+    torch.set_num_threads(1)
+
+    def digests(units: torch.Tensor, digest: DigestKind) -> NDArray[np.uint64]:
+        if name == "none":
+            return np.zeros(units.shape[:2], dtype=np.uint64)
+        return _REAL_DIGESTS(units, DigestKind(name))
+
+    host_moves.unit_digests = digests
+
+
+async def run(arguments: argparse.Namespace) -> tuple[list[Row], Row, list[str]]:
+    """The rows of ours, the fastest plain socket, and what was used."""
+    block_bytes = arguments.num_layers * arguments.unit_kib * 1024
+    num_bytes = arguments.prompt_blocks * block_bytes
+    sockets = [(RawSockets(s, num_bytes), Row(f"plain socket, {s}", num_bytes)) for s in SETTINGS]
+    ours = []
+    for digest in arguments.digests:
+        pair = PoolToPool(argparse.Namespace(**{**vars(arguments), "digest": digest}))
+        await pair.start()
+        ours.append((pair, Row(f"pool to pool, digests: {digest.replace('_', '-')}", num_bytes)))
+    for turn in range(arguments.warmup + arguments.repeats):
+        for raw, row in sockets:
+            before = processor_seconds(*raw.pids)
+            note(row, await asyncio.to_thread(raw.copy), before, raw.pids, turn, arguments)
+        for pair, row in ours:
+            before = processor_seconds(*pair.pids)
+            note(row, await pair.copy(), before, pair.pids, turn, arguments)
+    used = [f"transport: {', '.join(pair.transports)}" for pair, _ in ours[:1]]
+    for raw, _ in sockets:
+        raw.close()
+    for pair, _ in ours:
+        await pair.close()
+    best = min((row for _, row in sockets), key=lambda row: statistics.median(row.seconds))
+    return [row for _, row in ours], best, used
+
+
+def note(
+    row: Row,
+    seconds: float,
+    before: float,
+    pids: tuple[int, int],
+    turn: int,
+    arguments: argparse.Namespace,
+) -> None:
+    if turn >= arguments.warmup:
+        row.seconds.append(seconds)
+        row.processor_seconds += processor_seconds(*pids) - before
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--tls", default=None, help="UCX_TLS")
+    parser.add_argument("--num-layers", type=int, default=12)
+    parser.add_argument("--unit-kib", type=int, default=16, help="one layer of one block")
+    parser.add_argument("--num-blocks", type=int, default=800, help="of each pool")
+    parser.add_argument("--prompt-blocks", type=int, default=512)
+    parser.add_argument("--slot-mib", type=float, default=None)
+    parser.add_argument("--num-slots", type=int, default=8)
+    parser.add_argument("--digests", nargs="+", default=["xxh3", "multiply_shift", "none"])
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--warmup", type=int, default=2)
+    parser.add_argument("--write", action="store_true", help="into benchmarks/RESULTS.md")
+    found = parser.parse_args()
+    found.source = found.target = "cpu"
+    found.require_transport = "any"
+    return found
+
+
+def main() -> None:
+    arguments = parse()
+    rows, reference, used = uvloop.run(run(arguments))
+    size = rows[0].num_bytes / MIB
+    lines = [
+        f"| {size:.0f} MiB, blocks in scrambled order | GB/s | best | of the socket "
+        "| processor ns/B |",
+        "|---|---:|---:|---:|---:|",
+        *(row.describe(reference) for row in (reference, *rows)),
+    ]
+    print("\n".join([*lines, *used]))
+    if arguments.write:
+        command = "python -m benchmarks.host_transfer --write"
+        if arguments.tls is not None:
+            command += f" --tls {arguments.tls}"
+        facts = [f"- command: `{command}`", *(f"- {each}" for each in (*used, *machine_facts()))]
+        name = f"host transfer {arguments.tls or 'default'}"
+        write_section(name, "KV transfer in host memory", "\n".join([*lines, "", *facts]))
+
+
+if __name__ == "__main__":
+    main()
