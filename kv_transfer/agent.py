@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from kv_transfer.handshake import check_transport
+from cluster.errors import ServingError
 from kv_transfer.pool import TransferPool
 from kv_transfer.protocol import FrameLimits
 from kv_transfer.quarantine import Quarantine
+from kv_transfer.required_transport import check_in_use, check_possible
 from kv_transfer.staging import Staging
 from kv_transfer.stats import TransferStats
 from kv_transfer.transports.ucx import UcxTransport
@@ -57,7 +58,8 @@ class TransferAgent:
 
     @classmethod
     def create(cls, pools: Sequence[torch.Tensor], config: KVTransferConfig) -> TransferAgent:
-        """Over UCX. The event loop's thread is bound to the device of the first pool."""
+        """Over UCX. The event loop's thread is bound to the device of the first pool. Raises
+        `ConfigError` when the required transport cannot be had here."""
         device = pools[0].device
         if device.type == "cuda":
             torch.cuda.set_device(device)
@@ -66,6 +68,9 @@ class TransferAgent:
             ucx_tls=config.ucx_tls,
             moves_device_memory=device.type == "cuda",
             connect_seconds=config.pairing_seconds,
+        )
+        check_possible(
+            config.require_transport, transport.available, on_device=device.type == "cuda"
         )
         return cls(pools, config, transport)
 
@@ -79,7 +84,12 @@ class TransferAgent:
         """The transport of a new connection. Raises `TransferFailed` when the operator
         requires another kind."""
         name = endpoint.transport_name
-        check_transport(self.config.require_transport, name)
+        try:
+            on_device = self.pool.device.type == "cuda"
+            check_in_use(self.config.require_transport, name, endpoint.lanes, on_device=on_device)
+        except ServingError:
+            self.stats.handshakes_refused += 1
+            raise
         self._in_use[endpoint] = name
         endpoint.on_close(lambda: self._forget(endpoint))
         return name

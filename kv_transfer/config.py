@@ -8,7 +8,7 @@ from typing import Literal
 from cluster.config import option
 from cluster.errors import ConfigError
 
-RequiredTransport = Literal["any", "nvlink", "rdma"]
+RequiredTransport = Literal["any", "nvlink", "rdma", "shm", "tcp"]
 
 _TRANSFER = "KV transfer"
 _MIB = 1 << 20
@@ -29,7 +29,8 @@ class KVTransferConfig:
     )
     require_transport: RequiredTransport = option(
         "any",
-        help="Refuse a pair of nodes that UCX cannot connect over this kind of transport.",
+        help="Refuse a pair of nodes that UCX cannot connect over this kind of transport, and to "
+        "start where this machine has none. What is used is in the log and in /metrics.",
         group=_TRANSFER,
     )
     ucx_tls: str | None = option(

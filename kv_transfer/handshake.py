@@ -11,12 +11,6 @@ from dataclasses import dataclass
 from cluster.errors import HandshakeMismatch
 from kv_transfer.failures import FailureReason, failure
 
-_SATISFIES = {
-    "any": frozenset({"cuda_ipc", "rdma", "shm", "tcp", "loopback", "unknown"}),
-    "nvlink": frozenset({"cuda_ipc"}),
-    "rdma": frozenset({"rdma"}),
-}
-
 
 @dataclass(frozen=True, slots=True)
 class Compatibility:
@@ -35,9 +29,3 @@ class Compatibility:
             )
         if self.compatibility_hash != theirs.compatibility_hash:
             raise failure(FailureReason.LAYOUT_MISMATCH)
-
-
-def check_transport(required: str, in_use: str) -> None:
-    """Raises `TransferFailed` when a pair fell back to a transport that the operator refuses."""
-    if in_use not in _SATISFIES[required]:
-        raise failure(FailureReason.TRANSPORT_REFUSED)

@@ -31,6 +31,10 @@ class Endpoint(Protocol):
     def transport_name(self) -> str:
         """What carries the payload: "loopback", "tcp", "shm", "rdma", "cuda_ipc"."""
 
+    @property
+    def lanes(self) -> tuple[str, ...]:
+        """The same in finer names, for the log: what is connected under this endpoint."""
+
     def send(self, buffer: torch.Tensor, tag: int) -> asyncio.Future[None]: ...
 
     def recv(self, buffer: torch.Tensor, tag: int) -> asyncio.Future[None]:

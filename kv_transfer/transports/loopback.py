@@ -47,6 +47,10 @@ class LoopbackEndpoint:
     def transport_name(self) -> str:
         return "loopback"
 
+    @property
+    def lanes(self) -> tuple[str, ...]:
+        return ("loopback",)
+
     def send(self, buffer: torch.Tensor, tag: int) -> asyncio.Future[None]:
         posted = self._post(buffer)
         if not posted.done.done():

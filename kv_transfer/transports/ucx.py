@@ -27,7 +27,7 @@ import numpy as np
 
 from cluster.errors import ConfigError
 from kv_transfer.failures import FailureReason, failure
-from kv_transfer.transports.ucx_lanes import carrier, lanes_of
+from kv_transfer.transports.ucx_lanes import carrier, lanes_of, resources_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -249,6 +249,11 @@ class UcxTransport:
     @property
     def name(self) -> str:
         return "ucx"
+
+    @property
+    def available(self) -> tuple[str, ...]:
+        """UCX's names of the transports that it may use on this machine."""
+        return resources_of(self._context.info)
 
     async def listen(self, host: str, port: int, accept: Accept) -> int:
         """Raises `ConfigError` when the port is taken."""

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import re
 
 _MAX_LANES = 32
 _FIELD_TRANSPORTS = 1 << 3  # UCP_EP_ATTR_FIELD_TRANSPORTS
 _NAME_BYTES = 32  # UCP_ENTITY_NAME_MAX
 _SOCKADDR_WORDS = 16  # sizeof(struct sockaddr_storage) / 8
 
-_RDMA = ("rc", "dc", "ud")
-_SHARED_MEMORY = ("sysv", "posix", "cma", "knem", "xpmem")
+RDMA = ("rc", "dc", "ud", "srd")
+SHARED_MEMORY = ("sysv", "posix", "cma", "knem", "xpmem")
 
 
 class _Entry(ctypes.Structure):
@@ -54,6 +55,12 @@ def lanes_of(endpoint_handle: int) -> tuple[str, ...]:
     return tuple(dict.fromkeys((entry.transport_name or b"").decode() for entry in found))
 
 
+def resources_of(context_info: str) -> tuple[str, ...]:
+    """The transports in what UCX prints of a context, which is the only way it tells them."""
+    found = re.findall(r"resource \d+ .*-- (\w+)/", context_info)
+    return tuple(dict.fromkeys(found))
+
+
 @functools.cache
 def _ucp() -> ctypes.CDLL | None:
     """UCP as ucxx has loaded it."""
@@ -67,8 +74,8 @@ def carrier(lanes: tuple[str, ...], *, on_device: bool) -> str:
     """The transport that UCX prefers for large payloads among those connected."""
     if on_device and "cuda_ipc" in lanes:
         return "cuda_ipc"
-    if any(lane.split("_")[0] in _RDMA for lane in lanes):
+    if any(lane.split("_")[0] in RDMA for lane in lanes):
         return "rdma"
-    if any(lane in _SHARED_MEMORY for lane in lanes):
+    if any(lane in SHARED_MEMORY for lane in lanes):
         return "shm"
     return "tcp" if "tcp" in lanes else "unknown"

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from cluster.errors import HandshakeMismatch, TransferFailed
-from kv_transfer.handshake import Compatibility, check_transport
+from cluster.errors import HandshakeMismatch
+from kv_transfer.handshake import Compatibility
 from kv_transfer.transports.ucx_lanes import carrier
 
 
@@ -18,27 +18,6 @@ def test_nodes_that_differ_in_version_or_layout_do_not_fit(theirs: Compatibility
     with pytest.raises(HandshakeMismatch) as caught:
         Compatibility(1, "layout").check(theirs)
     assert caught.value.reason == "layout_mismatch"
-
-
-@pytest.mark.parametrize(
-    ("required", "in_use", "is_fine"),
-    [
-        ("any", "tcp", True),
-        ("nvlink", "cuda_ipc", True),
-        ("nvlink", "rdma", False),
-        ("rdma", "rdma", True),
-        ("rdma", "tcp", False),
-    ],
-)
-def test_a_fall_back_to_a_refused_transport_is_an_error(
-    required: str, in_use: str, is_fine: bool
-) -> None:
-    if is_fine:
-        check_transport(required, in_use)
-    else:
-        with pytest.raises(TransferFailed) as caught:
-            check_transport(required, in_use)
-        assert caught.value.reason == "transport_refused"
 
 
 @pytest.mark.parametrize(
