@@ -95,7 +95,12 @@ class DecodeNode:
         engine.watch(on_fatal)
         agent.quarantine.watch(lambda: on_fatal(InternalError("Too much KV memory is lost.")))
         self.loop = EngineLoop(
-            engine, scheduler, observer, on_fatal=on_fatal, on_idle=self._snapshot.take
+            engine,
+            scheduler,
+            observer,
+            on_fatal=on_fatal,
+            on_idle=self._snapshot.take,
+            start_copies=engine.start_copies,
         )
         self._receiver = KVReceiver(
             node_id=node_id,

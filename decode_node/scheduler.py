@@ -7,7 +7,8 @@ Life of a sequence here
        alternate with decode steps, so neither starves and neither has the other's shape.
     3. Out of blocks, the newest of the least urgent is preempted: it loses its blocks, keeps
        its tokens, and resumes before any sequence that has no blocks yet, from whatever the
-       prefix cache still has.
+       prefix cache and host memory still have. While its KV is copied there and back it waits:
+       who needs its blocks waits a step, and nobody else is preempted for what is coming.
     4. `update` frees the finished ones.
 
 While a decode step runs, `schedule_ahead` decides the next one: the same sequences, one token
@@ -17,7 +18,7 @@ Who must be prefilled, preempted or failed waits until the tokens are known.
 Why this never deadlocks: of those with blocks, the first in order takes them from all others, so
 it advances; if it waits for a place and no active one goes on, one of these yields its place. When
 there is nobody left to take from, the rest is in transfer and comes back by itself, and a sequence
-that needs more than the whole pool fails.
+that needs more than the whole pool fails. Copies to and from host memory end by themselves.
 
 Pure: no clock, no tensors.
 """
@@ -140,6 +141,8 @@ class DecodeScheduler:
         chunks = []
         block_size = self._block_manager.block_size
         for sequence in self._active:
+            if sequence.is_loading:
+                continue
             num_drawn = sequence.num_launched_draws
             num_tokens = len(sequence.token_ids) + num_drawn
             if num_drawn and is_full(sequence, num_tokens, self._max_model_len):
@@ -237,6 +240,8 @@ class DecodeScheduler:
                 continue
             if sequence.status is not SequenceStatus.RUNNING:
                 continue  # one before it has just taken its blocks
+            if sequence.is_loading:
+                continue
             if num_tokens <= len(sequence.block_table) * block_size or self._grow(sequence):
                 chunks.append(self._rows[sequence])
         return chunks
@@ -248,7 +253,7 @@ class DecodeScheduler:
         for sequence in tuple(self._active):
             if budget == 0:
                 break
-            if sequence.status is not SequenceStatus.RUNNING:
+            if sequence.status is not SequenceStatus.RUNNING or sequence.is_loading:
                 continue
             if sequence.num_uncomputed_tokens > 1 and self._grow(sequence):
                 num_tokens = min(budget, sequence.num_uncomputed_tokens)
@@ -263,9 +268,16 @@ class DecodeScheduler:
             if not self._can_ever_fit(sequence):
                 self._fail(sequence)
                 return False
-            if not self._preempt_after(sequence):
+            if self._is_room_coming(sequence) or not self._preempt_after(sequence):
                 return False
         return True
+
+    def _is_room_coming(self, sequence: Sequence) -> bool:
+        """Whether copies that run now free what it lacks."""
+        manager = self._block_manager
+        num_lacking = manager.num_blocks_for(sequence.num_tokens) - len(sequence.block_table)
+        num_coming = manager.num_coming_blocks
+        return num_coming > 0 and manager.num_free_blocks + num_coming >= num_lacking
 
     def _can_ever_fit(self, sequence: Sequence) -> bool:
         needed = self._block_manager.num_blocks_for(sequence.num_tokens)
@@ -277,7 +289,7 @@ class DecodeScheduler:
         if order_key(victim) <= order_key(sequence):
             return False
         self._detach(victim)
-        self._block_manager.free(victim)
+        self._block_manager.preempt(victim)
         victim.status = SequenceStatus.PREEMPTED
         victim.num_preemptions += 1
         self._preempted.push(victim)

@@ -8,7 +8,8 @@ Life of a block
     3. Computed: `mark_computed` registers full blocks in the prefix cache. Only these are hit.
        Two sequences that compute the same block at once both keep theirs; the first one is
        registered, the second stays private and is freed without a trace.
-    4. No reference left: cached if registered, else free.
+    4. No reference left: cached if registered, else free. With memory of the host below the pool,
+       `host_blocks.py` goes on from here.
 
 A step that is launched and not collected may still write to the blocks of a sequence that is
 freed meanwhile. Its references are dropped only when all steps launched before are collected: in
@@ -24,7 +25,11 @@ from __future__ import annotations
 from collections import deque
 from typing import TYPE_CHECKING
 
-from engine.prefix_cache import Block, BlockAccountingError, CacheEvents, PrefixCache
+from engine import block_audit
+from engine.cache_journal import CacheEvents, CacheJournal
+from engine.host_blocks import HostBlocks
+from engine.host_tier import HostTier
+from engine.prefix_cache import Block, BlockAccountingError, PrefixCache
 from engine.reservation import Hold, Reservation
 
 if TYPE_CHECKING:
@@ -42,15 +47,27 @@ class BlockManager:
     O(1) per block it touches."""
 
     def __init__(
-        self, num_blocks: int, block_size: int, *, enable_prefix_caching: bool = True
+        self,
+        num_blocks: int,
+        block_size: int,
+        *,
+        enable_prefix_caching: bool = True,
+        num_host_blocks: int = 0,
+        num_ahead: int = 0,
     ) -> None:
+        """`num_host_blocks`: slots of host memory for blocks that must go, of which `num_ahead`
+        are saved ahead. Whoever gives some carries out `take_copies`."""
         if num_blocks < 1 or block_size < 1:
             raise ValueError("num_blocks and block_size must be positive.")
         self.block_size = block_size
         self.enable_prefix_caching = enable_prefix_caching
         self._blocks = [Block(block_id) for block_id in range(num_blocks)]
         self._free = self._blocks[::-1]
-        self._cache = PrefixCache()
+        self._journal = CacheJournal()
+        self._cache = PrefixCache(self._journal)
+        self._host: HostBlocks | None = None
+        if num_host_blocks and enable_prefix_caching:
+            self._host = HostBlocks(self, HostTier(num_host_blocks, self._journal), num_ahead)
         self._sequences: dict[Sequence, None] = {}  # those with a block table
         self._holds: dict[Hold, None] = {}
         self._reservations: dict[Reservation, None] = {}
@@ -124,6 +141,8 @@ class BlockManager:
         """Drop the sequence's references, at the latest when the steps launched so far are
         collected; its KV is not here any more. Idempotent."""
         self._sequences.pop(sequence, None)
+        if self._host is not None:
+            self._host.leave(sequence)
         table, sequence.block_table = sequence.block_table, []
         sequence.num_computed_tokens = 0
         sequence.num_registered_blocks = 0
@@ -132,6 +151,13 @@ class BlockManager:
             self._release(table)
         elif table:
             self._leaving.append((self._num_launched, table))
+
+    def preempt(self, sequence: Sequence) -> None:
+        """`free`, for a sequence that will want its KV again; nothing is in flight. It goes to
+        host memory as far as there is room."""
+        if self._host is not None:
+            self._host.save(sequence)
+        self.free(sequence)
 
     def step_launched(self) -> None:
         """A step works on blocks from now on, until `step_collected`. Steps end in order."""
@@ -147,9 +173,9 @@ class BlockManager:
 
     # ---- transfers ----------------------------------------------------------------------
 
-    def hold(self, block_ids: Iterable[int], owner: str) -> Hold:
+    def hold(self, block_ids: Iterable[int], owner: str, *, is_use: bool = True) -> Hold:
         """One more reference to blocks that are referenced or cached."""
-        hold = Hold(self, tuple(block_ids), owner)
+        hold = Hold(self, tuple(block_ids), owner, is_use=is_use)
         blocks = [self._blocks[block_id] for block_id in hold.block_ids]
         for block in blocks:
             if block.ref_count == 0 and block.block_hash is None:
@@ -176,7 +202,7 @@ class BlockManager:
     def drop_hold(self, hold: Hold) -> None:
         """`Hold.release` alone calls this."""
         del self._holds[hold]
-        self._release(hold.block_ids)
+        self._release(hold.block_ids, is_use=hold.is_use)
 
     def drop_reservation(self, reservation: Reservation) -> None:
         """`Reservation.cancel` alone calls this."""
@@ -200,17 +226,19 @@ class BlockManager:
 
     def take_events(self) -> CacheEvents:
         """What changed in the cache since the last call."""
-        return self._cache.take_events()
+        return self._journal.take_events()
 
     def cached_hashes(self) -> list[BlockHash]:
         """All that can be hit now, parents first: to publish it anew."""
-        return self._cache.hashes()
+        return self._journal.hashes()
 
     def reset_prefix_cache(self) -> int:
         """Forget every computed block; sequences keep theirs, and never register them.
         Returns how many were forgotten."""
-        num_forgotten = len(self._cache)
-        self._free.extend(self._cache.clear())
+        num_forgotten = len(self._journal.hashes())
+        if self._host is not None:
+            self._host.tier.clear()
+        self._reclaim(self._cache.clear(), is_eviction=False)
         for sequence in self._sequences:
             sequence.is_cacheable = False
         for reservation in self._reservations:
@@ -222,13 +250,38 @@ class BlockManager:
         extends them, again. Costs a walk over all owners; for failures only."""
         suspects = set(sequence.block_table)
         hashes = sequence.block_hashes[: len(sequence.block_table)]
-        self._free.extend(self._cache.forget(hashes))
+        if self._host is not None:
+            self._host.tier.forget(hashes)
+        self._reclaim(self._cache.forget(hashes), is_eviction=False)
         for other in self._sequences:
             if not suspects.isdisjoint(other.block_table):
                 other.is_cacheable = False
         for reservation in self._reservations:
             if not suspects.isdisjoint(reservation.block_ids):
                 reservation.is_cacheable = False
+
+    # ---- host memory --------------------------------------------------------------------
+
+    @property
+    def host(self) -> HostBlocks | None:
+        """What happens between the pool and host memory; None without."""
+        return self._host
+
+    @property
+    def num_coming_blocks(self) -> int:
+        """Blocks that can be taken once copies that run now have ended."""
+        return 0 if self._host is None else self._host.num_coming_blocks
+
+    def would_load(self, sequence: Sequence) -> bool:
+        """Whether `allocate` would begin a load for this sequence, which has no blocks."""
+        if self._host is None:
+            return False
+        limit = (sequence.num_tokens - 1) // self.block_size
+        num_found = len(self._cache.match(sequence.block_hashes, limit))
+        return bool(self._host.find(sequence, num_found, limit))
+
+    def num_references(self, block_id: int) -> int:
+        return self._blocks[block_id].ref_count
 
     # ---- integrity ----------------------------------------------------------------------
 
@@ -238,43 +291,16 @@ class BlockManager:
 
     def check_integrity(self) -> None:
         """Raise `BlockAccountingError` if the books do not balance. O(num_blocks)."""
-        counts = [0] * self.num_blocks
-        for owner in self._transfers():
-            for block_id in owner.block_ids:
-                counts[block_id] += 1
-        for sequence in self._sequences:
-            self._check_sequence(sequence)
         tables = [sequence.block_table for sequence in self._sequences]
-        for table in (*tables, *(table for _, table in self._leaving)):
-            for block_id in table:
-                counts[block_id] += 1
-        for block, count in zip(self._blocks, counts, strict=True):
-            if block.ref_count != count:
-                raise BlockAccountingError(
-                    f"Block {block.block_id} counts {block.ref_count} references of {count}."
-                )
+        tables += [table for _, table in self._leaving]
+        tables += [list(owner.block_ids) for owner in self._transfers()]
+        for sequence in self._sequences:
+            block_audit.check_sequence(sequence, self.block_size)
+        block_audit.check_counts(self._blocks, tables)
         self._cache.check_integrity()
-        self._check_states()
-
-    def _check_sequence(self, sequence: Sequence) -> None:
-        table = sequence.block_table
-        if len(set(table)) != len(table):
-            raise BlockAccountingError(f"{sequence!r} has a block twice.")
-        if sequence.num_computed_tokens > len(table) * self.block_size:
-            raise BlockAccountingError(f"{sequence!r} has computed beyond its blocks.")
-
-    def _check_states(self) -> None:
-        free = {block.block_id for block in self._free}
-        cached = {block.block_id for block in self._cache.parked()}
-        referenced = {block.block_id for block in self._blocks if block.ref_count > 0}
-        total = len(self._free) + self._cache.num_parked + len(referenced)
-        if total != self.num_blocks or len(free | cached | referenced) != total:
-            raise BlockAccountingError(
-                f"{len(self._free)} free + {self._cache.num_parked} cached + "
-                f"{len(referenced)} referenced blocks are not {self.num_blocks}."
-            )
-        if any(block.block_hash is not None for block in self._free):
-            raise BlockAccountingError("A free block can be hit.")
+        block_audit.check_states(self._blocks, self._free, list(self._cache.parked()))
+        if self._host is not None:
+            self._host.tier.check_integrity()
 
     # ---- steps --------------------------------------------------------------------------
 
@@ -287,7 +313,11 @@ class BlockManager:
         limit = (sequence.num_tokens - 1) // self.block_size
         sequence.extend_block_hashes()
         found = self._cache.match(sequence.block_hashes, limit)
-        table = self._acquire(found, self.num_blocks_for(num_tokens), headroom)
+        entries = [] if self._host is None else self._host.find(sequence, len(found), limit)
+        if entries is None:
+            return False
+        num_blocks = max(self.num_blocks_for(num_tokens), len(found) + len(entries))
+        table = self._acquire(found, num_blocks, headroom)
         if table is None:
             return False
         sequence.block_table = table
@@ -296,6 +326,8 @@ class BlockManager:
         if sequence.num_preemptions == 0:
             sequence.num_cached_tokens = sequence.num_computed_tokens
         self._sequences[sequence] = None
+        if self._host is not None and entries:
+            self._host.load(sequence, entries)
         return True
 
     def _acquire(self, found: list[Block], num_blocks: int, headroom: int = 0) -> list[int] | None:
@@ -312,7 +344,7 @@ class BlockManager:
         taken = []
         for _ in range(num_blocks):
             if not self._free:
-                self._free.extend(self._cache.evict())
+                self._reclaim(self._cache.evict())
             block = self._free.pop()
             block.ref_count = 1
             taken.append(block.block_id)
@@ -322,11 +354,14 @@ class BlockManager:
         for block in blocks:
             if block.ref_count == 0:
                 self._cache.unpark(block)
+                if self._host is not None:
+                    self._host.unparked(block)
             block.ref_count += 1
 
-    def _release(self, block_ids: Iterable[int]) -> None:
+    def _release(self, block_ids: Iterable[int], *, is_use: bool = True) -> None:
         """Drop one reference each."""
         self._num_releases += 1
+        parked = []
         for block_id in block_ids:
             block = self._blocks[block_id]
             block.ref_count -= 1
@@ -334,7 +369,24 @@ class BlockManager:
                 if block.block_hash is None:
                     self._free.append(block)
                 else:
-                    self._cache.park(block, self._num_releases)
+                    parked.append(block)
+        self._park(parked, is_use)
+
+    def _park(self, blocks: list[Block], is_use: bool) -> None:
+        if is_use:
+            for block in blocks:
+                self._cache.park(block, self._num_releases)
+            if self._host is not None:
+                self._host.parked(blocks)
+        else:
+            for block in reversed(blocks):
+                self._cache.park_first(block)
+
+    def _reclaim(self, blocks: list[Block], *, is_eviction: bool = True) -> None:
+        """They are free: nobody refers to them, and they can be hit no more."""
+        self._free.extend(blocks)
+        if self._host is not None:
+            (self._host.evicted if is_eviction else self._host.forgotten)(blocks)
 
     def _register(self, sequence: Sequence, num_full_blocks: int) -> None:
         """Register the blocks not registered yet, each after its parent.

@@ -96,6 +96,13 @@ class EngineConfig:
         "on a CPU: 256 MiB, more where one sequence of max-model-len needs it.",
         group=_CACHE,
     )
+    kv_offloading_size: float = option(
+        0.0,
+        help="GiB of host memory, pinned on a GPU, for KV that the pool has no room for: cached "
+        "blocks go there before they are evicted, preempted sequences with all of theirs, and "
+        "both come back without being computed again.",
+        group=_CACHE,
+    )
     block_size: int = option(16, help="Tokens of one KV block.", group=_CACHE)
     num_gpu_blocks_override: int | None = option(
         None, help="Exact number of KV blocks, for tests.", group=_CACHE, advanced=True
@@ -130,6 +137,10 @@ class EngineConfig:
         _check_device(self.device)
         if self.cpu_offload_gb < 0.0:
             raise _refused("cpu_offload_gb", "must not be negative")
+        if self.kv_offloading_size < 0.0:
+            raise _refused("kv_offloading_size", "must not be negative")
+        if self.kv_offloading_size and not self.enable_prefix_caching:
+            raise _refused("kv_offloading_size", "needs prefix caching: it finds blocks by content")
         if not 0.0 < self.gpu_memory_utilization <= 1.0:
             raise _refused("gpu_memory_utilization", "must be in (0, 1]")
         if self.block_size not in (8, 16, 32, 64, 128):

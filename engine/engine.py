@@ -26,6 +26,7 @@ import torch
 
 from engine import memory, warm_up
 from engine.block_manager import BlockManager
+from engine.host_copier import HostCopier, device_bytes
 from engine.kv_cache import KVCache, KVLayout
 from engine.limits import EngineLimits, Machine, resolve
 from engine.model_runner import ModelRunner
@@ -39,10 +40,12 @@ from engine.workspace import measure_workspace
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from concurrent.futures import Future
     from contextlib import AbstractContextManager
 
     from cluster.startup import StartupReport
     from engine.config import EngineConfig
+    from engine.host_blocks import BlockCopy, HostBlocks
     from engine.models.config import ModelConfig
     from engine.models.decoder import Decoder
     from engine.schedule import ScheduleDecision
@@ -78,11 +81,16 @@ class Engine:
         self._crew = crew
         self.weights_fingerprint = weights_fingerprint
         self.eos_token_ids = frozenset(model_config.eos_token_ids)
+        owns_blocks = config.tensor_parallel_size == 1 or crew is not None  # or a worker
+        num_host_blocks = memory.num_host_blocks(config, self.kv_layout) if owns_blocks else 0
         self.block_manager = BlockManager(
             kv_cache.num_blocks,
             config.block_size,
             enable_prefix_caching=config.enable_prefix_caching,
+            num_host_blocks=num_host_blocks,
+            num_ahead=2 * -(-limits.max_model_len // config.block_size),
         )
+        self.copier = HostCopier(self.kv_pools, num_host_blocks) if num_host_blocks else None
         self._runner = runner
         self._pipeline = StepPipeline(
             runner, self.block_manager, self.eos_token_ids, limits.max_model_len
@@ -118,6 +126,15 @@ class Engine:
         bytes]`, each with an equal part of the KV heads, in their order."""
         return self._kv_shards or (self.kv_cache.as_bytes(),)
 
+    def start_copies(self, call: Callable[[Callable[[], None]], Future[None]]) -> None:
+        """Start the copies to and from host memory that the block manager asks for. `call` gets,
+        on any thread, what is to be run on the engine's when one has ended."""
+        host = self.block_manager.host
+        if self.copier is None or host is None:
+            return
+        for copy in host.take_copies():
+            self.copier.start(copy, partial(_report_copy, call, host, copy))
+
     def watch(self, on_lost: Callable[[BaseException], None]) -> None:
         """Call `on_lost`, from any thread, when a rank of this engine dies between steps."""
         if self._crew is not None:
@@ -129,7 +146,9 @@ class Engine:
         return [] if self._crew is None else self._crew.pids
 
     def close(self) -> None:
-        """End the processes of the other ranks. Idempotent."""
+        """End the processes of the other ranks, and the copies under way. Idempotent."""
+        if self.copier is not None:
+            self.copier.close()
         if self._crew is not None:
             self._crew.close()
 
@@ -243,6 +262,20 @@ class Engine:
         return nullcontext() if self._crew is None else self._crew.stepping()
 
 
+def _report_copy(
+    call: Callable[[Callable[[], None]], Future[None]],
+    host: HostBlocks,
+    copy: BlockCopy,
+    digests: list[int] | None,
+) -> None:
+    call(partial(host.end, copy, digests)).add_done_callback(_log_failure)
+
+
+def _log_failure(ending: Future[None]) -> None:
+    if not ending.cancelled() and (error := ending.exception()) is not None:
+        logger.error("the end of a copy of KV blocks was not understood", exc_info=error)
+
+
 def _enter_thread(limits: EngineLimits) -> None:
     """Both settings are per thread: the device that launches go to, and OpenMP's team."""
     if limits.on_gpu:
@@ -301,6 +334,8 @@ def _num_blocks(
         )
     del one_block
     free, total = torch.cuda.mem_get_info(device)
+    if config.kv_offloading_size:
+        workspace += device_bytes(need.block_bytes * config.tensor_parallel_size)
     facts = memory.GpuMemory(total=total, free=free, weights=weights_bytes, workspace=workspace)
     num_blocks = memory.num_blocks_on_gpu(config, need, facts)
     logger.info(

@@ -97,6 +97,12 @@ class Observer(Protocol):
     def settled(self, deltas: SequenceOf[TokenDelta]) -> None: ...
 
 
+class StartCopies(Protocol):
+    """Starts what copies the last decision asks for. `call` is that of the loop."""
+
+    def __call__(self, call: Callable[[Callable[[], None]], Future[None]], /) -> None: ...
+
+
 class LayerHook(Protocol):
     """Gives the function that hears, on the loop's thread, when layer i's KV is written (GPU:
     queued); None if nobody needs to. Called after `before_step`."""
@@ -152,14 +158,17 @@ class EngineLoop:
         on_fatal: Callable[[BaseException], None],
         on_idle: Callable[[], None] | None = None,
         layer_hook: LayerHook | None = None,
+        start_copies: StartCopies | None = None,
     ) -> None:
-        """`layer_hook` is asked before each launch who is to hear of its layers."""
+        """`layer_hook` is asked before each launch who is to hear of its layers,
+        `start_copies` called after each decision."""
         self._engine = engine
         self._layer_hook = layer_hook
         self._scheduler = scheduler
         self._observer = observer
         self._on_fatal = on_fatal
         self._on_idle = on_idle
+        self._copies_of = start_copies
         self._commands: queue.SimpleQueue[_Command | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._stopping = False
@@ -202,6 +211,7 @@ class EngineLoop:
         try:
             while not self._stopping:
                 self._busy_since = time.perf_counter()
+                self._start_copies()
                 self._run_commands()
                 if self._is_busy() and not self._stopping:
                     self._step()
@@ -212,6 +222,10 @@ class EngineLoop:
             self._on_fatal(error)
         finally:
             self._end()
+
+    def _start_copies(self) -> None:
+        if self._copies_of is not None:
+            self._copies_of(self.call)
 
     def _run_commands(self) -> None:
         """Run what is queued; wait for a command when there is nothing to step."""
@@ -250,6 +264,7 @@ class EngineLoop:
             return
         self._flight = None
         decision = self._scheduler.schedule_ahead() if flight.step.can_be_followed else None
+        self._start_copies()
         behind = error = None
         if decision is not None:
             try:
@@ -266,6 +281,7 @@ class EngineLoop:
 
     def _launch_next(self) -> _Flight | None:
         decision = self._scheduler.schedule()
+        self._start_copies()
         if decision.failed:
             self._observer.settled([error_delta(sequence) for sequence in decision.failed])
         if not decision.chunks:

@@ -17,6 +17,7 @@ from cluster.errors import ConfigError
 
 if TYPE_CHECKING:
     from engine.config import EngineConfig
+    from engine.kv_cache import KVLayout
 
 GIB = 1 << 30
 DEFAULT_CPU_POOL_BYTES = 256 << 20
@@ -97,6 +98,25 @@ def num_blocks_on_cpu(config: EngineConfig, need: KVNeed, *, available_bytes: in
         )
     pool = max(min(DEFAULT_CPU_POOL_BYTES, need.bytes_of_all, most), need.bytes_of_one)
     return pool // need.block_bytes
+
+
+def num_host_blocks(config: EngineConfig, layout: KVLayout) -> int:
+    """Blocks of `layout`, the whole of all ranks, that host memory is to keep."""
+    asked = int(config.kv_offloading_size * GIB)
+    available = available_main_memory() if asked else 0
+    if asked > available:
+        raise ConfigError(
+            f"--kv-offloading-size asks for {shown(asked)} of host memory, but this machine has "
+            f"{shown(available)} free.",
+            param="kv_offloading_size",
+        )
+    if 0 < asked < layout.block_bytes:
+        raise ConfigError(
+            f"--kv-offloading-size is {shown(asked)}, but one KV block takes "
+            f"{shown(layout.block_bytes)}.",
+            param="kv_offloading_size",
+        )
+    return asked // layout.block_bytes
 
 
 def check_weights_fit(weights_bytes: int, free_bytes: int, where: str) -> None:

@@ -10,15 +10,12 @@ Life of a cached block
     5. When a parent must go while somebody still refers to blocks below it, these lose their
        names with it: no prompt could reach them any more.
 
-What `take_events` reports is the net change since it was asked last, for the index that other
-processes read: stored blocks parent first, removed blocks leaf first, so that at every moment
-a hash in the index implies its ancestors.
+The journal hears of what is registered and forgotten, parents first and leaves first.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -26,6 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence as SequenceOf
 
     from cluster.prefix_hash import BlockHash
+    from engine.cache_journal import CacheJournal
 
 
 class BlockAccountingError(RuntimeError):
@@ -46,25 +44,14 @@ class Block:
         self.released_at = 0
 
 
-@dataclass(frozen=True, slots=True)
-class CacheEvents:
-    """Net changes of the cache, disjoint: `stored` parent first, `removed` leaf first."""
-
-    stored: tuple[BlockHash, ...] = ()
-    removed: tuple[BlockHash, ...] = ()
-
-    def __bool__(self) -> bool:
-        return bool(self.stored or self.removed)
-
-
 class PrefixCache:
     """The registered blocks as a tree by hash. Every operation on a block is O(1)."""
 
-    def __init__(self) -> None:
+    def __init__(self, journal: CacheJournal) -> None:
+        self._journal = journal
         self._blocks: dict[BlockHash, Block] = {}  # in order of registration: parents first
         self._leaves: OrderedDict[Block, None] = OrderedDict()  # parked, first out first
-        self._inner: dict[Block, None] = {}  # parked, with registered children
-        self._pending: dict[BlockHash, bool] = {}  # True: stored, False: removed
+        self._inner: OrderedDict[Block, None] = OrderedDict()  # parked, with registered children
 
     def __contains__(self, block_hash: BlockHash) -> bool:
         return block_hash in self._blocks
@@ -76,10 +63,6 @@ class PrefixCache:
     def num_parked(self) -> int:
         """Blocks that nobody refers to. All of them can be evicted."""
         return len(self._leaves) + len(self._inner)
-
-    def hashes(self) -> list[BlockHash]:
-        """Every registered hash, parents first."""
-        return list(self._blocks)
 
     def match(self, block_hashes: SequenceOf[BlockHash], limit: int) -> list[Block]:
         """The longest registered run from the first hash on, at most `limit` blocks."""
@@ -101,7 +84,7 @@ class PrefixCache:
             block.parent.children.add(block)
         block.block_hash = block_hash
         self._blocks[block_hash] = block
-        self._note(block_hash, stored=True)
+        self._journal.stored(block_hash)
 
     def park(self, block: Block, now: int) -> None:
         """Nobody refers to this registered block any more. `now` counts releases."""
@@ -110,6 +93,13 @@ class PrefixCache:
             self._inner[block] = None
         else:
             self._leaves[block] = None
+
+    def park_first(self, block: Block) -> None:
+        """As if its last reference had gone when it was parked before: it is among the next to be
+        evicted."""
+        parked: OrderedDict[Block, None] = self._inner if block.children else self._leaves
+        parked[block] = None
+        parked.move_to_end(block, last=False)
 
     def unpark(self, block: Block) -> None:
         """Somebody refers to it again."""
@@ -140,20 +130,13 @@ class PrefixCache:
         """Forget everything. Returns the parked blocks, now free."""
         free = [*self._leaves, *self._inner]
         for block in reversed(self._blocks.values()):
-            self._note(_hash_of(block), stored=False)
+            self._journal.removed(hash_of(block))
             block.block_hash = block.parent = None
             block.children.clear()
         self._blocks.clear()
         self._leaves.clear()
         self._inner.clear()
         return free
-
-    def take_events(self) -> CacheEvents:
-        pending, self._pending = self._pending, {}
-        return CacheEvents(
-            stored=tuple(block_hash for block_hash, stored in pending.items() if stored),
-            removed=tuple(block_hash for block_hash, stored in pending.items() if not stored),
-        )
 
     def parked(self) -> Iterator[Block]:
         yield from self._leaves
@@ -179,9 +162,9 @@ class PrefixCache:
 
     def _unregister(self, block: Block) -> None:
         """Forget one block without children; it is no longer parked."""
-        block_hash = _hash_of(block)
+        block_hash = hash_of(block)
         del self._blocks[block_hash]
-        self._note(block_hash, stored=False)
+        self._journal.removed(block_hash)
         block.block_hash = None
         parent, block.parent = block.parent, None
         if parent is not None:
@@ -217,13 +200,9 @@ class PrefixCache:
         if block.released_at <= after.released_at:
             self._leaves.move_to_end(block, last=False)
 
-    def _note(self, block_hash: BlockHash, *, stored: bool) -> None:
-        """Two opposite changes between two reports are none."""
-        if self._pending.pop(block_hash, stored) is stored:
-            self._pending[block_hash] = stored
 
-
-def _hash_of(block: Block) -> BlockHash:
+def hash_of(block: Block) -> BlockHash:
+    """Of a registered block."""
     if block.block_hash is None:
         raise BlockAccountingError(f"Block {block.block_id} is not registered.")
     return block.block_hash

@@ -29,15 +29,19 @@ class Keeper(Protocol):
 
 
 class Hold:
-    """One reference to each of `block_ids`, kept for `owner` until released."""
+    """One reference to each of `block_ids`, kept for `owner` until released. Unless `is_use`, it
+    leaves the order in which they are evicted as it was."""
 
-    __slots__ = ("_is_released", "_keeper", "block_ids", "owner")
+    __slots__ = ("_is_released", "_keeper", "block_ids", "is_use", "owner")
 
-    def __init__(self, keeper: Keeper, block_ids: tuple[int, ...], owner: str) -> None:
+    def __init__(
+        self, keeper: Keeper, block_ids: tuple[int, ...], owner: str, *, is_use: bool = True
+    ) -> None:
         self._keeper = keeper
         self._is_released = False
         self.block_ids = block_ids
         self.owner = owner
+        self.is_use = is_use
 
     def __repr__(self) -> str:
         return f"Hold({self.owner!r}, {len(self.block_ids)} blocks)"

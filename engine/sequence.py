@@ -9,8 +9,9 @@ Life of a sequence
        is launched and not collected, `num_launched_tokens` more are being computed and
        `num_launched_draws` more drawn.
     4. Out of blocks, it may lose them: PREEMPTED, `num_computed_tokens` 0. It keeps every
-       token it has, computes them again when there is room, and continues identically,
-       because a draw depends on the seed and the position alone.
+       token it has. When there is room, their KV comes back from host memory or is computed
+       again, and it continues identically, because a draw depends on the seed and the position
+       alone.
     5. FINISHED, once: with a `finish_reason`, or with an `error`.
 """
 
@@ -43,8 +44,8 @@ class Sequence:
     """Tokens, and where their KV is. Compared by identity.
 
     `block_table` belongs to the `BlockManager`, which only appends to the list or replaces it
-    by another: who knows the list knows its first blocks. `num_registered_blocks` and
-    `is_cacheable` are the block manager's notes, `sampling_row` is the sampler's,
+    by another: who knows the list knows its first blocks. `num_registered_blocks`,
+    `is_cacheable` and `is_loading` are the block manager's notes, `sampling_row` is the sampler's,
     `arrival` the scheduler's.
     """
 
@@ -57,6 +58,7 @@ class Sequence:
         "error",
         "finish_reason",
         "is_cacheable",
+        "is_loading",
         "num_cached_tokens",
         "num_computed_tokens",
         "num_launched_draws",
@@ -101,6 +103,7 @@ class Sequence:
         self.arrival = 0
         self.num_registered_blocks = 0
         self.is_cacheable = True
+        self.is_loading = False  # what its blocks lack comes from host memory
         self.sampling_row: SamplingRow | None = None
         self.extend_block_hashes()
 

@@ -11,6 +11,9 @@ two halves (keys and values), each cut into equal parts, one for each pool:
     packed unit   k0 k1 .. | v0 v1 ..        unit of pool 1   k1 | v1
 
 so that buffers look alike however many pools there are on either side.
+
+Whole blocks (`pack_whole_blocks`) lie the other way round, `[num_ids, num_layers, unit_bytes]`:
+each block is one run of bytes, to be kept apart from the others.
 """
 
 from __future__ import annotations
@@ -75,6 +78,59 @@ def unpack_blocks(
         group.index_copy_(1, block_ids, units)
 
 
+def pack_whole_blocks(
+    pool: torch.Tensor,
+    block_ids: torch.Tensor,
+    out: torch.Tensor,
+    *,
+    part: int = 0,
+    num_parts: int = 1,
+) -> None:
+    """Copies `pool[l, block_ids[i]]` to `out[i, l]`, or to its part of it, for all layers.
+
+    Shapes and dtypes as `pack_blocks` has them, but out: `[num_ids, all_layers, num_parts *
+    unit_bytes]`.
+    """
+    _check_whole(pool, block_ids, out, num_parts)
+    words, packed = _as_words(pool, out, num_parts)
+    if runs_triton(pool):
+        _copy_units(words, packed, block_ids, part, num_parts, unpacks=False, by_block=True)
+        return
+    pieces = _num_pieces(num_parts)
+    units = words.index_select(1, block_ids).unflatten(2, (pieces, -1)).transpose(0, 1)
+    packed.unflatten(2, (pieces, num_parts, -1))[:, :, :, part].copy_(units)
+
+
+def unpack_whole_blocks(
+    src: torch.Tensor,
+    pool: torch.Tensor,
+    block_ids: torch.Tensor,
+    *,
+    part: int = 0,
+    num_parts: int = 1,
+) -> None:
+    """Copies `src[i, l]` to `pool[l, block_ids[i]]`; inverse of `pack_whole_blocks`. No block id
+    may occur twice."""
+    _check_whole(pool, block_ids, src, num_parts)
+    words, packed = _as_words(pool, src, num_parts)
+    if runs_triton(pool):
+        _copy_units(words, packed, block_ids, part, num_parts, unpacks=True, by_block=True)
+        return
+    pieces = _num_pieces(num_parts)
+    units = packed.unflatten(2, (pieces, num_parts, -1))[:, :, :, part].transpose(0, 1)
+    words.index_copy_(1, block_ids, units.flatten(2))
+
+
+def _check_whole(
+    pool: torch.Tensor, block_ids: torch.Tensor, packed: torch.Tensor, num_parts: int
+) -> None:
+    assert num_parts == 1 or pool.shape[2] % 2 == 0
+    assert pool.dtype == packed.dtype == torch.uint8
+    assert pool.is_contiguous()
+    assert packed.is_contiguous()
+    assert packed.shape == (block_ids.shape[0], pool.shape[0], num_parts * pool.shape[2])
+
+
 def _layer_group(
     pool: torch.Tensor,
     layer_start: int,
@@ -124,30 +180,38 @@ def _copy_units(
     num_parts: int,
     *,
     unpacks: bool,
+    by_block: bool = False,
 ) -> None:
-    num_layers, num_ids, packed_unit = packed.shape
+    num_outer, num_inner, packed_unit = packed.shape  # blocks in layers, or layers in blocks
     pieces = _num_pieces(num_parts)
     piece = pool.shape[2] // pieces
     chunks = -(-piece // _CHUNK_WORDS)
     if packed.numel():
-        _copy_units_kernel[(num_layers * num_ids * pieces * chunks,)](
-            pool, packed, block_ids, num_ids, pool.shape[1], chunks, part * piece,
+        _copy_units_kernel[(num_outer * num_inner * pieces * chunks,)](
+            pool, packed, block_ids, num_inner, pool.shape[1], chunks, part * piece,
             PIECES=pieces, PIECE=piece, PACKED_PIECE=packed_unit // pieces, BLOCK=_CHUNK_WORDS,
-            UNPACKS=unpacks, num_warps=4,
+            UNPACKS=unpacks, BY_BLOCK=by_block, num_warps=4,
         )  # fmt: skip
 
 
-@jit_for_any("num_ids")
+@jit_for_any("num_inner")
 def _copy_units_kernel(
-    pool_ptr: tl.tensor, packed_ptr: tl.tensor, ids_ptr: tl.tensor, num_ids: tl.tensor,
+    pool_ptr: tl.tensor, packed_ptr: tl.tensor, ids_ptr: tl.tensor, num_inner: tl.tensor,
     num_blocks: tl.tensor, chunks: tl.tensor, begin: tl.tensor, PIECES: tl.constexpr,
     PIECE: tl.constexpr, PACKED_PIECE: tl.constexpr, BLOCK: tl.constexpr, UNPACKS: tl.constexpr,
+    BY_BLOCK: tl.constexpr,
 ) -> None:  # fmt: skip
     program = tl.program_id(0)
     packed_piece = (program // chunks).to(tl.int64)
     packed_unit = packed_piece // PIECES
-    block_id = tl.load(ids_ptr + packed_unit % num_ids).to(tl.int64)
-    pool_unit = packed_unit // num_ids * num_blocks + block_id
+    if BY_BLOCK:
+        layer = packed_unit % num_inner
+        place = packed_unit // num_inner
+    else:
+        layer = packed_unit // num_inner
+        place = packed_unit % num_inner
+    block_id = tl.load(ids_ptr + place).to(tl.int64)
+    pool_unit = layer * num_blocks + block_id
     pool_piece = pool_unit * PIECES + packed_piece % PIECES
     column = program % chunks * BLOCK + tl.arange(0, BLOCK)
     mask = column < PIECE

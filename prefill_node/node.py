@@ -87,6 +87,7 @@ class PrefillNode:
             on_fatal=on_fatal,
             on_idle=self._snapshot.take,
             layer_hook=self._observer.layer_hook,
+            start_copies=engine.start_copies,
         )
         self._sender = KVSender(
             node_id=node_id,

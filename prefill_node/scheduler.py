@@ -4,6 +4,8 @@ Life of a prompt here
     1. `add`: it waits, by priority, then arrival. Nothing is pinned for it.
     2. Its turn comes when blocks for all of it are free, so it can never get stuck halfway.
        The one at the head waits for them; none overtakes it.
+       If its prefix goes on in host memory, those blocks are loaded first; others run meanwhile,
+       and while a step is full the next in line gets its blocks already, to be loaded behind it.
     3. `schedule` cuts chunks until the token budget of the step is used up. What is left of a
        prompt goes on in the next step, in its turn.
     4. While a step is in flight, `schedule_ahead` cuts the next chunks of a long prompt.
@@ -104,6 +106,8 @@ class PrefillScheduler:
             if first is not None and order_key(first) < order_key(sequence):
                 return None
             left = sequence.num_uncomputed_tokens - sequence.num_launched_tokens
+            if sequence.is_loading:
+                continue
             if left > 0:  # else its last chunk is in flight
                 chunks.append(ScheduledChunk(sequence, min(budget, left)))
                 budget -= chunks[-1].num_scheduled_tokens
@@ -116,11 +120,14 @@ class PrefillScheduler:
         chunks: list[ScheduledChunk] = []
         budget = self._max_num_batched_tokens
         for sequence in self._in_turn():
+            if sequence.is_loading:
+                continue
             num_tokens = min(budget, sequence.num_uncomputed_tokens)
             chunks.append(ScheduledChunk(sequence, num_tokens))
             budget -= num_tokens
             if budget == 0 or len(chunks) == self._max_num_seqs:
                 break
+        self._load_ahead()
         return ScheduleDecision(tuple(chunks))
 
     def update(self, output: StepResult) -> list[Sequence]:
@@ -147,6 +154,14 @@ class PrefillScheduler:
                 candidate = self._waiting.peek()
             else:
                 candidate = None  # nobody overtakes it
+
+    def _load_ahead(self) -> None:
+        """Of prompts that did not get their turn, those next in line whose KV can be loaded while
+        this step runs."""
+        manager = self._block_manager
+        while (sequence := self._waiting.peek()) is not None and manager.would_load(sequence):
+            if not self._admit(sequence):
+                return
 
     def _admit(self, sequence: Sequence) -> bool:
         if not self._block_manager.allocate(sequence, sequence.num_tokens):

@@ -14,6 +14,7 @@ from engine.sequence import SequenceStatus
 from tests.sequences import BLOCK_SIZE, make_sequence, run_step
 
 if TYPE_CHECKING:
+    from engine.host_blocks import BlockCopy
     from engine.reservation import Reservation
     from engine.sequence import Sequence
 
@@ -35,6 +36,7 @@ actions = st.lists(
         st.tuples(st.just("reserve"), lengths, outputs, contents, priorities),
         st.tuples(st.just("commit"), st.booleans()),
         st.tuples(st.just("abort"), st.integers(0, 20)),
+        st.tuples(st.just("copy"), st.integers(0, 5), st.sampled_from(["good", "good", "failed"])),
         st.just(("step",)),
         st.just(("step",)),
         st.just(("step",)),
@@ -44,7 +46,7 @@ actions = st.lists(
 
 
 @settings(max_examples=200, deadline=None)
-@given(actions, st.integers(6, 20), st.integers(1, 12), st.integers(1, 5))
+@given(actions, st.integers(6, 20), st.integers(1, 12), st.integers(1, 5), st.integers(0, 24))
 @example(
     # The only place is taken by one that can grow no further, and the block that it lacks is held
     # by a hand-off before it in order.
@@ -58,21 +60,30 @@ actions = st.lists(
     num_blocks=6,
     budget=1,
     max_num_seqs=1,
+    num_host_blocks=0,
 )
 def test_any_traffic_ends_with_the_right_tokens_and_all_blocks_back(
-    plan: list[tuple[object, ...]], num_blocks: int, budget: int, max_num_seqs: int
+    plan: list[tuple[object, ...]],
+    num_blocks: int,
+    budget: int,
+    max_num_seqs: int,
+    num_host_blocks: int,
 ) -> None:
-    traffic = Traffic(num_blocks, budget, max_num_seqs)
+    traffic = Traffic(num_blocks, budget, max_num_seqs, num_host_blocks)
     for name, *arguments in plan:
         getattr(traffic, str(name))(*arguments)
     traffic.drain()
 
 
 class Traffic:
-    """One decode node: hand-offs and own prompts come, steps run, clients give up."""
+    """One decode node: hand-offs and own prompts come, steps run, clients give up; and copies to
+    and from host memory, if it has some, end whenever they like."""
 
-    def __init__(self, num_blocks: int, budget: int, max_num_seqs: int) -> None:
-        self.manager = BlockManager(num_blocks, BLOCK_SIZE)
+    def __init__(
+        self, num_blocks: int, budget: int, max_num_seqs: int, num_host_blocks: int
+    ) -> None:
+        self.manager = BlockManager(num_blocks, BLOCK_SIZE, num_host_blocks=num_host_blocks)
+        self.copies: list[BlockCopy] = []
         self.scheduler = DecodeScheduler(self.manager, budget, max_num_seqs)
         self.budget, self.max_num_seqs = budget, max_num_seqs
         self.added: list[Sequence] = []
@@ -106,6 +117,16 @@ class Traffic:
             if sequence is not None:
                 self.ended.append(sequence)
 
+    def copy(self, index: int, outcome: str) -> None:
+        """One of the copies ends."""
+        host = self.manager.host
+        if host is None:
+            return
+        self.copies += host.take_copies()
+        if self.copies:
+            copy = self.copies.pop(index % len(self.copies))
+            host.end(copy, None if outcome == "failed" else [0] * len(copy.entries))
+
     def step(self) -> None:
         could_decode = self.decoding()
         preempted = self.without_blocks(SequenceStatus.PREEMPTED)
@@ -118,6 +139,7 @@ class Traffic:
         assert decision.is_decode or all(
             chunk.sequence.num_uncomputed_tokens > 1 for chunk in decision.chunks
         ), "decode rows in a prefill step"
+        assert not any(chunk.sequence.is_loading for chunk in decision.chunks)
         scheduled = {chunk.sequence for chunk in decision.chunks}
         assert len(scheduled) == len(decision.chunks)
         assert not scheduled & {*decision.preempted, *decision.failed}
@@ -136,16 +158,28 @@ class Traffic:
         while self.scheduler.has_work():
             self.step()
             if self.num_idle:
-                assert self.reserved, "stuck, though nothing outside holds blocks"
-                self.commit(succeeds=False)
+                self.release_something()
         while self.reserved:
             self.commit(succeeds=False)
+        self.copy(0, "good")
+        while self.copies:
+            self.copy(0, "good")
         assert len(self.ended) == len(set(self.ended)) == len(self.added)
         for sequence in self.ended:
             expected = [self.token_at(sequence, i) for i in range(sequence.num_output_tokens)]
             assert sequence.output_token_ids == expected
             assert (sequence.finish_reason is None) != (sequence.error is None)
         assert self.manager.num_free_blocks == self.manager.num_blocks
+
+    def release_something(self) -> None:
+        """Nobody goes on: then something that ends by itself holds blocks."""
+        if self.manager.host is not None:
+            self.copies += self.manager.host.take_copies()
+        assert self.copies or self.reserved, "stuck, though nothing outside holds blocks"
+        if self.copies:
+            self.copy(0, "good")
+        else:
+            self.commit(succeeds=False)
 
     def make(self, length: int, num_output: int, first: int, priority: int) -> Sequence:
         return make_sequence(
@@ -164,7 +198,9 @@ class Traffic:
         return {
             sequence
             for sequence in self.scheduler.sequences()
-            if sequence.status is SequenceStatus.RUNNING and sequence.num_uncomputed_tokens == 1
+            if sequence.status is SequenceStatus.RUNNING
+            and sequence.num_uncomputed_tokens == 1
+            and not sequence.is_loading
         }
 
     def without_blocks(self, status: SequenceStatus) -> list[Sequence]:

@@ -7,6 +7,7 @@ wrong answer with status 200.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import pytest
@@ -48,6 +49,7 @@ class Blocks(RuleBasedStateMachine):
         self.alive: list[Sequence] = []
         self.open: list[Reservation] = []
         self.kept: list[Hold] = []
+        self.reserved: list[Sequence] = []
 
     # ---- sequences ----------------------------------------------------------------------
 
@@ -56,6 +58,9 @@ class Blocks(RuleBasedStateMachine):
         sequence = make_sequence(prompt, output=output)
         self.alive.append(sequence)
         return sequence
+
+    def waits_for_a_load(self, sequence: Sequence) -> bool:
+        return False
 
     @rule(sequence=sequences, extra=st.integers(0, 8), headroom=st.integers(0, 3))
     def allocate(self, sequence: Sequence, extra: int, headroom: int) -> None:
@@ -70,12 +75,16 @@ class Blocks(RuleBasedStateMachine):
             assert sequence.num_uncomputed_tokens >= 1 or before[0]
         else:
             assert (sequence.block_table, self.manager.num_free_blocks) == before
+            if self.waits_for_a_load(sequence):
+                return
             needed = self.manager.num_blocks_for(num_tokens) - len(before[0])
             assert needed + headroom > before[1] - len(self.hits_of(sequence))
 
     @rule(sequence=sequences, num_tokens=st.integers(1, 8))
     def compute(self, sequence: Sequence, num_tokens: int) -> None:
         """Write what fits into the table, as a step does, then say so."""
+        if sequence.is_loading:
+            return
         capacity = len(sequence.block_table) * BLOCK_SIZE
         end = min(sequence.num_computed_tokens + num_tokens, capacity, sequence.num_tokens)
         first = sequence.num_computed_tokens // BLOCK_SIZE
@@ -94,7 +103,7 @@ class Blocks(RuleBasedStateMachine):
     @rule(sequence=sequences)
     def preempt(self, sequence: Sequence) -> None:
         sequence.num_preemptions += 1
-        self.manager.free(sequence)
+        self.manager.preempt(sequence)
 
     @rule(sequence=sequences)
     def forget(self, sequence: Sequence) -> None:
@@ -118,6 +127,7 @@ class Blocks(RuleBasedStateMachine):
     @rule(target=reservations, prompt=prompts)
     def reserve(self, prompt: list[int]) -> object:
         sequence = make_sequence(prompt, output=[1])
+        self.reserved.append(sequence)
         hashes = sequence.block_hashes[: len(prompt) // BLOCK_SIZE]
         free = self.manager.num_free_blocks
         reservation = self.manager.reserve(hashes, len(prompt), owner="test")
@@ -166,11 +176,18 @@ class Blocks(RuleBasedStateMachine):
     def publish(self) -> None:
         """Apply the events one by one: at no moment may a hash lack its parent."""
         events = self.manager.take_events()
+        parents = {
+            block_hash: parent
+            for sequence in (*self.alive, *self.reserved)
+            for parent, block_hash in pairwise((None, *sequence.block_hashes))
+        }
         for block_hash in events.removed:
             del self.index[block_hash]  # KeyError: removed what was never stored
         for block_hash in events.stored:
             assert block_hash not in self.index
+            assert parents[block_hash] is None or parents[block_hash] in self.index
             self.index[block_hash] = None
+        assert all(parents[each] is None or parents[each] in self.index for each in self.index)
         assert set(self.index) == set(self.manager.cached_hashes())
 
     # ---- always -------------------------------------------------------------------------

@@ -3,7 +3,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kernels.copy_blocks import pack_blocks, unpack_blocks
+from kernels.copy_blocks import (
+    pack_blocks,
+    pack_whole_blocks,
+    unpack_blocks,
+    unpack_whole_blocks,
+)
 
 # Units of whole words, of words with a rest in the last chunk, and of odd bytes.
 UNITS = pytest.mark.parametrize("unit_bytes", [64, 1024, 9000, 30])
@@ -90,4 +95,26 @@ def test_parts_of_units_make_whole_ones_in_the_order_of_heads(
     for part in range(num_parts):
         unpack_blocks(out, there[part], 1, 2, to, part=part, num_parts=num_parts)
         expected[part][1:, to] = shards[part][1:][:, ids]
+        assert torch.equal(there[part], expected[part])
+
+
+@pytest.mark.parametrize(
+    ("heads", "num_parts", "row"), [(2, 1, 320), (2, 1, 15), (4, 2, 160), (8, 4, 4100), (2, 2, 15)]
+)
+def test_whole_blocks_are_one_run_of_bytes_each(
+    device: torch.device, heads: int, num_parts: int, row: int
+) -> None:
+    whole = random_bytes(3, 5, 2, heads, row, device=device)
+    shards = [each.flatten(2).contiguous() for each in whole.chunk(num_parts, dim=3)]
+    ids = torch.tensor([4, 1], device=device)
+    out = torch.full((2, 3, 2 * heads * row), 0xA5, dtype=torch.uint8, device=device)
+    for part, shard in enumerate(shards):
+        pack_whole_blocks(shard, ids, out, part=part, num_parts=num_parts)
+    assert torch.equal(out, whole[:, ids].flatten(2).transpose(0, 1))
+    there = [random_bytes(*shard.shape, device=device) for shard in shards]
+    expected = [each.clone() for each in there]
+    to = torch.tensor([0, 3], device=device)
+    for part in range(num_parts):
+        unpack_whole_blocks(out, there[part], to, part=part, num_parts=num_parts)
+        expected[part][:, to] = shards[part][:, ids]
         assert torch.equal(there[part], expected[part])

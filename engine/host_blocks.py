@@ -1,0 +1,325 @@
+"""What moves between the blocks of the pool and the slots of host memory, and when.
+
+Life of a block over the tiers
+    1. Computed, registered, its last reference gone: cached on the device, and *dirty*, for it is
+       nowhere else.
+    2. `clean` saves the dirty ones that would be evicted first, until as many blocks as prompts
+       are likely to ask for next are free or clean. So an eviction never waits, no step waits for
+       a copy, and blocks that are used again soon are not copied at all. A dirty block that must
+       go all the same is lost, and computed again when somebody asks for it.
+    3. Clean and evicted: host memory alone has it. It is announced to others all the while.
+    4. A sequence that gets its blocks (`BlockManager.allocate`) and whose prefix goes on in host
+       memory gets these by a load. It has its blocks and its place, and is scheduled once they
+       are there and verified; others run meanwhile. Who needs one of them at the same time waits
+       for that load instead of starting its own.
+    5. The digest of each block is taken when it is written to host memory, and compared after it
+       was read. From the first that differs on, the sequence computes its blocks; the bad one is
+       forgotten with all that extend it.
+    6. A running sequence that must give up its blocks (`save`) is written too, with its last,
+       partly filled one. It resumes as in 4. Whatever is not there any more is computed.
+
+Who owns what: a copy holds its blocks (`Hold`) and its slots until it ends, whatever becomes of
+the sequence meanwhile. `take_copies` gives the copies to start, `end` takes their outcome.
+
+Pure: no memory, no clock. Belongs to the block manager and its thread.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from itertools import islice
+from typing import TYPE_CHECKING, Protocol
+
+from cluster.prefix_hash import hash_blocks
+from engine.prefix_cache import hash_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from collections.abc import Sequence as SequenceOf
+
+    from cluster.prefix_hash import BlockHash
+    from engine.host_tier import HostEntry, HostTier
+    from engine.prefix_cache import Block
+    from engine.reservation import Hold
+    from engine.sequence import Sequence
+
+_MAX_CLEANED = 64  # blocks of one save, at most 1/8 of the pool: they cannot be evicted meanwhile
+
+
+class CopyKind(StrEnum):
+    SAVE = "save"
+    LOAD = "load"
+
+
+@dataclass(slots=True, eq=False)
+class BlockCopy:
+    """Copy block `block_ids[i]` to (SAVE) or from (LOAD) slot `entries[i].slot`.
+
+    `sequence` waits for a load; its first `first_token` tokens are in place already, and with the
+    whole of it its first `end_token`.
+    """
+
+    kind: CopyKind
+    block_ids: tuple[int, ...]
+    entries: tuple[HostEntry, ...]
+    hold: Hold
+    sequence: Sequence | None = None
+    first_token: int = 0
+    end_token: int = 0
+
+    @property
+    def slots(self) -> list[int]:
+        return [entry.slot for entry in self.entries]
+
+
+@dataclass(slots=True)
+class HostStats:
+    """Counters since start. Written by the engine's thread."""
+
+    num_saved_blocks: int = 0
+    num_loaded_blocks: int = 0
+    num_bad_blocks: int = 0  # another digest than when they were written
+    num_failed_copies: int = 0
+    num_lost_blocks: int = 0  # evicted before they were saved
+    num_hit_tokens: int = 0  # of prompts, found in host memory at first admission
+
+
+class BlockPool(Protocol):
+    """What is needed of the block manager."""
+
+    @property
+    def block_size(self) -> int: ...
+    @property
+    def num_blocks(self) -> int: ...
+    @property
+    def num_free_blocks(self) -> int: ...
+    def hold(self, block_ids: Iterable[int], owner: str, *, is_use: bool = True) -> Hold: ...
+    def mark_computed(self, sequence: Sequence) -> None: ...
+    def num_references(self, block_id: int) -> int: ...
+
+
+class HostBlocks:
+    """`num_ahead`: blocks to keep free or clean, at least; half of the pool anyway."""
+
+    def __init__(self, pool: BlockPool, tier: HostTier, num_ahead: int) -> None:
+        self.tier = tier
+        self.stats = HostStats()
+        self._pool = pool
+        self._num_ahead = min(pool.num_blocks, max(num_ahead, pool.num_blocks // 2))
+        self._max_cleaned = min(_MAX_CLEANED, max(1, pool.num_blocks // 8))
+        self._dirty: dict[Block, None] = {}  # cached, on no other tier; oldest first
+        self._copies: dict[BlockCopy, None] = {}
+        self._new_copies: list[BlockCopy] = []
+        self._cleaning: BlockCopy | None = None
+
+    @property
+    def num_dirty(self) -> int:
+        return len(self._dirty)
+
+    @property
+    def num_copies(self) -> int:
+        """Asked for and not ended."""
+        return len(self._copies)
+
+    @property
+    def num_coming_blocks(self) -> int:
+        """Blocks that will be free, or can be evicted, when the copies under way have ended."""
+        return sum(
+            self._pool.num_references(block_id) == 1
+            for copy in self._copies
+            for block_id in copy.block_ids
+        )
+
+    def take_copies(self) -> list[BlockCopy]:
+        """The copies to start now, in any order; `end` is called for each."""
+        self._clean()
+        copies, self._new_copies = self._new_copies, []
+        return copies
+
+    def end(self, copy: BlockCopy, digests: SequenceOf[int] | None) -> None:
+        """A copy has ended, with the digest of each block as it was moved; None: it failed, and
+        who knows what was written."""
+        del self._copies[copy]
+        if copy is self._cleaning:
+            self._cleaning = None
+        if digests is None:
+            self.stats.num_failed_copies += 1
+        if copy.kind is CopyKind.SAVE:
+            self.tier.end_save(copy.entries, digests)
+            self.stats.num_saved_blocks += 0 if digests is None else len(digests)
+        else:
+            self._end_load(copy, digests)
+        copy.hold.release()
+
+    # ---- what the cache on the device does ----------------------------------------------
+
+    def parked(self, blocks: SequenceOf[Block]) -> None:
+        """Nobody refers to these cached blocks any more. Parents before children."""
+        for block in reversed(blocks):
+            if hash_of(block) in self.tier:
+                self.tier.touch(hash_of(block))
+            else:
+                self._dirty[block] = None
+
+    def unparked(self, block: Block) -> None:
+        """Somebody refers to it again."""
+        self._dirty.pop(block, None)
+
+    def evicted(self, blocks: Iterable[Block]) -> None:
+        """They are given to somebody else."""
+        num_dirty = len(self._dirty)
+        self.forgotten(blocks)
+        self.stats.num_lost_blocks += num_dirty - len(self._dirty)
+
+    def forgotten(self, blocks: Iterable[Block]) -> None:
+        for block in blocks:
+            self._dirty.pop(block, None)
+
+    # ---- a sequence comes and goes ------------------------------------------------------
+
+    def find(self, sequence: Sequence, num_found: int, limit: int) -> list[HostEntry] | None:
+        """What host memory has of the sequence behind its first `num_found` blocks, of at most
+        `limit`; after a preemption also the block behind these. None while another load brings
+        some of it."""
+        entries = self.tier.match(sequence.block_hashes[num_found:limit])
+        if sequence.num_preemptions and num_found + len(entries) == limit:
+            name = self._tail_of(sequence)
+            entries += [] if name is None else self.tier.match([name])
+        if any(entry.num_loads for entry in entries):
+            return None
+        return entries
+
+    def load(self, sequence: Sequence, entries: SequenceOf[HostEntry]) -> None:
+        """Bring `entries` into the blocks of its table behind those that are computed."""
+        first_token = sequence.num_computed_tokens
+        first = first_token // self._pool.block_size
+        block_ids = tuple(sequence.block_table[first : first + len(entries)])
+        end_token = first_token + len(entries) * self._pool.block_size
+        self._begin(
+            BlockCopy(
+                CopyKind.LOAD,
+                block_ids,
+                tuple(entries),
+                self._pool.hold(block_ids, f"load for {sequence.sequence_id}"),
+                sequence,
+                first_token,
+                min(end_token, sequence.num_tokens - 1),
+            )
+        )
+        self.tier.begin_load(entries)
+        sequence.is_loading = True
+
+    def save(self, sequence: Sequence) -> None:
+        """Write what is computed of a sequence that is about to lose its blocks; as much from its
+        beginning on as there is room for. Nothing of it is in flight."""
+        if not sequence.is_cacheable:
+            return
+        num_computed = sequence.num_computed_tokens
+        names = self._names_of(sequence)
+        for name in reversed(names):
+            self.tier.touch(name)  # they are not to make room for each other
+        missing = [index for index, name in enumerate(names) if name not in self.tier]
+        num_here = len(names) - len(missing)
+        missing = missing[: max(0, self.tier.num_available - num_here)]
+        num_full = num_computed // self._pool.block_size
+        block_ids, entries = [], []
+        for index in reversed(missing):
+            parent = names[index - 1] if index else None
+            entry = self.tier.begin_save(names[index], parent, is_private=index >= num_full)
+            if entry is not None:
+                entries.append(entry)
+                block_ids.append(sequence.block_table[index])
+        self._begin_save(block_ids, entries, f"save of {sequence.sequence_id}")
+
+    def leave(self, sequence: Sequence) -> None:
+        """It loses its blocks; a load for it is nobody's any more."""
+        if sequence.is_loading:
+            sequence.is_loading = False
+            for copy in self._copies:
+                if copy.sequence is sequence:
+                    copy.sequence = None
+
+    # ---- steps --------------------------------------------------------------------------
+
+    def _clean(self) -> None:
+        """Save those that would be evicted next, unless enough of them are clean."""
+        num_ready = self._pool.num_free_blocks - len(self._dirty)
+        if not self._dirty or num_ready >= self._num_ahead or self._cleaning is not None:
+            return
+        num_blocks = min(self._num_ahead - num_ready, self._max_cleaned)
+        block_ids, entries = [], []
+        for block in tuple(islice(self._dirty, num_blocks)):
+            parent = None if block.parent is None else hash_of(block.parent)
+            entry = self.tier.begin_save(hash_of(block), parent)
+            if entry is not None:
+                entries.append(entry)
+                block_ids.append(block.block_id)
+            else:
+                del self._dirty[block]  # on its way already, or no slot is to be had
+        self._cleaning = self._begin_save(block_ids, entries, "save")
+
+    def _begin_save(
+        self, block_ids: SequenceOf[int], entries: SequenceOf[HostEntry], owner: str
+    ) -> BlockCopy | None:
+        if not block_ids:
+            return None
+        hold = self._pool.hold(block_ids, owner, is_use=False)
+        return self._begin(BlockCopy(CopyKind.SAVE, tuple(block_ids), tuple(entries), hold))
+
+    def _begin(self, copy: BlockCopy) -> BlockCopy:
+        self._copies[copy] = None
+        self._new_copies.append(copy)
+        return copy
+
+    def _end_load(self, copy: BlockCopy, digests: SequenceOf[int] | None) -> None:
+        num_good = 0
+        for entry, digest in zip(copy.entries, digests or (), strict=False):
+            if entry.is_dropped or entry.digest != digest:
+                break
+            num_good += 1
+        self.stats.num_loaded_blocks += num_good
+        is_whole = num_good == len(copy.entries)
+        if not is_whole:
+            self._give_up(copy, num_good, digests)
+        elif copy.entries[-1].is_private:  # nobody else asks for it
+            self.tier.forget([copy.entries[-1].block_hash])
+        self.tier.end_load(copy.entries)
+        if copy.sequence is not None:
+            num_tokens = copy.first_token + num_good * self._pool.block_size
+            self._loaded(copy.sequence, copy, copy.end_token if is_whole else num_tokens)
+
+    def _loaded(self, sequence: Sequence, copy: BlockCopy, num_tokens: int) -> None:
+        sequence.is_loading = False
+        sequence.num_computed_tokens = num_tokens
+        self._pool.mark_computed(sequence)
+        if sequence.num_preemptions == 0:
+            sequence.num_cached_tokens = sequence.num_computed_tokens
+            self.stats.num_hit_tokens += sequence.num_computed_tokens - copy.first_token
+
+    def _give_up(self, copy: BlockCopy, num_good: int, digests: SequenceOf[int] | None) -> None:
+        """Whoever asks for what is behind the good ones computes it."""
+        bad = copy.entries[num_good]
+        if digests is not None and not bad.is_dropped:
+            self.stats.num_bad_blocks += 1
+        if not bad.is_dropped:
+            self.tier.forget([bad.block_hash])
+
+    def _names_of(self, sequence: Sequence) -> list[BlockHash]:
+        """Of the blocks that hold computed tokens."""
+        sequence.extend_block_hashes()
+        num_full = sequence.num_computed_tokens // self._pool.block_size
+        names = sequence.block_hashes[:num_full]
+        is_decoding = sequence.num_computed_tokens == sequence.num_tokens - 1
+        name = self._tail_of(sequence) if is_decoding else None
+        return names if name is None else [*names, name]
+
+    def _tail_of(self, sequence: Sequence) -> BlockHash | None:
+        """The name of the last block of a sequence that lacks its last token alone: None if that
+        block is full. Fewer tokens than a block has make other names than blocks have."""
+        num_full, num_left = divmod(sequence.num_tokens - 1, self._pool.block_size)
+        if num_left == 0:
+            return None
+        first = num_full * self._pool.block_size
+        parent = sequence.block_hashes[num_full - 1] if num_full else sequence.root
+        return hash_blocks(sequence.token_ids[first : first + num_left], num_left, parent)[0]
