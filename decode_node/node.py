@@ -24,10 +24,10 @@ from decode_node.service import DecodeHandler
 from engine.cache_report import cache_changes
 from engine.config import EngineConfig
 from engine.engine import Engine
-from engine.facts import engine_choices, node_info
+from engine.facts import node_info
 from engine.load import LoadSnapshot
 from engine.loop import EngineLoop
-from engine.metrics import EngineCollector
+from engine.metrics import engine_collectors
 from kv_transfer.agent import TransferAgent
 from kv_transfer.config import KVTransferConfig
 from kv_transfer.handshake import Compatibility
@@ -126,9 +126,8 @@ class DecodeNode:
         node_pb2_grpc.add_KvReceiverServicer_to_server(KvReceiverService(self._receiver), server)
 
     def add_metrics(self, registry: CollectorRegistry, sources: MemberSources) -> None:
-        registry.register(
-            EngineCollector(sources.load, self.loop.stats, engine_choices(self.engine))
-        )
+        for collector in engine_collectors(self.engine, sources.load, self.loop.stats):
+            registry.register(collector)
         registry.register(TransferCollector(self._agent.stats, transports=sources.transports))
 
     async def start(self, member: Member) -> None:

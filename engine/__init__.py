@@ -3,7 +3,9 @@
 a step       loop -> engine -> step_pipeline -> model_runner; schedule says what is to compute
 inputs       prompts: batch, block_tables; decoding rows: decode_rows, row_inputs, cuda_graphs
 tokens       sampler, by sampling_plan, penalties and logprobs; stopping
-KV           kv_cache (tensors), block_manager over prefix_cache and reservation (numbers only)
+KV           kv_cache (tensors), block_manager over prefix_cache and reservation (numbers only);
+             cache_journal (what others are told), block_audit
+host memory  host_blocks (what moves when) over host_tier (slots); host_copier moves the bytes
 sequences    sequence, waiting_queue
 weights      weights (files) -> stored_matrices (layouts) -> weight_views (memory to fill);
              quantized_tensors (arithmetic), kv_scales, offload

@@ -9,12 +9,15 @@ from prometheus_client import CollectorRegistry
 
 from cluster.node import NodeLoad
 from cluster.request import TokenDelta
+from engine.block_manager import BlockManager
+from engine.host_blocks import CopyKind
+from engine.host_copier import CopyStats
 from engine.loop import LoopStats
-from engine.metrics import EngineCollector
+from engine.metrics import EngineCollector, HostTierCollector
 from engine.schedule import ScheduledChunk, ScheduleDecision
 from kv_transfer.metrics import TransferCollector
 from kv_transfer.stats import TransferStats
-from tests.sequences import make_sequence
+from tests.sequences import BLOCK_SIZE, compute, make_sequence
 
 if TYPE_CHECKING:
     from prometheus_client.registry import Collector
@@ -36,6 +39,31 @@ def test_the_states_of_blocks_add_up_to_the_pool() -> None:
         for state in ("free", "cached", "used", "quarantined")
     }
     assert states == {"free": 40, "cached": 20, "used": 35, "quarantined": 5}
+
+
+def test_host_memory_is_counted_by_state_and_hits_by_tier() -> None:
+    manager = BlockManager(4, BLOCK_SIZE, num_host_blocks=8)
+    host = manager.host
+    assert host is not None
+    sequence = make_sequence(range(4 * BLOCK_SIZE))
+    compute(manager, sequence)
+    manager.free(sequence)
+    (copy,) = host.take_copies()
+    copier = SimpleNamespace(stats={CopyKind.SAVE: CopyStats(512, 0.5)})
+    registry = values(HostTierCollector(host, cast("Any", copier)))
+    labels = ({"state": state} for state in ("free", "cached", "moving"))
+    assert [registry.get_sample_value("baton_host_kv_blocks", each) for each in labels] == [7, 0, 1]
+    host.end(copy, [1])
+    labels = ({"state": state} for state in ("free", "cached", "moving"))
+    assert [registry.get_sample_value("baton_host_kv_blocks", each) for each in labels] == [7, 1, 0]
+    saved = {"direction": "save"}
+    assert registry.get_sample_value("baton_host_kv_bytes_total", saved) == 512
+    assert registry.get_sample_value("baton_host_kv_seconds_total", saved) == 0.5
+    host.stats.num_hit_tokens = 48
+    registry = values(EngineCollector(NodeLoad, LoopStats(num_cached_tokens=64), host=host))
+    hits = "baton_prefix_hit_tokens_total"
+    assert registry.get_sample_value(hits, {"tier": "host"}) == 48
+    assert registry.get_sample_value(hits, {"tier": "device"}) == 16
 
 
 def test_what_the_engine_chose_is_one_series() -> None:
