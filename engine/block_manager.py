@@ -316,7 +316,8 @@ class BlockManager:
         entries = [] if self._host is None else self._host.find(sequence, len(found), limit)
         if entries is None:
             return False
-        num_blocks = max(self.num_blocks_for(num_tokens), len(found) + len(entries))
+        num_blocks = self.num_blocks_for(num_tokens)
+        entries = entries[: max(0, num_blocks - len(found))]
         table = self._acquire(found, num_blocks, headroom)
         if table is None:
             return False

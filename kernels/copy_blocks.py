@@ -96,9 +96,9 @@ def pack_whole_blocks(
     if runs_triton(pool):
         _copy_units(words, packed, block_ids, part, num_parts, unpacks=False, by_block=True)
         return
-    pieces = _num_pieces(num_parts)
-    units = words.index_select(1, block_ids).unflatten(2, (pieces, -1)).transpose(0, 1)
-    packed.unflatten(2, (pieces, num_parts, -1))[:, :, :, part].copy_(units)
+    parts = _parts_of_whole(packed, part, num_parts)
+    units = words.index_select(1, block_ids)
+    parts.copy_(units.view(*units.shape[:2], *parts.shape[2:]).transpose(0, 1))
 
 
 def unpack_whole_blocks(
@@ -116,8 +116,7 @@ def unpack_whole_blocks(
     if runs_triton(pool):
         _copy_units(words, packed, block_ids, part, num_parts, unpacks=True, by_block=True)
         return
-    pieces = _num_pieces(num_parts)
-    units = packed.unflatten(2, (pieces, num_parts, -1))[:, :, :, part].transpose(0, 1)
+    units = _parts_of_whole(packed, part, num_parts).transpose(0, 1)
     words.index_copy_(1, block_ids, units.flatten(2))
 
 
@@ -170,6 +169,13 @@ def _part_of(packed: torch.Tensor, part: int, num_parts: int) -> torch.Tensor:
     """`[num_layers, num_ids, 2, bytes or words of a part]`, a view."""
     num_layers, num_ids, _ = packed.shape
     return packed.view(num_layers, num_ids, 2, num_parts, -1)[:, :, :, part]
+
+
+def _parts_of_whole(packed: torch.Tensor, part: int, num_parts: int) -> torch.Tensor:
+    """`[num_ids, num_layers, pieces, bytes or words of a part]`, a view."""
+    num_ids, num_layers, _ = packed.shape
+    pieces = _num_pieces(num_parts)
+    return packed.view(num_ids, num_layers, pieces, num_parts, -1)[:, :, :, part]
 
 
 def _copy_units(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -73,7 +74,8 @@ class Served:
         for sequence in sequences:
             self.told[sequence.sequence_id] = []
             self._waiting[sequence.sequence_id] = threading.Event()
-        self.loop.call(lambda: [self.scheduler.add(each) for each in sequences]).result(60)
+        for sequence in sequences:
+            self.loop.call(partial(self.scheduler.add, sequence))
         for sequence in sequences:
             assert self._waiting[sequence.sequence_id].wait(60), self.errors
         self.settle()
