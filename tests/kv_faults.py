@@ -181,3 +181,12 @@ async def hand_driven(
         await asyncio.wait([listening])
         await transport.close()
         await channel.close()
+
+
+async def two_frames(
+    peer: HandDriven, request: SequenceRequest
+) -> tuple[Ticket, list[tuple[FrameHeader, torch.Tensor]]]:
+    """Reserve for `request` (two blocks) and make its two right frames."""
+    peer.reserve(request)
+    ticket = await peer.ticket()
+    return ticket, [await peer.header(ticket, seq, {seq: 10 + seq}) for seq in range(2)]

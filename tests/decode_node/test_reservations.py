@@ -117,3 +117,14 @@ def test_one_who_gives_up_waiting_cannot_end_it_under_the_engines_hands() -> Non
     assert not waiting.cancel()
     reservations.cancel("a")
     assert waiting.done()
+
+
+def test_a_sharer_of_a_bad_block_does_not_hit_it_before_its_owner_has_computed_it() -> None:
+    """vllm#49250: who shared the block resumed first, with what was wrong in it."""
+    _, reservations = make(8)
+    reservations.ask(make_sequence("a", 12)).result(0)
+    owner = reservations.start_partly("a", num_good_blocks=1)
+    assert owner is not None
+    sharer = reservations.ask(make_sequence("b", 12)).result(0)
+    assert sharer.num_held_blocks == 1
+    assert not set(sharer.block_ids[1:]) & set(owner.block_table)

@@ -292,3 +292,16 @@ def test_the_policy_decides_at_the_start_of_a_request(new_gateway: NewGateway) -
     running.until(lambda: working_decode(running))
     running.call(working_decode(running).kill())
     assert reading.error() == "node_lost"
+
+
+def test_each_attempt_has_a_transfer_of_its_own(new_gateway: NewGateway) -> None:
+    """vllm-ascend#13929: a retry went out with the parameters of the attempt that had failed."""
+    running = new_gateway(num_prefill=3)
+    for number in range(3):
+        error = TransferFailed("The KV did not arrive.", reason="digest_mismatch")
+        running.nodes[f"prefill-{number}"].error = error
+    assert code_of(post(running)) == (503, "kv_load_failed")
+    handoffs = [handoff for node in running.nodes.values() for handoff in node.handoffs]
+    assert len({handoff.transfer_id for handoff in handoffs}) == 2
+    assert sorted(handoff.attempt for handoff in handoffs) == [1, 2]
+    everything_is_given_back(running)

@@ -14,7 +14,7 @@ import torch
 from cluster.errors import Overloaded
 from cluster.proto import node_pb2 as pb
 from kv_transfer.transports.loopback import LoopbackNetwork, LoopbackTransport
-from tests.kv_faults import HandDriven, TamperingTransport, hand_driven
+from tests.kv_faults import HandDriven, TamperingTransport, hand_driven, two_frames
 from tests.kv_twins import (
     BLOCK_SIZE,
     NUM_BLOCKS,
@@ -44,14 +44,6 @@ def run(scenario: Scenario, **options: Any) -> None:
             assert staging.num_free == staging.num_slots
 
     asyncio.run(main())
-
-
-async def two_frames(peer: HandDriven, request: Any) -> tuple[Any, list[Any]]:
-    """Reserve for `request` (two blocks) and make its two right frames."""
-    peer.reserve(request)
-    ticket = await peer.ticket()
-    frames = [await peer.header(ticket, seq, {seq: 10 + seq}) for seq in range(2)]
-    return ticket, frames
 
 
 def test_a_hand_driven_peer_that_keeps_the_rules_is_committed() -> None:

@@ -1,0 +1,95 @@
+"""What the tests of the bug catalogue have in common: pairs of nodes, gates, links that hang."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from kv_transfer.transports.loopback import LoopbackEndpoint, LoopbackNetwork, LoopbackTransport
+from tests.kv_faults import HandDriven, hand_driven
+from tests.kv_twins import DecodeSide, PrefillSide, decode_side, make_pool, prefill_side, twins
+
+if TYPE_CHECKING:
+    import torch
+
+TABLE = [5, 1, 30, 7, 9, 2, 11, 12]  # blocks of a prompt of 29 to 32 tokens
+PairScenario = Callable[[PrefillSide, DecodeSide], Awaitable[None]]
+PeerScenario = Callable[[HandDriven, DecodeSide], Awaitable[None]]
+
+
+def with_pair(scenario: PairScenario, **options: Any) -> None:
+    """Both halves of KV transfer, as they are."""
+
+    async def main() -> None:
+        async with twins(**options) as (prefill, decode):
+            await scenario(prefill, decode)
+
+    asyncio.run(main())
+
+
+def with_peer(scenario: PeerScenario, **options: Any) -> None:
+    """The receiving half, and a prefill node whose every message the test writes."""
+
+    async def main() -> None:
+        network = LoopbackNetwork()
+        async with (
+            decode_side(LoopbackTransport(network), **options) as decode,
+            hand_driven(network, decode, make_pool(1)) as peer,
+        ):
+            await scenario(peer, decode)
+
+    asyncio.run(main())
+
+
+def with_hanging_link(scenario: PairScenario, **options: Any) -> None:
+    """The prefill node's sends do not end while the connection stands: a peer that lives, but
+    takes nothing."""
+
+    async def main() -> None:
+        network = LoopbackNetwork()
+        async with (
+            decode_side(LoopbackTransport(network), **options) as decode,
+            prefill_side(HangingTransport(network), **options) as prefill,
+        ):
+            await scenario(prefill, decode)
+
+    asyncio.run(main())
+
+
+class HangingTransport(LoopbackTransport):
+    """Its messages go out under tags that nobody receives."""
+
+    async def connect(self, host: str, port: int, session_id: int) -> LoopbackEndpoint:
+        endpoint = await super().connect(host, port, session_id)
+        send = endpoint.send
+        endpoint.send = lambda buffer, tag: send(buffer, tag ^ 1)  # type: ignore[method-assign]
+        return endpoint
+
+
+@dataclass
+class Gate:
+    """Holds moves between pool and slots back; notes what they were begun with."""
+
+    begun: list[dict[str, Any]] = field(default_factory=list)
+    opened: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def around(self, begin: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+        def begin_gated(slot: torch.Tensor, **options: Any) -> Awaitable[Any]:
+            self.begun.append(options)
+            return self._after(begin(slot, **options))
+
+        return begin_gated
+
+    async def _after(self, move: Awaitable[Any]) -> Any:
+        await self.opened.wait()
+        return await move
+
+
+def stop_timers(prefill: PrefillSide | None, decode: DecodeSide | None) -> None:
+    """Nothing happens by time alone any more."""
+    for end in (prefill and prefill.sender, decode and decode.receiver):
+        if end is not None:
+            assert end._sweeping is not None
+            end._sweeping.cancel()

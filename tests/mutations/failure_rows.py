@@ -1,0 +1,265 @@
+"""Rows about failures: told to everyone, taken for nothing else, and gone through correctly."""
+
+from __future__ import annotations
+
+from tests.mutations.row import Mutation, Row
+from tests.mutations.transfer_rows import (
+    ENDINGS,
+    INCOMING,
+    INTAKE,
+    OUTGOING,
+    RECEIVER,
+    SENDER,
+    SESSION,
+)
+
+CATALOGUE = "tests/kv_transfer/test_bug_catalogue_failures.py::test_"
+PEER = "kv_transfer/sending/peer.py"
+
+FAILURE_ROWS = (
+    Row(
+        "A receive error fails open: garbage, or the previous prompt's answer",
+        "vllm#52234, 52232, 52276; vllm-backport#33",
+        (
+            Mutation(
+                SESSION,
+                "            await self._agent.pool.settle()\n            return error\n",
+                "            await self._agent.pool.settle()\n            return None\n",
+                CATALOGUE + "a_receive_that_fails_starts_nothing",
+            ),
+            Mutation(
+                SESSION,
+                "            error = failure(FailureReason.UNKNOWN)\n",
+                "            error = None\n",
+                CATALOGUE + "an_error_that_nobody_foresaw_is_a_failure",
+            ),
+            Mutation(
+                SESSION,
+                "            self._events.link_lost(self.id, FailureReason.UNKNOWN)\n",
+                "            pass\n",
+                CATALOGUE + "a_receiver_that_cannot_go_on_gives_the_session_up",
+            ),
+            Mutation(
+                "cluster/errors.py",
+                'return _CAUSES.get(self.reason or "", UNKNOWN_CAUSE)',
+                'return self.reason or ""',
+                CATALOGUE + "a_client_gets_one_of_six_causes_and_whatever_is_new_is_unknown",
+            ),
+        ),
+    ),
+    Row(
+        "The sender cannot post and only logs it; the error never reaches the policy",
+        "vllm#50754, 55181; vllm-ascend#13099",
+        (
+            Mutation(
+                PEER,
+                "self._events.did(shipment, machine.dropped(error))",
+                "self._events.did(shipment, machine.dropped())",
+                CATALOGUE + "blocks_that_cannot_be_packed_fail_the_transfer_at_both_ends",
+            ),
+            Mutation(
+                PEER,
+                "self._events.did(shipment, shipment.machine.settled(error))",
+                "self._events.did(shipment, shipment.machine.settled())",
+                CATALOGUE + "a_send_that_fails_fails_the_transfer_at_both_ends",
+            ),
+        ),
+    ),
+    Row(
+        "A partial hit is aligned by length: one side cuts the front, the other the end",
+        "vllm#48633 C3, 48758",
+        (
+            Mutation(
+                INTAKE,
+                "block_ids = tuple(transfer.block_ids[position] for position in header.positions)",
+                "block_ids = transfer.block_ids[: len(header.positions)]",
+                CATALOGUE + "a_partial_hit_is_placed_by_position_never_by_length",
+            ),
+            Mutation(
+                OUTGOING,
+                "block_ids=tuple(self._block_ids[position] for position in positions),",
+                "block_ids=tuple(self._block_ids[: len(positions)]),",
+                CATALOGUE + "a_partial_hit_is_placed_by_position_never_by_length",
+            ),
+        ),
+    ),
+    Row(
+        '"Done" is said before the copy has ended',
+        "sgl#13231",
+        (
+            Mutation(
+                SESSION,
+                "is_right = await pool.end(scattering)",
+                "is_right = bool(asyncio.ensure_future(pool.end(scattering)))",
+                CATALOGUE + "nothing_starts_before_the_copy_into_its_blocks_has_ended",
+            ),
+            Mutation(
+                OUTGOING,
+                "            after=planned.after,\n",
+                "            after=None,\n",
+                CATALOGUE + "blocks_are_packed_behind_the_event_that_says_they_are_computed",
+            ),
+        ),
+    ),
+    Row(
+        "An abort does not reach the other end",
+        "sgl#28651, 30233",
+        (
+            Mutation(
+                OUTGOING,
+                "                instructions.append(SendAbort(self.num_posted, error))\n",
+                "                pass\n",
+                CATALOGUE + "an_abort_at_one_end_frees_the_other_at_once[prefill]",
+            ),
+            Mutation(
+                ENDINGS,
+                "instructions.append(SendAbort(*ids, transfer.abort_epoch, error))",
+                "del ids",
+                CATALOGUE + "an_abort_at_one_end_frees_the_other_at_once[decode]",
+            ),
+        ),
+    ),
+    Row(
+        "Blocks are stranded between the sender's reply and the receiver's admission",
+        "vllm#41269",
+        (
+            Mutation(
+                SENDER,
+                "        self._leases.grant(handoff.transfer_id, self._clock())\n",
+                "",
+                CATALOGUE + "sources_come_back_from_a_decode_node_that_never_answers",
+            ),
+            Mutation(
+                INTAKE,
+                "return [refused, *self._endings.finish(",
+                "return [*self._endings.finish(",
+                CATALOGUE + "a_decode_node_that_has_no_place_says_so_to_the_prefill_node",
+            ),
+        ),
+    ),
+    Row(
+        "Split pools answer otherwise than one node, from the first token, all 200",
+        "vllm#52617",
+        (
+            Mutation(
+                SESSION,
+                "            block_ids=landing.block_ids,\n",
+                "            block_ids=landing.block_ids[::-1],\n",
+                "tests/e2e/test_split_equality.py::"
+                "test_greedy_tokens_of_the_split_pools_are_those_of_one_node_and_of_the_reference"
+                "[llama3-512-1]",
+            ),
+        ),
+    ),
+    Row(
+        "Recomputing: a sharer goes first, the same lookup fails for ever, an idle loop sleeps on",
+        "vllm#49250, 55297; local-inference-lab#191",
+        (
+            Mutation(
+                "decode_node/reservations.py",
+                "num_computed_tokens=min(num_tokens, sequence.num_tokens - 1)",
+                "num_computed_tokens=num_tokens * 0 + sequence.num_tokens - 1",
+                "tests/decode_node/test_reservations.py::test_a_sharer_of_a_bad_block"
+                "_does_not_hit_it_before_its_owner_has_computed_it",
+            ),
+            Mutation(
+                INCOMING,
+                "return int(lacking[0]) if lacking.size else num_blocks",
+                "return num_blocks - int(lacking.size)",
+                CATALOGUE + "only_what_stands_before_the_first_bad_block_is_kept",
+            ),
+            Mutation(
+                "decode_node/service.py",
+                "self._loop.call(lambda: self._start_partly(sequence_id, num_good_blocks))\n",
+                "self._loop.call(self._start_partly(sequence_id, num_good_blocks))\n",
+                "tests/decode_node/test_service.py::"
+                "test_a_failed_hand_off_goes_on_here_with_the_blocks_that_are_right",
+            ),
+        ),
+    ),
+    Row(
+        "The reaper stops at the first live entry; a pushed heartbeat does not renew",
+        "vllm#58222, 53095",
+        (
+            Mutation(
+                "kv_transfer/lease.py",
+                "expired = [lease.id for lease in self._leases.values() if now >= lease.deadline]",
+                "expired = []\n"
+                "        for lease in self._leases.values():\n"
+                "            if now < lease.deadline:\n"
+                "                break\n"
+                "            expired.append(lease.id)",
+                CATALOGUE + "a_sweep_reaches_expired_leases_behind_a_live_one",
+            ),
+            Mutation(
+                SENDER,
+                "self._leases.renew(renew.transfer_id, renew.extend_seconds, self._clock())",
+                "pass",
+                CATALOGUE + "a_renewal_that_is_pushed_keeps_the_sources",
+            ),
+            Mutation(
+                INTAKE,
+                "            self._leases.renew(transfer_id, extend_seconds, now)\n",
+                "            pass\n",
+                CATALOGUE + "a_renewal_that_is_pushed_keeps_the_sources",
+            ),
+        ),
+    ),
+    Row(
+        "Cleaning up waits for new work; health is 200 while the engine hangs",
+        "trt#12313",
+        (
+            Mutation(
+                RECEIVER,
+                "        self._sweeping = asyncio.create_task(self._sweep_forever())\n",
+                "        self._sweeping = asyncio.create_task(asyncio.sleep(0))\n",
+                CATALOGUE + "what_has_run_out_is_cleaned_up_with_no_new_work[decode]",
+            ),
+            Mutation(
+                SENDER,
+                "        self._sweeping = asyncio.create_task(self._sweep_forever())\n",
+                "        self._sweeping = asyncio.create_task(asyncio.sleep(0))\n",
+                CATALOGUE + "what_has_run_out_is_cleaned_up_with_no_new_work[prefill]",
+            ),
+            Mutation(
+                "cluster/member.py",
+                "if seconds > HUNG_SECONDS:",
+                "if False:",
+                "tests/cluster/test_member.py::"
+                "test_a_node_whose_engine_hangs_does_not_say_that_it_lives",
+            ),
+            Mutation(
+                "engine/loop.py",
+                "return 0.0 if since is None else time.perf_counter() - since",
+                "return 0.0",
+                "tests/engine/test_loop.py::"
+                "test_a_thread_that_hangs_shows_and_one_that_waits_for_work_does_not",
+            ),
+        ),
+    ),
+    Row(
+        "A transient error blacklists for ever; a sender's death fails the receiver",
+        "sgl#13054, 12779",
+        (
+            Mutation(
+                SENDER,
+                "            del self._peers[peer.node_id]\n",
+                "            pass\n",
+                CATALOGUE + "a_decode_node_that_was_lost_once_is_used_again",
+            ),
+            Mutation(
+                "kv_transfer/receiving/incoming_transfers.py",
+                "return [transfer for transfer in self if transfer.session_id == session_id]",
+                "return list(self)",
+                CATALOGUE + "the_death_of_one_prefill_node_is_nothing_to_another",
+            ),
+            Mutation(
+                "cluster/redis_client.py",
+                "if self._is_probing or now < self._closed_until:",
+                "if self._is_probing or now < self._closed_until or True:",
+                "tests/cluster/test_redis_client.py::"
+                "test_an_open_breaker_lets_one_probe_through_per_pause",
+            ),
+        ),
+    ),
+)

@@ -1,0 +1,232 @@
+"""Rows about blocks, slots and leases: who may write where, until when."""
+
+from __future__ import annotations
+
+from tests.mutations.row import Mutation, Row
+
+CATALOGUE = "tests/kv_transfer/test_bug_catalogue.py::test_"
+INCOMING = "kv_transfer/receiving/incoming.py"
+INTAKE = "kv_transfer/receiving/intake.py"
+ENDINGS = "kv_transfer/receiving/endings.py"
+SESSION = "kv_transfer/receiving/receiver_session.py"
+RECEIVER = "kv_transfer/receiving/receiver.py"
+OUTGOING = "kv_transfer/sending/outgoing.py"
+SENDER = "kv_transfer/sending/sender.py"
+
+TRANSFER_ROWS = (
+    Row(
+        "The receiver aborts and frees; the sender's write lands later",
+        "sgl#24527, 27372, 32564, 35049; vllm#48633 C1",
+        (
+            Mutation(
+                INCOMING,
+                "if self.is_asking or self.num_landing:",
+                "if self.is_asking:",
+                CATALOGUE + "a_write_that_lands_after_an_abort_reaches_no_block",
+            ),
+            Mutation(
+                INTAKE,
+                "return transfer is not None and transfer.is_receiving",
+                "return True",
+                CATALOGUE + "a_write_that_lands_after_an_abort_reaches_no_block",
+            ),
+        ),
+    ),
+    Row(
+        "The target of the acknowledgement is dropped; a timeout then frees",
+        "sgl#38961",
+        (
+            Mutation(
+                OUTGOING,
+                "        self._ack_epoch = epoch\n",
+                "        self._ack_epoch = None if self.is_draining else epoch\n",
+                CATALOGUE + "an_abort_is_acknowledged_when_the_last_send_has_ended",
+            ),
+            Mutation(
+                INTAKE,
+                "instructions += self.session_lost(transfer.session_id, now, lost)",
+                "transfer.is_cut, lost = True, lost\n"
+                "                instructions += self._endings.settle(transfer, now)",
+                CATALOGUE + "a_drain_that_takes_too_long_revokes_and_does_not_free",
+            ),
+        ),
+    ),
+    Row(
+        "The sender falls silent; the receiver's blocks are never reclaimed",
+        "vllm#46283, 35943, 50719, 55870",
+        (
+            Mutation(
+                INTAKE,
+                "            return FailureReason.LEASE_EXPIRED\n",
+                "            pass\n",
+                CATALOGUE + "blocks_come_back_from_a_prefill_node_that_says_nothing_any_more",
+            ),
+            Mutation(
+                INTAKE,
+                "return FailureReason.TRANSFER_TIMEOUT if is_stalled and",
+                "return FailureReason.TRANSFER_TIMEOUT if False and is_stalled and",
+                CATALOGUE
+                + "a_payload_that_never_comes_ends_its_transfer_however_alive_its_peer_is",
+            ),
+            Mutation(
+                SENDER,
+                "            sending.peer.cut()\n",
+                "            pass\n",
+                CATALOGUE + "sends_that_nobody_takes_end_the_transfer_and_then_the_connection",
+            ),
+        ),
+    ),
+    Row(
+        "A failure is acted on while a sibling handle still writes",
+        "vllm#56104",
+        (
+            Mutation(
+                INCOMING,
+                "if self.is_asking or self.num_landing:",
+                "if self.is_asking:",
+                CATALOGUE + "after_one_bad_frame_the_blocks_stay_until_its_sibling_has_landed",
+            ),
+            Mutation(
+                OUTGOING,
+                "if self._num_packing or self._num_in_flight:\n            return []",
+                "if self._num_packing:\n            return []",
+                CATALOGUE + "after_one_broken_send_the_sources_stay_until_its_sibling_has_ended",
+            ),
+        ),
+    ),
+    Row(
+        "The sender uses a source again before a deferred write; the receiver waits for ever",
+        "vllm#55470; trt#12542",
+        (
+            Mutation(
+                SENDER,
+                "if self._leases.is_live(shipment.transfer_id, self._clock()):",
+                "if True:",
+                CATALOGUE + "a_frame_whose_lease_ran_out_while_it_was_packed_is_not_sent",
+            ),
+            Mutation(
+                SENDER,
+                "        if tombstone is not None:\n",
+                "        if tombstone is None:\n            return\n        if False:\n",
+                CATALOGUE + "an_abort_of_a_transfer_that_is_long_over_is_still_acknowledged",
+            ),
+        ),
+    ),
+    Row(
+        "The lease runs out; the receiver uses blocks that were used again",
+        "vllm#21570, 20139, 41383; aws-do-eks#84",
+        (
+            Mutation(
+                INTAKE,
+                "        problem = transfer.announce(header) or overdue\n",
+                "        problem = transfer.announce(header)\n",
+                CATALOGUE
+                + "nothing_that_comes_after_the_lease_is_taken_even_before_a_sweep[frame]",
+            ),
+            Mutation(
+                INTAKE,
+                "        overdue = self._overdue(transfer, now)\n        if overdue is not None:\n"
+                "            return",
+                "        overdue = None\n        if overdue is not None:\n            return",
+                CATALOGUE
+                + "nothing_that_comes_after_the_lease_is_taken_even_before_a_sweep[commit]",
+            ),
+            Mutation(
+                SESSION,
+                "accepts=lambda digests: np.array_equal(seal.seal(digests), header.digests),",
+                "accepts=lambda digests: True,",
+                CATALOGUE + "a_source_block_that_another_prompt_has_overwritten_is_refused",
+            ),
+        ),
+    ),
+    Row(
+        "A read outlives its lease: the same place has another owner (ABA)",
+        "mc#850, 4239, 4153; vllm#49238",
+        (
+            Mutation(
+                INCOMING,
+                "if ticket != (incarnation, self.epoch, self.nonce):",
+                "if ticket is None:",
+                CATALOGUE + "a_frame_of_an_earlier_owner_is_not_taken",
+            ),
+            Mutation(
+                INTAKE,
+                "if transfer is None or (transfer.nonce, transfer.epoch) != (nonce, epoch):",
+                "if transfer is None:",
+                CATALOGUE + "a_commit_of_an_earlier_owner_starts_nothing",
+            ),
+            Mutation(
+                INTAKE,
+                "if epoch != transfer.abort_epoch:",
+                "if epoch is None:",
+                CATALOGUE + "an_acknowledgement_of_an_earlier_abort_frees_nothing",
+            ),
+            Mutation(
+                "kv_transfer/receiving/incoming_transfers.py",
+                "if self.find(sequence.transfer_id) is not None:",
+                "if sequence.transfer_id in self._active:",
+                CATALOGUE + "a_ticket_is_for_one_transfer_and_a_transfer_for_one_ticket",
+            ),
+            Mutation(
+                "kv_transfer/staging.py",
+                "self._free.append(replace(slot, generation=slot.generation + 1))",
+                "self._free.append(slot)",
+                CATALOGUE + "who_kept_a_staging_slot_too_long_is_told_from_its_next_owner",
+            ),
+            Mutation(
+                RECEIVER,
+                "if not self._succession.admit(peer):",
+                "if False:",
+                CATALOGUE + "a_process_that_was_replaced_does_not_end_its_successors_session",
+            ),
+        ),
+    ),
+    Row(
+        "A timeout drops memory that an operation in flight still uses",
+        "pegaflow#403; trt#14565",
+        (
+            Mutation(
+                SESSION,
+                "if self._endpoint is not None and not await self._endpoint.close():\n"
+                "            return False",
+                "if self._endpoint is not None:\n            await self._endpoint.close()",
+                CATALOGUE
+                + "what_a_broken_connection_does_not_give_back_stays_out_of_use_and_is_counted",
+            ),
+            Mutation(
+                "kv_transfer/quarantine.py",
+                "            self._on_full()\n",
+                "            pass\n",
+                CATALOGUE
+                + "what_a_broken_connection_does_not_give_back_stays_out_of_use_and_is_counted",
+            ),
+            Mutation(
+                "kv_transfer/sending/peer.py",
+                "        self._events.did(shipment, instructions)\n        failpoint(",
+                "        self._agent.staging.release(slot)\n"
+                "        self._events.did(shipment, instructions)\n        failpoint(",
+                CATALOGUE + "a_staging_slot_is_not_given_to_others_while_a_send_reads_it",
+            ),
+        ),
+    ),
+    Row(
+        "A dead peer's memory stays mapped",
+        "vllm#58063",
+        (
+            Mutation(
+                "kv_transfer/agent.py",
+                "endpoint.on_close(lambda: self._forget(endpoint))",
+                "pass",
+                "tests/kv_transfer/test_bug_catalogue_failures.py::"
+                "test_a_dead_peer_leaves_no_connection_behind",
+            ),
+            Mutation(
+                RECEIVER,
+                "session = self._sessions.pop(session_id)",
+                "session = self._sessions[session_id]",
+                "tests/kv_transfer/test_bug_catalogue_failures.py::"
+                "test_a_dead_peer_leaves_no_connection_behind",
+            ),
+        ),
+    ),
+)
