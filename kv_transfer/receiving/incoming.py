@@ -109,6 +109,7 @@ class IncomingTransfer:
     num_good_blocks: int | None = None  # when it failed, if the node may compute the rest
     is_asking: bool = False  # the block source has not answered yet
     is_starting: bool = False
+    is_taken_over: bool = False  # it failed, and the node computes what is missing
     num_arrived: int = 0  # frames whose header came
     num_landing: int = 0
     num_verified: int = 0

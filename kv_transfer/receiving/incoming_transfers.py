@@ -93,7 +93,7 @@ class IncomingTransfers:
         latest = self.latest(sequence.sequence_id)
         if latest is None:
             return None
-        if latest.state is TransferState.DONE or latest.is_starting:
+        if latest.state is TransferState.DONE or latest.is_starting or latest.is_taken_over:
             return FailureReason.ALREADY_STARTED
         is_newer = latest.state.is_final or sequence.attempt > latest.sequence.attempt
         return None if is_newer else FailureReason.SUPERSEDED

@@ -268,6 +268,12 @@ class Intake:
             *self._endings.finish(transfer, TransferState.FAILED, now),
         ]
 
+    def taken_over(self, transfer_id: bytes) -> None:
+        """The transfer failed, and the node goes on with its sequence all the same."""
+        transfer = self.transfers.find(transfer_id)
+        if transfer is not None:
+            transfer.is_taken_over = True
+
     # ---- aborting -------------------------------------------------------------------------
 
     def sender_aborted(

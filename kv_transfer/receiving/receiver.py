@@ -261,6 +261,7 @@ class KVReceiver:
         stats.failures[failure_label(error), policy] += 1
         if num_good_blocks is not None and self._source.may_recompute(sequence_id, num_good_blocks):
             self._recomputing.add(sequence.transfer_id)
+            self._intake.taken_over(sequence.transfer_id)
             stats.recomputes[failure_label(error)] += 1
         else:
             self._source.on_transfer_failed(sequence_id, error)

@@ -89,7 +89,8 @@ class Gate:
 
 def stop_timers(prefill: PrefillSide | None, decode: DecodeSide | None) -> None:
     """Nothing happens by time alone any more."""
-    for end in (prefill and prefill.sender, decode and decode.receiver):
-        if end is not None:
-            assert end._sweeping is not None
-            end._sweeping.cancel()
+    sweeping = [prefill.sender._sweeping] if prefill is not None else []
+    sweeping += [decode.receiver._sweeping] if decode is not None else []
+    for timer in sweeping:
+        assert timer is not None
+        timer.cancel()

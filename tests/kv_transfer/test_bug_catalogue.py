@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from cluster.errors import LeaseExpired, TransferFailed
+from cluster.node import new_incarnation
 from cluster.proto import node_pb2 as pb
 from kv_transfer.failures import FailureReason, failure
 from kv_transfer.protocol import FrameLimits
@@ -227,7 +228,7 @@ def test_an_abort_of_a_transfer_that_is_long_over_is_still_acknowledged() -> Non
         assert prefill.sender.num_transfers == 0
         [peer] = prefill.sender._peers.values()
         sent: list[pb.SenderFrame] = []
-        peer.send = sent.append  # type: ignore[method-assign]
+        peer.send = sent.append  # type: ignore[method-assign, assignment]
         abort = pb.ReceiverAbort(transfer_id=handoff.transfer_id, epoch=3)
         prefill.clock.advance(59.0)
         prefill.sender.sweep()
@@ -366,10 +367,8 @@ def test_a_process_that_was_replaced_does_not_end_its_successors_session() -> No
     """vllm#49238: handles of an earlier process of the same address."""
 
     async def main(peer: HandDriven, decode: DecodeSide) -> None:
-        stale, current = (
-            decode.node_id,
-            replace(decode.node_id, incarnation=decode.node_id.incarnation ^ 1),
-        )
+        stale = decode.node_id
+        current = replace(stale, incarnation=new_incarnation())
         ours = decode.receiver._compatibility
         decode.receiver.open_session(stale, ours)
         session = decode.receiver.open_session(current, ours)

@@ -208,7 +208,7 @@ def test_a_send_that_fails_fails_the_transfer_at_both_ends() -> None:
             return refused
 
         assert peer._endpoint is not None
-        peer._endpoint.send = refuse  # type: ignore[method-assign]
+        peer._endpoint.send = refuse  # type: ignore[method-assign, assignment]
         prefill.compute(request, TABLE)
         await until(lambda: prefill.owner.of(name) == ["failed", "free"])
         assert prefill.owner.errors[name].reason == "link_lost"
@@ -371,7 +371,7 @@ def test_the_death_of_one_prefill_node_is_nothing_to_another() -> None:
             for header, payload in frames:
                 await living.post(header, payload)
             living.commit(ticket, num_frames=2)
-            await living.next("committed")
+            assert not (await living.next("committed")).committed.HasField("error")
 
     asyncio.run(main())
 

@@ -170,8 +170,10 @@ FAILURE_ROWS = (
             ),
             Mutation(
                 "decode_node/service.py",
-                "self._loop.call(lambda: self._start_partly(sequence_id, num_good_blocks))\n",
-                "self._loop.call(self._start_partly(sequence_id, num_good_blocks))\n",
+                "        adding = asyncio.wrap_future(\n"
+                "            self._loop.call(lambda: self._start_partly(sequence_id,",
+                "        adding = asyncio.get_running_loop().create_future()\n"
+                "        print(\n            repr(self._start_partly(sequence_id,",
                 "tests/decode_node/test_service.py::"
                 "test_a_failed_hand_off_goes_on_here_with_the_blocks_that_are_right",
             ),

@@ -1,0 +1,1 @@
+"""Two nodes with their real classes, a network that misbehaves between them, and no clock."""

@@ -1,0 +1,51 @@
+"""The connection of one pair of processes: control messages in order, frames on their way."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from kv_transfer.protocol import pack_header
+from tests.kv_transfer.model.memory import LIMITS
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from numpy.typing import NDArray
+
+    from cluster.errors import ServingError
+    from kv_transfer.protocol import FrameHeader
+
+
+@dataclass(eq=False)
+class Frame:
+    """A posted frame. `settle` tells the sender that its send has ended; a copy that the network
+    made has none."""
+
+    header: bytes
+    payload: NDArray[np.uint64]
+    settle: Callable[[ServingError | None], None] = lambda _: None
+
+    @classmethod
+    def of(cls, header: FrameHeader, payload: NDArray[np.uint64]) -> Frame:
+        buffer = np.zeros(LIMITS.max_header_bytes, dtype=np.uint8)
+        length = pack_header(header, buffer.data)
+        return cls(buffer[:length].tobytes(), payload.copy())
+
+    def again(self) -> Frame:
+        return replace(self, payload=self.payload.copy(), settle=lambda _: None)
+
+
+@dataclass(eq=False)
+class Link:
+    """`is_cut`: nothing moves on it any more, whatever either end does."""
+
+    id: int
+    up: deque[Any] = field(default_factory=deque)  # from the prefill node
+    down: deque[Any] = field(default_factory=deque)
+    wire: deque[Frame] = field(default_factory=deque)  # headers are read in this order
+    is_cut: bool = False
+    is_noticed: bool = False  # by the prefill node
