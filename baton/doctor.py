@@ -2,7 +2,8 @@
 
     1. Each check runs on its own; what could crash (torch, UCX) runs in a process of its own.
     2. A check answers ok, warning or problem, and says in one line what it saw.
-    3. The run metadata that every benchmark report embeds is printed last.
+    3. With `--pairs` it also measures how fast KV moves (`doctor_pairs.py`).
+    4. The run metadata that every benchmark report embeds is printed last.
 
 Exit code 0 when there is no problem, 4 otherwise.
 """
@@ -25,6 +26,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from baton.doctor_pairs import MeasuredPair, measure_pairs, pair_table
 from baton.embedded_redis import find_redis_server
 from cluster.errors import ConfigError
 from loadtest.metadata import collect_metadata
@@ -53,14 +55,21 @@ class Finding:
 
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser("baton doctor", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument(
+        "--pairs",
+        action="store_true",
+        help="measure how fast KV moves between the GPUs, and the processes, of this machine",
+    )
     parser.add_argument("--json", action="store_true", help="print everything as one JSON object")
     arguments = parser.parse_args(list(argv))
     findings = examine()
+    pairs = measure_pairs() if arguments.pairs else []
     metadata = collect_metadata().as_dict()
     if arguments.json:
-        print(json.dumps({"findings": [asdict(f) for f in findings], "metadata": metadata}))
+        facts = {"findings": [asdict(f) for f in findings], "metadata": metadata}
+        print(json.dumps(facts | {"pairs": [asdict(pair) for pair in pairs]}))
     else:
-        show(findings, metadata)
+        show(findings, pairs, metadata)
     return EXIT_NOT_READY if any(f.verdict is Verdict.PROBLEM for f in findings) else 0
 
 
@@ -138,7 +147,9 @@ def check_limits() -> list[Finding]:
     return findings
 
 
-def show(findings: Sequence[Finding], metadata: dict[str, object]) -> None:
+def show(
+    findings: Sequence[Finding], pairs: Sequence[MeasuredPair], metadata: dict[str, object]
+) -> None:
     console = Console()
     styles = {Verdict.OK: "green", Verdict.WARNING: "yellow", Verdict.PROBLEM: "red"}
     table = Table(box=None, pad_edge=False)
@@ -150,5 +161,8 @@ def show(findings: Sequence[Finding], metadata: dict[str, object]) -> None:
             escape(finding.subject), f"[{style}]{finding.verdict}[/{style}]", escape(finding.detail)
         )
     console.print(table)
+    if pairs:
+        console.print()
+        console.print(pair_table(pairs))
     console.print("\nrun metadata", style="bold")
     console.print_json(data=metadata)

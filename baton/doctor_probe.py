@@ -45,7 +45,33 @@ def probe_ucx() -> list[Row]:
     release = next((v for v in map(_version, ("ucxx-cu13", "ucxx-cu12")) if v), "")
     detail = f"ucxx {release}, UCX {'.'.join(str(n) for n in ucxx.get_ucx_version())}"
     asyncio.run(_round_trip())
-    return [("UCX", "ok", f"{detail}; a message to itself came back right")]
+    rows: list[Row] = [("UCX", "ok", f"{detail}; a message to itself came back right")]
+    return [*rows, _transports_found()]
+
+
+def _transports_found() -> Row:
+    """What UCX can use here, and what one would expect beside it."""
+    from ucxx._lib import libucxx
+
+    from kv_transfer.transports.ucx_lanes import RDMA, resources_of
+
+    context = libucxx.UCXContext({}, feature_flags=(libucxx.Feature.TAG,))
+    found = [name for name in resources_of(context.info) if name != "self"]
+    detail = ", ".join(found)
+    if not any(name.startswith(RDMA) for name in found):
+        detail += "; no RDMA (that of the libucx wheels is built without verbs)"
+    if _has_gpus() and "cuda_ipc" not in found:
+        missing = "no cuda_ipc, so no NVLink: look at UCX_TLS, and at the driver in this container"
+        return ("UCX transports", "warning", f"{detail}; {missing}")
+    return ("UCX transports", "ok", detail)
+
+
+def _has_gpus() -> bool:
+    try:
+        import torch
+    except ImportError:
+        return False
+    return torch.cuda.is_available()
 
 
 async def _round_trip() -> None:

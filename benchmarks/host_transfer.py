@@ -2,7 +2,7 @@
 
 In every round each row moves the same bytes once, so that rows meet the same weather:
 
-    plain socket   one buffer to another, the fastest of several settings (`raw_sockets.py`)
+    plain socket   one buffer to another, the fastest of several settings (`baton/raw_copy.py`)
     pool to pool   what a hand-off does: pack, digest, frames over UCX, verify, scatter, start
     ... with the digest that every device can take, and without digests: where the time goes
 
@@ -25,8 +25,8 @@ import numpy as np
 import torch
 import uvloop
 
+from baton.raw_copy import SETTINGS, RawSockets
 from benchmarks import kv_transfer
-from benchmarks.raw_sockets import SETTINGS, RawSockets
 from benchmarks.results_file import machine_facts, write_section
 from kv_transfer import host_moves
 from kv_transfer.digests import DigestKind

@@ -89,5 +89,6 @@ def test_the_exit_code_says_whether_there_is_a_problem(
 
 @pytest.mark.slow
 def test_ucx_delivers_a_message_to_itself() -> None:
-    (row,) = probe_ucx()
-    assert row[1] == "ok"
+    delivery, transports = probe_ucx()
+    assert delivery[1] == transports[1] == "ok"
+    assert "tcp" in transports[2]

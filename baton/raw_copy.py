@@ -1,7 +1,8 @@
-"""The plain-socket reference of `benchmarks.host_transfer`: the same bytes, nothing else.
+"""Plain copies, the references beside which the rate of a transport is read.
 
-One process sends a buffer, another receives it into a buffer of the same size and says so. What
-these programs may choose is chosen by measuring: bytes of a call, and sizes of the socket buffers.
+RawSockets    one buffer to another process over TCP on loopback
+memory_rate   one buffer to another in host memory
+peer_rate     one buffer to another between two GPUs
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import itertools
 import multiprocessing
 import os
 import socket
+import statistics
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -19,12 +21,17 @@ import numpy as np
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
 
-CALL_BYTES = (256 << 10, 1 << 20, 4 << 20)
-BUFFER_BYTES = (0, 4 << 20)  # 0: as the kernel tunes them
+COPY_BYTES = 64 << 20
+PEER_BYTES = 1 << 30
+REPEATS = 8
+ANSWER_SECONDS = 30.0
 
 
 @dataclass(frozen=True)
 class Setting:
+    """What such a program may choose: bytes of a call, and of the sockets' buffers (0: as the
+    kernel tunes them)."""
+
     call_bytes: int
     buffer_bytes: int
 
@@ -33,20 +40,25 @@ class Setting:
         return f"{self.call_bytes >> 10} KiB a call, socket buffers {buffers}"
 
 
-SETTINGS = [Setting(*each) for each in itertools.product(CALL_BYTES, BUFFER_BYTES)]
+SETTINGS = [
+    Setting(*each) for each in itertools.product((256 << 10, 1 << 20, 4 << 20), (0, 4 << 20))
+]
 
 
 class RawSockets:
     """A connection to a receiving process, and the bytes to send."""
 
     def __init__(self, setting: Setting, num_bytes: int) -> None:
-        self.setting = setting
-        where, theirs = multiprocessing.get_context("spawn").Pipe()
-        self._child = multiprocessing.get_context("spawn").Process(
+        self._setting = setting
+        context = multiprocessing.get_context("spawn")
+        where, theirs = context.Pipe()
+        self._child = context.Process(
             target=_receive, args=(setting, num_bytes, theirs), daemon=True
         )
         self._child.start()
-        self._socket = socket.create_connection(("127.0.0.1", where.recv()))
+        if not where.poll(ANSWER_SECONDS):
+            raise TimeoutError("the receiving process did not start")
+        self._socket = socket.create_connection(("127.0.0.1", where.recv()), ANSWER_SECONDS)
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if setting.buffer_bytes:
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, setting.buffer_bytes)
@@ -58,7 +70,7 @@ class RawSockets:
 
     def copy(self) -> float:
         """Seconds until the other process has every byte."""
-        step = self.setting.call_bytes
+        step = self._setting.call_bytes
         began = time.perf_counter()
         for start in range(0, len(self._data), step):
             self._socket.sendall(self._data[start : start + step])
@@ -86,3 +98,43 @@ def _receive(setting: Setting, num_bytes: int, where: Connection) -> None:
                 if connection.recv_into(part, 0, socket.MSG_WAITALL) < len(part):
                     return
             connection.sendall(b"1")
+
+
+def socket_rate() -> float:
+    """Bytes per second of a plain socket on loopback."""
+    sockets = RawSockets(Setting(1 << 20, 0), COPY_BYTES)
+    try:
+        seconds = [sockets.copy() for _ in range(REPEATS)]
+    finally:
+        sockets.close()
+    return COPY_BYTES / statistics.median(seconds)
+
+
+def memory_rate() -> float:
+    """Bytes per second of one copy in host memory."""
+    source = np.ones(COPY_BYTES, dtype=np.uint8)
+    target = np.empty_like(source)
+    seconds = []
+    for _ in range(REPEATS):
+        began = time.perf_counter()
+        np.copyto(target, source)
+        seconds.append(time.perf_counter() - began)
+    return COPY_BYTES / statistics.median(seconds)
+
+
+def peer_rate(source: str, target: str) -> float:
+    """Bytes per second of one copy from a GPU to another, as the driver makes it."""
+    import torch
+
+    one = torch.empty(PEER_BYTES, dtype=torch.uint8, device=source)
+    other = torch.empty(PEER_BYTES, dtype=torch.uint8, device=target)
+    seconds = []
+    for _ in range(REPEATS):
+        torch.cuda.synchronize(source)
+        torch.cuda.synchronize(target)
+        began = time.perf_counter()
+        other.copy_(one, non_blocking=True)
+        torch.cuda.synchronize(source)
+        torch.cuda.synchronize(target)
+        seconds.append(time.perf_counter() - began)
+    return PEER_BYTES / statistics.median(seconds)

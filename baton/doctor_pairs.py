@@ -1,0 +1,151 @@
+"""`baton doctor --pairs`: how fast KV moves between two devices of this machine.
+
+1. The pairs: two processes in host memory, by each way there is; every two GPUs.
+2. Each is measured by `pair_probe.py` in processes of its own, one pair after the other.
+3. A row says what carried the bytes, at what rate, beside the plain copy of the same two, and
+   what to look at when that is far away or when it is not the transport one would expect.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from rich.markup import escape
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+PAIR_SECONDS = 90.0
+GOOD_SHARE = 0.7  # of the plain copy
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """`tls`: the transports UCX may take; "all" as it likes."""
+
+    label: str
+    source: str
+    target: str
+    tls: str
+
+
+@dataclass(frozen=True, slots=True)
+class MeasuredPair:
+    """Rates are bytes per second, 0 where `note` says why there is none."""
+
+    label: str
+    transport: str
+    rate: float
+    reference: str
+    reference_rate: float
+    note: str
+
+    @property
+    def share(self) -> float:
+        return self.rate / self.reference_rate if self.reference_rate else 0.0
+
+
+def measure_pairs() -> list[MeasuredPair]:
+    measured = []
+    for pair in all_pairs(_count_gpus()):
+        print(f"measuring {pair.label} …", file=sys.stderr)
+        measured.append(measure_pair(pair))
+    return measured
+
+
+def all_pairs(num_gpus: int) -> Iterator[Pair]:
+    """GPU pairs in one direction: links are alike both ways."""
+    yield Pair("two processes over TCP", "cpu", "cpu", "tcp")
+    yield Pair("two processes over shared memory", "cpu", "cpu", "sm,tcp")
+    for source in range(num_gpus):
+        for target in range(source + 1, num_gpus):
+            yield Pair(f"GPU {source} to GPU {target}", f"cuda:{source}", f"cuda:{target}", "all")
+
+
+def measure_pair(pair: Pair) -> MeasuredPair:
+    """Never raises: a probe that fails is a row that says how."""
+    try:
+        done = _run_probe(pair.source, pair.target, pair.tls)
+    except subprocess.TimeoutExpired:
+        return _failed(pair, f"no answer within {PAIR_SECONDS:.0f} s")
+    if done.returncode != 0:
+        last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        return _failed(pair, f"exit code {done.returncode}: {last}")
+    try:
+        facts = json.loads((done.stdout.splitlines() or [""])[-1])
+        found = MeasuredPair(
+            label=pair.label,
+            transport=str(facts["transport"]),
+            rate=float(facts["rate"]),
+            reference=str(facts["reference"]),
+            reference_rate=float(facts["reference_rate"]),
+            note="",
+        )
+    except (ValueError, TypeError, KeyError):
+        return _failed(pair, "the probe did not answer in its own words")
+    return MeasuredPair(
+        found.label, found.transport, found.rate, found.reference, found.reference_rate,
+        note_on(pair, found),
+    )  # fmt: skip
+
+
+def note_on(pair: Pair, found: MeasuredPair) -> str:
+    """What to look at; empty when all is as it should be."""
+    if pair.source != "cpu" and found.transport != "cuda_ipc":
+        return (
+            "not over NVLink: through host memory. See `nvidia-smi topo -m`, UCX_TLS and, in "
+            "containers, whether both see each other's processes"
+        )
+    if "sm" in pair.tls.split(",") and found.transport != "shm":
+        return "UCX found no shared memory between these processes"
+    if found.transport == "shm":
+        return "for comparison: nodes do not take it unless told by --ucx-tls"
+    if found.share < GOOD_SHARE:
+        return "far below the plain copy: is the machine busy?"
+    return ""
+
+
+def pair_table(pairs: Sequence[MeasuredPair]) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for heading in ("KV between", "carried by", "GB/s", "plain copy", "GB/s", "share", ""):
+        is_number = heading in ("GB/s", "share")
+        table.add_column(heading, justify="right" if is_number else "left", no_wrap=is_number)
+    for pair in pairs:
+        if not pair.rate:
+            note = f"[red]{escape(pair.note)}[/red]"
+            table.add_row(escape(pair.label), "-", "-", "-", "-", "-", note)
+            continue
+        table.add_row(
+            escape(pair.label),
+            escape(pair.transport),
+            f"{pair.rate / 1e9:.2f}",
+            escape(pair.reference),
+            f"{pair.reference_rate / 1e9:.2f}",
+            f"{pair.share:.2f}x",
+            escape(pair.note),
+        )
+    return table
+
+
+def _run_probe(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "baton.pair_probe", *arguments]
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=PAIR_SECONDS, check=False
+    )
+
+
+def _count_gpus() -> int:
+    """As torch sees them, asked in a process of its own."""
+    try:
+        return int(_run_probe().stdout.splitlines()[-1])
+    except (ValueError, IndexError, subprocess.TimeoutExpired):
+        return 0
+
+
+def _failed(pair: Pair, why: str) -> MeasuredPair:
+    return MeasuredPair(pair.label, "", 0.0, "", 0.0, why)

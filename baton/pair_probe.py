@@ -1,0 +1,190 @@
+"""How fast KV could move between two devices of this machine. Run by `baton doctor --pairs`.
+
+    python -m baton.pair_probe SOURCE TARGET TLS      e.g. cuda:0 cuda:1 all, or cpu cpu tcp
+
+Life of a probe
+    1. A second process opens the transport that nodes use, on the target device, and listens.
+    2. This one connects and sends messages as large as a node's frames, a few in flight at a time,
+       as a node does; the other says when the last byte of a round has come.
+    3. The plain copy between the same two is timed, both processes idle otherwise.
+    4. One JSON line: transport, UCX's lanes, bytes per second of either.
+
+Without arguments it prints the number of GPUs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+import multiprocessing
+import statistics
+import sys
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from baton.raw_copy import memory_rate, peer_rate, socket_rate
+
+if TYPE_CHECKING:
+    from multiprocessing.connection import Connection
+
+    import torch
+
+    from kv_transfer.transports.base import Endpoint
+    from kv_transfer.transports.ucx import UcxTransport
+
+CONNECT_SECONDS = 20.0
+ROUND_SECONDS = 20.0
+NUM_ROUNDS = 6  # the first warms up
+NUM_IN_FLIGHT = 4
+_DATA, _ACK = 1, 2
+
+
+@dataclass(frozen=True, slots=True)
+class PairRate:
+    """Rates are bytes per second."""
+
+    transport: str
+    lanes: tuple[str, ...]
+    rate: float
+    reference: str
+    reference_rate: float
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    source: str
+    target: str
+    tls: str | None
+
+    @property
+    def message_bytes(self) -> int:
+        """As large as the staging slots of nodes are by default."""
+        return (4 << 20) if self.source == "cpu" else (128 << 20)
+
+    @property
+    def num_messages(self) -> int:
+        return 16 if self.source == "cpu" else 32
+
+
+def measure(plan: Plan) -> PairRate:
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    child = context.Process(target=_receive_all, args=(plan, theirs), daemon=True)
+    child.start()
+    try:
+        transport, lanes, rate = asyncio.run(_send_all(plan, ours))
+    finally:
+        child.join(5)
+        child.kill()
+    reference, reference_rate = _reference(plan, transport)
+    return PairRate(transport, lanes, rate, reference, reference_rate)
+
+
+def _reference(plan: Plan, transport: str) -> tuple[str, float]:
+    if plan.source != "cpu":
+        return "peer copy", peer_rate(plan.source, plan.target)
+    if transport == "tcp":
+        return "plain socket", socket_rate()
+    return "memory copy", memory_rate()
+
+
+def _open(device: str, tls: str | None) -> UcxTransport:
+    import torch
+
+    from kv_transfer.transports.ucx import UcxTransport
+
+    torch.set_num_threads(1)
+    if device != "cpu":
+        torch.cuda.set_device(device)
+        torch.cuda.synchronize()
+    return UcxTransport(
+        ucx_tls=tls, moves_device_memory=device != "cpu", connect_seconds=CONNECT_SECONDS
+    )
+
+
+async def _send_all(plan: Plan, where: Connection) -> tuple[str, tuple[str, ...], float]:
+    import torch
+
+    transport = _open(plan.source, plan.tls)
+    if not await asyncio.to_thread(where.poll, CONNECT_SECONDS):
+        raise TimeoutError("the other process did not listen")
+    endpoint = await transport.connect("127.0.0.1", where.recv(), 1)
+    try:
+        slots = torch.ones((NUM_IN_FLIGHT, plan.message_bytes), dtype=torch.uint8)
+        slots = slots.to(plan.source)
+        ack = torch.zeros(1, dtype=torch.uint8)
+        seconds = []
+        for _ in range(NUM_ROUNDS):
+            began = time.perf_counter()
+            async with asyncio.timeout(ROUND_SECONDS):
+                await _stream(plan, endpoint, slots, sends=True)
+                await endpoint.recv(ack, _ACK)
+            seconds.append(time.perf_counter() - began)
+        rate = plan.num_messages * plan.message_bytes / statistics.median(seconds[1:])
+        return endpoint.transport_name, endpoint.lanes, rate
+    finally:
+        await endpoint.close()
+        await transport.close()
+
+
+def _receive_all(plan: Plan, where: Connection) -> None:
+    asyncio.run(_receive_rounds(plan, where))
+
+
+async def _receive_rounds(plan: Plan, where: Connection) -> None:
+    import torch
+
+    from cluster.errors import ServingError
+
+    transport = _open(plan.target, plan.tls)
+    connected: asyncio.Future[Endpoint] = asyncio.get_running_loop().create_future()
+    where.send(await transport.listen("127.0.0.1", 0, lambda _, end: connected.set_result(end)))
+    async with asyncio.timeout(CONNECT_SECONDS):
+        endpoint = await connected
+    slots = torch.empty((NUM_IN_FLIGHT, plan.message_bytes), dtype=torch.uint8).to(plan.target)
+    ack = torch.zeros(1, dtype=torch.uint8)
+    try:
+        for _ in range(NUM_ROUNDS):
+            async with asyncio.timeout(ROUND_SECONDS):
+                await _stream(plan, endpoint, slots, sends=False)
+                await endpoint.send(ack, _ACK)
+        await asyncio.sleep(0.1)  # the other side closes first
+    except (ServingError, TimeoutError):
+        pass  # the sender, which speaks for both, says what happened
+    finally:
+        await endpoint.close()
+        await transport.close()
+
+
+async def _stream(plan: Plan, endpoint: Endpoint, slots: torch.Tensor, *, sends: bool) -> None:
+    """A round of messages; a slot is used again when its last message has ended."""
+    posted: list[asyncio.Future[None]] = []
+    for index in range(plan.num_messages):
+        if index >= NUM_IN_FLIGHT:
+            await posted[index - NUM_IN_FLIGHT]
+        slot = slots[index % NUM_IN_FLIGHT]
+        posted.append(endpoint.send(slot, _DATA) if sends else endpoint.recv(slot, _DATA))
+    await asyncio.gather(*posted)
+
+
+def count_gpus() -> int:
+    try:
+        import torch
+    except ImportError:
+        return 0
+    return torch.cuda.device_count()
+
+
+def main(arguments: list[str]) -> None:
+    if not arguments:
+        print(count_gpus())
+        return
+    source, target, tls = arguments
+    plan = Plan(source, target, None if tls == "all" else tls)
+    print(json.dumps(dataclasses.asdict(measure(plan))))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,102 @@
+"""`baton doctor --pairs`: rates beside plain copies; whatever a probe does is a row."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+import pytest
+from rich.console import Console
+
+from baton import doctor_pairs
+from baton.doctor_pairs import MeasuredPair, Pair, all_pairs, measure_pair, note_on, pair_table
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+TCP = Pair("two processes", "cpu", "cpu", "tcp")
+GPUS = Pair("GPU 0 to GPU 1", "cuda:0", "cuda:1", "all")
+
+
+@pytest.fixture
+def answering(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Let probes run a program of the test's instead."""
+
+    def answer(program: str, seconds: float = 30.0) -> None:
+        def run(*_: str) -> subprocess.CompletedProcess[str]:
+            command = [sys.executable, "-c", program]
+            return subprocess.run(
+                command, capture_output=True, text=True, timeout=seconds, check=False
+            )
+
+        monkeypatch.setattr(doctor_pairs, "_run_probe", run)
+
+    return answer
+
+
+def measured(transport: str, share: float) -> MeasuredPair:
+    return MeasuredPair("pair", transport, share * 1e9, "plain copy", 1e9, "")
+
+
+def test_every_two_gpus_are_one_pair() -> None:
+    labels = [pair.label for pair in all_pairs(3) if pair.source != "cpu"]
+    assert labels == ["GPU 0 to GPU 1", "GPU 0 to GPU 2", "GPU 1 to GPU 2"]
+    assert [pair.source for pair in all_pairs(0)] == ["cpu", "cpu"]
+
+
+def test_a_probe_that_answers_is_a_row_with_both_rates(answering: Callable[..., None]) -> None:
+    facts = {"transport": "tcp", "rate": 2e9, "reference": "plain socket", "reference_rate": 2.5e9}
+    answering(f"print('a banner'); print('''{json.dumps(facts)}''')")
+    row = measure_pair(TCP)
+    assert (row.transport, row.share, row.note) == ("tcp", 0.8, "")
+
+
+@pytest.mark.parametrize(
+    ("program", "seconds", "words"),
+    [
+        ("import sys; sys.exit('no such device')", 30.0, "no such device"),
+        ("import signal; signal.pause()", 0.01, "no answer"),
+        ("print('hello')", 30.0, "own words"),
+        ("print('{}')", 30.0, "own words"),
+        ("", 30.0, "own words"),
+    ],
+)
+def test_a_probe_that_fails_is_a_row_that_says_how(
+    answering: Callable[..., None], program: str, seconds: float, words: str
+) -> None:
+    answering(program, seconds)
+    row = measure_pair(TCP)
+    assert row.rate == 0.0
+    assert words in row.note
+    console = Console(record=True, width=150)
+    console.print(pair_table([row]))
+    assert words in console.export_text()
+
+
+@pytest.mark.parametrize(
+    ("pair", "found", "words"),
+    [
+        (GPUS, measured("cuda_ipc", 0.95), ""),
+        (GPUS, measured("tcp", 0.01), "not over NVLink"),
+        (TCP, measured("tcp", 0.95), ""),
+        (TCP, measured("tcp", 0.3), "far below"),
+        (Pair("x", "cpu", "cpu", "sm,tcp"), measured("tcp", 0.9), "no shared memory"),
+    ],
+)
+def test_what_is_not_as_it_should_be_has_a_note(
+    pair: Pair, found: MeasuredPair, words: str
+) -> None:
+    note = note_on(pair, found)
+    assert words in note
+    assert bool(note) == bool(words)
+
+
+@pytest.mark.slow
+def test_two_processes_are_measured_over_tcp() -> None:
+    row = measure_pair(TCP)
+    assert row.transport == "tcp", row.note
+    assert row.reference == "plain socket"
+    assert row.rate > 0
+    assert row.reference_rate > 0
