@@ -7,7 +7,8 @@ Life of a node, as seen from here
     3. `SessionLost`: this process cannot reach it. It is LOST at once, whatever its entry says,
        until `SessionOpened`, or a new incarnation.
     4. `Missing` from a registry that answered: the entry's time to live ran out, or the registry
-       came back empty. After a grace, in which a living node restores its entry, it is gone.
+       came back empty. After a grace, in which a living node restores its entry, it is gone;
+       but not while this process is connected with it, which says more than the registry can.
        `Withdrawn` skips the grace.
     5. A new incarnation under the same name replaces the old one at once. The old one is
        remembered, so that its late messages and revived entries change nothing.
@@ -160,6 +161,7 @@ Instruction = ViewChanged | NodeGone
 class _Member:
     info: NodeInfo  # as its entry says
     is_lost: bool = False
+    is_reached: bool = False  # this process has a session with it
     missing_since: float | None = None
     observed: NodeState | None = None
     observed_until: float = 0.0
@@ -258,6 +260,7 @@ class Membership:
         member = self._current(node)
         if member is not None:
             member.is_lost = is_lost
+            member.is_reached = not is_lost
 
     def _tick(self, now: float) -> list[Instruction]:
         gone: list[Instruction] = []
@@ -265,7 +268,8 @@ class Membership:
             if member.observed is not None and now >= member.observed_until:
                 member.observed = None
             missing_since = member.missing_since
-            if missing_since is not None and now - missing_since >= self._grace:
+            is_overdue = missing_since is not None and now - missing_since >= self._grace
+            if is_overdue and not member.is_reached:
                 # Not retired: the same process may have been cut off from the registry only.
                 del self._members[member.info.id.name]
                 gone.append(NodeGone(member.info.id, "expired"))

@@ -3,8 +3,8 @@
 Life of a client (one per node and incarnation)
     1. `start` opens the channel and keeps a `Session` on it: hello, welcome, then frames.
     2. While the session stands the node may get work (`is_connected`).
-    3. A node that owes tokens and falls silent is asked whether it lives (`Describe`); no
-       answer in time ends the session.
+    3. A node that falls silent is asked whether it lives (`Describe`), soon when it owes tokens
+       and now and then when it does not; no answer in time ends the session.
     4. The session's end is the loss of the node for every sequence that needs it: `on_lost` is
        called at once. The client tries again, with growing pauses, until `close`.
 
@@ -40,6 +40,7 @@ CALL_SECONDS = 5.0
 FIRST_PAUSE_SECONDS = 0.1
 MAX_PAUSE_SECONDS = 3.0
 WATCH_SECONDS = 0.25
+IDLE_PATIENCE = 4  # times `probe_after`: how long a node that owes nothing may be silent
 MAX_QUEUED_FRAMES = 16_384
 
 
@@ -218,11 +219,14 @@ class NodeClient:
             call.cancel()
 
     async def _watch(self, call: Any) -> None:
-        """End a session whose node owes tokens, says nothing and does not answer."""
+        """End a session whose node says nothing and does not answer."""
         while True:
             await asyncio.sleep(WATCH_SECONDS)
             silent_for = self._clock() - (self._heard_at or 0.0)
-            if silent_for < self._probe_after or not self._listener.owes_tokens(self):
+            if silent_for < self._probe_after:
+                continue
+            is_idle = not self._listener.owes_tokens(self)
+            if is_idle and silent_for < IDLE_PATIENCE * self._probe_after:
                 continue
             try:
                 await self._stub.Describe(pb.DescribeRequest(), timeout=self._probe_timeout)

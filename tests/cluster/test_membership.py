@@ -166,6 +166,18 @@ def test_a_node_that_restores_its_entry_within_the_grace_stays() -> None:
     assert membership.handle_all([Missing(A), Tick()], 2.0 + MISSING_GRACE_SECONDS) == []
 
 
+def test_a_node_that_is_connected_outlives_its_entry_until_its_session_ends() -> None:
+    membership = Membership()
+    membership.handle(seen(), 0.0)
+    membership.handle(SessionOpened(node_info().id), 0.0)
+    membership.handle_all([Missing(A), Tick()], 1.0)
+    assert membership.handle_all([Missing(A), Tick()], 2.0 + MISSING_GRACE_SECONDS) == []
+    assert state_of(membership) is NodeState.READY
+    later = 3.0 + MISSING_GRACE_SECONDS
+    membership.handle(SessionLost(node_info().id), later)
+    assert NodeGone(node_info().id, "expired") in membership.handle(Tick(), later)
+
+
 def test_no_grace_runs_while_the_registry_does_not_answer() -> None:
     membership = Membership()
     membership.handle(seen(), 0.0)

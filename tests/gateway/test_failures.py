@@ -213,6 +213,19 @@ def test_a_silent_node_that_answers_is_kept(new_gateway: NewGateway) -> None:
     assert not any('"error"' in event for event in stream.result())
 
 
+def test_an_idle_node_that_does_not_answer_is_lost_before_it_gets_work(
+    new_gateway: NewGateway,
+) -> None:
+    running = new_gateway(probe_after=0.05, probe_timeout=0.2)
+    running.until(lambda: running.gateway.is_ready)
+
+    def hang() -> Any:
+        raise NodeUnavailable("does not answer")
+
+    running.decode.description = hang  # type: ignore[method-assign]
+    running.until(lambda: not running.gateway.is_ready)
+
+
 def test_without_a_pair_requests_are_refused_and_health_says_so(running: RunningGateway) -> None:
     running.call(running.decode.kill())
     running.until(lambda: not running.gateway.is_ready)
