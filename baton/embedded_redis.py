@@ -7,7 +7,9 @@ Life of the server
        is random and is read from that file, which is deleted once the server answers.
     3. A watchdog, one shell, waits on a pipe that only this process holds open. When this
        process ends, however it ends, the watchdog stops the server and removes the directory.
-    4. `stop` does the same in order and leaves nothing behind.
+    4. A server that died is started again by `revive`, at its old address and empty: what it
+       held are hints, which nodes write again.
+    5. `stop` ends it in order and leaves nothing behind.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import secrets
 import shutil
 import subprocess
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
@@ -39,18 +42,19 @@ MAX_MEMORY = "256mb"
 _POLL_SECONDS = 0.01
 _MAX_SOCKET_PATH = 100  # bytes; the kernel's limit is 107
 
-# Lines on standard input: the server's pid, then "stopped" when all ended in order. The end of
-# input instead means the owner is gone. A pid is only signalled while it is still the process
-# it was: its start time (field 22 of stat) is compared.
+# Lines on standard input: the server's pid, the pid of each that took its place, then "stopped"
+# when all ended in order. The end of input instead means the owner is gone. A pid is only
+# signalled while it is still the process it was: its start time (field 22 of stat) is compared.
 _WATCHDOG = """
 started() {
     read -r stat 2>/dev/null </proc/$1/stat || return 0
     set -- $stat
     echo "${22}"
 }
-read -r pid || pid=
-[ -n "$pid" ] && since=$(started "$pid")
-read -r order || order=
+pid= order=
+while read -r order && [ "$order" != stopped ]; do
+    pid=$order since=$(started "$order")
+done
 if [ "$order" != stopped ] && [ -n "$pid" ] && [ "$(started "$pid")" = "$since" ]; then
     kill -TERM "$pid" 2>/dev/null
 fi
@@ -81,6 +85,7 @@ class EmbeddedRedis:
         self._folder: Path | None = None
         self._server: subprocess.Popen[bytes] | None = None
         self._watchdog: subprocess.Popen[bytes] | None = None
+        self._changing = threading.Lock()  # `revive` may run on another thread than `stop`
 
     @property
     def url(self) -> str:
@@ -111,8 +116,22 @@ class EmbeddedRedis:
             self.stop()
             raise
 
+    def revive(self) -> None:
+        """Start a server that died again. Nothing while it runs, or after `stop`. Raises
+        `ConfigError` when the new one does not answer."""
+        with self._changing:
+            if self._server is None or self.is_running:
+                return
+            (self._existing_folder() / "redis.conf").unlink(missing_ok=True)
+            self._start_server(find_redis_server())
+            self._wait_until_ready()
+
     def stop(self) -> None:
         """End the server and remove its files. Calling it again does nothing."""
+        with self._changing:
+            self._stop()
+
+    def _stop(self) -> None:
         if self._server is not None:
             self._server.terminate()
             try:

@@ -1,7 +1,7 @@
 """`baton serve [MODEL]`: a gateway, the two pools and Redis on this machine, one command.
 
     1. Read one configuration for all; whatever is wrong in it is said before a process starts.
-    2. Start a private Redis unless `--redis-url` names one.
+    2. Start a private Redis unless `--redis-url` names one; it is started again when it dies.
     3. Start the nodes and the gateway as processes of their own; show their phases.
     4. Say where to send requests. Then wait: for Ctrl-C, or SIGTERM.
     5. Drain and end them all; no process stays behind.
@@ -83,9 +83,10 @@ async def serve(loaded: LoadedConfig) -> int:
     console = Console(stderr=True)
     view = StartupView(console)
     with ExitStack() as stack:
+        private_redis = start_redis(loaded, stack)
         specs = child_specs(
             loaded,
-            redis_url=redis_url_for(loaded, stack),
+            redis_url=private_redis.url if private_redis else loaded[GatewayConfig].redis_url,
             admin_token=loaded[GatewayConfig].admin_token or secrets.token_urlsafe(24),
             log_format="console" if console.is_terminal else "json",
         )
@@ -96,6 +97,7 @@ async def serve(loaded: LoadedConfig) -> int:
             shutdown_timeout_seconds=loaded[GatewayConfig].shutdown_timeout + EXIT_GRACE_SECONDS,
         )
         install_stop_signals(asyncio.get_running_loop(), stop, supervisor)
+        keeping = asyncio.create_task(keep_alive(private_redis, console))
         try:
             with view:
                 started = await done_unless_stopped(bring_up(supervisor), stop)
@@ -111,16 +113,31 @@ async def serve(loaded: LoadedConfig) -> int:
             return EXIT_NOT_READY
         finally:
             await supervisor.stop()
+            keeping.cancel()
     console.print("Stopped.")
     return 0
 
 
-def redis_url_for(loaded: LoadedConfig, stack: ExitStack) -> str:
-    """The operator's Redis, else a private one that lives as long as `stack`."""
+def start_redis(loaded: LoadedConfig, stack: ExitStack) -> EmbeddedRedis | None:
+    """A private one that lives as long as `stack`; None when the operator's is used."""
     if loaded.is_explicit("redis_url"):
         check_redis_answers(loaded[GatewayConfig].redis_url)
-        return loaded[GatewayConfig].redis_url
-    return stack.enter_context(EmbeddedRedis()).url
+        return None
+    return stack.enter_context(EmbeddedRedis())
+
+
+async def keep_alive(server: EmbeddedRedis | None, console: Console) -> None:
+    """Start the private Redis again whenever it has died, until cancelled."""
+    while server is not None:
+        await asyncio.sleep(POLL_SECONDS)
+        if server.is_running:
+            continue
+        console.print("redis: died; it is started again", markup=False)
+        try:
+            await asyncio.to_thread(server.revive)
+        except ConfigError as error:
+            console.print(f"redis: {error.message}", style="red", markup=False, soft_wrap=True)
+            await asyncio.sleep(REDIS_SECONDS)
 
 
 def check_redis_answers(url: str) -> None:

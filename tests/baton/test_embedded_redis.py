@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import os
 import select
 import signal
@@ -12,9 +13,11 @@ import pytest
 import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
+from rich.console import Console
 
 from baton import embedded_redis
 from baton.embedded_redis import EmbeddedRedis, find_redis_server
+from baton.serve import keep_alive
 from cluster.errors import ConfigError
 
 
@@ -75,12 +78,14 @@ def test_stopping_leaves_no_process_and_no_file() -> None:
     assert not folder.exists()
 
 
+@pytest.mark.parametrize("is_revived", [False, True])
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
-def test_it_dies_with_its_owner_and_leaves_no_file(how: signal.Signals) -> None:
+def test_it_dies_with_its_owner_and_leaves_no_file(how: signal.Signals, is_revived: bool) -> None:
     code = (
-        "import time\n"
+        "import os, time\n"
         "from baton.embedded_redis import EmbeddedRedis\n"
         "server = EmbeddedRedis(); server.start()\n"
+        f"if {is_revived}: os.kill(server.pid, 9); server._server.wait(); server.revive()\n"
         "print(server.pid, server._watchdog.pid, server.url, flush=True)\n"
         "time.sleep(60)\n"
     )
@@ -94,6 +99,40 @@ def test_it_dies_with_its_owner_and_leaves_no_file(how: signal.Signals) -> None:
     assert wait_for_end(int(pid))
     assert wait_for_end(int(watchdog))
     assert not folder.exists()
+
+
+def test_one_that_died_comes_back_empty_at_its_address() -> None:
+    with EmbeddedRedis() as server:
+        url, pid = server.url, server.pid
+        with redis.Redis.from_url(url) as client:
+            client.set("k", "v")
+        server.revive()
+        assert server.pid == pid
+        os.kill(pid, signal.SIGKILL)
+        assert wait_for_end(pid)
+        server.revive()
+        assert server.url == url
+        with redis.Redis.from_url(url) as client:
+            assert client.get("k") is None
+        folder = folder_of(server)
+        assert not (folder / "redis.conf").exists()
+    server.revive()
+    assert not server.is_running
+    assert not folder.exists()
+
+
+def test_serving_starts_one_that_died_again() -> None:
+    async def scenario() -> None:
+        with EmbeddedRedis() as server:
+            keeping = asyncio.create_task(keep_alive(server, Console(quiet=True)))
+            pid = server.pid
+            os.kill(pid, signal.SIGKILL)
+            async with asyncio.timeout(30):
+                while server.pid == pid or not server.is_running:  # noqa: ASYNC110 (a process)
+                    await asyncio.sleep(0.01)
+            keeping.cancel()
+
+    asyncio.run(scenario())
 
 
 def test_the_one_on_path_comes_before_the_bundled_one(

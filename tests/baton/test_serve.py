@@ -73,7 +73,7 @@ def with_children(
 
     def run(*specs: ChildSpec, on_up: Callable[[], None] | None = None) -> int:
         monkeypatch.setattr(baton.serve, "child_specs", lambda *_, **__: list(specs))
-        monkeypatch.setattr(baton.serve, "redis_url_for", lambda *_: "redis://127.0.0.1:1/0")
+        monkeypatch.setattr(baton.serve, "start_redis", lambda *_: None)
         if on_up is not None:
             monkeypatch.setattr(baton.serve, "announce", lambda *_: on_up())
 

@@ -20,9 +20,42 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parent.parent.parent
 START_SECONDS = 90.0
+ADMIN_TOKEN = "e2e-token"
 
 
-class ClusterProcess:
+class ClusterFace:
+    """What a running cluster says of itself, by the ports of one gateway."""
+
+    base_url: str  # of the public server
+    admin_url: str
+
+    def admin(self, path: str, method: str = "GET", body: object = None) -> Any:
+        request = urllib.request.Request(
+            f"{self.admin_url}/admin/v1/{path}",
+            method=method,
+            data=None if body is None else json.dumps(body).encode(),
+            headers={"Authorization": f"Bearer {ADMIN_TOKEN}", "Content-Type": "application/json"},
+        )
+        with urllib.request.urlopen(request, timeout=10) as response:
+            return json.load(response)
+
+    def metrics(self) -> str:
+        with urllib.request.urlopen(f"{self.base_url}/metrics", timeout=10) as response:
+            return str(response.read().decode())
+
+    def nodes(self) -> dict[str, dict[str, Any]]:
+        return {node["name"]: node for node in self.admin("nodes")["nodes"]}
+
+    def all_blocks_are_back(self) -> bool:
+        """No node holds a block for a sequence or a transfer."""
+        return all(
+            node["load"]["num_free_blocks"] == node["load"]["num_blocks"]
+            and node["load"]["num_transfers"] == 0
+            for node in self.nodes().values()
+        )
+
+
+class ClusterProcess(ClusterFace):
     """`baton serve ARGS` with free ports. `url` ends in /v1; `stop` is Ctrl-C."""
 
     def __init__(self, *arguments: str, env: dict[str, str] | None = None) -> None:
@@ -30,7 +63,7 @@ class ClusterProcess:
         self._found: queue.Queue[re.Match[str] | None] = queue.Queue()
         command = [sys.executable, "-m", "baton", "serve", "--port", "0", "--admin-port", "0"]
         self._process = subprocess.Popen(
-            [*command, "--admin-token", "e2e-token", *arguments],
+            [*command, "--admin-token", ADMIN_TOKEN, *arguments],
             cwd=ROOT,
             env={**os.environ, **(env or {})},
             stdout=subprocess.PIPE,
@@ -59,40 +92,16 @@ class ClusterProcess:
         self._found.put(None)
 
     def child(self, name: str) -> int:
-        """The pid of the process that runs the node or program `name` now."""
+        """The pid of the process that runs the node or program `name` ("gateway", "redis") now."""
         for pid in children_of(self.pid):
             words = command_line(pid)
-            if name in words or (name == "gateway" and "gateway" in words):
+            is_redis = "redis-server" in words[0] if words else False
+            if name in words or (name == "redis" and is_redis):
                 return pid
         raise LookupError(name)
 
     def kill(self, name: str) -> None:
         os.kill(self.child(name), signal.SIGKILL)
-
-    def admin(self, path: str, method: str = "GET", body: object = None) -> Any:
-        request = urllib.request.Request(
-            f"{self.admin_url}/admin/v1/{path}",
-            method=method,
-            data=None if body is None else json.dumps(body).encode(),
-            headers={"Authorization": "Bearer e2e-token", "Content-Type": "application/json"},
-        )
-        with urllib.request.urlopen(request, timeout=10) as response:
-            return json.load(response)
-
-    def metrics(self) -> str:
-        with urllib.request.urlopen(f"{self.base_url}/metrics", timeout=10) as response:
-            return str(response.read().decode())
-
-    def nodes(self) -> dict[str, dict[str, Any]]:
-        return {node["name"]: node for node in self.admin("nodes")["nodes"]}
-
-    def all_blocks_are_back(self) -> bool:
-        """No node holds a block for a sequence or a transfer."""
-        return all(
-            node["load"]["num_free_blocks"] == node["load"]["num_blocks"]
-            and node["load"]["num_transfers"] == 0
-            for node in self.nodes().values()
-        )
 
     def stop(self, number: signal.Signals = signal.SIGINT) -> int:
         if self._process.poll() is None:
@@ -105,8 +114,9 @@ class ClusterProcess:
 
 
 def children_of(pid: int) -> list[int]:
-    text = Path(f"/proc/{pid}/task/{pid}/children").read_text()
-    return [int(word) for word in text.split()]
+    """Of all threads of the process."""
+    texts = [path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/children")]
+    return [int(word) for text in texts for word in text.split()]
 
 
 def command_line(pid: int) -> list[str]:
