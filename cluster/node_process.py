@@ -27,6 +27,7 @@ from cluster.config import LoadedConfig, load_config, render_config
 from cluster.errors import ConfigError, InternalError
 from cluster.failpoints import arm as arm_failpoints
 from cluster.logging import setup_logging
+from cluster.loop_watch import LoopWatch
 from cluster.member import Member
 from cluster.member_config import MemberConfig
 from cluster.metrics import MetricsServer, new_registry, start_metrics_server
@@ -62,6 +63,7 @@ class NodeProcess:
         self._failure: ConfigError | InternalError | None = None
         self._metrics: MetricsServer | None = None
         self._event_loop = asyncio.get_running_loop()
+        registry.register(LoopWatch())
 
     async def run(
         self, member: Member, report: StartupReport, *, close: Callable[[], Awaitable[None]]

@@ -21,12 +21,15 @@ from cluster.metrics import (
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from cluster.errors import ServingError
+
 # Seconds. Gaps of a fast decode step are far below the smallest bound that vLLM has.
 GAP_BUCKETS = (
     *(0.0005, 0.001, 0.002, 0.003, 0.004, 0.005, 0.006, 0.008),
     *(0.01, 0.0125, 0.015, 0.02, 0.025, 0.03, 0.04, 0.05, 0.075, 0.1, 0.2, 0.5, 1.0, 5.0),
 )
 MAX_COUNTED_TOKENS = 200_000
+HTTP_OK = 200
 
 
 class Distribution:
@@ -53,6 +56,7 @@ class Measures:
 
     def __init__(self) -> None:
         self.requests: Counter[tuple[str, int]] = Counter()  # by route and HTTP status
+        self.errors: Counter[tuple[str, str]] = Counter()  # requests by code and reason
         self.endings: Counter[str] = Counter()  # sequences by finish reason
         self.rejections: Counter[str] = Counter()  # by admission's reason
         self.lookups: Counter[str] = Counter()  # of the prefix index, by outcome
@@ -74,6 +78,12 @@ class Measures:
         self.routing_decision = Distribution(INTERNAL_SECONDS_BUCKETS)
         self.prompt_tokens = Distribution(tokens)
         self.generation_tokens = Distribution(tokens)
+
+    def request_ended(self, route: str, error: ServingError | None) -> None:
+        """Its client has an answer: all of it, or one error."""
+        self.requests[route, HTTP_OK if error is None else error.http_status] += 1
+        if error is not None:
+            self.errors[error.code, error.reason or ""] += 1
 
     def gap(self, seconds: float) -> None:
         """Between two deliveries of one sequence."""

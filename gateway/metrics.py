@@ -83,6 +83,14 @@ class GatewayCollector(Collector):
         for (route, status), count in sorted(measures.requests.items()):
             requests.add_metric([route, str(status)], count)
         yield requests
+        errors = CounterMetricFamily(
+            "baton_request_errors",
+            "Requests that ended in an error, by its code and cause.",
+            labels=["code", "reason"],
+        )
+        for labels, count in sorted(measures.errors.items()):
+            errors.add_metric(list(labels), count)
+        yield errors
         in_flight = GaugeMetricFamily(
             "baton_sequences_in_flight",
             "Sequences that wait for their first token, or have it and run.",
@@ -105,8 +113,8 @@ class GatewayCollector(Collector):
             "Attempts on other nodes, by kind and cause.",
             labels=["kind", "reason"],
         )
-        for labels, count in sorted(measures.retries.items()):
-            retries.add_metric(list(labels), count)
+        for kind, count in sorted(measures.retries.items()):
+            retries.add_metric(list(kind), count)
         yield retries
         for name, text, count in (
             ("disconnected_clients", "Clients that left early.", measures.num_disconnected),

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 
 from cluster import clock as clocks
 from cluster.errors import NodeUnavailable
+from cluster.loop_watch import LoopWatch
 from cluster.membership_watcher import MembershipWatcher
 from cluster.metrics import StoreMetrics, new_registry
 from cluster.prefix_index import PrefixIndex
@@ -105,6 +106,7 @@ async def run(
 def build(config: GatewayConfig, tokenizer: Tokenizer, template: ChatTemplate | None) -> Parts:
     """Wire everything and take both ports; nothing runs yet."""
     registry = new_registry(role="gateway", version=VERSION)
+    registry.register(LoopWatch())
     store_metrics = StoreMetrics(registry)
     nodes_store = Store(config.redis_url, name="registry", metrics=store_metrics)
     index_store = Store(config.redis_url, name="prefix_index", metrics=store_metrics)

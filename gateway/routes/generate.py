@@ -47,13 +47,13 @@ class GenerateEndpoint:
             generation = await gateway.begin(request, arrived_at=arrived_at)
         except Exception as error:  # the top of a request: whatever it is becomes its answer
             known = as_serving_error(error)
-            gateway.measures.requests[(self._route.value, known.http_status)] += 1
+            gateway.measures.request_ended(self._route.value, known)
             await send_error(send, known)
             return
         try:
             await self._write(generation, receive, send)
         finally:
-            gateway.measures.requests[(self._route.value, generation.status)] += 1
+            gateway.measures.request_ended(self._route.value, generation.error)
 
     async def _read_request(self, scope: Scope, receive: Receive, arrived_at: float) -> Request:
         gateway = self._gateway

@@ -45,6 +45,9 @@ def test_what_clients_saw_is_what_is_counted(running: RunningGateway) -> None:
     assert found[("baton_requests_total", (("route", "completions"), ("status", "200")))] == 2
     assert found[("baton_requests_total", (("route", "completions"), ("status", "400")))] == 1
     assert found[("baton_requests_total", (("route", "chat"), ("status", "400")))] == 1
+    errors = {labels: n for (name, labels), n in found.items() if "request_errors_total" in name}
+    assert {dict(labels)["code"] for labels in errors} == {"invalid_value"}
+    assert sum(errors.values()) == 2
     assert found[("baton_sequence_endings_total", (("reason", "length"),))] == 2
     assert found[("baton_generation_tokens_total", ())] == 6
     assert found[("baton_prompt_tokens_total", ())] == 6
