@@ -1,4 +1,4 @@
-# Targets: setup serve test faults check bench proto. All work from a fresh clone with Python >= 3.11
+# Targets: setup serve test faults soak check bench proto. All work from a fresh clone with Python >= 3.11
 # and a package index; nothing outside .venv is touched.
 
 PYTHON ?= python3
@@ -11,7 +11,7 @@ HAS_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo yes)
 UCX_EXTRA ?= cuda13
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup serve test faults check bench proto clean
+.PHONY: setup serve test faults soak check bench proto clean
 
 setup: $(VENV)/.dev-installed
 
@@ -23,6 +23,9 @@ test: $(VENV)/.dev-installed
 
 faults: $(VENV)/.dev-installed
 	$(BIN)/python -m pytest -q -m faults tests/faults $(ARGS)
+
+soak: $(VENV)/.dev-installed
+	$(BIN)/python -m tests.faults.soak $(ARGS)
 
 check: $(VENV)/.dev-installed
 	$(BIN)/ruff check .

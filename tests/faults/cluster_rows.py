@@ -1,135 +1,267 @@
-"""A cluster that rows of the fault matrix are run on, one after the other."""
+"""A cluster that rows of the fault matrix are run on, one after the other.
+
+Life of a row
+    1. `rows.set_policy`: what becomes of KV that does not arrive, and of a stream whose node is
+       lost, as an operator changes it while the cluster runs.
+    2. `rows.load()`: clients ask during the block; the row makes its fault there and verifies
+       that it took place.
+    3. `rows.check(history)`: every request against the oracle (I1, I2), every error of a kind
+       that a fault may cause, and the gateways' counters against the clients (I8).
+    4. `rows.check_recovered()`: all programs serve, nothing is held that should not be (I4), and
+       the same prompts get the same tokens without an error.
+"""
 
 from __future__ import annotations
 
+import os
 import random
+import time
 from collections import Counter
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cluster.failpoints import VARIABLE
-from tests.e2e.cluster_process import ClusterProcess, eventually
-from tests.faults.checker import violations
-from tests.faults.history import ENDINGS, Ask, History, stream
+from tests.e2e.cluster_process import eventually
+from tests.faults.accounts import account_of, disagreements
+from tests.faults.asks import Ask, draw_prompt
+from tests.faults.checker import FAULT_CODES, violations
+from tests.faults.client import load
+from tests.faults.cluster import FaultCluster
+from tests.faults.history import ENDINGS, NO_REQUEST, History
+from tests.faults.kv_link import Order, Spoil, shots_done, withdraw
+from tests.faults.leaks import await_quiescence, baseline
+from tests.faults.metrics import scrape
 from tests.faults.nemesis import Nemesis, verify
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
-    from pathlib import Path
+    from collections.abc import Collection, Iterator, Mapping, Sequence
 
-NUM_REQUESTS, NUM_TOKENS = 6, 64
-RECOVERS_WITHIN_SECONDS = 30.0
+    import pytest
+
+    from tests.faults.leaks import Held
+
+SEED = int(os.environ.get("BATON_FAULT_SEED", "1"))
+# A folder: every row leaves its history there, one JSON object a line.
+HISTORIES = os.environ.get("BATON_FAULT_HISTORIES")
+NUM_REQUESTS, NUM_TOKENS = 6, 48
+HALF = NUM_REQUESTS * NUM_TOKENS // 2  # of all tokens
+PREFILL, DECODE = ("prefill-0", "prefill-1"), ("decode-0", "decode-1")
+RECOVERS_WITHIN_SECONDS = 60.0
+LEASE_SECONDS = 3.0
+POLICIES = ("fail", "recompute")  # the second goes on with streams, too
 SHOTS = {  # failpoint -> what it does when its file is there
     "prefill.after_chunk": "exit",
     "prefill.before_commit": "exit",
     "prefill.after_commit": "exit",
     "prefill.after_frame": "stop",
 }
+SIZES = ("--prefill", "2", "--decode", "2", "--dtype", "float32")
+COMMON = ("--lease-seconds", f"{LEASE_SECONDS:g}", "--max-recomputes", "16")
 
 
 @dataclass
 class Rows:
-    """`oracle`: the tokens of each prompt, from the same cluster before anything happened to it.
-    Without a prefix cache, so that each hand-off carries the whole prompt."""
+    """`oracle`: the tokens of each request, from the same cluster before anything happened."""
 
-    cluster: ClusterProcess
-    shots: Path
-    seed: int
-    prompts: list[tuple[int, ...]] = field(default_factory=list)
+    cluster: FaultCluster
+    folder: Path
+    asks: list[Ask] = field(default_factory=list)
     oracle: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    before: dict[str, Held] = field(default_factory=dict)
+    nemesis: Nemesis = field(init=False)
 
     def __post_init__(self) -> None:
-        draw = random.Random(self.seed)
-        lengths = [draw.randrange(200, 400) for _ in range(NUM_REQUESTS)]
-        self.prompts = [tuple(draw.randrange(10, 6000) for _ in range(n)) for n in lengths]
-        with self.load() as history:
-            pass
-        assert history.kinds().count("finished") == NUM_REQUESTS
-        self.oracle = {
-            number: tuple(token for event in history.of(number) for token in event.token_ids)
+        self.nemesis = Nemesis(self.cluster)
+        draw = random.Random(SEED)
+        self.asks = [
+            Ask(number=number, prompt=draw_prompt(draw, 200, 400), num_tokens=NUM_TOKENS)
             for number in range(NUM_REQUESTS)
-        }
+        ]
+        self.oracle = self.undisturbed(self.asks)
+        assert len(set(self.oracle.values())) == NUM_REQUESTS
+        self.before = baseline(self.cluster)
+
+    # ---- load ------------------------------------------------------------------------------
+
+    def undisturbed(self, asks: Sequence[Ask]) -> dict[int, tuple[int, ...]]:
+        """The tokens of these requests."""
+        with self.load(asks) as history:
+            pass
+        assert history.kinds().count("finished") == len(asks), history.codes()
+        return {ask.number: history.tokens_of(ask.number) for ask in asks}
 
     @contextmanager
     def load(
-        self, *, count: int = NUM_REQUESTS, leaves_after: Sequence[int | None] = ()
+        self,
+        asks: Sequence[Ask] | None = None,
+        *,
+        count: int = NUM_REQUESTS,
+        leaves_after: Sequence[int | None] = (),
     ) -> Iterator[History]:
-        """That many streams run during the block; all have ended when it is left."""
+        """These requests, all at once, during the block; all have ended when it is left."""
+        asked = list(self.asks[:count] if asks is None else asks)
+        for number, leaves in enumerate(leaves_after):
+            asked[number] = replace(asked[number], leaves_after=leaves)
         history = History()
-        leaves = [*leaves_after, *[None] * count]
-        with ThreadPoolExecutor(count) as pool:
-            streams: list[Future[None]] = []
-            for number in range(count):
-                ask = Ask(
-                    number=number,
-                    prompt=self.prompts[number],
-                    num_tokens=NUM_TOKENS,
-                    leaves_after=leaves[number],
-                )
-                streams.append(pool.submit(stream, history, self.cluster.url, ask))
+        self.nemesis.history = history
+        account = account_of(self.cluster)
+        with load(self.cluster.url_of, asked, at_once=len(asked), history=history):
             yield history
-        for each in streams:
-            each.result()
+        self._save(history)
+        self._accounts = (history, account, self._gateways())
 
-    def lose_prefill_node(
-        self, nemesis: Nemesis, failpoint: str, *, count: int = NUM_REQUESTS
-    ) -> History:
+    # ---- faults ----------------------------------------------------------------------------
+
+    def set_policy(self, policy: str) -> None:
+        change = {"kv_load_failure_policy": policy, "stream_recovery": policy == "recompute"}
+        self.cluster.admin("policy", "PATCH", change)
+
+    def lose_prefill_node(self, failpoint: str, *, count: int = NUM_REQUESTS) -> History:
         """The first prefill node that gets to this failpoint under load ends there."""
-        before = [self.cluster.child(name) for name in ("prefill-0", "prefill-1")]
+        before = [self.cluster.child(name) for name in PREFILL]
         self.shoot(failpoint)
         with self.load(count=count) as history:
             self.verify_shot(failpoint)
-            verify(lambda: len(nemesis.gone(before)) == 1, "no prefill node died")
-        self.check(history, count=count)
+            verify(lambda: len(self.nemesis.gone(before)) == 1, "no prefill node died")
         return history
 
     def shoot(self, failpoint: str) -> None:
         """Load the failpoint for one shot."""
-        (self.shots / failpoint).touch()
+        (self.folder / failpoint).touch()
 
     def verify_shot(self, failpoint: str) -> None:
-        verify(lambda: not (self.shots / failpoint).exists(), f"{failpoint} was not reached")
+        verify(lambda: not (self.folder / failpoint).exists(), f"{failpoint} was not reached")
+        self.nemesis.note(f"failpoint {failpoint}")
 
-    def check(self, history: History, *, count: int = NUM_REQUESTS) -> None:
+    def spoil(self, order: Order, names: Sequence[str] = PREFILL) -> None:
+        """Give this order to the links of these nodes."""
+        for name in names:
+            order.write(self.folder / name)
+
+    def verify_spoiled(self, spoil: Spoil, count: int = 1) -> None:
+        verify(lambda: self.num_spoiled() >= count, f"{spoil} was not done {count} times")
+        self.nemesis.note(f"{spoil} of {self.num_spoiled()} frames")
+
+    def num_spoiled(self) -> int:
+        return sum(shots_done(self.folder / name) for name in PREFILL)
+
+    def heal(self) -> None:
+        """End whatever a row has left: stopped processes, bad links, loaded failpoints."""
+        self.nemesis.heal()
+        self.cluster.proxies.heal()
+        for name in PREFILL:
+            withdraw(self.folder / name)
+        for failpoint in SHOTS:
+            (self.folder / failpoint).unlink(missing_ok=True)
+
+    # ---- counters --------------------------------------------------------------------------
+
+    def counted(self, name: str, nodes: Sequence[str] = DECODE, **labels: str) -> float:
+        """A counter, summed over these programs."""
+        addresses = [self.cluster.metrics_address(node) for node in nodes]
+        return sum(scrape(address).value(name, **labels) for address in addresses)
+
+    # ---- checks ----------------------------------------------------------------------------
+
+    def check(
+        self,
+        history: History,
+        oracle: Mapping[int, Sequence[int]] | None = None,
+        *,
+        also_allowed: Collection[str] = (),
+        may_err: Collection[int] | None = None,
+        may_break: Collection[int] = (),
+    ) -> None:
         endings = Counter(event.detail for event in history.events if event.kind in ENDINGS)
         print("endings:", dict(endings))
-        oracle = {number: self.oracle[number] for number in range(count)}
-        found = violations(history, oracle)
-        assert not found, f"seed {self.seed}: {found}"
+        asked = {event.request for event in history.events if event.request != NO_REQUEST}
+        expected = self.oracle if oracle is None else oracle
+        found = violations(
+            history,
+            {number: expected[number] for number in sorted(asked)},
+            allowed_codes=FAULT_CODES | set(also_allowed),
+            may_err=may_err,
+            may_break=may_break,
+        )
+        assert not found, f"seed {SEED}: {found}"
+        self._check_accounts(history)
 
     def check_recovered(self) -> None:
-        """All nodes are back, all blocks free, and the same prompts get the same tokens."""
-        eventually(self._is_whole, seconds=RECOVERS_WITHIN_SECONDS)
+        """All nodes are back, nothing is held, and the same prompts get the same tokens."""
+        self.heal()
+        eventually(self.cluster.is_whole, seconds=RECOVERS_WITHIN_SECONDS)
         with self.load() as history:
             pass
         self.check(history)
         assert history.codes() == set()
-        eventually(self.cluster.all_blocks_are_back)
+        self.check_nothing_is_held()
 
-    def _is_whole(self) -> bool:
-        nodes = self.cluster.nodes()
-        return (
-            len(nodes) == 4
-            and all(node["state"] == "ready" for node in nodes.values())
-            and self.cluster.all_blocks_are_back()
-        )
+    def check_nothing_is_held(self) -> None:
+        found = await_quiescence(self.cluster, self.before)
+        assert not found, f"seed {SEED}: {found}"
+
+    def _check_accounts(self, history: History) -> None:
+        """The gateways have counted what clients saw; nothing can be said of one that died."""
+        recorded, before, gateways = self._accounts
+        is_same = gateways == self._gateways()
+        if recorded is not history or not is_same or "broken" in history.kinds():
+            return
+        deadline = time.monotonic() + RECOVERS_WITHIN_SECONDS
+        while found := disagreements(history, account_of(self.cluster).since(before)):
+            assert time.monotonic() < deadline, f"seed {SEED}: {found}"
+            time.sleep(0.1)
+
+    def _gateways(self) -> list[int | None]:
+        return [self.cluster.pid_of(name) for name in self.cluster.gateway_ports]
+
+    def _save(self, history: History) -> None:
+        if HISTORIES:
+            row = os.environ.get("PYTEST_CURRENT_TEST", "row").split("::")[-1].split(" ")[0]
+            folder = Path(HISTORIES)
+            folder.mkdir(parents=True, exist_ok=True)
+            history.write(folder / f"{row}-{len(list(folder.iterdir()))}.jsonl")
 
 
 @contextmanager
-def running_rows(policy: str, *options: str, shots: Path, seed: int) -> Iterator[Rows]:
-    """Two prefill and two decode nodes with the pocket model in float32."""
-    armed = ";".join(f"{name}={action}@{shots / name}" for name, action in SHOTS.items())
-    cluster = ClusterProcess(
-        *("--prefill", "2", "--decode", "2", "--dtype", "float32", "--lease-seconds", "3"),
-        *("--max-num-batched-tokens", "128", "--no-enable-prefix-caching"),
-        *("--kv-load-failure-policy", policy, "--max-recomputes", "16", *options),
-        env={VARIABLE: armed},
+def running_rows(
+    *options: str,
+    folder: Path,
+    num_gateways: int = 1,
+    sizes: Sequence[str] = SIZES,
+    env: Mapping[str, str] | None = None,
+    node_env: Mapping[str, Mapping[str, str]] | None = None,
+) -> Iterator[Rows]:
+    """A cluster of the pocket model in float32, and its rows."""
+    armed = ";".join(f"{name}={action}@{folder / name}" for name, action in SHOTS.items())
+    cluster = FaultCluster(
+        *sizes,
+        *COMMON,
+        *options,
+        seed=SEED,
+        num_gateways=num_gateways,
+        env={VARIABLE: armed, **(env or {})},
+        node_env=node_env,
+        kv_orders=folder,
     )
-    nemesis = Nemesis(cluster)
+    rows: Rows | None = None
     try:
-        yield Rows(cluster, shots, seed)
+        rows = Rows(cluster, folder)
+        yield rows
     finally:
-        nemesis.heal()
+        if rows is not None:
+            rows.heal()
         cluster.stop()
+
+
+@contextmanager
+def row_of(rows: Rows, request: pytest.FixtureRequest) -> Iterator[Rows]:
+    """One row: healed at its end, and what happened told where it fails."""
+    print(f"seed {SEED}")
+    num_lines = len(rows.cluster.lines)
+    del rows.nemesis.log[:]
+    yield rows
+    rows.heal()
+    print(f"{request.node.name}: {rows.nemesis.log}")
+    print("\n".join(rows.cluster.lines[num_lines:][-60:]))

@@ -1,9 +1,11 @@
-"""What clients saw, in order: the record that `checker` judges.
+"""What clients saw and what was done to the cluster, in order: the record that `checker` judges.
 
 Kinds of events of one request: `sent`; `tokens`; then one of the endings `finished` (with its
 finish_reason), `failed` (an error event inside the stream) and `refused` (an HTTP error); `done`
-for the line `[DONE]`. `left` says that the client went away, `broken` that its connection broke,
-`hung` that nothing came for so long that it gave up.
+for the line `[DONE]`. `left` says that the client went away, `unreachable` that nobody took its
+connection, `broken` that its connection broke, `hung` that it had no end long after its deadline.
+
+Events of no request are `fault` (what the nemesis did) and `server` (what became of a process).
 """
 
 from __future__ import annotations
@@ -14,14 +16,14 @@ import time
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
 
-import httpx
-
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
     from pathlib import Path
 
-HANG_SECONDS = 30.0
 ENDINGS = frozenset({"finished", "failed", "refused"})
+LAST = ENDINGS | {"left", "broken", "hung"}  # one of these follows each `sent`
+NO_REQUEST = -1
+COMES_WITHIN_SECONDS = 120.0  # a guard: the requests themselves have deadlines
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +32,7 @@ class Event:
     kind: str
     at: float  # monotonic seconds
     token_ids: tuple[int, ...] = ()
-    detail: str = ""  # finish_reason or error code
+    detail: str = ""  # finish_reason, error code, or what was done to whom
 
 
 @dataclass
@@ -39,6 +41,8 @@ class History:
 
     events: list[Event] = field(default_factory=list)
     changed: threading.Condition = field(default_factory=threading.Condition)
+    num_tokens: int = 0
+    num_ended: int = 0
 
     def record(
         self, request: int, kind: str, *, token_ids: Sequence[int] = (), detail: str = ""
@@ -46,14 +50,23 @@ class History:
         event = Event(request, kind, time.monotonic(), tuple(token_ids), detail)
         with self.changed:
             self.events.append(event)
+            self.num_tokens += len(token_ids)
+            self.num_ended += kind in LAST
             self.changed.notify_all()
+
+    def by_request(self) -> dict[int, list[Event]]:
+        """The events of each request, in order."""
+        found: dict[int, list[Event]] = {}
+        for event in self.events:
+            if event.request != NO_REQUEST:
+                found.setdefault(event.request, []).append(event)
+        return found
 
     def of(self, request: int) -> list[Event]:
         return [event for event in self.events if event.request == request]
 
-    @property
-    def num_tokens(self) -> int:
-        return sum(len(event.token_ids) for event in self.events)
+    def tokens_of(self, request: int) -> tuple[int, ...]:
+        return tuple(token for event in self.of(request) for token in event.token_ids)
 
     def kinds(self) -> list[str]:
         return [event.kind for event in self.events]
@@ -62,76 +75,36 @@ class History:
         """Of all errors."""
         return {event.detail for event in self.events if event.kind in ("failed", "refused")}
 
-    def wait_for_tokens(self, count: int, seconds: float = 20.0) -> None:
+    def erred(self) -> set[int]:
+        """Requests that did not get what they asked for."""
+        bad = ("failed", "refused", "broken", "hung")
+        return {event.request for event in self.events if event.kind in bad}
+
+    def wait_for_tokens(self, count: int) -> None:
         """Until clients have that many tokens in all. Raises `TimeoutError`."""
+        self._wait(lambda: self.num_tokens >= count, f"{count} tokens")
+
+    def wait_for_ends(self, count: int) -> None:
+        """Until that many requests have ended, however. Raises `TimeoutError`."""
+        self._wait(lambda: self.num_ended >= count, f"{count} ends of requests")
+
+    def _wait(self, condition: Callable[[], bool], what: str) -> None:
         with self.changed:
-            if not self.changed.wait_for(lambda: self.num_tokens >= count, seconds):
-                raise TimeoutError(f"only {self.num_tokens} tokens came")
+            if not self.changed.wait_for(condition, COMES_WITHIN_SECONDS):
+                raise TimeoutError(f"{what} did not come")
 
     def write(self, path: Path) -> None:
         """One JSON object for each event."""
         path.write_text("".join(json.dumps(asdict(event)) + "\n" for event in self.events))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Ask:
-    """One request of a row. The client leaves once it has `leaves_after` tokens."""
-
-    number: int
-    prompt: tuple[int, ...]
-    num_tokens: int
-    leaves_after: int | None = None
-
-
-def stream(history: History, url: str, ask: Ask) -> None:
-    """Send one request and record what comes, until its end or until the client leaves."""
-    body = {
-        "model": "pocket",
-        "prompt": list(ask.prompt),
-        "max_tokens": ask.num_tokens,
-        "temperature": 0,
-        "ignore_eos": True,
-        "return_token_ids": True,
-        "stream": True,
-    }
-    history.record(ask.number, "sent")
-    try:
-        with (
-            httpx.Client(timeout=HANG_SECONDS) as client,
-            client.stream("POST", f"{url}/completions", json=body) as response,
-        ):
-            if response.status_code != httpx.codes.OK:
-                response.read()
-                history.record(ask.number, "refused", detail=response.json()["error"]["code"])
-                return
-            _record_lines(history, ask, response.iter_lines())
-    except httpx.TimeoutException:
-        history.record(ask.number, "hung")
-    except httpx.TransportError as error:
-        history.record(ask.number, "broken", detail=type(error).__name__)
-
-
-def _record_lines(history: History, ask: Ask, lines: Iterable[str]) -> None:
-    num_tokens = 0
-    if ask.leaves_after == 0:
-        history.record(ask.number, "left")
-        return
+def read_history(lines: Iterable[str]) -> History:
+    """What `History.write` wrote."""
+    history = History()
     for line in lines:
-        if not line.startswith("data: "):
-            continue
-        if line == "data: [DONE]":
-            history.record(ask.number, "done")
-            continue
-        event = json.loads(line.removeprefix("data: "))
-        if "error" in event:
-            history.record(ask.number, "failed", detail=event["error"]["code"])
-            continue
-        for choice in event["choices"]:
-            if token_ids := choice.get("token_ids"):
-                history.record(ask.number, "tokens", token_ids=token_ids)
-                num_tokens += len(token_ids)
-            if choice["finish_reason"] is not None:
-                history.record(ask.number, "finished", detail=choice["finish_reason"])
-        if ask.leaves_after is not None and num_tokens >= ask.leaves_after:
-            history.record(ask.number, "left")
-            return
+        entry = json.loads(line)
+        event = Event(**{**entry, "token_ids": tuple(entry["token_ids"])})
+        history.events.append(event)
+        history.num_tokens += len(event.token_ids)
+        history.num_ended += event.kind in LAST
+    return history

@@ -1,26 +1,39 @@
-"""Kills, stops and continues processes of a running cluster, and sees that it did."""
+"""Kills, stops and continues processes of a running cluster, and sees that it did.
+
+Each action is verified where the kernel tells (/proc): a killed process is gone, a stopped one
+stands still, a continued one does not. An action that had no effect raises `NotInjected`: the row
+would prove nothing. What was done is recorded in the history, too.
+"""
 
 from __future__ import annotations
 
 import os
+import random
 import signal
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
-from tests.e2e.cluster_process import children_of, command_line
+from tests.faults.history import NO_REQUEST
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Sequence
 
-    from tests.e2e.cluster_process import ClusterProcess
+    from tests.faults.history import History
 
-INJECTED_WITHIN_SECONDS = 5.0
+INJECTED_WITHIN_SECONDS = 10.0
+POLL_SECONDS = 0.005
 
 
 class NotInjected(AssertionError):
     """The fault did not take place: the row proves nothing."""
+
+
+class Processes(Protocol):
+    """A cluster whose programs have names."""
+
+    def child(self, name: str) -> int: ...
 
 
 def process_state(pid: int) -> str:
@@ -37,19 +50,20 @@ def is_gone(pid: int) -> bool:
 
 
 def verify(condition: Callable[[], bool], what: str) -> None:
-    """Raises `NotInjected` when `condition` does not come true within five seconds."""
+    """Raises `NotInjected` when `condition` does not come true in time."""
     deadline = time.monotonic() + INJECTED_WITHIN_SECONDS
     while not condition():
         if time.monotonic() > deadline:
             raise NotInjected(what)
-        time.sleep(0.01)
+        time.sleep(POLL_SECONDS)
 
 
 @dataclass
 class Nemesis:
     """`log`: what was done to whom, in order. `heal` continues whatever is still stopped."""
 
-    cluster: ClusterProcess
+    cluster: Processes
+    history: History | None = None
     log: list[tuple[str, str, int]] = field(default_factory=list)
     stopped: set[int] = field(default_factory=set)
 
@@ -75,23 +89,31 @@ class Nemesis:
         self.stopped.discard(pid)
         self._note("continue", "", pid)
 
-    def who_stopped(self) -> int:
-        """The node that has stopped itself at a failpoint."""
-        found: list[int] = []
+    def who_stopped(self, names: Sequence[str]) -> str:
+        """The one of these programs that has stopped itself at a failpoint."""
+        found: list[tuple[str, int]] = []
 
         def look() -> bool:
-            found[:] = [pid for pid in self._nodes() if process_state(pid) == "T"]
+            pids = [(name, self.cluster.child(name)) for name in names]
+            found[:] = [(name, pid) for name, pid in pids if process_state(pid) == "T"]
             return bool(found)
 
         verify(look, "no node has stopped")
-        self.stopped.update(found)
-        return self._note("stopped at a failpoint", "", found[0])
+        self.stopped.update(pid for _, pid in found)
+        name, pid = found[0]
+        self._note("stopped at a failpoint", name, pid)
+        return name
 
     def gone(self, pids: Iterable[int]) -> list[int]:
         """Those that are not there any more."""
         gone = [pid for pid in pids if is_gone(pid)]
-        self.log.extend(("gone", "", pid) for pid in gone)
+        for pid in gone:
+            self._note("gone", "", pid)
         return gone
+
+    def note(self, what: str) -> None:
+        """Something else was done, by a proxy or an order."""
+        self._note(what, "", 0)
 
     def heal(self) -> None:
         for pid in list(self.stopped):
@@ -99,10 +121,30 @@ class Nemesis:
             if process_state(pid) == "T":
                 os.kill(pid, signal.SIGCONT)
 
-    def _nodes(self) -> list[int]:
-        roles = {"prefill", "decode"}
-        return [pid for pid in children_of(self.cluster.pid) if roles & set(command_line(pid))]
-
     def _note(self, what: str, name: str, pid: int) -> int:
         self.log.append((what, name, pid))
+        if self.history is not None:
+            self.history.record(NO_REQUEST, "fault", detail=f"{what} {name} {pid or ''}".strip())
         return pid
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """One fault of a schedule: after `pause_seconds`, do `what` to `name`."""
+
+    pause_seconds: float
+    what: str
+    name: str
+    lasts_seconds: float
+
+
+def draw_schedule(
+    seed: int, count: int, faults: Sequence[tuple[str, str]], *, pause: tuple[float, float]
+) -> list[Planned]:
+    """Random faults of these (what, name), the same for the same seed. What lasts, a stall or a
+    bad link, lasts for 1 to 8 seconds."""
+    draw = random.Random(seed)
+    return [
+        Planned(draw.uniform(*pause), *draw.choice(faults), draw.uniform(1.0, 8.0))
+        for _ in range(count)
+    ]

@@ -4,7 +4,8 @@ Life of a connection
     1. A client connects to `port`; the proxy connects to the target.
     2. Each way is pumped by its own task, which treats each piece by the `Faults` of that way as
        they are at that moment: `faults_up` towards the target, `faults_down` towards the client.
-       They may be replaced at any time, and `heal` puts both back.
+       They may be replaced at any time, and `heal` puts both back. What was held in a blackhole
+       passes then, late and whole, as TCP would send it again.
     3. The end of one way is passed on as FIN; RST ends both at once (SO_LINGER of zero).
 
 Offsets count the bytes of one connection and one way. `counters` is how a test verifies that its
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
 PIECE_BYTES = 1 << 14
+HEALED_POLL_SECONDS = 0.01
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,10 +37,11 @@ class Faults:
     delay_seconds: float = 0.0
     jitter_seconds: float = 0.0  # more delay, drawn from the seed
     bytes_per_second: float | None = None
-    is_blackholed: bool = False  # read and thrown away: no FIN, no RST
+    is_blackholed: bool = False  # nothing passes, no FIN and no RST, until it heals
     reset_after: int | None = None  # pass on that many bytes, then RST to both sides
     truncate_after: int | None = None  # pass on that many bytes, then FIN; the rest is thrown away
     flip_at: int | None = None  # one drawn bit of the byte there
+    duplicate_at: int | None = None  # the piece that has this byte passes twice
 
     @property
     def cut_at(self) -> int | None:
@@ -48,10 +51,15 @@ class Faults:
 
 class FaultProxy:
     """Counters: connections, bytes_up, bytes_down, and of each fault: delayed, held (for the
-    rate), blackholed (bytes), reset, truncated, flipped."""
+    rate), blackholed (bytes), reset, truncated, flipped, duplicated.
 
-    def __init__(self, host: str, port: int, *, seed: int) -> None:
+    `listen`: host and port of the proxy; port 0 takes a free one."""
+
+    def __init__(
+        self, host: str, port: int, *, seed: int, listen: tuple[str, int] = ("127.0.0.1", 0)
+    ) -> None:
         self._target = host, port
+        self._listen = listen
         self._random = random.Random(seed)
         self._ways: set[asyncio.Task[None]] = set()
         self._server: asyncio.Server | None = None
@@ -64,7 +72,7 @@ class FaultProxy:
         self.faults_up = self.faults_down = Faults()
 
     async def start(self) -> None:
-        self._server = await asyncio.start_server(self._accept, "127.0.0.1", 0, limit=PIECE_BYTES)
+        self._server = await asyncio.start_server(self._accept, *self._listen, limit=PIECE_BYTES)
         self.port = self._server.sockets[0].getsockname()[1]
 
     async def close(self) -> None:
@@ -130,20 +138,21 @@ class _Way:
                     await self._pass_on(bytearray(piece))
             if not self._is_cut and not self._writer.is_closing():
                 self._writer.write_eof()
-        except ConnectionError:
+        except OSError:
             for each in self._pair:
                 reset(each)
 
     async def _pass_on(self, piece: bytearray) -> None:
         await self._wait_for(len(piece))
+        await self._wait_in_blackhole(len(piece))
         faults, counters = self._faults, self._proxy.counters
-        if faults.is_blackholed:
-            counters["blackholed"] += len(piece)
-            return
         begin, self._num_bytes = self._num_bytes, self._num_bytes + len(piece)
         if faults.flip_at is not None and begin <= faults.flip_at < self._num_bytes:
             piece[faults.flip_at - begin] ^= self._proxy.draw_bit()
             counters["flipped"] += 1
+        if faults.duplicate_at is not None and begin <= faults.duplicate_at < self._num_bytes:
+            piece = piece + piece
+            counters["duplicated"] += 1
         if faults.cut_at is not None and self._num_bytes >= faults.cut_at:
             self._is_cut = True
             del piece[max(0, faults.cut_at - begin) :]
@@ -161,6 +170,12 @@ class _Way:
         if faults.bytes_per_second is not None:
             counters["held"] += 1
             await asyncio.sleep(num_bytes / faults.bytes_per_second)
+
+    async def _wait_in_blackhole(self, num_bytes: int) -> None:
+        if self._faults.is_blackholed:
+            self._proxy.counters["blackholed"] += num_bytes
+        while self._faults.is_blackholed:  # noqa: ASYNC110 (set by other threads)
+            await asyncio.sleep(HEALED_POLL_SECONDS)
 
     def _cut(self, *, by_reset: bool) -> None:
         if by_reset:

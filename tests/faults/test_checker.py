@@ -6,12 +6,20 @@ import os
 import signal
 import subprocess
 import sys
+from collections import Counter
+from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.faults.checker import violations
-from tests.faults.history import History
-from tests.faults.nemesis import NotInjected, is_gone, process_state, verify
+from tests.faults.accounts import Account, disagreements
+from tests.faults.checker import hung, violations, wrong_tokens
+from tests.faults.history import NO_REQUEST, History, read_history
+from tests.faults.leaks import Held, held_by_node, more_than
+from tests.faults.metrics import parse
+from tests.faults.nemesis import NotInjected, draw_schedule, is_gone, process_state, verify
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 ORACLE = {0: (5, 6, 7)}
 
@@ -87,3 +95,91 @@ def test_the_state_of_a_process_is_read_from_the_system() -> None:
     process.kill()
     verify(lambda: is_gone(process.pid), "not gone")
     process.communicate()
+
+
+def test_only_those_who_touched_the_fault_may_err_or_lose_their_connection() -> None:
+    failed = history_of(LOST, DONE)
+    assert violations(failed, ORACLE, may_err={0}) == []
+    assert violations(failed, ORACLE, may_err={1}) == ["request 0: erred, but touched no fault"]
+    broken = history_of(("tokens", (5,), ""), ("broken", (), "ReadError"))
+    assert violations(broken, ORACLE, may_break={0}) == []
+    wrong = history_of(("tokens", (6,), ""), ("broken", (), "ReadError"))
+    assert violations(wrong, ORACLE, may_break={0}) == ["request 0: token 0 is not the oracle's"]
+
+
+def test_requests_with_a_wrong_token_or_without_an_end_are_counted() -> None:
+    assert wrong_tokens(history_of(("tokens", (5, 7), ""), LOST), ORACLE) == 1
+    assert wrong_tokens(history_of(("tokens", (5, 6), ""), LOST), ORACLE) == 0
+    assert hung(history_of(("tokens", (5,), ""))) == 1
+    assert hung(history_of(("hung", (), ""))) == 1
+    assert hung(history_of(LOST)) == 0
+
+
+def test_a_history_is_read_back_as_it_was_written(tmp_path: Path) -> None:
+    history = history_of(("tokens", (5, 6, 7), ""), FINISHED, DONE)
+    history.record(NO_REQUEST, "fault", detail="kill decode-0 12")
+    path = tmp_path / "history.jsonl"
+    history.write(path)
+    again = read_history(path.read_text().splitlines())
+    assert again.events == history.events
+    assert (again.num_tokens, again.num_ended) == (3, 1)
+    assert violations(again, ORACLE) == []
+
+
+@pytest.mark.parametrize(
+    ("num_ended", "errors", "problem"),
+    [
+        (1, {"node_lost": 1}, None),
+        (0, {"node_lost": 1}, "1 requests sent, 0 counted"),
+        (1, {}, "1 clients saw node_lost, 0 are counted"),
+        (1, {"node_lost": 2}, "1 clients saw node_lost, 2 are counted"),
+        (1, {"node_lost": 1, "internal": 1}, "0 clients saw internal, 1 are counted"),
+        (1, {"node_lost": 1, "cancelled": 1}, "0 clients saw cancelled, 1 are counted"),
+    ],
+)
+def test_counters_that_differ_from_what_clients_saw_are_found(
+    num_ended: int, errors: dict[str, int], problem: str | None
+) -> None:
+    counted = Account(num_ended, Counter(errors), Counter())
+    found = disagreements(history_of(LOST, DONE), counted)
+    assert found == ([] if problem is None else [problem])
+
+
+IDLE_NODE = """
+baton_kv_blocks{state="free"} 90
+baton_kv_blocks{state="cached"} 10
+baton_kv_blocks{state="used"} 0
+baton_kv_blocks{state="quarantined"} 0
+baton_sequences_running 0
+baton_kv_transfers_in_flight 0
+"""
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ('baton_kv_blocks{state="used"} 1', "1 blocks used"),
+        ('baton_kv_blocks{state="quarantined"} 2', "2 blocks quarantined"),
+        ("baton_sequences_running 3", "baton_sequences_running is 3"),
+        ("baton_kv_transfers_in_flight 4", "baton_kv_transfers_in_flight is 4"),
+    ],
+)
+def test_what_a_node_still_holds_is_a_leak(line: str, problem: str) -> None:
+    assert list(held_by_node(parse(IDLE_NODE))) == []
+    name = line.rpartition(" ")[0]
+    text = "\n".join(line if old.startswith(name) else old for old in IDLE_NODE.splitlines())
+    assert list(held_by_node(parse(text))) == [problem]
+
+
+def test_descriptors_threads_and_tasks_beyond_a_bound_are_leaks() -> None:
+    idle = Held(num_descriptors=30, num_threads=10, num_tasks=5, resident_bytes=1)
+    assert list(more_than(idle, idle)) == []
+    grown = Held(num_descriptors=99, num_threads=99, num_tasks=99, resident_bytes=1)
+    assert len(list(more_than(idle, grown))) == 3
+
+
+def test_the_same_seed_draws_the_same_schedule() -> None:
+    faults = [("kill", "a"), ("stall", "b")]
+    first = draw_schedule(3, 20, faults, pause=(0.0, 1.0))
+    assert first == draw_schedule(3, 20, faults, pause=(0.0, 1.0))
+    assert first != draw_schedule(4, 20, faults, pause=(0.0, 1.0))

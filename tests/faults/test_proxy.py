@@ -14,7 +14,7 @@ from tests.faults.proxy import FaultProxy, Faults, fault_proxy
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-FAULTS = ("delayed", "held", "blackholed", "reset", "truncated", "flipped")
+FAULTS = ("delayed", "held", "blackholed", "reset", "truncated", "flipped", "duplicated")
 
 
 async def _echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -136,16 +136,26 @@ def test_a_blackhole_of_one_way_is_silence_until_it_heals(way: str) -> None:
         async with echo_through_proxy() as proxy:
             reader, writer = await asyncio.open_connection("127.0.0.1", proxy.port)
             setattr(proxy, f"faults_{way}", Faults(is_blackholed=True))
-            writer.write(b"lost")
+            writer.write(b"late")
             async with asyncio.timeout(10):
                 while proxy.counters["blackholed"] < 4:  # noqa: ASYNC110 (a counter, no event)
                     await asyncio.sleep(0.001)
+                assert proxy.counters["bytes_down"] == 0
                 proxy.heal()
                 writer.write(b"found")
-                assert await reader.readexactly(5) == b"found"
+                assert await reader.readexactly(9) == b"latefound"
             writer.close()
         assert injected(proxy) == {"blackholed": 4}
-        assert proxy.counters["bytes_up"] == (5 if way == "up" else 9)
+
+    asyncio.run(scenario())
+
+
+def test_a_duplicate_passes_its_piece_twice() -> None:
+    async def scenario() -> None:
+        async with echo_through_proxy() as proxy:
+            proxy.faults_down = Faults(duplicate_at=2)
+            assert await echoed(proxy, b"reply") == b"replyreply"
+        assert injected(proxy) == {"duplicated": 1}
 
     asyncio.run(scenario())
 

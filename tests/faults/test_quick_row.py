@@ -1,4 +1,4 @@
-"""The one row of the fault matrix that runs with every change. The others: `make faults`."""
+"""The rows of the fault matrix that run with every change. The others: `make faults`."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.faults.cluster_rows import running_rows
-from tests.faults.nemesis import Nemesis
+from tests.faults.cluster_rows import PREFILL, running_rows
+from tests.faults.kv_link import Order, Spoil
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -15,8 +15,28 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.e2e
 
 
-def test_a_prefill_node_that_dies_before_its_commit_costs_nobody_a_token(tmp_path: Path) -> None:
-    with running_rows("recompute", shots=tmp_path, seed=3) as rows:
-        history = rows.lose_prefill_node(Nemesis(rows.cluster), "prefill.before_commit")
+def test_a_lost_prefill_node_a_flipped_bit_and_a_killed_redis_cost_nobody_a_token(
+    tmp_path: Path,
+) -> None:
+    options = ("--no-enable-prefix-caching", "--kv-load-failure-policy", "recompute")
+    with running_rows(*options, "--max-num-batched-tokens", "128", folder=tmp_path) as rows:
+        history = rows.lose_prefill_node("prefill.before_commit")
+        rows.check(history)
+        assert history.codes() == set()
+        rows.check_recovered()
+
+        rows.spoil(Order(spoil=Spoil.FLIP), PREFILL)
+        with rows.load() as history:
+            rows.verify_spoiled(Spoil.FLIP)
+        rows.check(history)
+        assert history.codes() == set()
+        assert rows.counted("baton_kv_load_failures_total", reason="digest_mismatch") >= 1
+
+        with rows.load() as history:
+            history.wait_for_tokens(1)
+            rows.nemesis.kill("redis")
+            rows.cluster.redis.reap()
+            rows.cluster.redis.start()
+        rows.check(history)
         assert history.codes() == set()
         rows.check_recovered()

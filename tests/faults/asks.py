@@ -1,0 +1,67 @@
+"""What clients ask for, drawn from a seed: the same seed asks for the same."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from typing import Any
+
+FIRST_TOKEN, VOCABULARY = 10, 6000  # of the bundled model; its first ids are special
+DEADLINE_SECONDS = 60.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ask:
+    """One request. Its client leaves once it has `leaves_after` tokens, by FIN or by RST."""
+
+    number: int
+    prompt: tuple[int, ...]
+    num_tokens: int
+    is_stream: bool = True
+    temperature: float = 0.0
+    seed: int | None = None
+    deadline_seconds: float = DEADLINE_SECONDS
+    leaves_after: int | None = None
+    leaves_by_reset: bool = False
+
+    @property
+    def id(self) -> str:
+        """By which the gateway knows it, too."""
+        return f"ask-{self.number}"
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {
+            "x-request-id": self.id,
+            "x-request-deadline-ms": str(round(self.deadline_seconds * 1000)),
+        }
+
+    @property
+    def body(self) -> dict[str, Any]:
+        body: dict[str, Any] = {
+            "model": "pocket",
+            "prompt": list(self.prompt),
+            "max_tokens": self.num_tokens,
+            "temperature": self.temperature,
+            "ignore_eos": True,
+            "return_token_ids": True,
+            "stream": self.is_stream,
+        }
+        return body if self.seed is None else {**body, "seed": self.seed}
+
+
+def draw_prompt(draw: random.Random, low: int, high: int) -> tuple[int, ...]:
+    """Between `low` and `high` random tokens."""
+    count = draw.randrange(low, high + 1)
+    return tuple(draw.randrange(FIRST_TOKEN, VOCABULARY) for _ in range(count))
+
+
+def draw_asks(
+    seed: int, count: int, *, prompt: tuple[int, int] = (40, 160), num_tokens: int = 32
+) -> list[Ask]:
+    """Streams of prompts that have nothing in common."""
+    draw = random.Random(seed)
+    return [
+        Ask(number=number, prompt=draw_prompt(draw, *prompt), num_tokens=num_tokens)
+        for number in range(count)
+    ]

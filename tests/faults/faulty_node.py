@@ -1,0 +1,61 @@
+"""A node's program as `baton` starts it, with a KV link that a test can spoil (`kv_link`)."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import torch
+
+    from kv_transfer.agent import TransferAgent
+    from kv_transfer.config import KVTransferConfig
+
+ORDERS_VARIABLE = "BATON_TEST_KV_ORDERS"
+BLIND_VARIABLE = "BATON_TEST_BLIND"  # accept any digest: the control of what digests are for
+
+
+def spoil_links(folder: str) -> None:
+    """Every agent that is made from here on sends through links that follow our orders."""
+    from kv_transfer.agent import TransferAgent
+    from tests.faults.kv_link import SpoiledTransport
+
+    create = TransferAgent.create.__func__  # type: ignore[attr-defined]
+
+    def spoiled(
+        cls: type[TransferAgent], pools: Sequence[torch.Tensor], config: KVTransferConfig
+    ) -> TransferAgent:
+        agent: TransferAgent = create(cls, pools, config)
+        agent.transport = SpoiledTransport(agent.transport, folder)
+        return agent
+
+    TransferAgent.create = classmethod(spoiled)  # type: ignore[assignment, method-assign]
+
+
+def accept_any_digest() -> None:
+    from kv_transfer.receiving import receiver_session
+
+    class Blind:
+        @staticmethod
+        def array_equal(_: object, __: object) -> bool:
+            return True
+
+    receiver_session.np = Blind  # type: ignore[attr-defined, assignment]
+
+
+def main() -> int:
+    if folder := os.environ.get(ORDERS_VARIABLE):
+        spoil_links(folder)
+    if os.environ.get(BLIND_VARIABLE):
+        accept_any_digest()
+    from baton.__main__ import main as baton
+
+    result: object = baton()
+    return result if isinstance(result, int) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

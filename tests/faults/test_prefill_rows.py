@@ -1,0 +1,126 @@
+"""Rows P1 to P4, P6 and P7 of the fault matrix: prefill nodes that die, stand still, come back,
+are slow, or send KV that is not what was asked for. P5 is in `test_small_pools`."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.e2e.cluster_process import eventually
+from tests.faults.cluster_rows import DECODE, PREFILL, SIZES, Rows, running_rows
+from tests.faults.kv_link import Order, Spoil
+from tests.faults.nemesis import NotInjected, verify
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+pytestmark = pytest.mark.faults
+SUSPECT_AFTER = 3  # corrupt frames
+
+
+@pytest.mark.parametrize("place", ["prefill.after_chunk", "prefill.before_commit"])
+def test_p1_a_prefill_node_dies_before_its_commit(rows: Rows, policy: str, place: str) -> None:
+    history = rows.lose_prefill_node(place)
+    rows.check(history)
+    assert policy == "fail" or not history.codes()
+    rows.check_recovered()
+
+
+def test_p2_a_prefill_node_dies_after_its_commit_and_nobody_notices(rows: Rows) -> None:
+    history = rows.lose_prefill_node("prefill.after_commit", count=1)
+    rows.check(history)
+    assert history.codes() == set()
+    rows.check_recovered()
+
+
+def test_p3_a_prefill_node_stands_still_in_a_transfer_and_wakes_when_it_was_given_up(
+    rows: Rows, policy: str
+) -> None:
+    rows.shoot("prefill.after_frame")
+    with rows.load() as history:
+        name = rows.nemesis.who_stopped(PREFILL)
+        pid = rows.cluster.child(name)
+    rows.check(history)
+    assert policy == "fail" or not history.codes()
+    with rows.load(count=3) as meanwhile:  # its blocks on the decode node are somebody else's
+        pass
+    rows.check(meanwhile)
+    with rows.load() as after:
+        rows.nemesis.resume(pid)
+    rows.check(after)
+    rows.check_recovered()
+
+
+def test_p4_a_slow_prefill_node_loses_nothing(rows: Rows) -> None:
+    rows.spoil(Order(spoil=Spoil.DELAY, shots=1000, seconds=0.2), PREFILL[:1])
+    with rows.load() as history:
+        rows.verify_spoiled(Spoil.DELAY, 2)
+    rows.check(history)
+    assert history.codes() == set()
+    rows.check_recovered()
+
+
+def test_p6_a_prefill_node_that_comes_back_to_its_address_is_another(rows: Rows) -> None:
+    before = rows.cluster.nodes()["prefill-0"]
+    with rows.load() as history:
+        history.wait_for_tokens(1)
+        rows.nemesis.kill("prefill-0")
+    rows.check(history)
+    eventually(rows.cluster.is_whole, 60)
+    after = rows.cluster.nodes()["prefill-0"]
+    assert after["grpc_address"] == before["grpc_address"]
+    assert after["incarnation"] != before["incarnation"]
+    rows.check_recovered()
+
+
+@pytest.mark.parametrize("spoil", [Spoil.FLIP, Spoil.SWAP, Spoil.STALE, Spoil.NAN])
+def test_p7_corrupt_kv_is_never_read_and_its_sender_is_named(
+    rows: Rows, policy: str, spoil: Spoil
+) -> None:
+    failures = "baton_kv_load_failures_total"
+    before = rows.counted(failures, reason="digest_mismatch", policy=policy)
+    rows.spoil(Order(spoil=spoil, shots=SUSPECT_AFTER), PREFILL[:1])
+    with rows.load() as history:
+        rows.verify_spoiled(spoil)
+    with rows.load() as more:
+        rows.verify_spoiled(spoil, SUSPECT_AFTER)
+    for each in (history, more):
+        rows.check(each)
+        assert policy == "fail" or not each.codes()
+    assert rows.counted(failures, reason="digest_mismatch", policy=policy) > before
+    suspects = rows.counted("baton_kv_suspect_peer", peer=PREFILL[0])
+    corrupt = [rows.counted("baton_kv_corrupt_frames_total", [name]) for name in DECODE]
+    assert suspects == sum(count >= SUSPECT_AFTER for count in corrupt)
+    rows.check_recovered()
+
+
+def test_an_order_that_no_frame_meets_is_a_miss_that_shows(plain_rows: Rows) -> None:
+    plain_rows.spoil(Order(spoil=Spoil.FLIP, skip=1_000_000))
+    with plain_rows.load() as history:
+        pass
+    plain_rows.check(history)
+    with pytest.raises(NotInjected):
+        plain_rows.verify_spoiled(Spoil.FLIP)
+    plain_rows.heal()
+
+
+def test_without_the_digests_the_oracle_sees_the_wrong_tokens(tmp_path: Path) -> None:
+    """The control of P7, K4 and of the oracle itself: what digests keep out does harm."""
+    blind = {name: {"BATON_TEST_BLIND": "1"} for name in DECODE}
+    options = ("--no-enable-prefix-caching", "--max-num-batched-tokens", "128")
+    with running_rows(*options, folder=tmp_path, sizes=SIZES, node_env=blind) as rows:
+        rows.spoil(Order(spoil=Spoil.STALE, shots=1000))
+        with rows.load() as history:
+            rows.verify_spoiled(Spoil.STALE, 2)
+        with pytest.raises(AssertionError, match="is not the oracle's"):
+            rows.check(history)
+
+
+def test_a_node_that_was_not_killed_or_stopped_is_a_miss_that_shows(plain_rows: Rows) -> None:
+    with pytest.raises(NotInjected):
+        plain_rows.nemesis.resume(plain_rows.cluster.child("prefill-0"))
+    assert plain_rows.nemesis.gone(plain_rows.cluster.pids().values()) == []
+    with pytest.raises(NotInjected):
+        verify(lambda: os.getpid() == 0, "nothing was done")
