@@ -28,7 +28,9 @@ class HostMoves:
 
     def __init__(self, pools: Sequence[torch.Tensor]) -> None:
         self._pools = pools
-        self._words = _as_words(pools[0]) if len(pools) == 1 else None
+        self._words: NDArray[np.generic] | None = None
+        if len(pools) == 1 and pools[0].device.type == "cpu":
+            self._words = _as_words(pools[0])
 
     @property
     def digest_kinds(self) -> tuple[DigestKind, ...]:
