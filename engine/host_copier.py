@@ -114,16 +114,20 @@ class HostCopier:
     def _move_here(
         self, kind: CopyKind, slots: Sequence[int], block_ids: Sequence[int]
     ) -> list[int]:
-        digests = []
-        for slot, block_id in zip(slots, block_ids, strict=True):
-            block = self.slots[slot].view(1, *self._block_shape)
-            ids = torch.tensor([block_id])
+        digests = np.empty(len(slots), dtype=np.int64)
+        order = np.argsort(slots, kind="stable")  # many lie side by side, and move at once
+        for begin, end in runs([slots[i] for i in order]):
+            piece = order[begin:end]
+            first, size = slots[piece[0]], end - begin
+            blocks = self.slots[first : first + size].view(size, *self._block_shape)
+            ids = torch.tensor([block_ids[i] for i in piece])
             if kind is CopyKind.SAVE:
-                self._pack(ids, block)
-            digests.append(int(block_digests(block, 1)))
+                self._pack(ids, blocks)
+            digests[piece] = block_digests(blocks, size).numpy()
             if kind is CopyKind.LOAD:
-                self._unpack(block, ids)
-        return digests
+                self._unpack(blocks, ids)
+        result: list[int] = digests.tolist()
+        return result
 
     # ---- on a GPU -----------------------------------------------------------------------------
 
