@@ -18,6 +18,7 @@ from cluster.request import (
     FinishReason,
     Handoff,
     KVLoadFailurePolicy,
+    PrefixHolder,
     SamplingParams,
     SequenceRequest,
     TokenDelta,
@@ -156,6 +157,7 @@ def encode_handoff(handoff: Handoff) -> pb.Handoff:
         decode_address=handoff.decode_address,
         gateway_id=handoff.gateway_id,
         kv_load_failure_policy=handoff.kv_load_failure_policy,
+        holder=None if handoff.holder is None else _encode_holder(handoff.holder),
     )
 
 
@@ -167,6 +169,24 @@ def decode_handoff(message: pb.Handoff) -> Handoff:
         decode_address=checked_id("decode_address", message.decode_address),
         gateway_id=checked_id("gateway_id", message.gateway_id),
         kv_load_failure_policy=decode_policy(message.kv_load_failure_policy),
+        holder=_decode_holder(message.holder) if message.HasField("holder") else None,
+    )
+
+
+def _encode_holder(holder: PrefixHolder) -> pb.PrefixHolder:
+    return pb.PrefixHolder(
+        name=holder.node.name,
+        incarnation=holder.node.incarnation,
+        address=holder.address,
+        num_tokens=holder.num_tokens,
+    )
+
+
+def _decode_holder(message: pb.PrefixHolder) -> PrefixHolder:
+    return PrefixHolder(
+        _decode_node_id(message.name, message.incarnation),
+        checked_id("address", message.address),
+        message.num_tokens,
     )
 
 

@@ -1,4 +1,4 @@
-"""The gRPC face that every node has: Describe, Session, Control, Inspect.
+"""The gRPC face that every node has: Describe, Session, Control, Inspect, FetchPrefix.
 
 Life of a session (one per gateway and node)
     1. The gateway opens the stream and says hello; another protocol version is refused.
@@ -28,7 +28,7 @@ from cluster.codec import (
     decode_sequence,
     encode_error,
 )
-from cluster.errors import HandshakeMismatch, InvalidRequest, ServingError
+from cluster.errors import HandshakeMismatch, InvalidRequest, NodeUnavailable, ServingError
 from cluster.proto import node_pb2 as pb
 from cluster.proto import node_pb2_grpc
 from cluster.request import Handoff, SequenceRequest, TokenDelta
@@ -63,11 +63,27 @@ class Standing(Protocol):
         """Carry out an operator's order; the state after it. Raises `InvalidRequest`."""
 
 
+class PrefixSource(Protocol):
+    """Where other nodes may fetch what is cached here."""
+
+    async def send(self, prefix: SequenceRequest, handoff: Handoff) -> int:
+        """Begin to send it to the node that `handoff` names; how many tokens of it are sent.
+        Raises a `ServingError` when none are to be had."""
+
+
 class NodeService(node_pb2_grpc.NodeServicer):
-    def __init__(self, handler: Handler, hub: SessionHub, member: Standing) -> None:
+    def __init__(
+        self,
+        handler: Handler,
+        hub: SessionHub,
+        member: Standing,
+        prefixes: PrefixSource | None = None,
+    ) -> None:
+        """`prefixes` None: nothing is given away."""
         self._handler = handler
         self._hub = hub
         self._member = member
+        self._prefixes = prefixes
 
     async def Describe(self, request: pb.DescribeRequest, context: Any) -> pb.NodeDescription:
         return self._member.description()
@@ -79,6 +95,14 @@ class NodeService(node_pb2_grpc.NodeServicer):
 
     async def Inspect(self, request: pb.InspectRequest, context: Any) -> pb.InspectReply:
         return await self._handler.inspect()
+
+    async def FetchPrefix(
+        self, request: pb.FetchPrefixRequest, context: Any
+    ) -> pb.FetchPrefixReply:
+        if self._prefixes is None:
+            raise NodeUnavailable("This node gives no prefixes away.", reason="not_offered")
+        prefix, handoff = decode_sequence(request.sequence), decode_handoff(request.handoff)
+        return pb.FetchPrefixReply(num_tokens=await self._prefixes.send(prefix, handoff))
 
     async def Session(
         self, frames: AsyncIterator[pb.GatewayFrame], context: grpc.aio.ServicerContext

@@ -106,12 +106,22 @@ class KVLoadFailurePolicy(StrEnum):
     RECOMPUTE = "recompute"  # the decode node computes the missing suffix, inside a budget
 
 
+@dataclass(frozen=True, slots=True)
+class PrefixHolder:
+    """A node that is believed to have the first `num_tokens` tokens of a prompt cached."""
+
+    node: NodeId
+    address: str  # "host:port" of its control plane
+    num_tokens: int
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Handoff:
     """Where a prefill node sends the KV of one sequence.
 
     `transfer_id` is 16 random bytes, new for each attempt. `gateway_id` names the session at
-    the decode node that gets the tokens.
+    the decode node that gets the tokens. `holder` has more of the prompt cached than the prefill
+    node itself; None: nobody is known to.
     """
 
     transfer_id: bytes
@@ -120,6 +130,7 @@ class Handoff:
     decode_address: str  # "host:port" of its control plane
     gateway_id: str
     kv_load_failure_policy: KVLoadFailurePolicy = KVLoadFailurePolicy.FAIL
+    holder: PrefixHolder | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from cluster.node import NodeRole
 from cluster.node_process import run_node
 from cluster.node_service import NodeService
 from cluster.proto import node_pb2_grpc
+from cluster.rpc import open_channel
 from decode_node.loop import DecodeObserver
 from decode_node.recompute import RecomputeBudget
 from decode_node.reservations import Reservations
@@ -25,6 +26,7 @@ from engine.cache_report import cache_changes
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.facts import node_info
+from engine.held_prefix import hold_prefix
 from engine.load import LoadSnapshot
 from engine.loop import EngineLoop
 from engine.metrics import engine_collectors
@@ -34,6 +36,8 @@ from kv_transfer.handshake import Compatibility
 from kv_transfer.metrics import TransferCollector
 from kv_transfer.receiving.kv_session import KvReceiverService
 from kv_transfer.receiving.receiver import KVReceiver
+from kv_transfer.sending.prefixes import HeldPrefix, PrefixSender
+from kv_transfer.sending.sender import KVSender
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -44,6 +48,7 @@ if TYPE_CHECKING:
     from cluster.config import LoadedConfig
     from cluster.member import Member
     from cluster.node import NodeId, NodeLoad
+    from cluster.request import SequenceRequest
     from cluster.rpc import SessionHub
     from cluster.startup import StartupReport
 
@@ -102,12 +107,20 @@ class DecodeNode:
             on_idle=self._snapshot.take,
             start_copies=engine.start_copies,
         )
+        compatibility = Compatibility(PROTOCOL_VERSION, self.info.compatibility_hash)
         self._receiver = KVReceiver(
-            node_id=node_id,
-            compatibility=Compatibility(PROTOCOL_VERSION, self.info.compatibility_hash),
-            agent=agent,
-            source=self.handler,
+            node_id=node_id, compatibility=compatibility, agent=agent, source=self.handler
         )
+        self._prefixes = PrefixSender(self._hold_prefix, self.info.block_size)
+        self._sender = KVSender(
+            node_id=node_id,
+            compatibility=compatibility,
+            agent=agent,
+            block_size=self.info.block_size,
+            events=self._prefixes,
+            open_channel=open_channel,
+        )
+        self._prefixes.bind(self._sender)
 
     def sources(self, on_replaced: Callable[[], None]) -> MemberSources:
         """What its membership tells the cluster."""
@@ -121,7 +134,8 @@ class DecodeNode:
         )
 
     def add_services(self, server: grpc.aio.Server, member: Member) -> None:
-        service = NodeService(self.handler, self.hub, member)
+        prefixes = self._prefixes if self._agent.config.fetch_prefixes else None
+        service = NodeService(self.handler, self.hub, member, prefixes)
         node_pb2_grpc.add_NodeServicer_to_server(service, server)
         node_pb2_grpc.add_KvReceiverServicer_to_server(KvReceiverService(self._receiver), server)
 
@@ -131,18 +145,28 @@ class DecodeNode:
         registry.register(TransferCollector(self._agent.stats, transports=sources.transports))
 
     async def start(self, member: Member) -> None:
+        self._member = member
         self.handler.bind(self.loop, self._receiver, member)
         self.loop.start()
         await self._receiver.start()
+        await self._sender.start()
 
     async def close(self) -> None:
+        await self._sender.close()
         await self._receiver.close()
         self.loop.stop()
         await self._agent.close()
         self.engine.close()
 
+    async def _hold_prefix(self, prefix: SequenceRequest) -> HeldPrefix:
+        hold = await hold_prefix(
+            self.loop, self.engine.block_manager, prefix, self._member.model_key
+        )
+        return HeldPrefix(hold.block_ids, lambda: self.loop.call(hold.release))
+
     def _is_idle(self) -> bool:
-        return self.handler.num_streams == 0 and self._receiver.num_transfers == 0
+        num_transfers = self._receiver.num_transfers + self._sender.num_transfers
+        return self.handler.num_streams == 0 and num_transfers == 0
 
     def _load(self) -> NodeLoad:
         return replace(

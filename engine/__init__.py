@@ -4,7 +4,7 @@ a step       loop -> engine -> step_pipeline -> model_runner; schedule says what
 inputs       prompts: batch, block_tables; decoding rows: decode_rows, row_inputs, cuda_graphs
 tokens       sampler, by sampling_plan, penalties and logprobs; stopping
 KV           kv_cache (tensors), block_manager over prefix_cache and reservation (numbers only);
-             cache_journal (what others are told), block_audit
+             cache_journal (what others are told), steps_in_flight, held_prefix, block_audit
 host memory  host_blocks (what moves when) over host_tier (slots); host_copier moves the bytes
 sequences    sequence, waiting_queue
 weights      weights (files) -> stored_matrices (layouts) -> weight_views (memory to fill);

@@ -22,15 +22,16 @@ Not thread-safe: the engine's thread owns it, and holds and reservations are rel
 
 from __future__ import annotations
 
-from collections import deque
+from itertools import takewhile
 from typing import TYPE_CHECKING
 
 from engine import block_audit
 from engine.cache_journal import CacheEvents, CacheJournal
 from engine.host_blocks import HostBlocks
-from engine.host_tier import HostTier
+from engine.host_tier import HostEntry, HostTier
 from engine.prefix_cache import Block, BlockAccountingError, PrefixCache
 from engine.reservation import Hold, Reservation
+from engine.steps_in_flight import StepsInFlight
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -72,9 +73,7 @@ class BlockManager:
         self._holds: dict[Hold, None] = {}
         self._reservations: dict[Reservation, None] = {}
         self._num_releases = 0
-        self._num_launched = 0  # steps, since the start
-        self._num_collected = 0
-        self._leaving: deque[tuple[int, list[int]]] = deque()  # steps to collect before, a table
+        self._steps = StepsInFlight()
 
     # ---- counts -------------------------------------------------------------------------
 
@@ -111,6 +110,10 @@ class BlockManager:
         found = self._cache.match(block_hashes, len(block_hashes))
         return [block.block_id for block in found]
 
+    def num_cached(self, block_hashes: SequenceOf[BlockHash]) -> int:
+        """How many of these, from the first on, are on any tier."""
+        return sum(1 for _ in takewhile(self._journal.__contains__, block_hashes))
+
     def allocate(self, sequence: Sequence, num_tokens: int, *, headroom: int = 0) -> bool:
         """Make the block table cover `num_tokens` tokens. False, and no change, if it cannot,
         or if fewer than `headroom` blocks would be left to take.
@@ -135,7 +138,10 @@ class BlockManager:
         if sequence.num_registered_blocks >= num_full_blocks:
             return
         if self.enable_prefix_caching and sequence.is_cacheable:
-            self._register(sequence, num_full_blocks)
+            sequence.extend_block_hashes()
+            new = range(sequence.num_registered_blocks, num_full_blocks)
+            self._register(sequence.block_table, sequence.block_hashes, new)
+            sequence.num_registered_blocks = num_full_blocks
 
     def free(self, sequence: Sequence) -> None:
         """Drop the sequence's references, at the latest when the steps launched so far are
@@ -147,10 +153,8 @@ class BlockManager:
         sequence.num_computed_tokens = 0
         sequence.num_registered_blocks = 0
         sequence.is_cacheable = True
-        if self._num_launched == self._num_collected:
+        if table and not self._steps.keeps(table):
             self._release(table)
-        elif table:
-            self._leaving.append((self._num_launched, table))
 
     def preempt(self, sequence: Sequence) -> None:
         """`free`, for a sequence that will want its KV again; nothing is in flight. It goes to
@@ -161,15 +165,12 @@ class BlockManager:
 
     def step_launched(self) -> None:
         """A step works on blocks from now on, until `step_collected`. Steps end in order."""
-        self._num_launched += 1
+        self._steps.launched()
 
     def step_collected(self) -> None:
         """The oldest of the launched steps does not touch blocks any more."""
-        if self._num_collected == self._num_launched:
-            raise BlockAccountingError("No step is launched.")
-        self._num_collected += 1
-        while self._leaving and self._leaving[0][0] <= self._num_collected:
-            self._release(self._leaving.popleft()[1])
+        for table in self._steps.collected():
+            self._release(table)
 
     # ---- transfers ----------------------------------------------------------------------
 
@@ -208,6 +209,13 @@ class BlockManager:
         """`Reservation.cancel` alone calls this."""
         del self._reservations[reservation]
         self._release(reservation.block_ids)
+
+    def cache(self, reservation: Reservation, block_hashes: Iterable[BlockHash]) -> None:
+        """`Reservation.keep` alone calls this."""
+        if reservation.is_cacheable:
+            hashes = tuple(block_hashes)
+            self._register(reservation.block_ids, hashes, range(len(hashes)))
+        self.drop_reservation(reservation)
 
     def hand_over(
         self, reservation: Reservation, sequence: Sequence, num_computed_tokens: int
@@ -276,9 +284,7 @@ class BlockManager:
         """Whether `allocate` would begin a load for this sequence, which has no blocks."""
         if self._host is None:
             return False
-        limit = (sequence.num_tokens - 1) // self.block_size
-        num_found = len(self._cache.match(sequence.block_hashes, limit))
-        return bool(self._host.find(sequence, num_found, limit))
+        return bool(self._find(sequence)[1])
 
     def num_references(self, block_id: int) -> int:
         return self._blocks[block_id].ref_count
@@ -292,7 +298,7 @@ class BlockManager:
     def check_integrity(self) -> None:
         """Raise `BlockAccountingError` if the books do not balance. O(num_blocks)."""
         tables = [sequence.block_table for sequence in self._sequences]
-        tables += [table for _, table in self._leaving]
+        tables += self._steps.tables()
         tables += [list(owner.block_ids) for owner in self._transfers()]
         for sequence in self._sequences:
             block_audit.check_sequence(sequence, self.block_size)
@@ -310,10 +316,8 @@ class BlockManager:
     def _allocate_first(self, sequence: Sequence, num_tokens: int, headroom: int) -> bool:
         if sequence.num_computed_tokens:
             raise BlockAccountingError(f"{sequence!r} lost its blocks unnoticed.")
-        limit = (sequence.num_tokens - 1) // self.block_size
         sequence.extend_block_hashes()
-        found = self._cache.match(sequence.block_hashes, limit)
-        entries = [] if self._host is None else self._host.find(sequence, len(found), limit)
+        found, entries = self._find(sequence)
         if entries is None:
             return False
         num_blocks = self.num_blocks_for(num_tokens)
@@ -330,6 +334,12 @@ class BlockManager:
         if self._host is not None and entries:
             self._host.load(sequence, entries)
         return True
+
+    def _find(self, sequence: Sequence) -> tuple[list[Block], list[HostEntry] | None]:
+        """What the pool has of its beginning, and what host memory has behind that."""
+        limit = (sequence.num_tokens - 1) // self.block_size
+        found = self._cache.match(sequence.block_hashes, limit)
+        return found, self._host.find(sequence, len(found), limit) if self._host else []
 
     def _acquire(self, found: list[Block], num_blocks: int, headroom: int = 0) -> list[int] | None:
         """References to `found`, then to new blocks up to `num_blocks` in all."""
@@ -389,19 +399,18 @@ class BlockManager:
         if self._host is not None:
             (self._host.evicted if is_eviction else self._host.forgotten)(blocks)
 
-    def _register(self, sequence: Sequence, num_full_blocks: int) -> None:
-        """Register the blocks not registered yet, each after its parent.
+    def _register(
+        self, table: SequenceOf[int], hashes: SequenceOf[BlockHash], indices: range
+    ) -> None:
+        """Name the blocks at `indices` that have no namesake yet, each after its parent.
 
         A parent may have been evicted since (another sequence's copy was registered, and this
         one has its own): then start again at the first ancestor that is missing.
         """
-        sequence.extend_block_hashes()
-        hashes = sequence.block_hashes
-        first = sequence.num_registered_blocks
+        first = indices.start
         while first > 0 and hashes[first - 1] not in self._cache:
             first -= 1
-        for index in range(first, num_full_blocks):
+        for index in range(first, indices.stop):
             if hashes[index] not in self._cache:
-                block = self._blocks[sequence.block_table[index]]
-                self._cache.register(block, hashes[index], hashes[index - 1] if index else None)
-        sequence.num_registered_blocks = num_full_blocks
+                parent = hashes[index - 1] if index else None
+                self._cache.register(self._blocks[table[index]], hashes[index], parent)

@@ -4,7 +4,7 @@ A block in transfer belongs to the transfer. "Freed while a peer reads or writes
 said here: blocks come back only through the object that its owner was given.
 
 Life of a hold:        hold -> release (again: nothing happens)
-Life of a reservation: reserve -> attach, once, or cancel (again, or after attach: nothing)
+Life of a reservation: reserve -> attach or keep, once, or cancel (again, or after: nothing)
 """
 
 from __future__ import annotations
@@ -15,6 +15,9 @@ from typing import TYPE_CHECKING, Protocol
 from engine.prefix_cache import BlockAccountingError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from cluster.prefix_hash import BlockHash
     from engine.sequence import Sequence
 
 
@@ -23,6 +26,7 @@ class Keeper(Protocol):
 
     def drop_hold(self, hold: Hold) -> None: ...
     def drop_reservation(self, reservation: Reservation) -> None: ...
+    def cache(self, reservation: Reservation, block_hashes: Iterable[BlockHash]) -> None: ...
     def hand_over(
         self, reservation: Reservation, sequence: Sequence, num_computed_tokens: int
     ) -> None: ...
@@ -60,6 +64,7 @@ class Hold:
 class ReservationState(Enum):
     OPEN = "open"
     ATTACHED = "attached"
+    KEPT = "kept"
     CANCELLED = "cancelled"
 
 
@@ -116,8 +121,16 @@ class Reservation:
         self._keeper.hand_over(self, sequence, computed)
         self.state = ReservationState.ATTACHED
 
+    def keep(self, block_hashes: Iterable[BlockHash]) -> None:
+        """Give the blocks to the prefix cache, each under its hash: their KV is in place and
+        verified, and nobody runs on it yet. Raises `BlockAccountingError` unless open."""
+        if self.state is not ReservationState.OPEN:
+            raise BlockAccountingError(f"{self!r} cannot be kept.")
+        self.state = ReservationState.KEPT
+        self._keeper.cache(self, block_hashes)
+
     def cancel(self) -> None:
-        """Give the blocks back. Idempotent; nothing happens once attached."""
+        """Give the blocks back. Idempotent; nothing happens once attached or kept."""
         if self.state is ReservationState.OPEN:
             self.state = ReservationState.CANCELLED
             self._keeper.drop_reservation(self)

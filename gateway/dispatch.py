@@ -136,6 +136,7 @@ class Dispatcher:
                 decode_address=decode.grpc_address,
                 gateway_id=self._gateway_id,
                 kv_load_failure_policy=active.stream.kv_load_failure_policy,
+                holder=active.placement.holder,
             )
         return pb.GatewayFrame(
             submit=pb.Submit(

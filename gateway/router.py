@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 
 from cluster.errors import NodeUnavailable
 from cluster.node import NodeInfo, NodeRole, NodeState
+from cluster.request import PrefixHolder
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -74,34 +75,40 @@ class CandidateCost:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Placement:
-    """`prefill` None: the decode node does all of it."""
+    """`prefill` None: the decode node does all of it. `holder`: has more of the prompt cached than
+    the prefill node, which may fetch it from there."""
 
     prefill: NodeInfo | None
     decode: NodeInfo
     costs: tuple[CandidateCost, ...] = ()
+    holder: PrefixHolder | None = None
 
 
 def choose(
     candidates: Iterable[Candidate], demand: Demand, *, local_prefill_tokens: int = 0
 ) -> Placement:
     """The cheapest pair; `NodeUnavailable` when there is none."""
-    pairs: list[tuple[float, Candidate, Candidate]] = []
+    pairs: list[tuple[float, Candidate, Candidate, PrefixHolder | None]] = []
     costs: list[CandidateCost] = []
     for prefill_nodes, decode_nodes in _pools(candidates):
         prefill_cost, prefill = _cheapest(prefill_nodes, demand, costs)
         decode_cost, decode = _cheapest(decode_nodes, demand, costs)
-        pairs.append((prefill_cost + decode_cost, prefill, decode))
+        holder = _holder([*prefill_nodes, *decode_nodes], prefill)
+        pairs.append((prefill_cost + decode_cost, prefill, decode, holder))
     if not pairs:
         raise NodeUnavailable(
             "No pair of prefill and decode nodes is ready.",
             reason="no_pair",
             retry_after_seconds=_RETRY_SECONDS,
         )
-    _, prefill, decode = min(pairs, key=lambda pair: pair[0])
+    _, prefill, decode, holder = min(pairs, key=lambda pair: pair[0])
     num_uncached = demand.num_prompt_tokens - decode.num_cached_tokens
     is_local = num_uncached <= local_prefill_tokens
     return Placement(
-        prefill=None if is_local else prefill.node, decode=decode.node, costs=tuple(costs)
+        prefill=None if is_local else prefill.node,
+        decode=decode.node,
+        costs=tuple(costs),
+        holder=holder,
     )
 
 
@@ -130,6 +137,14 @@ def _pools(
             pool = pools.setdefault(candidate.node.compatibility_hash, ([], []))
             pool[candidate.node.role is NodeRole.DECODE].append(candidate)
     return [pool for pool in pools.values() if pool[0] and pool[1]]
+
+
+def _holder(nodes: Iterable[Candidate], prefill: Candidate) -> PrefixHolder | None:
+    """Who has most of the prompt cached, if that is more than the prefill node has."""
+    best = max(nodes, key=lambda candidate: candidate.num_cached_tokens)
+    if best.num_cached_tokens <= prefill.num_cached_tokens:
+        return None
+    return PrefixHolder(best.node.id, best.node.grpc_address, best.num_cached_tokens)
 
 
 def _cheapest(

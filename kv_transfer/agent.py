@@ -8,6 +8,7 @@ Life of an agent
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING
 
 import torch
@@ -73,6 +74,18 @@ class TransferAgent:
             config.require_transport, transport.available, on_device=device.type == "cuda"
         )
         return cls(pools, config, transport)
+
+    def beside(self, num_slots: int) -> TransferAgent:
+        """The same agent with `num_slots` staging slots apart from the others: for who receives
+        while another part of this process sends, so that neither can starve the other."""
+        other = copy.copy(self)
+        other.staging = Staging(
+            slot_bytes=self.staging.slot_bytes,
+            num_slots=num_slots,
+            limits=self.limits,
+            device=self.pool.device,
+        )
+        return other
 
     @property
     def transports_in_use(self) -> tuple[str, ...]:

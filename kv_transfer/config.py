@@ -74,6 +74,12 @@ class KVTransferConfig:
         group=_TRANSFER,
         advanced=True,
     )
+    fetch_prefixes: bool = option(
+        False,
+        help="Let prefill nodes fetch a prefix that another node has cached when that is quicker "
+        "than computing it, and give away what is cached here. Set it on all nodes.",
+        group=_TRANSFER,
+    )
     max_recomputes: int = option(
         4,
         help="Sequences whose lost KV a decode node computes itself at a time, where the policy "

@@ -22,6 +22,7 @@ from engine.cache_report import cache_changes
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.facts import node_info
+from engine.held_prefix import hold_prefix
 from engine.load import LoadSnapshot
 from engine.loop import EngineLoop
 from engine.metrics import engine_collectors
@@ -29,9 +30,15 @@ from kv_transfer.agent import TransferAgent
 from kv_transfer.config import KVTransferConfig
 from kv_transfer.handshake import Compatibility
 from kv_transfer.metrics import TransferCollector
+from kv_transfer.receiving.kv_session import KvReceiverService
+from kv_transfer.receiving.receiver import KVReceiver
+from kv_transfer.sending.prefixes import HeldPrefix, PrefixSender
 from kv_transfer.sending.sender import KVSender
+from prefill_node.fetch_estimate import FetchEstimate
 from prefill_node.layer_groups import CPU_GROUP_BYTES, GPU_GROUP_BYTES
 from prefill_node.loop import LayerFacts, PrefillObserver
+from prefill_node.metrics import FetchCollector
+from prefill_node.prefix_fetches import PrefixFetches
 from prefill_node.scheduler import PrefillScheduler
 from prefill_node.service import PrefillHandler
 
@@ -44,8 +51,12 @@ if TYPE_CHECKING:
     from cluster.config import LoadedConfig
     from cluster.member import Member
     from cluster.node import NodeId, NodeLoad
+    from cluster.request import SequenceRequest
     from cluster.rpc import SessionHub
     from cluster.startup import StartupReport
+
+
+NUM_FETCH_SLOTS = 2  # staging slots for prefixes that come here
 
 
 class PrefillNode:
@@ -89,14 +100,30 @@ class PrefillNode:
             layer_hook=self._observer.layer_hook,
             start_copies=engine.start_copies,
         )
+        compatibility = Compatibility(PROTOCOL_VERSION, self.info.compatibility_hash)
+        self._prefixes = PrefixSender(self._hold_prefix, self.info.block_size, self.handler)
         self._sender = KVSender(
             node_id=node_id,
-            compatibility=Compatibility(PROTOCOL_VERSION, self.info.compatibility_hash),
+            compatibility=compatibility,
             agent=agent,
             block_size=self.info.block_size,
-            events=self.handler,
+            events=self._prefixes,
             open_channel=open_channel,
         )
+        self._prefixes.bind(self._sender)
+        self.fetches: PrefixFetches | None = None
+        self._receiver: KVReceiver | None = None
+        if agent.config.fetch_prefixes:
+            layout = engine.kv_layout
+            estimate = FetchEstimate(layout.block_bytes / layout.block_size)
+            manager = engine.block_manager
+            self.fetches = PrefixFetches(node_id, manager, estimate, open_channel)
+            self._receiver = KVReceiver(
+                node_id=node_id,
+                compatibility=compatibility,
+                agent=agent.beside(NUM_FETCH_SLOTS),
+                source=self.fetches,
+            )
 
     def sources(self, on_replaced: Callable[[], None]) -> MemberSources:
         """What its membership tells the cluster."""
@@ -110,24 +137,43 @@ class PrefillNode:
         )
 
     def add_services(self, server: grpc.aio.Server, member: Member) -> None:
-        service = NodeService(self.handler, self.hub, member)
+        prefixes = self._prefixes if self._agent.config.fetch_prefixes else None
+        service = NodeService(self.handler, self.hub, member, prefixes)
         node_pb2_grpc.add_NodeServicer_to_server(service, server)
+        if self._receiver is not None:
+            receiving = KvReceiverService(self._receiver)
+            node_pb2_grpc.add_KvReceiverServicer_to_server(receiving, server)
 
     def add_metrics(self, registry: CollectorRegistry, sources: MemberSources) -> None:
         for collector in engine_collectors(self.engine, sources.load, self.loop.stats):
             registry.register(collector)
         registry.register(TransferCollector(self._agent.stats, transports=sources.transports))
+        if self.fetches is not None:
+            registry.register(FetchCollector(self.fetches.stats))
 
     async def start(self, member: Member) -> None:
-        self.handler.bind(self.loop, self._observer, self._sender, member)
+        self._member = member
+        self.handler.bind(self.loop, self._observer, self._sender, member, self.fetches)
+        if self.fetches is not None and self._receiver is not None:
+            self.fetches.bind(self.loop, self._receiver, lambda: member.info.grpc_address)
+            await self._receiver.start()
         self.loop.start()
         await self._sender.start()
 
     async def close(self) -> None:
+        if self.fetches is not None and self._receiver is not None:
+            await self._receiver.close()
+            await self.fetches.close()
         await self._sender.close()
         self.loop.stop()
         await self._agent.close()
         self.engine.close()
+
+    async def _hold_prefix(self, prefix: SequenceRequest) -> HeldPrefix:
+        hold = await hold_prefix(
+            self.loop, self.engine.block_manager, prefix, self._member.model_key
+        )
+        return HeldPrefix(hold.block_ids, lambda: self.loop.call(hold.release))
 
     def _load(self) -> NodeLoad:
         return replace(

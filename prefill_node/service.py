@@ -1,7 +1,8 @@
 """A prefill node's answers to gateways: one prompt in, its KV handed off, its first token out.
 
 Life of a prompt here
-    1. QUEUED     submitted; the engine thread has it. Nothing is reserved anywhere yet.
+    1. QUEUED     submitted; the engine thread has it. Nothing is reserved anywhere yet. Before,
+                  what another node has cached of it may be fetched (`prefix_fetches.py`).
     2. SENDING    first scheduled: blocks are reserved on its decode node, and each computed
                   chunk is sent while the next one computes.
     3. COMMITTING its first token went to the gateway; the decode node is told to start.
@@ -40,12 +41,13 @@ if TYPE_CHECKING:
     from collections.abc import Sequence as SequenceOf
 
     from cluster.member import Member
-    from cluster.request import Handoff, SequenceRequest
+    from cluster.request import Handoff, PrefixHolder, SequenceRequest
     from cluster.rpc import SessionHub
     from engine.engine import Engine
     from engine.loop import EngineLoop
     from kv_transfer.sending.sender import KVSender
     from prefill_node.loop import ComputedLayers, PrefillObserver, StepReport
+    from prefill_node.prefix_fetches import PrefixFetches
     from prefill_node.scheduler import PrefillScheduler
 
 logger = logging.getLogger(__name__)
@@ -62,6 +64,7 @@ class Prompt:
     is_done: bool = False
     submitted_at: float = field(default_factory=time.monotonic)
     alarm: asyncio.TimerHandle | None = None
+    fetching: asyncio.Task[None] | None = None
 
     def end(self) -> None:
         self.is_done = True
@@ -89,12 +92,20 @@ class PrefillHandler:
         self._observer: PrefillObserver
         self._sender: KVSender
         self._member: Member
+        self._fetches: PrefixFetches | None = None
 
     def bind(
-        self, loop: EngineLoop, observer: PrefillObserver, sender: KVSender, member: Member
+        self,
+        loop: EngineLoop,
+        observer: PrefillObserver,
+        sender: KVSender,
+        member: Member,
+        fetches: PrefixFetches | None = None,
     ) -> None:
+        """`fetches` None: every prompt is computed as far as it is not cached here."""
         self._loop, self._observer, self._sender = loop, observer, sender
         self._member = member
+        self._fetches = fetches
 
     @property
     def num_prompts(self) -> int:
@@ -125,8 +136,22 @@ class PrefillHandler:
             prompt.alarm = asyncio.get_running_loop().call_later(
                 sequence.deadline_seconds, self._on_deadline, sequence.sequence_id, prompt
             )
+        if self._fetches is None or handoff.holder is None:
+            self._queue(runnable)
+        else:
+            fetching = self._fetch(self._fetches, prompt, runnable, handoff.holder)
+            prompt.fetching = asyncio.create_task(fetching)
+
+    async def _fetch(
+        self, fetches: PrefixFetches, prompt: Prompt, runnable: Sequence, holder: PrefixHolder
+    ) -> None:
+        await fetches.fetch(runnable, holder)
+        if not prompt.is_done:
+            self._queue(runnable)
+
+    def _queue(self, runnable: Sequence) -> None:
         adding = asyncio.wrap_future(self._loop.call(lambda: self._scheduler.add(runnable)))
-        adding.add_done_callback(lambda done: self._on_added(sequence.sequence_id, done))
+        adding.add_done_callback(lambda done: self._on_added(runnable.sequence_id, done))
 
     def _on_added(self, sequence_id: str, adding: asyncio.Future[None]) -> None:
         error = refusal(adding)
@@ -255,6 +280,8 @@ class PrefillHandler:
 
     def _stop(self, sequence_id: str, prompt: Prompt) -> None:
         """End what still runs for it here; blocks follow when nothing reads them."""
+        if prompt.fetching is not None:
+            prompt.fetching.cancel()
         self._loop.call(lambda: self._scheduler.abort(sequence_id))
         if prompt.is_sending:
             self._sender.abort(sequence_id)

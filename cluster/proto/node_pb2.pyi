@@ -245,7 +245,7 @@ class LogitBias(_message.Message):
     def __init__(self, token_id: _Optional[int] = ..., bias: _Optional[float] = ...) -> None: ...
 
 class Handoff(_message.Message):
-    __slots__ = ("transfer_id", "attempt", "decode_name", "decode_incarnation", "decode_address", "gateway_id", "kv_load_failure_policy")
+    __slots__ = ("transfer_id", "attempt", "decode_name", "decode_incarnation", "decode_address", "gateway_id", "kv_load_failure_policy", "holder")
     TRANSFER_ID_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     DECODE_NAME_FIELD_NUMBER: _ClassVar[int]
@@ -253,6 +253,7 @@ class Handoff(_message.Message):
     DECODE_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     GATEWAY_ID_FIELD_NUMBER: _ClassVar[int]
     KV_LOAD_FAILURE_POLICY_FIELD_NUMBER: _ClassVar[int]
+    HOLDER_FIELD_NUMBER: _ClassVar[int]
     transfer_id: bytes
     attempt: int
     decode_name: str
@@ -260,7 +261,34 @@ class Handoff(_message.Message):
     decode_address: str
     gateway_id: str
     kv_load_failure_policy: str
-    def __init__(self, transfer_id: _Optional[bytes] = ..., attempt: _Optional[int] = ..., decode_name: _Optional[str] = ..., decode_incarnation: _Optional[int] = ..., decode_address: _Optional[str] = ..., gateway_id: _Optional[str] = ..., kv_load_failure_policy: _Optional[str] = ...) -> None: ...
+    holder: PrefixHolder
+    def __init__(self, transfer_id: _Optional[bytes] = ..., attempt: _Optional[int] = ..., decode_name: _Optional[str] = ..., decode_incarnation: _Optional[int] = ..., decode_address: _Optional[str] = ..., gateway_id: _Optional[str] = ..., kv_load_failure_policy: _Optional[str] = ..., holder: _Optional[_Union[PrefixHolder, _Mapping]] = ...) -> None: ...
+
+class PrefixHolder(_message.Message):
+    __slots__ = ("name", "incarnation", "address", "num_tokens")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    incarnation: int
+    address: str
+    num_tokens: int
+    def __init__(self, name: _Optional[str] = ..., incarnation: _Optional[int] = ..., address: _Optional[str] = ..., num_tokens: _Optional[int] = ...) -> None: ...
+
+class FetchPrefixRequest(_message.Message):
+    __slots__ = ("sequence", "handoff")
+    SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    HANDOFF_FIELD_NUMBER: _ClassVar[int]
+    sequence: Sequence
+    handoff: Handoff
+    def __init__(self, sequence: _Optional[_Union[Sequence, _Mapping]] = ..., handoff: _Optional[_Union[Handoff, _Mapping]] = ...) -> None: ...
+
+class FetchPrefixReply(_message.Message):
+    __slots__ = ("num_tokens",)
+    NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    num_tokens: int
+    def __init__(self, num_tokens: _Optional[int] = ...) -> None: ...
 
 class Cancel(_message.Message):
     __slots__ = ("sequence_id",)

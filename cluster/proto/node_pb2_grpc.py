@@ -56,6 +56,11 @@ class NodeStub:
                 request_serializer=cluster_dot_proto_dot_node__pb2.InspectRequest.SerializeToString,
                 response_deserializer=cluster_dot_proto_dot_node__pb2.InspectReply.FromString,
                 _registered_method=True)
+        self.FetchPrefix = channel.unary_unary(
+                '/baton.v1.Node/FetchPrefix',
+                request_serializer=cluster_dot_proto_dot_node__pb2.FetchPrefixRequest.SerializeToString,
+                response_deserializer=cluster_dot_proto_dot_node__pb2.FetchPrefixReply.FromString,
+                _registered_method=True)
 
 
 class NodeServicer:
@@ -91,6 +96,13 @@ class NodeServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def FetchPrefix(self, request, context):
+        """Of another node: send it the KV of this prefix, as far as it is cached, over `KvSession`.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_NodeServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -113,6 +125,11 @@ def add_NodeServicer_to_server(servicer, server):
                     servicer.Inspect,
                     request_deserializer=cluster_dot_proto_dot_node__pb2.InspectRequest.FromString,
                     response_serializer=cluster_dot_proto_dot_node__pb2.InspectReply.SerializeToString,
+            ),
+            'FetchPrefix': grpc.unary_unary_rpc_method_handler(
+                    servicer.FetchPrefix,
+                    request_deserializer=cluster_dot_proto_dot_node__pb2.FetchPrefixRequest.FromString,
+                    response_serializer=cluster_dot_proto_dot_node__pb2.FetchPrefixReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -225,6 +242,33 @@ class Node:
             '/baton.v1.Node/Inspect',
             cluster_dot_proto_dot_node__pb2.InspectRequest.SerializeToString,
             cluster_dot_proto_dot_node__pb2.InspectReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def FetchPrefix(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/baton.v1.Node/FetchPrefix',
+            cluster_dot_proto_dot_node__pb2.FetchPrefixRequest.SerializeToString,
+            cluster_dot_proto_dot_node__pb2.FetchPrefixReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -22,6 +23,7 @@ from cluster.request import (
     FinishReason,
     Handoff,
     KVLoadFailurePolicy,
+    PrefixHolder,
     SamplingParams,
     SequenceRequest,
     TokenDelta,
@@ -235,6 +237,9 @@ HANDOFF = Handoff(
 
 def test_a_handoff_survives_the_wire_and_a_lying_one_is_refused() -> None:
     assert codec.decode_handoff(codec.encode_handoff(HANDOFF)) == HANDOFF
+    holder = PrefixHolder(NodeId(NodeName("d1"), Incarnation(7)), "10.0.0.2:9100", 4096)
+    held = replace(HANDOFF, holder=holder)
+    assert codec.decode_handoff(codec.encode_handoff(held)) == held
     for name, value in (
         ("transfer_id", b"short"),
         ("decode_incarnation", 0),

@@ -22,7 +22,14 @@ from cluster.node import NodeId, NodeName, new_incarnation
 from cluster.node_stores import NodeStores
 from cluster.proto import node_pb2 as pb
 from cluster.proto import node_pb2_grpc
-from cluster.request import Handoff, SamplingParams, SequenceRequest, TokenDelta, TokenLogprobs
+from cluster.request import (
+    Handoff,
+    PrefixHolder,
+    SamplingParams,
+    SequenceRequest,
+    TokenDelta,
+    TokenLogprobs,
+)
 from cluster.rpc import SessionHub, bind, create_server, open_channel
 from decode_node.node import DecodeNode
 from kv_transfer.agent import TransferAgent
@@ -142,8 +149,12 @@ class SplitPair:
     answers: dict[str, Answer]
     heard: asyncio.Condition
 
-    async def split(self, requests: Sequence[SequenceRequest]) -> list[Answer]:
-        """All at once: the prompts on the prefill node, the rest on the decode node."""
+    async def split(
+        self, requests: Sequence[SequenceRequest], *, num_tokens_held: int = 0
+    ) -> list[Answer]:
+        """All at once: the prompts on the prefill node, the rest on the decode node, of which the
+        gateway believes that it has the first `num_tokens_held` tokens cached."""
+        holder = PrefixHolder(self.decode.node.info.id, self.decode.address, num_tokens_held)
         for request in requests:
             handoff = Handoff(
                 transfer_id=secrets.token_bytes(16),
@@ -151,6 +162,7 @@ class SplitPair:
                 decode=self.decode.node.info.id,
                 decode_address=self.decode.address,
                 gateway_id=GATEWAY,
+                holder=holder if num_tokens_held else None,
             )
             await self.prefill.submit(request, handoff)
         return await self._answers_to(requests, is_split=True)
@@ -188,7 +200,9 @@ class SplitPair:
 
 
 @asynccontextmanager
-async def split_pair(prefill_engine: Engine, decode_engine: Engine) -> AsyncIterator[SplitPair]:
+async def split_pair(
+    prefill_engine: Engine, decode_engine: Engine, *, fetch_prefixes: bool = False
+) -> AsyncIterator[SplitPair]:
     """Both nodes with their gateway connected. At the end both must hold nothing."""
     network = LoopbackNetwork()
     answers: dict[str, Answer] = {}
@@ -207,7 +221,7 @@ async def split_pair(prefill_engine: Engine, decode_engine: Engine) -> AsyncIter
             (DecodeNode, "d0", decode_engine, by_decode),
             (PrefillNode, "p0", prefill_engine, by_prefill),
         ):
-            agent = _agent(engine, network)
+            agent = _agent(engine, network, fetch_prefixes)
             node_id = NodeId(NodeName(name), new_incarnation())
             node = node_type(engine, agent, SessionHub(), node_id, on_fatal=failures.append)
             hear = _Hearing(answers, heard, part)
@@ -236,8 +250,13 @@ class _Hearing:
                 self.heard.notify_all()
 
 
-def _agent(engine: Engine, network: LoopbackNetwork) -> TransferAgent:
-    config = KVTransferConfig(kv_port=0, staging_slot_bytes=SLOT_BYTES, num_staging_slots=4)
+def _agent(engine: Engine, network: LoopbackNetwork, fetch_prefixes: bool) -> TransferAgent:
+    config = KVTransferConfig(
+        kv_port=0,
+        staging_slot_bytes=SLOT_BYTES,
+        num_staging_slots=4,
+        fetch_prefixes=fetch_prefixes,
+    )
     return TransferAgent(engine.kv_pools, config, LoopbackTransport(network))
 
 

@@ -165,6 +165,18 @@ class Blocks(RuleBasedStateMachine):
         self.alive.append(sequence)
         return sequence
 
+    @rule(pair=consumes(reservations))
+    def keep(self, pair: tuple[Sequence, Reservation]) -> None:
+        """A prefix of whole blocks that came from elsewhere: for whoever asks next."""
+        sequence, reservation = pair
+        if reservation.state is not ReservationState.OPEN or reservation.num_tokens % BLOCK_SIZE:
+            reservation.cancel()
+            return
+        self.receive(pair)
+        reservation.keep(sequence.block_hashes[: len(reservation.block_ids)])
+        with pytest.raises(BlockAccountingError):
+            reservation.keep(sequence.block_hashes)
+
     # ---- the cache ----------------------------------------------------------------------
 
     @rule()

@@ -123,3 +123,18 @@ def test_own_debits_count_before_the_next_heartbeat() -> None:
 def test_every_candidate_is_kept_with_its_cost() -> None:
     placement = choose([candidate("p1"), candidate("p2"), candidate("d1")], DEMAND)
     assert sorted(cost.name for cost in placement.costs) == ["d1", "p1", "p2"]
+
+
+def test_whoever_has_most_of_the_prompt_cached_is_named_to_the_prefill_node() -> None:
+    nodes = [
+        candidate("p1", num_cached_tokens=100),
+        candidate("p2", num_cached_tokens=500, queued_tokens=90_000),
+        candidate("d1", num_cached_tokens=800),
+    ]
+    placement = choose(nodes, DEMAND)
+    assert names(placement) == ("p1", "d1")
+    assert placement.holder is not None
+    assert placement.holder.node.name == "d1"
+    assert placement.holder.num_tokens == 800
+    nodes[0] = candidate("p1", num_cached_tokens=800)
+    assert choose(nodes, DEMAND).holder is None, "nobody has more"

@@ -1,0 +1,106 @@
+"""Cached prefixes for other nodes: what a prefill node may fetch instead of computing it.
+
+Life of a prefix that is given away
+    1. `send`: another node asks, with the tokens and where to. What of them is cached here is held.
+    2. It goes over a hand-off like any other, under the same rules: ticket, digests, lease, drain.
+       All of its blocks are computed, and there is no first token: the commit carries 0.
+    3. `on_sources_free`: nothing reads the blocks any more; the hold is released.
+Failures need nobody here: who asked hears of them and computes.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from cluster.errors import NodeUnavailable, Overloaded
+
+if TYPE_CHECKING:
+    from cluster.errors import ServingError
+    from cluster.request import Handoff, SequenceRequest
+    from kv_transfer.sending.sender import KVSender, SenderEvents
+
+logger = logging.getLogger(__name__)
+MAX_GIVEN_AWAY = 16
+
+
+@dataclass(frozen=True, slots=True)
+class HeldPrefix:
+    """Cached blocks of a prompt's beginning, and how to let go of them."""
+
+    block_ids: tuple[int, ...]
+    release: Callable[[], object]
+
+
+HoldPrefix = Callable[["SequenceRequest"], Awaitable[HeldPrefix]]
+
+
+class PrefixSender:
+    """A `PrefixSource`. It hears of its own hand-offs what the sender reports; what belongs to
+    others it passes on to `others`, if there are any."""
+
+    def __init__(
+        self, hold: HoldPrefix, block_size: int, others: SenderEvents | None = None
+    ) -> None:
+        self._hold = hold
+        self._block_size = block_size
+        self._others = others
+        self._held: dict[str, HeldPrefix] = {}
+        self._num_asked = 0
+        self._sender: KVSender
+        self.num_tokens_sent = 0
+
+    def bind(self, sender: KVSender) -> None:
+        self._sender = sender
+
+    @property
+    def num_given_away(self) -> int:
+        """Prefixes whose blocks are held."""
+        return len(self._held)
+
+    async def send(self, prefix: SequenceRequest, handoff: Handoff) -> int:
+        """See `PrefixSource`."""
+        if len(self._held) + self._num_asked >= MAX_GIVEN_AWAY:
+            raise Overloaded("This node gives as many prefixes away as it may.")
+        self._num_asked += 1
+        try:
+            held = await self._hold(prefix)
+        finally:
+            self._num_asked -= 1
+        num_tokens = len(held.block_ids) * self._block_size
+        if num_tokens == 0:
+            held.release()
+            raise NodeUnavailable("Nothing of this prefix is cached here.", reason="not_cached")
+        try:
+            request = replace(prefix, prompt_token_ids=prefix.prompt_token_ids[:num_tokens])
+            self._sender.open(request, handoff)
+        except ValueError:
+            held.release()
+            raise NodeUnavailable("This prefix is being sent.", reason="not_offered") from None
+        sequence_id = prefix.sequence_id
+        self._held[sequence_id] = held
+        self._sender.chunk_computed(sequence_id, num_tokens, held.block_ids, None)
+        self._sender.commit(sequence_id, 0)
+        self.num_tokens_sent += num_tokens
+        return num_tokens
+
+    # ---- reports of the sender (`SenderEvents`) ------------------------------------------------
+
+    def on_committed(self, sequence_id: str) -> None:
+        if sequence_id not in self._held and self._others is not None:
+            self._others.on_committed(sequence_id)
+
+    def on_failed(self, sequence_id: str, error: ServingError) -> None:
+        if sequence_id in self._held:
+            logger.warning("a prefix was not fetched: %s", error.message)
+        elif self._others is not None:
+            self._others.on_failed(sequence_id, error)
+
+    def on_sources_free(self, sequence_id: str) -> None:
+        held = self._held.pop(sequence_id, None)
+        if held is not None:
+            held.release()
+        elif self._others is not None:
+            self._others.on_sources_free(sequence_id)

@@ -1,0 +1,71 @@
+"""Whether fetching a cached prefix is quicker than computing it, by what was measured so far.
+
+Both rates are averages that follow what happened last. Before the first measurement, and after a
+failure, they stand for a slow link and a fast GPU: a fetch must promise much to be tried. A holder
+that failed is not asked again for a while.
+
+Pure: time is an argument.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from cluster.node import NodeId
+
+FIRST_TOKENS_PER_SECOND = 10_000.0
+FIRST_BYTES_PER_SECOND = 1e9
+FIXED_SECONDS = 0.003  # two calls, a reservation, the last frame
+AVOID_SECONDS = 30.0
+_WEIGHT = 0.3  # of the newest measurement
+MIN_LIMIT_SECONDS = 0.25
+
+
+class FetchEstimate:
+    """`bytes_per_token`: of KV over all layers."""
+
+    def __init__(self, bytes_per_token: float) -> None:
+        self._bytes_per_token = bytes_per_token
+        self._tokens_per_second: float | None = None
+        self._bytes_per_second: float | None = None
+        self._avoided_until: dict[NodeId, float] = {}
+
+    def compute_seconds(self, num_tokens: int) -> float:
+        return num_tokens / (self._tokens_per_second or FIRST_TOKENS_PER_SECOND)
+
+    def fetch_seconds(self, num_tokens: int) -> float:
+        rate = self._bytes_per_second or FIRST_BYTES_PER_SECOND
+        return FIXED_SECONDS + num_tokens * self._bytes_per_token / rate
+
+    def limit_seconds(self, num_tokens: int) -> float:
+        """How long a fetch may take before it is given up: it has then cost as much as computing
+        and the same again."""
+        return max(MIN_LIMIT_SECONDS, 2 * self.compute_seconds(num_tokens))
+
+    def pays(self, holder: NodeId, num_tokens: int, now: float) -> bool:
+        """`num_tokens`: those that it has and we lack."""
+        if num_tokens <= 0 or now < self._avoided_until.get(holder, 0.0):
+            return False
+        return self.fetch_seconds(num_tokens) < self.compute_seconds(num_tokens)
+
+    def computed(self, num_tokens: int, seconds: float) -> None:
+        """So many tokens took the engine so long."""
+        if num_tokens > 0 and seconds > 0:
+            self._tokens_per_second = _average(self._tokens_per_second, num_tokens / seconds)
+
+    def fetched(self, num_tokens: int, seconds: float) -> None:
+        if num_tokens > 0 and seconds > 0:
+            moved = num_tokens * self._bytes_per_token
+            on_the_link = max(seconds - FIXED_SECONDS, 1e-4)
+            self._bytes_per_second = _average(self._bytes_per_second, moved / on_the_link)
+
+    def failed(self, holder: NodeId, now: float) -> None:
+        for node, until in list(self._avoided_until.items()):
+            if until <= now:
+                del self._avoided_until[node]
+        self._avoided_until[holder] = now + AVOID_SECONDS
+
+
+def _average(before: float | None, measured: float) -> float:
+    return measured if before is None else (1 - _WEIGHT) * before + _WEIGHT * measured

@@ -1,0 +1,34 @@
+"""What a prefill node fetches from others and gives away, in the Prometheus format."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from prometheus_client.core import CounterMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from prefill_node.prefix_fetches import FetchStats
+
+
+class FetchCollector(Collector):
+    def __init__(self, stats: FetchStats) -> None:
+        self._stats = stats
+
+    def collect(self) -> Iterator[Metric]:
+        stats = self._stats
+        fetches = CounterMetricFamily(
+            "baton_prefix_fetches",
+            "Prefixes that other nodes were asked for; what failed was computed.",
+            labels=["outcome"],
+        )
+        fetches.add_metric(["failed"], stats.num_failed)
+        fetches.add_metric(["done"], stats.num_done)
+        yield fetches
+        yield CounterMetricFamily(
+            "baton_prefix_fetched_tokens",
+            "Prompt tokens whose KV came from another node's cache.",
+            value=stats.num_tokens,
+        )

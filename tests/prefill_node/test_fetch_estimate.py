@@ -1,0 +1,58 @@
+"""When fetching a prefix is believed to be quicker than computing it."""
+
+from __future__ import annotations
+
+from cluster.node import Incarnation, NodeId, NodeName
+from prefill_node.fetch_estimate import (
+    AVOID_SECONDS,
+    FIXED_SECONDS,
+    MIN_LIMIT_SECONDS,
+    FetchEstimate,
+)
+
+HOLDER = NodeId(NodeName("d0"), Incarnation(1))
+OTHER = NodeId(NodeName("d1"), Incarnation(1))
+BYTES_PER_TOKEN = 1000.0
+
+
+def measured(tokens_per_second: float, bytes_per_second: float) -> FetchEstimate:
+    estimate = FetchEstimate(BYTES_PER_TOKEN)
+    estimate.computed(int(tokens_per_second), 1.0)
+    num_tokens = int(bytes_per_second / BYTES_PER_TOKEN)
+    estimate.fetched(num_tokens, 1.0 + FIXED_SECONDS)
+    return estimate
+
+
+def test_it_pays_where_the_link_is_faster_than_the_engine() -> None:
+    estimate = measured(tokens_per_second=1000, bytes_per_second=100_000_000)
+    assert estimate.pays(HOLDER, 1000, now=0.0)
+
+
+def test_it_does_not_pay_over_a_slow_link_nor_for_a_few_tokens() -> None:
+    assert not measured(1000, 500_000).pays(HOLDER, 1000, now=0.0)
+    assert not measured(1000, 100_000_000).pays(HOLDER, 2, now=0.0)
+    assert not measured(1000, 100_000_000).pays(HOLDER, 0, now=0.0)
+
+
+def test_a_holder_that_failed_is_avoided_for_a_while_and_others_are_not() -> None:
+    estimate = measured(1000, 100_000_000)
+    estimate.failed(HOLDER, now=5.0)
+    assert not estimate.pays(HOLDER, 1000, now=5.0 + AVOID_SECONDS - 0.1)
+    assert estimate.pays(OTHER, 1000, now=5.0)
+    assert estimate.pays(HOLDER, 1000, now=5.0 + AVOID_SECONDS)
+
+
+def test_later_measurements_weigh_more_than_early_ones() -> None:
+    estimate = measured(1000, 100_000_000)
+    for _ in range(20):
+        estimate.computed(100_000, 1.0)
+    assert 0.9 < estimate.compute_seconds(100_000) < 1.1
+
+
+def test_a_fetch_is_given_up_when_computing_would_have_been_done_twice() -> None:
+    estimate = measured(1000, 100_000_000)
+    assert estimate.limit_seconds(4000) == 8.0
+    assert estimate.limit_seconds(1) == MIN_LIMIT_SECONDS
+    estimate.computed(0, 1.0)
+    estimate.fetched(0, 0.0)
+    assert estimate.limit_seconds(4000) == 8.0, "nothing was measured"

@@ -1,0 +1,160 @@
+"""Blocks are given to a fetched prefix only for what was asked for."""
+
+from __future__ import annotations
+
+import asyncio
+from concurrent.futures import Future
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, cast
+
+import pytest
+
+from cluster.codec import decode_sequence
+from cluster.errors import Cancelled, Overloaded, ServingError, TransferFailed
+from cluster.node import Incarnation, NodeId, NodeName
+from cluster.request import PrefixHolder
+from engine.block_manager import BlockManager
+from engine.loop import LoopStats
+from prefill_node.fetch_estimate import FetchEstimate
+from prefill_node.prefix_fetches import PrefixFetches
+from tests.sequences import BLOCK_SIZE, compute, make_sequence
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from cluster.request import SequenceRequest
+
+US, HOLDER = (NodeId(NodeName(name), Incarnation(1)) for name in ("p0", "d0"))
+PROMPT = range(5 * BLOCK_SIZE + 1)
+
+
+class InlineLoop:
+    """Runs what it is given at once."""
+
+    def __init__(self) -> None:
+        self.stats = LoopStats()
+
+    def call(self, run: Callable[[], Any]) -> Future[Any]:
+        future: Future[Any] = Future()
+        future.set_result(run())
+        return future
+
+
+class Receiver:
+    def __init__(self) -> None:
+        self.cancelled: list[str] = []
+
+    def cancel(self, sequence_id: str) -> None:
+        self.cancelled.append(sequence_id)
+
+
+class Bench:
+    """Fetches of a node whose peers are functions of the test."""
+
+    def __init__(self, num_blocks: int = 12) -> None:
+        self.manager = BlockManager(num_blocks, BLOCK_SIZE)
+        self.receiver = Receiver()
+        estimate = FetchEstimate(1.0)
+        estimate.computed(1, 1.0)
+        self.fetches = PrefixFetches(US, self.manager, estimate, lambda address: None)
+        self.fetches.bind(cast("Any", InlineLoop()), cast("Any", self.receiver), lambda: "here:1")
+        self.asked: list[SequenceRequest] = []
+
+    async def fetch(self, answer: Callable[[SequenceRequest], Any]) -> None:
+        """`answer` does what the holder does."""
+
+        class Stub:
+            async def FetchPrefix(stub, request: Any) -> None:
+                await answer(decode_sequence(request.sequence))
+
+        self.fetches._stub = lambda address: cast("Any", Stub())  # type: ignore[method-assign]
+        self.sequence = make_sequence(PROMPT)
+        await self.fetches.fetch(self.sequence, PrefixHolder(HOLDER, "there:1", len(PROMPT)))
+        self.manager.check_integrity()
+
+
+def test_what_arrives_is_found_by_the_prompt_that_waits_for_it() -> None:
+    bench = Bench()
+
+    async def give(prefix: SequenceRequest) -> None:
+        shorter = replace(prefix, prompt_token_ids=prefix.prompt_token_ids[: 4 * BLOCK_SIZE])
+        blocks = await bench.fetches.reserve(shorter, "d0")
+        assert len(blocks.block_ids) == 4
+        await bench.fetches.start(prefix.sequence_id, 0)
+
+    asyncio.run(bench.fetch(give))
+    assert bench.fetches.stats.num_tokens == 4 * BLOCK_SIZE
+    assert bench.manager.allocate(bench.sequence, len(PROMPT))
+    assert bench.sequence.num_computed_tokens == 4 * BLOCK_SIZE
+    assert bench.receiver.cancelled == []
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda prefix: replace(prefix, prompt_token_ids=prefix.prompt_token_ids[:-1]),
+        lambda prefix: replace(prefix, prompt_token_ids=prefix.prompt_token_ids[::-1]),
+        lambda prefix: replace(prefix, prompt_token_ids=prefix.prompt_token_ids * 2),
+        lambda prefix: replace(prefix, cache_salt=b"another tenant"),
+    ],
+    ids=["part of a block", "other tokens", "more than was asked", "another tenant"],
+)
+def test_another_prefix_than_was_asked_for_gets_no_blocks(
+    spoil: Callable[[SequenceRequest], SequenceRequest],
+) -> None:
+    bench = Bench()
+
+    async def give(prefix: SequenceRequest) -> None:
+        with pytest.raises(TransferFailed):
+            await bench.fetches.reserve(spoil(prefix), "d0")
+        with pytest.raises(Cancelled):
+            await bench.fetches.reserve(replace(prefix, sequence_id="another"), "d0")
+        with pytest.raises(Cancelled):
+            await bench.fetches.start(prefix.sequence_id, 0)
+        bench.fetches.on_transfer_failed(prefix.sequence_id, TransferFailed("Refused."))
+
+    asyncio.run(bench.fetch(give))
+    assert bench.fetches.stats.num_failed == 1
+    assert bench.manager.num_free_blocks == bench.manager.num_blocks
+    assert len(bench.receiver.cancelled) == 1
+
+
+def test_without_room_nothing_is_fetched() -> None:
+    bench = Bench(num_blocks=3)
+
+    async def give(prefix: SequenceRequest) -> None:
+        with pytest.raises(Overloaded):
+            await bench.fetches.reserve(prefix, "d0")
+        raise Overloaded("There are no blocks.")
+
+    asyncio.run(bench.fetch(give))
+    assert bench.fetches.stats.num_failed == 1
+
+
+def test_blocks_that_may_still_be_written_are_kept_until_the_transfer_ends() -> None:
+    bench = Bench()
+    names: list[str] = []
+
+    async def give(prefix: SequenceRequest) -> None:
+        names.append(prefix.sequence_id)
+        await bench.fetches.reserve(prefix, "d0")
+        error: ServingError = TransferFailed("A digest differs.")
+        bench.fetches.on_transfer_failed(prefix.sequence_id, error)
+
+    asyncio.run(bench.fetch(give))
+    assert bench.manager.num_referenced_blocks == 5, "quarantined"
+    bench.fetches.release(names[0])
+    assert bench.manager.num_free_blocks == bench.manager.num_blocks
+    assert not bench.manager.match_prefix(bench.sequence.block_hashes)
+
+
+def test_nothing_is_asked_for_what_is_here() -> None:
+    bench = Bench()
+    here = make_sequence(PROMPT)
+    compute(bench.manager, here)
+
+    async def give(prefix: SequenceRequest) -> None:
+        raise AssertionError("It was asked.")
+
+    asyncio.run(bench.fetch(give))
+    assert bench.fetches.stats.num_fetches == 0
