@@ -53,7 +53,7 @@ class PeerInboxes:
     """One rank's way to the others.
 
     `addresses`: int64 `[size]` on the device, of all inboxes, the own one included, as this
-    rank's device sees them. `epochs`: int32 `[MAX_PROGRAMS]` on the device, zero at first.
+    rank's device sees them. `epochs`: int32 on the device, one for each program, zero at first.
     `capacity`: words that one sender can have in an inbox at once, `inbox_words(...)`.
     """
 

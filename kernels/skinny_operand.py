@@ -39,9 +39,12 @@ def word_layouts(bits: int) -> tuple[Any, Any]:
     return shared, gl.DistributedLinearLayout(registers, lanes, warps, [], shape)
 
 
-def descriptor(weight: torch.Tensor, bits: int, blocks: int) -> Any:
+def descriptor(weight: torch.Tensor, bits: int, blocks: int, *, paired: bool = False) -> Any:
     """The matrix for the bulk copy engine, block by block: `[blocks of inputs, outputs, inputs of a
-    block]`; four bits as they are packed, `[tiles of outputs, blocks of inputs, 128 words]`."""
+    block]`; four bits as they are packed, `[tiles of outputs, blocks of inputs, 128 words]`.
+
+    paired: a tile is 8 outputs of the first half and the same 8 of the second.
+    """
     shared, _ = word_layouts(bits)
     if bits == 4:
         shape, strides = list(weight.shape), list(weight.stride())
@@ -49,6 +52,13 @@ def descriptor(weight: torch.Tensor, bits: int, blocks: int) -> Any:
     words = weight if bits == 16 else weight.view(torch.int32)
     out_size, row = words.shape
     block = 64 if bits == 16 else 32
+    if paired:
+        shape, strides = (
+            [row // block, 2, out_size // 2, block],
+            [block, out_size // 2 * row, row, 1],
+        )
+        shared = gl.NVMMASharedLayout(128, 16 if bits == 16 else 32, 4)
+        return TensorDescriptor(words, shape, strides, [blocks * WARPS, 2, 8, block], shared)
     shape, strides = [row // block, out_size, block], [block, row, 1]
     return TensorDescriptor(words, shape, strides, [blocks * WARPS, TILE_OUT, block], shared)
 

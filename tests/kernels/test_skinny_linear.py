@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch.nn.functional import silu
@@ -83,6 +85,20 @@ def test_bias_and_residual_from_strided_rows(
     assert_close(skinny_linear(x, weight, bias=bias, residual=residual), expected)
 
 
+@pytest.mark.parametrize("num_rows", [1, 8])
+def test_a_gate_with_bias_and_residual(product_device_and_dtype: Place, num_rows: int) -> None:
+    """Of a number of outputs that no tile divides; inputs that are kept, though many."""
+    device, dtype = product_device_and_dtype
+    x = torch.randn(num_rows, 5120).to(device, dtype)
+    weight = matrix_of(2 * 76, 5120, device, dtype)
+    around: dict[str, Any] = {
+        "bias": torch.randn(2 * 76).to(device, dtype),
+        "residual": torch.randn(num_rows, 76).to(device, dtype),
+    }
+    y = skinny_linear(x, weight, silu_mul=True, **around)
+    assert_close(y, expected_product(x, weight, silu_mul=True, **around), 3.0)
+
+
 @pytest.mark.parametrize("num_rows", [1, 20])
 def test_the_residual_may_be_written_over(product_device_and_dtype: Place, num_rows: int) -> None:
     device, dtype = product_device_and_dtype
@@ -94,22 +110,22 @@ def test_the_residual_may_be_written_over(product_device_and_dtype: Place, num_r
     assert_close(residual, expected)
 
 
+@pytest.mark.parametrize("gated", [True, False])
 @pytest.mark.parametrize("scalar", [True, False])
 @pytest.mark.parametrize("num_rows", [1, 4, 30])
 def test_fp8_weights_with_their_scale(
-    product_device_and_dtype: Place, num_rows: int, scalar: bool
+    product_device_and_dtype: Place, num_rows: int, scalar: bool, gated: bool
 ) -> None:
     device, dtype = product_device_and_dtype
     if dtype == torch.float32 and device.type == "cuda":
         pytest.skip("decode runs in half precision")
     x = torch.randn(num_rows, 256).to(device, dtype)
-    scale = (0.01 + torch.rand(1 if scalar else 96)).to(device)
+    scale = (0.001 + 0.02 * torch.rand(1 if scalar else 96)).to(device)
     weight = (40 * torch.randn(96, 256)).clamp(-448, 448).to(torch.float8_e4m3fn).to(device)
     norm_weight = (1 + 0.3 * torch.randn(256)).to(device, dtype)
-    y = skinny_linear(
-        x, weight, weight_scale=scale, norm_weight=norm_weight, eps=EPS, silu_mul=False
-    )
-    assert_close(y, expected_product(x, weight, weight_scale=scale, norm_weight=norm_weight))
+    around: dict[str, Any] = {"weight_scale": scale, "norm_weight": norm_weight, "silu_mul": gated}
+    y = skinny_linear(x, weight, eps=EPS, **around)
+    assert_close(y, expected_product(x, weight, **around))
 
 
 @pytest.mark.parametrize("place", parameters(()))
