@@ -22,8 +22,8 @@ Who attends:
     both        CPU                       gathered_attention, planned by attention_plan
 
 The rest: rope_store (norm of heads, rotation, store), rms_norm, decode_inputs, sample (on a GPU by
-sample_*, on a CPU by draw), peer_sum (small tensors, between ranks), copy_blocks and block_digest
-(the hand-off, host memory). What kernels share is in dispatch and gluon_api. Parts of one kernel
-each are skinny_stream, skinny_operand, skinny_input, and gluon_prefill, gluon_producer,
-gluon_consumer.
+sample_*, on a CPU by draw), peer_sum and peer_add (small and large tensors, between ranks),
+copy_blocks and block_digest (the hand-off, host memory). What kernels share is in dispatch and
+gluon_api. Parts of one kernel each are skinny_stream, skinny_copies, skinny_input, skinny_operand,
+skinny_output, skinny_peers, and gluon_prefill, gluon_producer, gluon_consumer.
 """

@@ -14,7 +14,7 @@ Life of a matrix
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch.nn.functional import linear
@@ -23,12 +23,19 @@ from kernels.gated_linear import fits_gated_linear, gated_linear
 from kernels.rms_norm import rms_norm
 from kernels.silu_mul import silu_mul
 from kernels.skinny_linear import skinny_linear, skinny_rows
+from kernels.skinny_stream import Ahead
 from kernels.thin_gated_linear import fits_thin_gated_linear, thin_gated_linear
 from kernels.thin_linear import fits_thin_linear, thin_linear
+
+if TYPE_CHECKING:
+    from kernels.peer_sum import PeerInboxes
 
 # Rows for which a packed layout is chosen. 16 or more gives the layout that is fast from two
 # rows up to whole prompts; 1 would choose one that is slow at everything else.
 _PACKED_FOR_ROWS = 16
+
+# Of the next matrix, for each of a GPU's multiprocessors: together half of the second-level cache.
+_AHEAD_BYTES = 192 << 10
 
 # The overload itself: resolving it at each call costs as much as a small matrix.
 _linear_packed: Callable[..., torch.Tensor] = (
@@ -59,8 +66,8 @@ class Matrix(Protocol):
     the results.
     """
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """`[num_rows, out_size]`."""
+    def __call__(self, x: torch.Tensor, spare: torch.Tensor | None = None) -> torch.Tensor:
+        """`[num_rows, out_size]`. `spare`: memory for it, taken where that saves a copy."""
 
     def normed(self, residual: torch.Tensor, norm_weight: torch.Tensor, eps: float) -> torch.Tensor:
         """The product with `rms_norm(residual)`: `[num_rows, out_size]`."""
@@ -79,6 +86,9 @@ class Matrix(Protocol):
     def pack(self) -> None:
         """Once, after the views are filled."""
 
+    def precedes(self, following: Matrix) -> None:
+        """Packed, too, `following` is multiplied next: its weights may be asked for early."""
+
 
 MatrixFactory = Callable[[MatrixSpec], Matrix]
 
@@ -93,7 +103,7 @@ class Linear:
     16 rows, and `weight` is given up.
     """
 
-    __slots__ = ("_few_rows", "_packed", "_parts", "bias", "weight")
+    __slots__ = ("_ahead", "_few_rows", "_packed", "_parts", "bias", "weight")
 
     def __init__(
         self,
@@ -106,6 +116,7 @@ class Linear:
         self.bias = bias
         self._parts = parts or {}
         self._packed: torch.Tensor | None = None
+        self._ahead: Ahead | None = None
         self._few_rows = skinny_rows(weight) if weight.is_cuda else 0
 
     @classmethod
@@ -116,21 +127,24 @@ class Linear:
             spec.parts,
         )
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, spare: torch.Tensor | None = None) -> torch.Tensor:
         packed = self._packed
         if packed is None:
             if x.shape[0] <= self._few_rows:
-                return skinny_linear(x, self.weight, bias=self.bias)
+                return skinny_linear(x, self.weight, bias=self.bias, ahead=self._ahead)
             if self.bias is None and fits_thin_linear(x.shape[0], self.weight):
                 return thin_linear(x, self.weight)
+            if self.bias is None and spare is not None:
+                return torch.mm(x, self.weight.t(), out=spare)
             return linear(x, self.weight, self.bias)
         return _linear_packed(x, packed, self.bias, "none", [], "")
 
     def normed(self, residual: torch.Tensor, norm_weight: torch.Tensor, eps: float) -> torch.Tensor:
         if residual.shape[0] <= self._few_rows:
             return skinny_linear(
-                residual, self.weight, bias=self.bias, norm_weight=norm_weight, eps=eps
-            )
+                residual, self.weight, bias=self.bias, norm_weight=norm_weight, eps=eps,
+                ahead=self._ahead,
+            )  # fmt: skip
         return self(rms_norm(residual, norm_weight, eps))
 
     def normed_silu_mul(
@@ -144,6 +158,7 @@ class Linear:
                 norm_weight=norm_weight,
                 eps=eps,
                 silu_mul=True,
+                ahead=self._ahead,
             )
         x = rms_norm(residual, norm_weight, eps)
         if self.bias is None:
@@ -157,13 +172,25 @@ class Linear:
         if self._packed is not None:
             return self(x).add_(residual)
         if x.shape[0] <= self._few_rows:
-            return skinny_linear(x, self.weight, bias=self.bias, residual=residual)
+            return skinny_linear(
+                x, self.weight, bias=self.bias, residual=residual, ahead=self._ahead
+            )
         if self.bias is not None:
             residual += self.bias
         if fits_thin_linear(x.shape[0], self.weight):
             return thin_linear(x, self.weight, residual=residual)
         # The sum is made before the product is rounded, and nothing else is read or written.
         return residual.addmm_(x, self.weight.t())
+
+    def summed(
+        self, x: torch.Tensor, residual: torch.Tensor | None, peers: PeerInboxes
+    ) -> torch.Tensor | None:
+        """`add_to` summed over ranks, all of which ask for it; None where no kernel does both."""
+        if self._packed is not None or x.shape[0] > self._few_rows:
+            return None
+        return skinny_linear(
+            x, self.weight, bias=self.bias, residual=residual, ahead=self._ahead, peers=peers
+        )
 
     def checkpoint_views(self) -> dict[str, torch.Tensor]:
         views: dict[str, torch.Tensor] = {}
@@ -182,6 +209,10 @@ class Linear:
         self._packed = torch.ops.mkldnn._reorder_linear_weight(self.weight, _PACKED_FOR_ROWS)
         if not keep_weight:
             self.weight = self.weight.new_empty(0)
+
+    def precedes(self, following: Matrix) -> None:
+        if self._few_rows and isinstance(following, Linear):
+            self._ahead = Ahead(following.weight, _AHEAD_BYTES, is_late=False)
 
 
 def can_pack(dtype: torch.dtype, device: torch.device) -> bool:

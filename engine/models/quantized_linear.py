@@ -120,7 +120,7 @@ class Float8Linear:
             vector(len(spec.parts), torch.float32) if has_input_scale else None,
         )
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, spare: torch.Tensor | None = None) -> torch.Tensor:
         return self._product(x)
 
     def normed(self, residual: torch.Tensor, norm_weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -171,6 +171,9 @@ class Float8Linear:
         """One input feeds all parts: the largest scale is the one under which none overflows."""
         if self._input_scales is not None:
             self.input_scale = self._input_scales.amax(dim=0, keepdim=True)
+
+    def precedes(self, following: Matrix) -> None:
+        """Nothing is asked for early."""
 
 
 class Int4Linear:
@@ -225,7 +228,7 @@ class Int4Linear:
             spec.parts,
         )
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, spare: torch.Tensor | None = None) -> torch.Tensor:
         return int4_linear(x, self._weight(), bias=self.bias)
 
     def normed(self, residual: torch.Tensor, norm_weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -270,6 +273,9 @@ class Int4Linear:
         packed = pack_codes(codes, self.scales.t(), self.zeros.t(), dtype=self.scales.dtype)
         self.qweight, self.scales, self.zeros = packed.codes, packed.scales, packed.zeros
         self.order = self._common_order()
+
+    def precedes(self, following: Matrix) -> None:
+        """Nothing is asked for early."""
 
     def _common_order(self) -> torch.Tensor | None:
         """int64 `[in_size]`; None when inputs come in the order of the columns."""

@@ -1,8 +1,8 @@
 """The ranks of one model on the GPUs of one machine.
 
 Small tensors (decode steps, short prompts) are summed by `kernels.peer_sum`, one kernel over
-memory that the GPUs share; everything larger goes to NCCL. Both are queued on the current stream
-and can be captured in CUDA graphs.
+memory that the GPUs share. Larger ones are read from each other by two ranks (`large_sums.py`); of
+more, and in captured graphs, they go to NCCL. All of it is queued on the current stream.
 
 Logits are pushed: each rank copies its columns into the buffer of rank 0, then all meet. A rank
 writes there again only after the embeddings of the next step, which rank 0 sends behind its
@@ -18,9 +18,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from engine.tensor_parallel.large_sums import MOST_READERS, LargeSums
 from engine.tensor_parallel.peer_memory import export, open_peer
 from engine.tensor_parallel.ranks import as_rank_lost, c10d, first_rank_options
+from kernels.dispatch import num_multiprocessors
 from kernels.peer_sum import MAX_PROGRAMS, PeerInboxes, inbox_words, peer_sum
+from kernels.skinny_stream import MAX_ROWS
 
 if TYPE_CHECKING:
     from engine.tensor_parallel.rendezvous import Rendezvous
@@ -34,8 +37,9 @@ _SETTINGS = {
 
 
 class GpuRanks:
-    """See the module. `largest_sum`: bytes of the largest tensor of a decode step;
-    `logits_shape`: most rows, and the columns of one rank."""
+    """See the module. `largest_small`: bytes of the largest tensor of a decode step;
+    `largest_sum`: elements of the largest of any; `hidden_size`: of one row; `logits_shape`: most
+    rows, and the columns of one rank."""
 
     def __init__(
         self,
@@ -44,13 +48,24 @@ class GpuRanks:
         rendezvous: Rendezvous,
         device: torch.device,
         *,
+        largest_small: int,
         largest_sum: int,
+        hidden_size: int,
         logits_shape: tuple[int, int],
         dtype: torch.dtype,
     ) -> None:
         os.environ.update(_SETTINGS)
         self._shard = shard
-        self._inboxes = self._share_inboxes(rendezvous, device, inbox_words(largest_sum))
+        self._mapped: list[torch.Tensor] = []
+        self._inboxes = self._share_inboxes(
+            rendezvous, device, inbox_words(largest_small), MAX_PROGRAMS
+        )
+        self._few_rows = self._share_inboxes(
+            rendezvous, device, MAX_ROWS * hidden_size, num_multiprocessors(device)
+        )
+        self._large: LargeSums | None = None
+        if shard.size <= MOST_READERS:
+            self._large = LargeSums.share(shard.rank, rendezvous, device, largest_sum, dtype)
         self._logits = self._share_logits(rendezvous, device, logits_shape, dtype)
         self._tick = torch.zeros(1, device=device)
         options = c10d.ProcessGroupNCCL.Options()
@@ -64,6 +79,10 @@ class GpuRanks:
     def shard(self) -> Shard:
         return self._shard
 
+    @property
+    def few_rows(self) -> PeerInboxes | None:
+        return self._few_rows
+
     def from_first(self, x: torch.Tensor) -> torch.Tensor:
         if self._inboxes.holds(x):
             return peer_sum(x, self._inboxes, contributes=self._shard.rank == 0)
@@ -74,6 +93,11 @@ class GpuRanks:
     def sum(self, x: torch.Tensor) -> torch.Tensor:
         if self._inboxes.holds(x):
             return peer_sum(x, self._inboxes)
+        large = self._large
+        if large is not None and large.holds(x) and not torch.cuda.is_current_stream_capturing():
+            large.put(x)
+            self.settle()
+            return large.add(x.shape)
         with as_rank_lost():
             self._group.allreduce([x]).wait()
         return x
@@ -96,24 +120,25 @@ class GpuRanks:
         self._group.abort()
 
     def _share_inboxes(
-        self, rendezvous: Rendezvous, device: torch.device, capacity: int
+        self, rendezvous: Rendezvous, device: torch.device, capacity: int, num_programs: int
     ) -> PeerInboxes:
         rank, size = self._shard.rank, self._shard.size
         own = torch.zeros(2, size, capacity, dtype=torch.int64, device=device)
         torch.cuda.synchronize(device)
         facts = rendezvous.exchange({"inbox": export(own)})
         # Kept as long as the group: closing a mapping would take the memory from under a kernel.
-        self._mapped = [
+        mapped = [
             own if other == rank else open_peer(each["inbox"], device)
             for other, each in enumerate(facts)
         ]
+        self._mapped += mapped
         return PeerInboxes(
             rank=rank,
             size=size,
             addresses=torch.tensor(
-                [each.data_ptr() for each in self._mapped], dtype=torch.int64, device=device
+                [each.data_ptr() for each in mapped], dtype=torch.int64, device=device
             ),
-            epochs=torch.zeros(MAX_PROGRAMS, dtype=torch.int32, device=device),
+            epochs=torch.zeros(num_programs, dtype=torch.int32, device=device),
             capacity=capacity,
         )
 

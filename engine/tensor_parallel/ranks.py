@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from engine.tensor_parallel.shard import Shard
+    from kernels.peer_sum import PeerInboxes
 
 STALL_SECONDS = 120.0
 # What is used of it is not typed.
@@ -38,11 +39,16 @@ class Ranks(Protocol):
     @property
     def shard(self) -> Shard: ...
 
+    @property
+    def few_rows(self) -> PeerInboxes | None:
+        """For products of up to 8 rows that sum while they are made; None: there are none here."""
+
     def from_first(self, x: torch.Tensor) -> torch.Tensor:
         """x of rank 0, on every rank; elsewhere the contents of x do not matter. In place."""
 
     def sum(self, x: torch.Tensor) -> torch.Tensor:
-        """The sum of the x of all ranks, bit for bit the same on each. In place."""
+        """The sum of the x of all ranks, bit for bit the same on each. It may take the memory of
+        x, or lie where the sum after the next will: use only the result, and not for long."""
 
     def gather_logits(self, part: torch.Tensor, vocab_size: int) -> torch.Tensor:
         """`[num_rows, columns of this rank]` -> on rank 0 `[num_rows, vocab_size]`, valid until
@@ -70,6 +76,10 @@ class CpuRanks:
     @property
     def shard(self) -> Shard:
         return self._shard
+
+    @property
+    def few_rows(self) -> PeerInboxes | None:
+        return None
 
     def from_first(self, x: torch.Tensor) -> torch.Tensor:
         with as_rank_lost():

@@ -52,7 +52,9 @@ class Seat:
             store,
             self.rendezvous,
             limits.device,
-            largest_sum=limits.max_num_seqs * model.hidden_size * limits.dtype.itemsize,
+            largest_small=limits.max_num_seqs * model.hidden_size * limits.dtype.itemsize,
+            largest_sum=limits.max_num_batched_tokens * model.hidden_size,
+            hidden_size=model.hidden_size,
             logits_shape=(limits.max_num_seqs, columns),
             dtype=limits.dtype,
         )

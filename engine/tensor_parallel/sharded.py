@@ -2,12 +2,14 @@
 
 Each rank multiplies its own columns of `o_proj` and `down_proj`; the sum of the products is the
 whole one. Rank 0 alone adds the residual stream and the bias, so the sum is the new stream, on
-all ranks alike.
+all ranks alike. Of few rows product and sum are one kernel, where there is one.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
+
+from engine.models.linear import Linear
 
 if TYPE_CHECKING:
     import torch
@@ -27,8 +29,8 @@ class SummedMatrix:
         self._matrix = matrix
         self._ranks = ranks
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return self._ranks.sum(self._matrix(x))
+    def __call__(self, x: torch.Tensor, spare: torch.Tensor | None = None) -> torch.Tensor:
+        return self._ranks.sum(self._matrix(x, spare))
 
     def normed(self, residual: torch.Tensor, norm_weight: torch.Tensor, eps: float) -> torch.Tensor:
         raise NotImplementedError("the input of this matrix is cut: it cannot be normed here")
@@ -39,8 +41,13 @@ class SummedMatrix:
         raise NotImplementedError("the input of this matrix is cut: it cannot be normed here")
 
     def add_to(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        if self._ranks.shard.rank:
-            return self._ranks.sum(self._matrix(x))
+        rank, peers = self._ranks.shard.rank, self._ranks.few_rows
+        if peers is not None and isinstance(self._matrix, Linear):
+            summed = self._matrix.summed(x, None if rank else residual, peers)
+            if summed is not None:
+                return summed
+        if rank:
+            return self._ranks.sum(self._matrix(x, residual))
         return self._ranks.sum(self._matrix.add_to(x, residual))
 
     def checkpoint_views(self) -> dict[str, torch.Tensor]:
@@ -48,6 +55,9 @@ class SummedMatrix:
 
     def pack(self) -> None:
         self._matrix.pack()
+
+    def precedes(self, following: Matrix) -> None:
+        self._matrix.precedes(following)
 
 
 def sharded_factory(make_matrix: MatrixFactory, ranks: Ranks) -> MatrixFactory:

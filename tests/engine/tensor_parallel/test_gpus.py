@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
@@ -10,8 +11,11 @@ import pytest
 import torch
 
 from kv_transfer.pool import TransferPool
+from tests.engine.test_cuda import SHAPE, close, decode_log
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from engine.engine import Engine
     from tests.engine.conftest import Expected, OpenEngine, RunGreedy
 
@@ -34,6 +38,25 @@ def test_greedy_tokens_of_two_gpus_are_those_of_the_reference(
             for chunk in (32, 1024):
                 sequences = run_greedy(engine, prompts, chunk=chunk, num_tokens=24)
                 assert [each.output_token_ids for each in sequences] == tokens
+
+
+def test_logprobs_of_few_rows_on_two_gpus_are_those_of_one(
+    tmp_path: Path, open_engine: OpenEngine
+) -> None:
+    """In bfloat16, where products of few rows sum while they are made: captured and not."""
+    (tmp_path / "config.json").write_text(json.dumps(SHAPE))
+    options: dict[str, Any] = GPU | {
+        "model": tmp_path,
+        "load_format": "dummy",
+        "dtype": "bfloat16",
+        "enable_prefix_caching": False,
+    }
+    whole = open_engine("", **options)
+    for enforce_eager in (True, False):
+        options["enforce_eager"] = enforce_eager
+        with closing(open_engine("", tensor_parallel_size=2, **options)) as engine:
+            for num_seqs in (1, 3, 8, 9):
+                close(decode_log(engine, num_seqs, 6), decode_log(whole, num_seqs, 6), 0.1)
 
 
 def test_blocks_move_between_engines_of_one_and_two_gpus(
