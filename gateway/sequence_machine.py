@@ -18,6 +18,10 @@ Losing the prefill node matters only until the decode node says `started`. Befor
 token nothing can be saved; after it the decode node is asked (`AskDecode`) and has
 `ORPHAN_SECONDS` to say that it runs the sequence, or why not.
 
+A node that says of a running sequence that it was cancelled had no such order from here, or the
+sequence would have ended: the decode node gave it up, on its way out or cut off from this gateway.
+The client asked for no cancel, so it is a lost node, and worth another attempt.
+
 Pure: time is an argument, answers are instructions. `Deliver` holds what the client gets; a
 `Deliver` whose delta has `finish_reason` or `error` is the ending and the last.
 """
@@ -152,9 +156,10 @@ class SequenceMachine:
         if delta.error is not None:
             if self._is_recomputed or (self._is_started and self._first_token_seen):
                 return []  # the decode node runs it, whatever becomes of the prefill node
-            if self._may_recompute and isinstance(delta.error, TransferError | NodeUnavailable):
-                return self._ask_decode(delta.error, now)
-            return self.fail(delta.error)
+            error = _unless_cancelled(delta.error)
+            if self._may_recompute and isinstance(error, TransferError | NodeUnavailable):
+                return self._ask_decode(error, now)
+            return self.fail(error)
         if not delta.token_ids:
             return self._ended(delta) if delta.finish_reason is not None else []
         if self._is_recomputed and self._first_token_seen:
@@ -203,7 +208,7 @@ class SequenceMachine:
             self._is_started = True
             self._orphan_deadline = math.inf
         if delta.error is not None:
-            return self.fail(self._prefill_error or delta.error)
+            return self.fail(self._prefill_error or _unless_cancelled(delta.error))
         if delta.recomputed and not self._is_recomputed:
             self._is_recomputed = True
             self._prefill_error = None
@@ -277,7 +282,7 @@ class SequenceMachine:
 
     def _ended(self, delta: TokenDelta) -> Instructions:
         if delta.finish_reason is FinishReason.ABORT:
-            return self.fail(Cancelled("The request was cancelled.", reason="node"))
+            return self.fail(_lost("decode"))
         self._is_finished = True
         return [Deliver(delta)]
 
@@ -286,6 +291,10 @@ class SequenceMachine:
         if self._has_prefill and not self._handed_off:
             instructions.insert(0, CancelPrefill())
         return instructions
+
+
+def _unless_cancelled(error: ServingError) -> ServingError:
+    return _lost("decode") if isinstance(error, Cancelled) else error
 
 
 def _lost(role: str) -> NodeLost:

@@ -245,7 +245,21 @@ def test_nothing_is_delivered_after_a_cancel() -> None:
 def test_an_abort_by_the_node_is_a_typed_error() -> None:
     subject = machine(has_prefill=False)
     seen = subject.decode_delta(delta(finish_reason=FinishReason.ABORT), 1.0)
-    assert isinstance(endings(seen)[0], Cancelled)
+    assert isinstance(endings(seen)[0], NodeLost)
+
+
+@pytest.mark.parametrize("node", ["prefill", "decode"])
+@pytest.mark.parametrize("may_recompute", [False, True])
+def test_a_cancel_that_nobody_here_ordered_is_a_lost_decode_node(
+    node: str, may_recompute: bool
+) -> None:
+    subject = machine(may_recompute=may_recompute)
+    told = delta(error=Cancelled("The request was cancelled."))
+    say = subject.prefill_delta if node == "prefill" else subject.decode_delta
+    seen = [*say(told, 1.0), *subject.decode_lost(2.0)]
+    (error,) = endings(seen)
+    assert isinstance(error, NodeLost)
+    assert error.reason == "decode_lost"
 
 
 def test_a_local_sequence_takes_every_token_from_the_decode_node() -> None:
