@@ -124,7 +124,16 @@ class EngineRun:
         return times
 
     def _decode(self, num_seqs: int, context: int, steps: int) -> list[float]:
-        self._start_decode(num_seqs, context)
+        self.start_decode(num_seqs, context)
+        return self.step_seconds(steps)
+
+    def forget_steps(self) -> None:
+        """What was not asked for."""
+        while not self._recorder.steps.empty():
+            self._next()
+
+    def step_seconds(self, steps: int) -> list[float]:
+        """Of each of the next `steps` steps."""
         times = [self._next().seconds for _ in range(steps + 1)]
         return [later - earlier for earlier, later in itertools.pairwise(times)]
 
@@ -168,7 +177,7 @@ class EngineRun:
             raise RuntimeError(f"the weights do not behave like a model's: {said}")
         return said
 
-    def _start_decode(self, num_seqs: int, context: int) -> None:
+    def start_decode(self, num_seqs: int, context: int) -> None:
         """Until all decode and the first steps of theirs are over."""
         self._add([self._sequence(context) for _ in range(num_seqs)])
         in_full = 0

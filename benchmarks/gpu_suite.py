@@ -44,17 +44,16 @@ PARTS = (
     Part(
         "KV transfer",
         "-m benchmarks.kv_transfer --source cuda:0 --target cuda:1",
-        45,
+        75,
         num_gpus=2,
-        writes=False,
     ),
     Part(
         "split pools",
-        "-m benchmarks.two_gpus --concurrency 1 --input-len 8192 2048 --output-len 32",
+        "-m benchmarks.two_gpus",
         120,
         num_gpus=2,
-        writes=False,
     ),
+    Part("decode while receiving", "-m benchmarks.decode_while_receiving", 100, num_gpus=2),
     Part("tensor parallel", "-m benchmarks.tensor_parallel", 90, num_gpus=2),
     Part("rank profile", "-m benchmarks.rank_profile", 90, num_gpus=2),
     Part(

@@ -14,9 +14,9 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import multiprocessing
 import os
 import statistics
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,7 +26,7 @@ import torch
 import uvloop
 
 from baton.raw_copy import SETTINGS, RawSockets
-from benchmarks import kv_transfer
+from benchmarks.kv_pair import MIB, Pair, PairOptions, decode_process
 from benchmarks.results_file import machine_facts, write_section
 from kv_transfer import host_moves
 from kv_transfer.digests import DigestKind
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-MIB = 1 << 20
 TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
 
 
@@ -69,46 +68,40 @@ def processor_seconds(*pids: int) -> float:
 class PoolToPool:
     """Two processes with a pool each; `copy` hands one prompt off."""
 
-    def __init__(self, arguments: argparse.Namespace) -> None:
-        self._arguments = arguments
-        context = multiprocessing.get_context("spawn")
-        self._where, their_where = context.Pipe()
-        self._started, their_started = context.Pipe()
-        self._child = context.Process(
-            target=decode_process, args=(arguments, their_where, their_started), daemon=True
-        )
-        self._child.start()
-        choose_digest(arguments.digest)
+    def __init__(self, options: PairOptions, digest: str, num_blocks: int) -> None:
+        self._pair = Pair(options, decode_with_digest, digest)
+        self._digest = digest
+        self._num_blocks = num_blocks
+        choose_digest(digest)
 
     async def start(self) -> None:
-        address, node_id = await asyncio.to_thread(self._where.recv)
-        self._bench = kv_transfer.Bench(self._arguments, address, node_id, self._started)
-        await self._bench.sender.start()
+        await self._pair.__aenter__()
 
     @property
     def transports(self) -> tuple[str, ...]:
-        return self._bench.agent.transports_in_use
+        return self._pair.agent.transports_in_use
 
     @property
     def pids(self) -> tuple[int, int]:
-        return os.getpid(), self._child.pid or 0
+        return os.getpid(), self._pair.pid
 
     async def copy(self) -> float:
-        choose_digest(self._arguments.digest)
-        num_blocks = self._arguments.prompt_blocks
-        self._bench.settle()
-        return await self._bench.hand_off(num_blocks, num_last=num_blocks)
+        choose_digest(self._digest)
+        name = self._pair.open(self._num_blocks)
+        began = time.perf_counter()
+        self._pair.computed(name, self._num_blocks)
+        (started,) = await self._pair.started([name])
+        return started.at - began
 
     async def close(self) -> None:
-        await self._bench.sender.close()
-        await self._bench.agent.close()
-        self._where.send(None)
-        await asyncio.to_thread(self._child.join, 10)
+        await self._pair.__aexit__()
 
 
-def decode_process(arguments: argparse.Namespace, where: Connection, started: Connection) -> None:
-    choose_digest(arguments.digest)
-    kv_transfer.decode_process(arguments, where, started)
+def decode_with_digest(
+    options: PairOptions, where: Connection, started: Connection, digest: str
+) -> None:
+    choose_digest(digest)
+    decode_process(options, where, started)
 
 
 _REAL_DIGESTS = host_moves.unit_digests
@@ -133,7 +126,7 @@ async def run(arguments: argparse.Namespace) -> tuple[list[Row], Row, list[str]]
     sockets = [(RawSockets(s, num_bytes), Row(f"plain socket, {s}", num_bytes)) for s in SETTINGS]
     ours = []
     for digest in arguments.digests:
-        pair = PoolToPool(argparse.Namespace(**{**vars(arguments), "digest": digest}))
+        pair = PoolToPool(make_options(arguments), digest, arguments.prompt_blocks)
         await pair.start()
         ours.append((pair, Row(f"pool to pool, digests: {digest.replace('_', '-')}", num_bytes)))
     for turn in range(arguments.warmup + arguments.repeats):
@@ -165,6 +158,21 @@ def note(
         row.processor_seconds += processor_seconds(*pids) - before
 
 
+def make_options(arguments: argparse.Namespace) -> PairOptions:
+    slot_mib = arguments.slot_mib
+    return PairOptions(
+        source="cpu",
+        target="cpu",
+        num_layers=arguments.num_layers,
+        unit_bytes=arguments.unit_kib * 1024,
+        num_blocks=arguments.num_blocks,
+        slot_bytes=None if slot_mib is None else int(slot_mib * MIB),
+        num_slots=arguments.num_slots,
+        ucx_tls=arguments.tls,
+        require_transport="any",
+    )
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--tls", default=None, help="UCX_TLS")
@@ -178,10 +186,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--write", action="store_true", help="into benchmarks/RESULTS.md")
-    found = parser.parse_args()
-    found.source = found.target = "cpu"
-    found.require_transport = "any"
-    return found
+    return parser.parse_args()
 
 
 def main() -> None:

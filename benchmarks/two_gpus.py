@@ -2,33 +2,48 @@
 
 1. Write a folder with the config of a known shape and a tokenizer of its vocabulary.
 2. Start `baton serve --prefill 1 --decode 1` on it with dummy weights.
-3. Send the same load twice: through the split pools, then with the policy set so that the
-   decode node prefills everything itself. Prompts differ in each run, so no cache helps.
-4. Print both tables, and which transport carried the KV, as `/metrics` names it.
+3. Send the same load in turns: through the split pools, then with the policy set so that the
+   decode node prefills everything itself. Prompts differ in each turn, so no cache helps.
+4. For each arm: the time to the first token, and the exposed time of the hand-off, which is the
+   gap between first and second token less a decode step of the same request (the median of its
+   later gaps). One node doing both has no hand-off: what is left there is the gap's own noise.
+
+The client is one process of this machine, so what it adds is in all arms alike.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
+import sys
 import tempfile
 import urllib.request
+from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 
 from benchmarks.model_shapes import SHAPES
+from benchmarks.results_file import machine_facts, write_section
 from benchmarks.serve_process import ServeProcess
 from loadtest.config import BenchConfig
-from loadtest.report import render_table
 from loadtest.run import run
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from loadtest.record import RequestRecord
 
 ADMIN_TOKEN = "benchmark"
 EVERYTHING = 1 << 30
 PROMPT_VOCABULARY = 6000
+ARMS = {"split pools": 0, "one node doing both": EVERYTHING}
+GAPS_BEFORE_STEADY = 3
 
 
 def write_model_folder(folder: Path, shape: str, num_layers: int | None) -> None:
@@ -61,31 +76,46 @@ def metrics(url: str, name: str) -> list[str]:
     return [line for line in text.splitlines() if line.startswith(name)]
 
 
-class HandoffGaps:
-    """Means of the gap between first and second token, which the gateway sums up."""
+@dataclass(slots=True)
+class ArmTimes:
+    """Seconds, a value for each request."""
 
-    def __init__(self, url: str) -> None:
-        self._url = url
-        self._sum, self._count = self._read()
+    first_token: list[float] = field(default_factory=list)
+    first_gap: list[float] = field(default_factory=list)
+    step: list[float] = field(default_factory=list)
 
-    def mean_ms(self) -> float | None:
-        """Since asked last; None when nothing was handed off."""
-        total, count = self._read()
-        spent, number = total - self._sum, count - self._count
-        self._sum, self._count = total, count
-        return spent / number * 1e3 if number else None
+    def add(self, records: Sequence[RequestRecord]) -> None:
+        for record in records:
+            if record.failure is not None:
+                raise RuntimeError(f"a request failed: {record.failure.message}")
+            gaps = record.gaps
+            self.first_token.append(record.time_to_first_token)
+            self.first_gap.append(gaps[0])
+            self.step.append(statistics.median(gaps[GAPS_BEFORE_STEADY:]))
 
-    def _read(self) -> tuple[float, float]:
-        found = []
-        for part in ("sum", "count"):
-            lines = metrics(self._url, f"baton_handoff_gap_seconds_{part}")
-            found.append(sum(float(line.rpartition(" ")[2]) for line in lines))
-        return found[0], found[1]
+    @property
+    def exposed(self) -> list[float]:
+        return [gap - step for gap, step in zip(self.first_gap, self.step, strict=True)]
+
+    def cells(self) -> str:
+        cells = (
+            statistics.median(self.first_token),
+            _p99(self.first_token),
+            statistics.median(self.first_gap),
+            statistics.median(self.step),
+            statistics.median(self.exposed),
+            _p99(self.exposed),
+        )
+        return " | ".join(f"{1e3 * cell:.2f}" for cell in cells)
 
 
-def measure(
+def _p99(values: Sequence[float]) -> float:
+    return sorted(values)[min(len(values) - 1, int(0.99 * len(values)))]
+
+
+def send(
     arguments: argparse.Namespace, url: str, input_len: int, concurrency: int, seed: int
-) -> str:
+) -> Sequence[RequestRecord]:
     config = BenchConfig(
         base_url=url,
         num_prompts=arguments.num_prompts * concurrency,
@@ -98,50 +128,79 @@ def measure(
         temperature=0.0,
         seed=seed,
     )
-    return render_table(run(config))
+    return run(config).records
+
+
+def rows_of(
+    arguments: argparse.Namespace, serve: ServeProcess, input_len: int, concurrency: int
+) -> list[str]:
+    arms = {name: ArmTimes() for name in ARMS}
+    for turn in range(arguments.turns):
+        for index, (name, tokens) in enumerate(ARMS.items()):
+            set_policy(serve.admin_url, local_prefill_tokens=tokens)
+            seed = arguments.seed + input_len * 100 + turn * 10 + index
+            arms[name].add(send(arguments, serve.url, input_len, concurrency, seed))
+    alone = statistics.median(arms["one node doing both"].first_token)
+    return [
+        f"| {input_len} | {concurrency} | {name} | {times.cells()} "
+        f"| {statistics.median(times.first_token) / alone:.3f}x |"
+        for name, times in arms.items()
+    ]
+
+
+def measure(arguments: argparse.Namespace, folder: Path) -> str:
+    write_model_folder(folder, arguments.shape, arguments.num_layers)
+    options = ("--load-format", "dummy", "--max-model-len", str(arguments.max_model_len))
+    lines = [
+        "| prompt | at once | | TTFT p50 (ms) | p99 | second-token gap p50 | decode step p50 "
+        "| exposed p50 | p99 | TTFT of one node's |",
+        "|---:|---:|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    with ServeProcess(
+        str(folder), *options, "--admin-token", ADMIN_TOKEN, *arguments.serve
+    ) as serve:
+        print(f"ready in {serve.wait_until_ready():.1f} s", flush=True)
+        for input_len, concurrency in product(arguments.input_len, arguments.concurrency):
+            rows = rows_of(arguments, serve, input_len, concurrency)
+            print("\n".join(rows), flush=True)
+            lines += rows
+        transports = metrics(serve.url, "baton_kv_transport_info{")
+        print(serve.log())
+    num_requests = arguments.num_prompts * arguments.turns
+    lines += [
+        "",
+        f"- {arguments.shape}, dummy weights, {num_requests} requests for each row and request at "
+        f"once, {arguments.output_len} tokens each",
+        *(f"- `{line}`" for line in transports),
+    ]
+    return "\n".join(lines)
 
 
 def main() -> None:
     arguments = parse_arguments()
     with tempfile.TemporaryDirectory() as folder:
-        write_model_folder(Path(folder), arguments.shape, arguments.num_layers)
-        serve = ServeProcess(
-            folder,
-            "--load-format",
-            "dummy",
-            "--max-model-len",
-            str(arguments.max_model_len),
-            "--admin-token",
-            ADMIN_TOKEN,
-            *arguments.serve,
-        )
-        with serve:
-            print(f"ready in {serve.wait_until_ready():.1f} s", flush=True)
-            seed, gaps = arguments.seed, HandoffGaps(serve.url)
-            for input_len, concurrency in product(arguments.input_len, arguments.concurrency):
-                for arm, tokens in (("split pools", 0), ("one node doing both", EVERYTHING)):
-                    set_policy(serve.admin_url, local_prefill_tokens=tokens)
-                    seed += 1
-                    load = f"{input_len} tokens, {concurrency} at once, seed {seed}"
-                    print(f"\n{arm}, {load}", flush=True)
-                    print(measure(arguments, serve.url, input_len, concurrency, seed), flush=True)
-                    mean = gaps.mean_ms()
-                    if mean is not None:
-                        print(f"mean gap between first and second token: {mean:.2f} ms")
-            print("\n".join(metrics(serve.url, "baton_kv_transport_info{")))
-            print(serve.log())
+        table = measure(arguments, Path(folder))
+    print(table)
+    if arguments.write:
+        command = " ".join(["python -m benchmarks.two_gpus", *sys.argv[1:]])
+        facts = [f"command: `{command}`", *machine_facts()]
+        text = "\n".join([table, *(f"- {fact}" for fact in facts)])
+        write_section("split pools", "Split pools beside one node, two GPUs", text)
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--shape", default="llama-3.1-8b", choices=SHAPES)
     parser.add_argument("--num-layers", type=int, help="fewer layers, to try the program")
     parser.add_argument("--max-model-len", type=int, default=16384)
-    parser.add_argument("--input-len", type=int, nargs="+", default=[2048])
-    parser.add_argument("--output-len", type=int, default=256)
-    parser.add_argument("--num-prompts", type=int, default=8, help="per concurrent request")
-    parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 16])
+    parser.add_argument("--input-len", type=int, nargs="+", default=[2048, 8192])
+    parser.add_argument("--output-len", type=int, default=24)
+    parser.add_argument("--num-prompts", type=int, default=10, help="per concurrent request")
+    parser.add_argument("--concurrency", type=int, nargs="+", default=[1])
+    parser.add_argument("--turns", type=int, default=3, help="of each arm")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--write", action="store_true", help="update benchmarks/RESULTS.md")
     parser.add_argument("serve", nargs="*", help="more flags for baton serve, after --")
     return parser.parse_args()
 

@@ -39,14 +39,14 @@ def block_digests(data: torch.Tensor, num_units: int) -> torch.Tensor:
         return torch.empty(0, dtype=torch.int64, device=data.device)
     assert data.numel() % (4 * num_units) == 0
     words = data.view(-1).view(torch.int32).view(num_units, -1)
-    multipliers = _multipliers(words.shape[1], data.device)
+    multipliers = multipliers_of(words.shape[1], data.device)
     if runs_triton(data):
         return _block_digests_triton(words, multipliers)
     return _block_digests_reference(words, multipliers)
 
 
 @lru_cache(maxsize=16)
-def _multipliers(num_words: int, device: torch.device) -> torch.Tensor:
+def multipliers_of(num_words: int, device: torch.device) -> torch.Tensor:
     """The first `num_words` multipliers, as int64."""
     with np.errstate(over="ignore"):
         z = np.arange(1, num_words + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)

@@ -33,13 +33,18 @@ class TransferAgent:
     """One per process."""
 
     def __init__(
-        self, pools: Sequence[torch.Tensor], config: KVTransferConfig, transport: Transport
+        self,
+        pools: Sequence[torch.Tensor],
+        config: KVTransferConfig,
+        transport: Transport,
+        *,
+        takes_digests: bool = True,
     ) -> None:
-        """`pools`: as `TransferPool` takes them, one for each rank of the model. Raises
-        `ConfigError` when a staging slot is too small for one unit."""
+        """`pools`, `takes_digests`: as `TransferPool` has them; one pool for each rank of the
+        model. Raises `ConfigError` when a staging slot is too small for one unit."""
         self.config = config
         self.transport = transport
-        self.pool = TransferPool(*pools)
+        self.pool = TransferPool(*pools, takes_digests=takes_digests)
         self.stats = TransferStats()
         device = self.pool.device
         slot_bytes = config.slot_bytes_for(device.type)
@@ -58,7 +63,13 @@ class TransferAgent:
         self._in_use: dict[Endpoint, str] = {}
 
     @classmethod
-    def create(cls, pools: Sequence[torch.Tensor], config: KVTransferConfig) -> TransferAgent:
+    def create(
+        cls,
+        pools: Sequence[torch.Tensor],
+        config: KVTransferConfig,
+        *,
+        takes_digests: bool = True,
+    ) -> TransferAgent:
         """Over UCX. The event loop's thread is bound to the device of the first pool. Raises
         `ConfigError` when the required transport cannot be had here."""
         device = pools[0].device
@@ -73,7 +84,7 @@ class TransferAgent:
         check_possible(
             config.require_transport, transport.available, on_device=device.type == "cuda"
         )
-        return cls(pools, config, transport)
+        return cls(pools, config, transport, takes_digests=takes_digests)
 
     def beside(self, num_slots: int) -> TransferAgent:
         """The same agent with `num_slots` staging slots apart from the others: for who receives

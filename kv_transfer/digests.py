@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from kv_transfer.protocol import positions_array
+
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
 
@@ -55,7 +57,7 @@ class PlaceSeal:
     __slots__ = ("_layer_start", "_num_layers", "_places", "_positions", "_seed")
 
     def __init__(
-        self, *, seed: int, layer_start: int, num_layers: int, positions: Sequence[int]
+        self, *, seed: int, layer_start: int, num_layers: int, positions: tuple[int, ...]
     ) -> None:
         self._seed = np.uint64(seed)
         self._layer_start = layer_start
@@ -69,7 +71,7 @@ class PlaceSeal:
         if self._places is None:
             end = self._layer_start + self._num_layers
             layers = np.arange(self._layer_start, end, dtype=np.uint64)
-            positions = np.asarray(self._positions, dtype=np.uint64) * _POSITION
+            positions = positions_array(self._positions).view(np.uint64) * _POSITION
             layer_seeds = _mix(self._seed ^ (layers * _LAYER))
             self._places = _mix(layer_seeds[:, None] ^ positions[None, :])
         return self._places

@@ -1,4 +1,6 @@
-"""The frame: a header message in host memory, then a payload message, of one transfer.
+"""What travels over a data link: frames, and the commit behind the last one.
+
+A frame is a header message in host memory, then a payload message, of one transfer.
 
     header   fixed fields, positions uint32 [num_positions],
              sealed digests uint64 [num_layers, num_positions]
@@ -10,6 +12,9 @@ they finish. Headers of a session travel under the session's tag and arrive in t
 were posted; a payload travels under the nonce of its ticket. Both were drawn by the receiver,
 so no other peer can know them.
 
+A commit is a message like a header, behind all headers of its transfer: over the control stream it
+would arrive some hundred microseconds later, and a client's second token waits for it.
+
 A header is parsed before anything is allocated or received for it, and everything in it is
 checked against what was agreed at the handshake.
 """
@@ -19,6 +24,7 @@ from __future__ import annotations
 import hashlib
 import struct
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -37,6 +43,9 @@ MAX_UNITS_PER_FRAME = 4096
 # magic, version, num_layers, layer_start, num_positions, epoch, seq, transfer_id, incarnation,
 # nonce, payload_bytes; then the checksum of all other bytes of the header.
 _FIXED = struct.Struct("<4sHHHHII16sQQQ")
+# magic, version, transfer_id, epoch, nonce, num_frames, first_token_id; then the checksum.
+_COMMIT = struct.Struct("<4sH16sIQIQ")
+COMMIT_MAGIC = b"BTKC"
 _CHECKSUM_BYTES = 8
 _PREFIX_BYTES = _FIXED.size + _CHECKSUM_BYTES
 
@@ -70,6 +79,17 @@ class FrameHeader:
     digests: NDArray[np.uint64]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CommitMessage:
+    """All `num_frames` frames of the transfer were posted; its first token is known."""
+
+    transfer_id: bytes
+    epoch: int
+    nonce: int
+    num_frames: int
+    first_token_id: int
+
+
 @dataclass(frozen=True, slots=True)
 class FrameLimits:
     """What both ends know before any frame. `max_payload_bytes` is one staging slot."""
@@ -88,6 +108,15 @@ class FrameLimits:
         return _PREFIX_BYTES + self.max_units * (4 + 8)
 
 
+@lru_cache(maxsize=256)
+def positions_array(positions: tuple[int, ...]) -> NDArray[np.int64]:
+    """Read only. Kept: every frame of the same blocks has the same positions, and to make an array
+    of a tuple takes longer than all else that is done with it."""
+    array = np.array(positions, dtype=np.int64)
+    array.flags.writeable = False
+    return array
+
+
 def pack_header(header: FrameHeader, out: memoryview) -> int:
     """Write the header to the start of `out`; returns its length in bytes."""
     fixed = _FIXED.pack(
@@ -104,12 +133,45 @@ def pack_header(header: FrameHeader, out: memoryview) -> int:
         header.payload_bytes,
     )
     arrays = (
-        np.asarray(header.positions, dtype="<u4").tobytes()
+        positions_array(header.positions).astype("<u4").tobytes()
         + header.digests.astype("<u8", copy=False).tobytes()
     )
     message = fixed + _checksum(fixed, arrays) + arrays
     out[: len(message)] = message
     return len(message)
+
+
+def pack_commit(commit: CommitMessage) -> bytes:
+    fields = _COMMIT.pack(
+        COMMIT_MAGIC,
+        FRAME_VERSION,
+        commit.transfer_id,
+        commit.epoch,
+        commit.nonce,
+        commit.num_frames,
+        commit.first_token_id,
+    )
+    return fields + _checksum(fields, b"")
+
+
+def parse_message(data: memoryview, limits: FrameLimits) -> FrameHeader | CommitMessage:
+    """What stands at the start of `data`; bytes after it are ignored. Raises `FrameMalformed`."""
+    if bytes(data[: len(COMMIT_MAGIC)]) != COMMIT_MAGIC:
+        return parse_header(data, limits)
+    size = _COMMIT.size
+    fields = bytes(data[:size])
+    if bytes(data[size : size + _CHECKSUM_BYTES]) != _checksum(fields, b""):
+        raise FrameMalformed("its checksum is wrong")
+    _, version, transfer_id, epoch, nonce, num_frames, first_token_id = _COMMIT.unpack(fields)
+    if version != FRAME_VERSION:
+        raise FrameMalformed("its version is wrong")
+    return CommitMessage(
+        transfer_id=transfer_id,
+        epoch=epoch,
+        nonce=nonce,
+        num_frames=num_frames,
+        first_token_id=first_token_id,
+    )
 
 
 def parse_header(data: memoryview, limits: FrameLimits) -> FrameHeader:
@@ -141,7 +203,6 @@ def parse_header(data: memoryview, limits: FrameLimits) -> FrameHeader:
 def _build(fields: tuple[int | bytes, ...], arrays: bytes) -> FrameHeader:
     _, _, num_layers, layer_start, num_positions, epoch, seq, transfer_id = fields[:8]
     incarnation, nonce, payload_bytes = fields[8:]
-    positions = np.frombuffer(arrays, dtype="<u4", count=int(num_positions))
     digests = np.frombuffer(arrays, dtype="<u8", offset=4 * int(num_positions))
     return FrameHeader(
         transfer_id=bytes(transfer_id),
@@ -151,18 +212,25 @@ def _build(fields: tuple[int | bytes, ...], arrays: bytes) -> FrameHeader:
         seq=int(seq),
         layer_start=int(layer_start),
         num_layers=int(num_layers),
-        positions=tuple(positions.tolist()),
+        positions=_positions(arrays[: 4 * int(num_positions)]),
         payload_bytes=int(payload_bytes),
         digests=digests.astype(np.uint64).reshape(int(num_layers), int(num_positions)),
     )
 
 
+@lru_cache(maxsize=256)
+def _positions(data: bytes) -> tuple[int, ...]:
+    """uint32, strictly ascending. Equal ones are one object, as layers of the same blocks follow
+    each other."""
+    positions = np.frombuffer(data, dtype="<u4")
+    if not np.all(positions[1:] > positions[:-1]):
+        raise FrameMalformed("its positions are not ascending")
+    return tuple(positions.tolist())
+
+
 def _check_map(header: FrameHeader, limits: FrameLimits) -> None:
     if header.layer_start + header.num_layers > limits.num_layers:
         raise FrameMalformed("its layers are out of range")
-    ascending = zip(header.positions, header.positions[1:], strict=False)
-    if any(earlier >= later for earlier, later in ascending):
-        raise FrameMalformed("its positions are not ascending")
     num_units = header.num_layers * len(header.positions)
     if header.payload_bytes != num_units * limits.unit_bytes:
         raise FrameMalformed("its payload does not fit its map")

@@ -17,7 +17,7 @@ from cluster.request import Handoff, SequenceRequest
 from cluster.rpc import open_channel
 from kv_transfer.digests import PlaceSeal, digest_seed
 from kv_transfer.pool import TransferPool
-from kv_transfer.protocol import FrameHeader, pack_header
+from kv_transfer.protocol import CommitMessage, FrameHeader, pack_commit, pack_header
 from kv_transfer.sending.kv_session import KvSessionStream, decode_ticket, reserve_frame
 from kv_transfer.transports.loopback import LoopbackEndpoint, LoopbackNetwork, LoopbackTransport
 from tests.kv_twins import COMPATIBLE, NUM_LAYERS, UNIT_BYTES, DecodeSide
@@ -134,14 +134,15 @@ class HandDriven:
         return asyncio.gather(self.post_header(header), self.endpoint.send(payload, header.nonce))
 
     def commit(self, ticket: Ticket, *, num_frames: int, first_token_id: int = 7) -> None:
-        commit = pb.Commit(
+        commit = CommitMessage(
             transfer_id=ticket.transfer_id,
-            nonce=ticket.nonce,
             epoch=ticket.epoch,
+            nonce=ticket.nonce,
             num_frames=num_frames,
             first_token_id=first_token_id,
         )
-        self.stream.send(pb.SenderFrame(commit=commit))
+        message = torch.from_numpy(np.frombuffer(pack_commit(commit), dtype=np.uint8).copy())
+        self.endpoint.send(message, self.session_id)
 
     def acknowledge(self, abort: pb.ReceiverAbort, *, num_frames_posted: int) -> None:
         ack = pb.AbortAck(

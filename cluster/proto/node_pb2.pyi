@@ -353,20 +353,18 @@ class TokenLogprobs(_message.Message):
     def __init__(self, logprob: _Optional[float] = ..., top_ids: _Optional[_Iterable[int]] = ..., top_logprobs: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class SenderFrame(_message.Message):
-    __slots__ = ("hello", "reserve", "commit", "abort", "abort_ack", "renew")
+    __slots__ = ("hello", "reserve", "abort", "abort_ack", "renew")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     RESERVE_FIELD_NUMBER: _ClassVar[int]
-    COMMIT_FIELD_NUMBER: _ClassVar[int]
     ABORT_FIELD_NUMBER: _ClassVar[int]
     ABORT_ACK_FIELD_NUMBER: _ClassVar[int]
     RENEW_FIELD_NUMBER: _ClassVar[int]
     hello: SenderHello
     reserve: Reserve
-    commit: Commit
     abort: SenderAbort
     abort_ack: AbortAck
     renew: Renew
-    def __init__(self, hello: _Optional[_Union[SenderHello, _Mapping]] = ..., reserve: _Optional[_Union[Reserve, _Mapping]] = ..., commit: _Optional[_Union[Commit, _Mapping]] = ..., abort: _Optional[_Union[SenderAbort, _Mapping]] = ..., abort_ack: _Optional[_Union[AbortAck, _Mapping]] = ..., renew: _Optional[_Union[Renew, _Mapping]] = ...) -> None: ...
+    def __init__(self, hello: _Optional[_Union[SenderHello, _Mapping]] = ..., reserve: _Optional[_Union[Reserve, _Mapping]] = ..., abort: _Optional[_Union[SenderAbort, _Mapping]] = ..., abort_ack: _Optional[_Union[AbortAck, _Mapping]] = ..., renew: _Optional[_Union[Renew, _Mapping]] = ...) -> None: ...
 
 class SenderHello(_message.Message):
     __slots__ = ("name", "incarnation", "protocol_version", "compatibility_hash", "digest_kinds")
@@ -395,20 +393,6 @@ class Reserve(_message.Message):
     gateway_id: str
     kv_load_failure_policy: str
     def __init__(self, transfer_id: _Optional[bytes] = ..., attempt: _Optional[int] = ..., sequence: _Optional[_Union[Sequence, _Mapping]] = ..., gateway_id: _Optional[str] = ..., kv_load_failure_policy: _Optional[str] = ...) -> None: ...
-
-class Commit(_message.Message):
-    __slots__ = ("transfer_id", "nonce", "epoch", "num_frames", "first_token_id")
-    TRANSFER_ID_FIELD_NUMBER: _ClassVar[int]
-    NONCE_FIELD_NUMBER: _ClassVar[int]
-    EPOCH_FIELD_NUMBER: _ClassVar[int]
-    NUM_FRAMES_FIELD_NUMBER: _ClassVar[int]
-    FIRST_TOKEN_ID_FIELD_NUMBER: _ClassVar[int]
-    transfer_id: bytes
-    nonce: int
-    epoch: int
-    num_frames: int
-    first_token_id: int
-    def __init__(self, transfer_id: _Optional[bytes] = ..., nonce: _Optional[int] = ..., epoch: _Optional[int] = ..., num_frames: _Optional[int] = ..., first_token_id: _Optional[int] = ...) -> None: ...
 
 class SenderAbort(_message.Message):
     __slots__ = ("transfer_id", "num_frames_posted", "error")

@@ -282,6 +282,7 @@ class Node:
 
 class KvReceiverStub:
     """---- prefill node -> decode node --------------------------------------------------------
+    Commits travel on the data link, behind the frames (kv_transfer/protocol.py).
 
     """
 
@@ -300,6 +301,7 @@ class KvReceiverStub:
 
 class KvReceiverServicer:
     """---- prefill node -> decode node --------------------------------------------------------
+    Commits travel on the data link, behind the frames (kv_transfer/protocol.py).
 
     """
 
@@ -328,6 +330,7 @@ def add_KvReceiverServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class KvReceiver:
     """---- prefill node -> decode node --------------------------------------------------------
+    Commits travel on the data link, behind the frames (kv_transfer/protocol.py).
 
     """
 

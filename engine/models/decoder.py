@@ -156,9 +156,12 @@ class Decoder:
         for index, layer in enumerate(self._layers):
             if offloaded is not None:
                 offloaded.enter(index)
-            attended = layer.attend(residual, batch, kv_layers[index], self._cos_sin, plan)
+            on_stored = None
             if on_layer is not None and self._ranks is None:
-                on_layer(index)
+                on_stored = partial(on_layer, index)
+            attended = layer.attend(
+                residual, batch, kv_layers[index], self._cos_sin, plan, on_stored
+            )
             if index == last:
                 if batch.num_samples == 0:
                     self._end_without_sample(index, on_layer)

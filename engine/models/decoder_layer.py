@@ -16,6 +16,8 @@ from kernels.prefill_attention import prefill_attention
 from kernels.rope_store import TokenPlan, rope_store
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from engine.batch import Batch
     from engine.models.config import ModelConfig
     from engine.models.linear import Matrix, MatrixFactory
@@ -120,8 +122,9 @@ class DecoderLayer:
         kv_layer: torch.Tensor,
         cos_sin: torch.Tensor,
         plan: StepPlan,
+        on_stored: Callable[[], None] | None = None,
     ) -> torch.Tensor:
-        """Store these tokens' KV and attend: `[num_tokens, num_heads * head_size]`.
+        """Store these tokens' KV, say so, and attend: `[num_tokens, num_heads * head_size]`.
 
         Leaves the stream as it is: only the rows that go on need the sum (`transform`).
         """
@@ -137,6 +140,8 @@ class DecoderLayer:
             kv_scales=self.kv_scales,
             plan=plan.tokens,
         )
+        if on_stored is not None:
+            on_stored()
         attended = self._attention(query, kv_layer, batch, plan)
         return attended.view(len(attended), -1)
 

@@ -11,6 +11,7 @@ from cluster.errors import Cancelled, DeadlineExceeded
 from cluster.request import KVLoadFailurePolicy, SequenceRequest
 from kv_transfer.digests import digest_seed
 from kv_transfer.failures import FailureReason
+from kv_transfer.protocol import positions_array
 from kv_transfer.transfer import Ticket, TransferState
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ class BlockProgress:
 
     def announce(self, header: FrameHeader) -> bool:
         """False when the frame holds what was not asked for, or what came before."""
-        positions = np.array(header.positions, dtype=np.int64)
+        positions = positions_array(header.positions)
         if positions[-1] >= len(self._rows):
             return False
         rows, layers = self._rows[positions], _layers(header)
@@ -68,7 +69,7 @@ class BlockProgress:
 
     def verify(self, header: FrameHeader) -> None:
         """What it holds is in the blocks, and its digests were right."""
-        rows = self._rows[np.array(header.positions, dtype=np.int64)]
+        rows = self._rows[positions_array(header.positions)]
         self._verified[rows, _layers(header)] = True
         self.num_verified += header.num_layers * len(header.positions)
 
@@ -104,6 +105,7 @@ class IncomingTransfer:
     digest_seed: int
     state: TransferState = TransferState.PENDING
     block_ids: tuple[int, ...] = ()
+    ids_found: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())  # of positions, the last asked
     progress: BlockProgress = field(default_factory=lambda: BlockProgress((), 0))
     error: ServingError | None = None
     num_good_blocks: int | None = None  # when it failed, if the node may compute the rest
@@ -170,6 +172,13 @@ class IncomingTransfer:
             self.num_to_drain is not None and self.num_arrived >= self.num_to_drain
         )
 
+    def block_ids_at(self, positions: tuple[int, ...]) -> tuple[int, ...]:
+        """Layers of the same blocks follow each other: what was found last is kept."""
+        if positions is not self.ids_found[0]:
+            found = tuple([self.block_ids[position] for position in positions])
+            self.ids_found = (positions, found)
+        return self.ids_found[1]
+
     def num_good_blocks_after(self, error: ServingError) -> int | None:
         """How many leading blocks are right, if what is missing may be computed here instead of
         failing with `error`; None if not: nobody wants the sequence, or it has no blocks."""
@@ -183,6 +192,7 @@ class IncomingTransfer:
         """Keep only what a late message may ask for."""
         self.forget_at = forget_at
         self.block_ids = ()
+        self.ids_found = ((), ())
         self.progress = BlockProgress((), 0)
         request = replace(self.sequence.request, prompt_token_ids=())
         self.sequence = replace(self.sequence, request=request)

@@ -187,7 +187,7 @@ class Intake:
         if problem is not None:
             dropping = Dropping(header.transfer_id, problem, is_counted=True)
             return dropping, self._endings.abort(transfer, failure(problem), now)
-        block_ids = tuple(transfer.block_ids[position] for position in header.positions)
+        block_ids = transfer.block_ids_at(header.positions)
         return Landing(header.transfer_id, header.seq, block_ids, transfer.digest_seed), []
 
     def may_scatter(self, transfer_id: bytes) -> bool:

@@ -110,8 +110,6 @@ class KvReceiverService(rpc.KvReceiverServicer):
         match frame.WhichOneof("frame"):
             case "reserve":
                 self._reserve(session, frame.reserve)
-            case "commit":
-                receiver.commit_asked(session, frame.commit)
             case "abort":
                 abort = frame.abort
                 error = decode_error(abort.error) if abort.HasField("error") else None

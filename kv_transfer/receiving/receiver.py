@@ -43,6 +43,7 @@ from kv_transfer.receiving.intake_instructions import (
 )
 from kv_transfer.receiving.receiver_session import ReceiverSession
 from kv_transfer.receiving.succession import Succession
+from kv_transfer.trace import TRACE
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine, Sequence
@@ -51,7 +52,7 @@ if TYPE_CHECKING:
     from cluster.node import NodeId
     from kv_transfer.agent import TransferAgent
     from kv_transfer.handshake import Compatibility
-    from kv_transfer.protocol import FrameHeader
+    from kv_transfer.protocol import CommitMessage, FrameHeader
     from kv_transfer.receiving.block_source import BlockSource
     from kv_transfer.receiving.incoming import IncomingSequence
     from kv_transfer.transports.base import Endpoint
@@ -176,19 +177,6 @@ class KVReceiver:
     def reserve_asked(self, session: ReceiverSession, sequence: IncomingSequence) -> None:
         self._execute(self._intake.reserve_asked(session.id, sequence, self._clock()))
 
-    def commit_asked(self, session: ReceiverSession, commit: pb.Commit) -> None:
-        self._execute(
-            self._intake.commit_asked(
-                session.id,
-                commit.transfer_id,
-                nonce=commit.nonce,
-                epoch=commit.epoch,
-                num_frames=commit.num_frames,
-                first_token_id=commit.first_token_id,
-                now=self._clock(),
-            )
-        )
-
     def sender_aborted(
         self,
         session: ReceiverSession,
@@ -218,6 +206,21 @@ class KVReceiver:
         fate, instructions = self._intake.frame_arrived(session_id, header, self._clock())
         self._execute(instructions)
         return fate
+
+    def commit_arrived(self, session_id: int, commit: CommitMessage) -> None:
+        if TRACE.is_on:
+            TRACE.mark("r.commit")
+        self._execute(
+            self._intake.commit_asked(
+                session_id,
+                commit.transfer_id,
+                nonce=commit.nonce,
+                epoch=commit.epoch,
+                num_frames=commit.num_frames,
+                first_token_id=commit.first_token_id,
+                now=self._clock(),
+            )
+        )
 
     def may_scatter(self, transfer_id: bytes) -> bool:
         return self._intake.may_scatter(transfer_id)
@@ -302,6 +305,8 @@ class KVReceiver:
 
     async def _start(self, sequence: IncomingSequence, first_token_id: int) -> None:
         transfer_id = sequence.transfer_id
+        if TRACE.is_on:
+            TRACE.mark("r.start")
         try:
             await self._source.start(sequence.sequence_id, first_token_id)
         except ServingError as error:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -22,8 +23,9 @@ from cluster.errors import ServingError
 from cluster.failpoints import failpoint
 from kv_transfer.digests import DigestKind, PlaceSeal
 from kv_transfer.failures import FailureReason, failure
-from kv_transfer.protocol import FrameHeader, FrameMalformed, parse_header
+from kv_transfer.protocol import CommitMessage, FrameHeader, FrameMalformed, parse_message
 from kv_transfer.receiving.intake_instructions import Dropping, Landing
+from kv_transfer.trace import TRACE
 
 if TYPE_CHECKING:
     from cluster.node import NodeId
@@ -40,10 +42,25 @@ class FrameEvents(Protocol):
 
     def frame_arrived(self, session_id: int, header: FrameHeader) -> Landing | Dropping: ...
     def may_scatter(self, transfer_id: bytes) -> bool: ...
+    def commit_arrived(self, session_id: int, commit: CommitMessage) -> None: ...
     def frame_ended(
         self, transfer_id: bytes, error: ServingError | None, verified: FrameHeader | None
     ) -> None: ...
     def link_lost(self, session_id: int, reason: FailureReason) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Frame:
+    """A wanted frame on its way into blocks. `ended` is done when nothing of it writes."""
+
+    header: FrameHeader
+    landing: Landing
+    slot: StagingSlot
+    began: float
+    ended: asyncio.Future[None]
+
+    def mark(self, point: str) -> None:
+        TRACE.mark(point, self.header.layer_start, self.header.positions[0])
 
 
 class ReceiverSession:
@@ -60,7 +77,7 @@ class ReceiverSession:
         self._transport_name = ""
         self._is_closed = False
         self._receiving: asyncio.Task[None] | None = None
-        self._frames: set[asyncio.Task[None]] = set()
+        self._frames: set[asyncio.Future[None]] = set()
 
     @property
     def is_connected(self) -> bool:
@@ -96,14 +113,18 @@ class ReceiverSession:
     # ---- frames ---------------------------------------------------------------------------
 
     async def _receive(self, endpoint: Endpoint) -> None:
-        """Receive headers, in order, until the connection ends."""
+        """Receive headers and commits, in order, until the connection ends."""
         limits = self._agent.limits
         buffer = torch.zeros(limits.max_header_bytes, dtype=torch.uint8)
         view = buffer.numpy().data
         try:
             while True:
                 await endpoint.recv(buffer, self.id)
-                await self._take(endpoint, parse_header(view, limits))
+                message = parse_message(view, limits)
+                if isinstance(message, CommitMessage):
+                    self._events.commit_arrived(self.id, message)
+                else:
+                    await self._take(endpoint, message)
         except FrameMalformed as error:
             logger.warning("frames of %s cannot be read: %s", self.peer.name, error.message)
             self._events.link_lost(self.id, FailureReason.FRAME_MALFORMED)
@@ -116,6 +137,8 @@ class ReceiverSession:
     async def _take(self, endpoint: Endpoint, header: FrameHeader) -> None:
         """Post the receive of one payload; payloads are posted in the order of their headers."""
         failpoint("decode.on_frame")
+        if TRACE.is_on:
+            TRACE.mark("r.header", header.layer_start, header.positions[0])
         fate = self._events.frame_arrived(self.id, header)
         if isinstance(fate, Dropping):
             self._agent.stats.frames_dropped[fate.reason.value] += 1
@@ -129,8 +152,7 @@ class ReceiverSession:
         except asyncio.CancelledError:
             self._events.frame_ended(header.transfer_id, failure(FailureReason.LINK_LOST), None)
             raise
-        received = endpoint.recv(slot.payload[: header.payload_bytes], header.nonce)
-        self._spawn(self._land(header, fate, slot, received))
+        self._land(header, fate, slot, endpoint)
 
     async def _drop(self, fate: Dropping, received: asyncio.Future[None]) -> None:
         await asyncio.wait([received])
@@ -138,67 +160,94 @@ class ReceiverSession:
         if fate.is_counted:
             self._events.frame_ended(fate.transfer_id, failure(fate.reason), None)
 
-    async def _land(
-        self,
-        header: FrameHeader,
-        landing: Landing,
-        slot: StagingSlot,
-        received: asyncio.Future[None],
+    def _land(
+        self, header: FrameHeader, landing: Landing, slot: StagingSlot, endpoint: Endpoint
     ) -> None:
-        began = time.perf_counter()
-        try:
-            error = await self._verify(header, landing, slot, received)
-        except Exception:
-            logger.exception("a frame of %s could not be placed", self.peer.name)
-            error = failure(FailureReason.UNKNOWN)
-            await self._agent.pool.settle()
-        finally:
-            self._agent.staging.release(slot)
-        if error is None:
-            spent = time.perf_counter() - began
-            self._agent.stats.moved(self._transport_name, header.payload_bytes, spent)
-        self._events.frame_ended(header.transfer_id, error, header if error is None else None)
+        """Receive a payload; what follows is driven by callbacks, as a task for each frame would
+        take longer than the wire."""
+        ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        frame = _Frame(header, landing, slot, time.perf_counter(), ended)
+        self._frames.add(ended)
+        received = endpoint.recv(slot.payload[: header.payload_bytes], header.nonce)
+        if TRACE.is_on:
+            frame.mark("r.posted")
+        received.add_done_callback(lambda done: self._landed(frame, done))
 
-    async def _verify(
-        self,
-        header: FrameHeader,
-        landing: Landing,
-        slot: StagingSlot,
-        received: asyncio.Future[None],
-    ) -> ServingError | None:
-        """Receive the payload, compare its digests and scatter it; why not, otherwise."""
-        try:
-            await received
-        except ServingError as error:
-            await self._agent.pool.settle()
-            return error
-        if not (self._events.may_scatter(header.transfer_id) and self._agent.staging.owns(slot)):
-            return failure(FailureReason.ABORTED)
-        pool = self._agent.pool
+    def _landed(self, frame: _Frame, received: asyncio.Future[None]) -> None:
+        """Put it into its blocks, if it is still wanted."""
+        if TRACE.is_on:
+            frame.mark("r.landed")
+        broken = received.exception()
+        if broken is not None:
+            self._spawn(self._end_broken(frame, broken))
+        elif not self._is_wanted(frame):
+            self._end(frame, failure(FailureReason.ABORTED))
+        else:
+            self._scatter(frame)
+
+    def _is_wanted(self, frame: _Frame) -> bool:
+        is_ours = self._agent.staging.owns(frame.slot)
+        return is_ours and self._events.may_scatter(frame.header.transfer_id)
+
+    def _scatter(self, frame: _Frame) -> None:
+        header = frame.header
         seal = PlaceSeal(
-            seed=landing.digest_seed,
+            seed=frame.landing.digest_seed,
             layer_start=header.layer_start,
             num_layers=header.num_layers,
             positions=header.positions,
         )
-        scattering = pool.begin_scatter(
-            slot.payload,
-            layer_start=header.layer_start,
-            num_layers=header.num_layers,
-            block_ids=landing.block_ids,
-            accepts=lambda digests: np.array_equal(seal.seal(digests), header.digests),
-            digest=self.digest_kind,
-        )
-        seal.prepare()
-        is_right = await pool.end(scattering)
-        if is_right:
-            return None
-        if self._agent.stats.corrupt(self.peer.name):
-            logger.error(
-                "prefill node %s has sent corrupt KV again and again: look at its memory and links",
-                self.peer.name,
+        try:
+            scattering = self._agent.pool.begin_scatter(
+                frame.slot.payload,
+                layer_start=header.layer_start,
+                num_layers=header.num_layers,
+                block_ids=frame.landing.block_ids,
+                accepts=lambda digests: np.array_equal(seal.seal(digests), header.digests),
+                digest=self.digest_kind,
             )
-        return failure(FailureReason.DIGEST_MISMATCH)
+        except Exception as error:
+            self._spawn(self._end_broken(frame, error))
+            return
+        if TRACE.is_on:
+            frame.mark("r.scatter_queued")
+        scattering.add_done_callback(lambda done: self._scattered(frame, done))
+        seal.prepare()
+
+    def _scattered(self, frame: _Frame, scattering: asyncio.Future[bool]) -> None:
+        if TRACE.is_on:
+            frame.mark("r.verified")
+        broken = scattering.exception()
+        if broken is not None:
+            self._spawn(self._end_broken(frame, broken))
+        elif scattering.result():
+            self._end(frame, None)
+        else:
+            if self._agent.stats.corrupt(self.peer.name):
+                logger.error(
+                    "prefill node %s has sent corrupt KV again and again: look at its memory "
+                    "and links",
+                    self.peer.name,
+                )
+            self._end(frame, failure(FailureReason.DIGEST_MISMATCH))
+
+    async def _end_broken(self, frame: _Frame, broken: BaseException) -> None:
+        """Received or placed in part, maybe: nothing of it may write any more when it ends."""
+        error = broken if isinstance(broken, ServingError) else failure(FailureReason.UNKNOWN)
+        if broken is not error:
+            logger.error("a frame of %s could not be placed", self.peer.name, exc_info=broken)
+        await self._agent.pool.settle()
+        self._end(frame, error)
+
+    def _end(self, frame: _Frame, error: ServingError | None) -> None:
+        header = frame.header
+        self._agent.staging.release(frame.slot)
+        if error is None:
+            spent = time.perf_counter() - frame.began
+            self._agent.stats.moved(self._transport_name, header.payload_bytes, spent)
+        self._events.frame_ended(header.transfer_id, error, header if error is None else None)
+        self._frames.discard(frame.ended)
+        frame.ended.set_result(None)
 
     def _spawn(self, work: Any) -> None:
         frame = asyncio.create_task(work)

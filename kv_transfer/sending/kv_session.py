@@ -20,7 +20,7 @@ from cluster.errors import InvalidRequest, ServingError
 from cluster.proto import node_pb2 as pb
 from cluster.proto import node_pb2_grpc as rpc
 from kv_transfer.failures import FailureReason, failure
-from kv_transfer.sending.outgoing import SendAbort, SendAbortAck, SendCommit
+from kv_transfer.sending.outgoing import SendAbort, SendAbortAck
 from kv_transfer.transfer import Ticket
 
 if TYPE_CHECKING:
@@ -146,33 +146,18 @@ def renew_frame(transfer_id: bytes, extend_seconds: float) -> pb.SenderFrame:
     return pb.SenderFrame(renew=pb.Renew(transfer_id=transfer_id, extend_seconds=extend_seconds))
 
 
-def encode_instruction(
-    instruction: SendCommit | SendAbort | SendAbortAck, transfer_id: bytes, ticket: Ticket | None
-) -> pb.SenderFrame:
-    match instruction:
-        case SendCommit(num_frames, first_token_id) if ticket is not None:
-            return pb.SenderFrame(
-                commit=pb.Commit(
-                    transfer_id=transfer_id,
-                    nonce=ticket.nonce,
-                    epoch=ticket.epoch,
-                    num_frames=num_frames,
-                    first_token_id=first_token_id,
-                )
-            )
-        case SendAbort(num_frames_posted, error):
-            abort = pb.SenderAbort(transfer_id=transfer_id, num_frames_posted=num_frames_posted)
-            if error is not None:
-                abort.error.CopyFrom(encode_error(error))
-            return pb.SenderFrame(abort=abort)
-        case SendAbortAck(epoch, num_frames_posted):
-            return pb.SenderFrame(
-                abort_ack=pb.AbortAck(
-                    transfer_id=transfer_id, epoch=epoch, num_frames_posted=num_frames_posted
-                )
-            )
-        case _:
-            raise TypeError("a commit needs a ticket")
+def encode_instruction(instruction: SendAbort | SendAbortAck, transfer_id: bytes) -> pb.SenderFrame:
+    if isinstance(instruction, SendAbortAck):
+        ack = pb.AbortAck(
+            transfer_id=transfer_id,
+            epoch=instruction.epoch,
+            num_frames_posted=instruction.num_frames_posted,
+        )
+        return pb.SenderFrame(abort_ack=ack)
+    abort = pb.SenderAbort(transfer_id=transfer_id, num_frames_posted=instruction.num_frames_posted)
+    if instruction.error is not None:
+        abort.error.CopyFrom(encode_error(instruction.error))
+    return pb.SenderFrame(abort=abort)
 
 
 # ---- messages in ------------------------------------------------------------------------

@@ -1,9 +1,9 @@
-"""One decode node as the sender sees it: the pairing, and the pump that ships frames to it.
+"""One decode node as the sender sees it: the pairing, and what is sent to it.
 
 Life of a peer
     1. CONNECTING   control stream, then data endpoint. Transfers may wait meanwhile.
-    2. READY        messages go both ways; the pump packs and posts frames of the transfers
-                    that have some, in the order they were opened.
+    2. READY        messages go both ways; frames of the transfers that have some are packed
+                    and posted (`shipping.py`), in the order the transfers were opened.
     3. LOST         the stream or the endpoint ended, or pairing failed. The transfers are
                     told, the endpoint is closed, and what was posted ends. A later transfer
                     to the same node makes a new peer.
@@ -13,27 +13,24 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from typing import TYPE_CHECKING, Any, Protocol
 
 from cluster.errors import InternalError, ServingError
-from cluster.failpoints import failpoint
-from kv_transfer.digests import DigestKind, PlaceSeal, agreed_kind
+from kv_transfer.digests import agreed_kind
 from kv_transfer.failures import FailureReason, failure
-from kv_transfer.protocol import FrameHeader, FrameLimits, pack_header
+from kv_transfer.protocol import FrameLimits
 from kv_transfer.sending.kv_session import KvSessionStream
+from kv_transfer.sending.shipping import DataLink, Shipping
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     import grpc
 
     from cluster.node import NodeId
     from cluster.proto import node_pb2 as pb
     from kv_transfer.agent import TransferAgent
     from kv_transfer.handshake import Compatibility
-    from kv_transfer.sending.outgoing import FramePlan, Instruction
-    from kv_transfer.staging import StagingSlot
+    from kv_transfer.protocol import CommitMessage
+    from kv_transfer.sending.outgoing import Instruction
     from kv_transfer.transports.base import Endpoint
 
 logger = logging.getLogger(__name__)
@@ -74,11 +71,8 @@ class Peer:
         self._events = events
         self._stream: KvSessionStream | None = None
         self._endpoint: Endpoint | None = None
-        self._limits = agent.limits
-        self._digest = DigestKind.MULTIPLY_SHIFT
-        self._has_work = asyncio.Event()
+        self._shipping: Shipping | None = None
         self._is_lost = False
-        self._shipping: set[asyncio.Task[None]] = set()
         self._running = asyncio.create_task(self._run())
 
     def send(self, frame: pb.SenderFrame) -> None:
@@ -88,7 +82,13 @@ class Peer:
 
     def wake(self) -> None:
         """A transfer may have a frame to ship."""
-        self._has_work.set()
+        if self._shipping is not None:
+            self._shipping.wake()
+
+    def commit(self, commit: CommitMessage) -> None:
+        """All frames of a transfer were posted."""
+        if self._shipping is not None:
+            self._shipping.commit(commit)
 
     def cut(self) -> None:
         """End the connection, and with it what was posted: the peer takes nothing. Idempotent."""
@@ -103,12 +103,11 @@ class Peer:
 
     async def _run(self) -> None:
         error: ServingError = failure(FailureReason.RECEIVER_LOST)
-        pumping: asyncio.Task[None] | None = None
         try:
             async with asyncio.timeout(self._agent.config.pairing_seconds):
-                stream, endpoint = await self._pair()
-            pumping = asyncio.create_task(self._pump(stream, endpoint))
-            endpoint.on_close(stream.cancel)
+                stream, link = await self._pair()
+            self._shipping = Shipping(self._agent, link, self)
+            link.endpoint.on_close(stream.cancel)
             self.is_ready = True
             self._events.paired(self)
             async for frame in stream.receive():
@@ -121,9 +120,9 @@ class Peer:
             logger.exception("the session with decode node %s broke", self.node_id.name)
             error = InternalError("The KV session broke inside the prefill node.")
         finally:
-            await self._lose(error, pumping)
+            await self._lose(error)
 
-    async def _pair(self) -> tuple[KvSessionStream, Endpoint]:
+    async def _pair(self) -> tuple[KvSessionStream, DataLink]:
         stream = await KvSessionStream.open(
             self._channel,
             node_id=self._us,
@@ -133,12 +132,11 @@ class Peer:
         )
         self._stream = stream
         hello = stream.hello
-        self._digest = agreed_kind(self._agent.pool.digest_kinds, (hello.digest_kind,))
         mine = self._agent.limits
         slot_bytes = min(mine.max_payload_bytes, hello.slot_bytes)
         if slot_bytes < mine.unit_bytes:
             raise failure(FailureReason.LAYOUT_MISMATCH)
-        self._limits = FrameLimits(mine.num_layers, mine.unit_bytes, slot_bytes)
+        limits = FrameLimits(mine.num_layers, mine.unit_bytes, slot_bytes)
         host = hello.data_host
         if host in ("", "0.0.0.0", "::"):
             host = self.address.rpartition(":")[0]
@@ -147,15 +145,15 @@ class Peer:
         self.transport_name = self._agent.admit(endpoint)
         self._agent.stats.pairings += 1
         logger.info("paired with decode node %s over %s", self.node_id.name, self.transport_name)
-        return stream, endpoint
+        digest = agreed_kind(self._agent.pool.digest_kinds, (hello.digest_kind,))
+        return stream, DataLink(endpoint, hello.session_id, self.transport_name, limits, digest)
 
-    async def _lose(self, error: ServingError, pumping: asyncio.Task[None] | None) -> None:
+    async def _lose(self, error: ServingError) -> None:
         """Tell first, so that no frame is posted any more; then end what was."""
         self._is_lost = True
         self._events.lost(self, error)
-        if pumping is not None:
-            pumping.cancel()
-            await asyncio.wait([pumping, *self._shipping])
+        if self._shipping is not None:
+            await self._shipping.stop()
         if self._stream is not None:
             await self._stream.close()
         if self._endpoint is not None and not await self._endpoint.close():
@@ -166,125 +164,13 @@ class Peer:
             )
         await self._channel.close()
 
-    # ---- shipping -------------------------------------------------------------------------
+    # ---- shipping (`Shipper`) -------------------------------------------------------------
 
-    async def _pump(self, stream: KvSessionStream, endpoint: Endpoint) -> None:
-        staging = self._agent.staging
-        while True:
-            await self._has_work.wait()
-            slot = await staging.acquire(self)
-            shipment = self._events.next_shipment(self)
-            plan = None
-            if shipment is not None:
-                plan = shipment.machine.next_frame(self._limits.max_units)
-            if plan is None:
-                self._has_work.clear()
-                staging.release(slot)
-                continue
-            shipping = asyncio.create_task(
-                self._ship(shipment, plan, slot, stream.hello.session_id, endpoint)
-            )
-            self._shipping.add(shipping)
-            shipping.add_done_callback(self._shipping.discard)
+    def next_shipment(self) -> Any:
+        return self._events.next_shipment(self)
 
-    async def _ship(
-        self,
-        shipment: Any,
-        plan: FramePlan,
-        slot: StagingSlot,
-        session_id: int,
-        endpoint: Endpoint,
-    ) -> None:
-        """Pack one frame and post it. The slot is given back when its send has ended."""
-        machine, pool = shipment.machine, self._agent.pool
-        seal = PlaceSeal(
-            seed=shipment.digest_seed,
-            layer_start=plan.layer_start,
-            num_layers=plan.num_layers,
-            positions=plan.positions,
-        )
-        try:
-            gathering = pool.begin_gather(
-                slot.payload,
-                layer_start=plan.layer_start,
-                num_layers=plan.num_layers,
-                block_ids=plan.block_ids,
-                after=plan.after,
-                digest=self._digest,
-            )
-            seal.prepare()
-            digests = seal.seal(await pool.end(gathering))
-        except Exception:
-            logger.exception("blocks could not be packed")
-            self._agent.staging.release(slot)
-            error = failure(FailureReason.INTERNAL)
-            self._events.did(shipment, machine.dropped(error))
-            return
-        if not self._events.may_post(shipment):
-            self._agent.staging.release(slot)
-            self._events.did(shipment, machine.dropped())
-            return
-        self._post(shipment, plan, slot, digests, session_id, endpoint)
+    def may_post(self, shipment: Any) -> bool:
+        return self._events.may_post(shipment)
 
-    def _post(
-        self,
-        shipment: Any,
-        plan: FramePlan,
-        slot: StagingSlot,
-        digests: Any,
-        session_id: int,
-        endpoint: Endpoint,
-    ) -> None:
-        seq, instructions = shipment.machine.posted()
-        payload_bytes = digests.size * self._limits.unit_bytes
-        header = _header_of(shipment, plan, seq, payload_bytes, digests)
-        header_bytes = pack_header(header, slot.header.numpy().data)
-        sends = (
-            endpoint.send(slot.header[:header_bytes], session_id),
-            endpoint.send(slot.payload[:payload_bytes], header.nonce),
-        )
-        began = time.perf_counter()
-        ended = asyncio.gather(*sends, return_exceptions=True)
-        ended.add_done_callback(
-            lambda done: self._sent(shipment, slot, done.result(), payload_bytes, began)
-        )
+    def did(self, shipment: Any, instructions: list[Instruction]) -> None:
         self._events.did(shipment, instructions)
-        failpoint("prefill.after_frame")
-
-    def _sent(
-        self,
-        shipment: Any,
-        slot: StagingSlot,
-        results: Sequence[BaseException | None],
-        payload_bytes: int,
-        began: float,
-    ) -> None:
-        self._agent.staging.release(slot)
-        broken = next((result for result in results if result is not None), None)
-        error: ServingError | None = None
-        if broken is not None:
-            error = broken if isinstance(broken, ServingError) else None
-            error = error or failure(FailureReason.LINK_LOST)
-        else:
-            spent = time.perf_counter() - began
-            self._agent.stats.moved(self.transport_name, payload_bytes, spent)
-        self._events.did(shipment, shipment.machine.settled(error))
-
-
-def _header_of(
-    shipment: Any, plan: FramePlan, seq: int, payload_bytes: int, digests: Any
-) -> FrameHeader:
-    """`digests` are sealed."""
-    ticket = shipment.machine.ticket
-    return FrameHeader(
-        transfer_id=shipment.transfer_id,
-        incarnation=ticket.incarnation,
-        epoch=ticket.epoch,
-        nonce=ticket.nonce,
-        seq=seq,
-        layer_start=plan.layer_start,
-        num_layers=plan.num_layers,
-        positions=plan.positions,
-        payload_bytes=payload_bytes,
-        digests=digests,
-    )

@@ -34,6 +34,7 @@ from cluster.rpc import open_channel
 from kv_transfer.digests import digest_seed
 from kv_transfer.failures import FailureReason, failure, failure_label
 from kv_transfer.lease import LeaseTable
+from kv_transfer.sending.computing import Computing
 from kv_transfer.sending.kv_session import (
     decode_ticket,
     encode_instruction,
@@ -51,7 +52,7 @@ from kv_transfer.sending.outgoing import (
     SendCommit,
 )
 from kv_transfer.sending.peer import Peer
-from kv_transfer.sending.sendings import Sending, Tombstone
+from kv_transfer.sending.sendings import Sending, Tombstone, commit_message
 
 if TYPE_CHECKING:
     from cluster.node import NodeId
@@ -176,14 +177,26 @@ class KVSender:
         num_blocks = num_computed_tokens // self._block_size
         if num_computed_tokens >= num_prompt_tokens:
             num_blocks = sending.machine.num_blocks
-        sending.machine.layers_computed(num_blocks, block_table, layer_end, done)
+        group = Computing(num_blocks, block_table, layer_end, done)
+        if not sending.computing.add(group):
+            self._wake(sending)
+            return
+        # A first token waits for the last layers alone.
+        is_urgent = layer_end == self.agent.pool.num_layers
+        computed = self.agent.pool.when_computed(done, is_urgent=is_urgent)
+        computed.add_done_callback(lambda _: self._on_computed(sending, group))
+
+    def _on_computed(self, sending: Sending, group: Computing) -> None:
+        sending.computing.computed(group)
         self._wake(sending)
 
     def commit(self, sequence_id: str, first_token_id: int) -> None:
         """The whole prompt is computed and this is its first token."""
         sending = self._sendings.get(sequence_id)
         if sending is not None:
+            sending.computing.hand_over()
             self.did(sending, sending.machine.commit_asked(first_token_id))
+            self._wake(sending)
 
     def abort(self, sequence_id: str, *, finished: bool = False) -> None:
         """The KV is not needed on the decode node any more: cancelled, or `finished` with its
@@ -273,10 +286,10 @@ class KVSender:
         shipment.progress_at = self._clock()
         for instruction in instructions:
             match instruction:
-                case SendCommit() | SendAbort() | SendAbortAck():
-                    ticket = shipment.machine.ticket
-                    frame = encode_instruction(instruction, shipment.transfer_id, ticket)
-                    shipment.peer.send(frame)
+                case SendCommit():
+                    shipment.peer.commit(commit_message(instruction, shipment))
+                case SendAbort() | SendAbortAck():
+                    shipment.peer.send(encode_instruction(instruction, shipment.transfer_id))
                 case ReportCommitted():
                     self._count_done(shipment)
                     self._events.on_committed(shipment.sequence_id)
@@ -318,7 +331,7 @@ class KVSender:
         tombstone = self._tombstones.get(message.transfer_id)
         if tombstone is not None:
             ack = SendAbortAck(message.epoch, tombstone.num_frames_posted)
-            peer.send(encode_instruction(ack, message.transfer_id, None))
+            peer.send(encode_instruction(ack, message.transfer_id))
 
     # ---- helpers ------------------------------------------------------------------------------
 

@@ -43,6 +43,9 @@ _HELLO_MAGIC = b"BATONKV1"
 _SHARED_MEMORY_NAMES = {"sm", "shm", "mm", "sysv", "posix"}
 _POLL_SECONDS = 0.25  # a guard against a lost wake-up, not the way progress is made
 _CLOSE_SECONDS = 2.0
+# What takes longer on a device waits for its peer, not for a copy: the descriptor will tell.
+_SPIN_SECONDS = 0.02
+_MAX_DEVICE_ARRAYS = 256
 
 
 def _load() -> tuple[Any, Any]:
@@ -81,16 +84,26 @@ class _Progress:
         self._pending: list[tuple[Any, asyncio.Future[None], Any]] = []
         self._is_scheduled = False
         self._is_stopped = False
+        self._spin_until = 0.0  # on the loop's clock
+        self._num_on_device = 0
         worker.init_blocking_progress_mode()
         self._loop.add_reader(worker.epoll_file_descriptor, self._run)
         self._timer = self._loop.call_later(_POLL_SECONDS, self._poll)
 
-    def watch(self, request: Any, keep: Any) -> asyncio.Future[None]:
+    def watch(self, request: Any, keep: Any, *, on_device: bool) -> asyncio.Future[None]:
         """A future for `request`; `keep` (its buffer) lives as long as the request does."""
         future: asyncio.Future[None] = self._loop.create_future()
         self._pending.append((request, future, keep))
+        if on_device:
+            self._num_on_device += 1
+            self._spin_until = self._loop.time() + _SPIN_SECONDS
+            future.add_done_callback(self._device_operation_ended)
         self.kick()
         return future
+
+    def _device_operation_ended(self, _: asyncio.Future[None]) -> None:
+        self._num_on_device -= 1
+        self._spin_until = self._loop.time() + _SPIN_SECONDS
 
     def kick(self) -> None:
         """Progress soon: something was posted, so an armed descriptor may not tell."""
@@ -110,8 +123,11 @@ class _Progress:
             return
         self._worker.progress()
         self._complete()
-        if not self._worker.arm():
+        if self._is_spinning() or not self._worker.arm():
             self.kick()
+
+    def _is_spinning(self) -> bool:
+        return self._num_on_device > 0 and self._loop.time() < self._spin_until
 
     def _poll(self) -> None:
         self._timer = self._loop.call_later(_POLL_SECONDS, self._poll)
@@ -162,11 +178,19 @@ class UcxEndpoint:
 
     def send(self, buffer: torch.Tensor, tag: int) -> asyncio.Future[None]:
         array = self._transport.array(buffer)
-        return self._post(lambda: self._endpoint.tag_send(array, self._transport.tag(tag)), array)
+        return self._post(
+            lambda: self._endpoint.tag_send(array, self._transport.tag(tag)),
+            array,
+            on_device=buffer.is_cuda,
+        )
 
     def recv(self, buffer: torch.Tensor, tag: int) -> asyncio.Future[None]:
         array = self._transport.array(buffer)
-        return self._post(lambda: self._endpoint.tag_recv(array, self._transport.tag(tag)), array)
+        return self._post(
+            lambda: self._endpoint.tag_recv(array, self._transport.tag(tag)),
+            array,
+            on_device=buffer.is_cuda,
+        )
 
     def send_hello(self, session_id: int) -> asyncio.Future[None]:
         data = np.frombuffer(_HELLO.pack(_HELLO_MAGIC, session_id), dtype=np.uint8)
@@ -198,7 +222,9 @@ class UcxEndpoint:
         self._transport.forget(self)
         return not self._posted
 
-    def _post(self, post: Callable[[], Any], array: Any) -> asyncio.Future[None]:
+    def _post(
+        self, post: Callable[[], Any], array: Any, *, on_device: bool = False
+    ) -> asyncio.Future[None]:
         try:
             if self._is_closed:
                 raise failure(FailureReason.LINK_LOST)
@@ -208,7 +234,7 @@ class UcxEndpoint:
             refused: asyncio.Future[None] = self._loop.create_future()
             refused.set_exception(failure(FailureReason.LINK_LOST))
             return refused
-        future = self._transport.progress.watch(request, array)
+        future = self._transport.progress.watch(request, array, on_device=on_device)
         self._posted.add(future)
         future.add_done_callback(self._posted.discard)
         return future
@@ -243,6 +269,7 @@ class UcxTransport:
         self.moves_device_memory = moves_device_memory
         self._connect_seconds = connect_seconds
         self._listener: Any = None
+        self._device_arrays: dict[tuple[int, int], Any] = {}
         self._endpoints: set[UcxEndpoint] = set()
         self._greeting: set[asyncio.Task[None]] = set()
 
@@ -296,8 +323,17 @@ class UcxTransport:
         return self._ucx.UCXXTag(tag)
 
     def array(self, buffer: torch.Tensor) -> Any:
-        """ucxx's view of a tensor: by the buffer protocol, or by the CUDA array interface."""
-        return self._arr.Array(buffer if buffer.is_cuda else buffer.numpy())
+        """ucxx's view of a tensor: by the buffer protocol, or by the CUDA array interface, which
+        takes its time. Device memory that is sent or received is that of slots, again and again."""
+        if not buffer.is_cuda:
+            return self._arr.Array(buffer.numpy())
+        key = (buffer.data_ptr(), buffer.numel())
+        array = self._device_arrays.get(key)
+        if array is None:
+            if len(self._device_arrays) >= _MAX_DEVICE_ARRAYS:
+                self._device_arrays.clear()
+            array = self._device_arrays[key] = self._arr.Array(buffer)
+        return array
 
     def array_of(self, data: np.ndarray[Any, np.dtype[np.uint8]]) -> Any:
         return self._arr.Array(data)

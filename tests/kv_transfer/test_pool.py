@@ -6,6 +6,7 @@ import asyncio
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
 from kv_transfer.pool import TransferPool
@@ -98,5 +99,67 @@ def test_pools_cut_by_heads_exchange_the_bytes_of_whole_ones() -> None:
         assert torch.equal(whole[1:3][:, [2, 9]], whole[1:3][:, [7, 3]])
         for part in parts:
             assert torch.equal(part[1:3][:, [2, 9]], part[1:3][:, [7, 3]])
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.gpu
+def test_moves_on_a_gpu_are_those_in_host_memory() -> None:
+    """Many at once, in other orders of the same blocks, and behind what is still computed."""
+
+    async def scenario() -> None:
+        device = torch.device("cuda", torch.cuda.current_device())
+        blocks = make_pool(1)
+        here, there = TransferPool(blocks), TransferPool(torch.zeros_like(blocks, device=device))
+        ids = [tuple(torch.randperm(32)[:7].tolist()) for _ in range(12)]
+        layers = {"layer_start": 1, "num_layers": 2}
+        slots = [torch.zeros(4096, dtype=torch.uint8) for _ in ids]
+        digests = [
+            await here.begin_gather(slot, **layers, block_ids=each, after=None)
+            for slot, each in zip(slots, ids, strict=True)
+        ]
+        arrived = [slot.to(device) for slot in slots]
+        scattering = [
+            there.begin_scatter(
+                slot, **layers, block_ids=each,
+                accepts=lambda found, wanted=wanted: np.array_equal(found, wanted),
+            )
+            for slot, each, wanted in zip(arrived, ids, digests, strict=True)
+        ]  # fmt: skip
+        assert all(await asyncio.gather(*scattering))
+        torch.cuda._sleep(20_000_000)
+        done = torch.cuda.Event()
+        done.record()
+        back = [torch.zeros_like(slot) for slot in arrived]
+        found = await asyncio.gather(*(
+            there.begin_gather(slot, **layers, block_ids=each, after=done)
+            for slot, each in zip(back, ids, strict=True)
+        ))  # fmt: skip
+        assert all(map(np.array_equal, found, digests))
+        assert all(
+            torch.equal(slot.cpu(), wanted) for slot, wanted in zip(back, slots, strict=True)
+        )
+        here.close()
+        there.close()
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.gpu
+def test_without_digests_whatever_arrives_is_accepted() -> None:
+    """For measuring what they cost."""
+
+    async def scenario() -> None:
+        device = torch.device("cuda", torch.cuda.current_device())
+        source, target = make_pool(1).to(device), make_pool(2).to(device)
+        pools = [TransferPool(each, takes_digests=False) for each in (source, target)]
+        slot = torch.zeros(4096, dtype=torch.uint8, device=device)
+        layers = {"layer_start": 0, "num_layers": NUM_LAYERS}
+        gathering = pools[0].begin_gather(slot, **layers, block_ids=(5,), after=None)
+        assert not (await gathering).any()
+        assert await pools[1].begin_scatter(slot, **layers, block_ids=(3,), accepts=lambda _: False)
+        assert torch.equal(target[:, 3], source[:, 5])
+        for pool in pools:
+            pool.close()
 
     asyncio.run(scenario())

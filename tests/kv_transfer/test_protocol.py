@@ -8,11 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kv_transfer.protocol import (
+    CommitMessage,
     FrameHeader,
     FrameLimits,
     FrameMalformed,
+    pack_commit,
     pack_header,
     parse_header,
+    parse_message,
 )
 
 LIMITS = FrameLimits(num_layers=4, unit_bytes=32, max_payload_bytes=32 * 4 * 8)
@@ -107,3 +110,38 @@ def test_a_payload_length_that_does_not_fit_the_map_is_refused() -> None:
     larger = FrameLimits(num_layers=4, unit_bytes=64, max_payload_bytes=1 << 20)
     with pytest.raises(FrameMalformed, match="payload"):
         parse_header(memoryview(packed(make_header())), larger)
+
+
+def make_commit() -> CommitMessage:
+    return CommitMessage(
+        transfer_id=bytes(range(16)),
+        epoch=2**32 - 1,
+        nonce=2**64 - 1,
+        num_frames=3,
+        first_token_id=128_255,
+    )
+
+
+def test_a_commit_and_a_header_are_told_apart_in_the_buffer_they_share() -> None:
+    buffer = bytearray(LIMITS.max_header_bytes)
+    pack_header(make_header(), memoryview(buffer))
+    message = parse_message(memoryview(buffer), LIMITS)
+    assert isinstance(message, FrameHeader)
+    commit = pack_commit(make_commit())
+    buffer[: len(commit)] = commit
+    assert parse_message(memoryview(buffer), LIMITS) == make_commit()
+
+
+@pytest.mark.parametrize("byte", range(len(pack_commit(make_commit()))))
+def test_a_commit_with_one_wrong_byte_is_malformed(byte: int) -> None:
+    buffer = bytearray(pack_commit(make_commit()))
+    buffer[byte] ^= 0x40
+    with pytest.raises(FrameMalformed):
+        parse_message(memoryview(buffer), LIMITS)
+
+
+@pytest.mark.parametrize("num_bytes", [4, 20, 53])
+def test_a_commit_that_is_cut_short_is_malformed(num_bytes: int) -> None:
+    data = pack_commit(make_commit())[:num_bytes]
+    with pytest.raises(FrameMalformed):
+        parse_message(memoryview(data), LIMITS)

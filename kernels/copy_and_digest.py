@@ -1,0 +1,135 @@
+"""Packs and unpacks KV blocks and takes their digests in the same pass over the bytes.
+
+What `copy_blocks` and `block_digest` do one after the other, with the same results: a hand-off
+needs both, on both sides, and reading each byte once leaves more of the memory to the model.
+
+`pools` are the parts of one pool, as `copy_blocks` has them: one, or those of all ranks of a model.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from kernels.block_digest import block_digests, multipliers_of
+from kernels.copy_blocks import pack_blocks, unpack_blocks
+from kernels.dispatch import jit_for_any, num_multiprocessors, runs_triton, tl
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+# Words that one program copies and multiplies; their multipliers stay in its registers.
+_CHUNK_WORDS = 2048
+_PROGRAMS_PER_MULTIPROCESSOR = 8
+
+
+def pack_and_digest(
+    pools: Sequence[torch.Tensor],
+    layer_start: int,
+    num_layers: int,
+    block_ids: torch.Tensor,
+    out: torch.Tensor,
+    digests: torch.Tensor | None,
+) -> None:
+    """Copies as `pack_blocks` of each part; the digest of `out[l, i]` is added to
+    `digests[l * num_ids + i]`.
+
+    out: uint8 `[num_layers, num_ids, unit_bytes]`, of whole units. digests: int64 `[num_layers *
+    num_ids]` on the same device, zero before; None: no digests. Parts of units start at multiples
+    of 4 bytes.
+    """
+    if runs_triton(out) and digests is not None:
+        _move(pools, layer_start, num_layers, block_ids, out, digests, unpacks=False)
+        return
+    for part, pool in enumerate(pools):
+        pack_blocks(
+            pool, layer_start, num_layers, block_ids, out, part=part, num_parts=len(pools)
+        )  # fmt: skip
+    if digests is not None:
+        digests += block_digests(out, digests.numel())
+
+
+def unpack_and_digest(
+    src: torch.Tensor,
+    pools: Sequence[torch.Tensor],
+    layer_start: int,
+    num_layers: int,
+    block_ids: torch.Tensor,
+    digests: torch.Tensor | None,
+) -> None:
+    """Copies as `unpack_blocks` to each part; digests of `src` as `pack_and_digest` has them."""
+    if runs_triton(src) and digests is not None:
+        _move(pools, layer_start, num_layers, block_ids, src, digests, unpacks=True)
+        return
+    for part, pool in enumerate(pools):
+        unpack_blocks(
+            src, pool, layer_start, num_layers, block_ids, part=part, num_parts=len(pools)
+        )  # fmt: skip
+    if digests is not None:
+        digests += block_digests(src, digests.numel())
+
+
+def _move(
+    pools: Sequence[torch.Tensor],
+    layer_start: int,
+    num_layers: int,
+    block_ids: torch.Tensor,
+    packed: torch.Tensor,
+    digests: torch.Tensor,
+    *,
+    unpacks: bool,
+) -> None:
+    num_units = digests.numel()
+    assert packed.is_contiguous()
+    assert packed.shape == (num_layers, block_ids.numel(), len(pools) * pools[0].shape[2])
+    assert num_units == num_layers * block_ids.numel()
+    if num_units == 0:
+        return
+    words = packed.view(-1).view(torch.int32)
+    num_words = words.numel() // num_units
+    pieces = 1 if len(pools) == 1 else 2  # stretches of a part that stay together when packed
+    piece = num_words // len(pools) // pieces
+    chunks = -(-piece // _CHUNK_WORDS)
+    programs = _PROGRAMS_PER_MULTIPROCESSOR * num_multiprocessors(packed.device)
+    units_per_program = max(1, num_units * pieces * chunks // programs)
+    grid = (pieces * chunks * -(-num_units // units_per_program),)
+    multipliers = multipliers_of(num_words, packed.device)
+    for part, pool in enumerate(pools):
+        assert pool.is_contiguous()
+        _move_kernel[grid](
+            pool[layer_start:].view(-1).view(torch.int32), words, block_ids, multipliers, digests,
+            block_ids.numel(), pool.shape[1], num_units, units_per_program, chunks,
+            PIECES=pieces, PIECE=piece, PACKED_PIECE=num_words // pieces, BEGIN=part * piece,
+            BLOCK=_CHUNK_WORDS, UNPACKS=unpacks, num_warps=4,
+        )  # fmt: skip
+
+
+@jit_for_any("num_ids", "num_units", "units_per_program")
+def _move_kernel(
+    pool_ptr: tl.tensor, packed_ptr: tl.tensor, ids_ptr: tl.tensor, multipliers_ptr: tl.tensor,
+    digests_ptr: tl.tensor, num_ids: tl.tensor, num_blocks: tl.tensor, num_units: tl.tensor,
+    units_per_program: tl.tensor, chunks: tl.tensor, PIECES: tl.constexpr, PIECE: tl.constexpr,
+    PACKED_PIECE: tl.constexpr, BEGIN: tl.constexpr, BLOCK: tl.constexpr, UNPACKS: tl.constexpr,
+) -> None:  # fmt: skip
+    columns = chunks * PIECES
+    program = tl.program_id(0)
+    piece = program % columns // chunks
+    word = program % chunks * BLOCK + tl.arange(0, BLOCK)
+    mask = word < PIECE
+    packed_word = piece * PACKED_PIECE + BEGIN + word
+    multipliers = tl.load(multipliers_ptr + packed_word, mask=mask, other=0)
+    first_unit = program // columns * units_per_program
+    for unit in range(first_unit, tl.minimum(first_unit + units_per_program, num_units)):
+        block_id = tl.load(ids_ptr + unit % num_ids)
+        pool_unit = tl.cast(unit // num_ids, tl.int64) * num_blocks + block_id
+        in_pool = pool_ptr + pool_unit * (PIECES * PIECE) + piece * PIECE + word
+        in_packed = packed_ptr + tl.cast(unit, tl.int64) * (PIECES * PACKED_PIECE) + packed_word
+        if UNPACKS:
+            words = tl.load(in_packed, mask=mask, other=0)
+            tl.store(in_pool, words, mask=mask)
+        else:
+            words = tl.load(in_pool, mask=mask, other=0)
+            tl.store(in_packed, words, mask=mask)
+        unsigned = words.to(tl.int64) & 0xFFFFFFFF
+        tl.atomic_add(digests_ptr + unit, tl.sum(unsigned * multipliers, axis=0), sem="relaxed")
