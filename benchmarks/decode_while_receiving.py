@@ -18,10 +18,10 @@ import random
 import statistics
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.engine_run import EngineRun
 from benchmarks.kv_pair import BLOCK_SIZE, Pair, PairOptions, Source, receive, run_as_node
@@ -33,7 +33,7 @@ from engine.config import EngineConfig
 from engine.engine import Engine
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Callable, Coroutine
     from multiprocessing.connection import Connection
 
 RECEIVING_BLOCKS = 1536
@@ -101,22 +101,24 @@ def _send_steps(run: EngineRun, wanted: Connection) -> None:
 
 @dataclass
 class Load:
-    """Hand-offs one after the other, until told to stop."""
+    """Hand-offs one after the other, while it `goes_on`."""
 
     pair: Pair
     num_blocks: int
     num_bytes: int = 0
-    began: float = field(default_factory=time.perf_counter)
+    began: float = 0.0
+    goes_on: bool = True
 
     async def nothing(self) -> None:
-        await asyncio.Event().wait()
+        while self.goes_on:
+            await asyncio.sleep(0.01)
 
     async def as_computed(self) -> None:
         """Prompts as a prefill GPU computes them: a layer at a time, never faster than it can."""
         num_layers = self.pair.options.num_layers
         seconds = self.num_blocks * BLOCK_SIZE / PREFILL_TOKENS_PER_SECOND / num_layers
         next_at = time.perf_counter()
-        while True:
+        while self.goes_on:
             name = self.pair.open(self.num_blocks)
             for layer in range(num_layers):
                 next_at += seconds
@@ -129,7 +131,7 @@ class Load:
         """Several at once, so that the link never idles."""
 
         async def one_by_one() -> None:
-            while True:
+            while self.goes_on:
                 name = self.pair.open(self.num_blocks // 2)
                 self.pair.computed(name, self.num_blocks // 2)
                 await self.pair.committed([name])
@@ -146,17 +148,18 @@ class Load:
 
 
 async def steps_under(
-    pair: Pair, load: Load, work: Callable[[], Awaitable[None]], num_steps: int
+    pair: Pair, load: Load, work: Callable[[], Coroutine[Any, Any, None]], num_steps: int
 ) -> tuple[list[float], float]:
     """Seconds of each step, and the bytes per second that arrived meanwhile."""
-    sending = asyncio.ensure_future(work())
+    load.goes_on = True
+    sending = asyncio.create_task(work())
     await asyncio.sleep(0.3)
     load.num_bytes, load.began = 0, time.perf_counter()
     steps = await asyncio.to_thread(pair.ask, num_steps)
     rate = load.rate
-    sending.cancel()
-    await asyncio.gather(sending, return_exceptions=True)
-    await asyncio.sleep(0.3)
+    load.goes_on = False
+    await sending
+    await asyncio.sleep(0.1)
     return steps, rate
 
 
