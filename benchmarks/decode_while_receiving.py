@@ -110,8 +110,7 @@ class Load:
     goes_on: bool = True
 
     async def nothing(self) -> None:
-        while self.goes_on:
-            await asyncio.sleep(0.01)
+        """For comparison."""
 
     async def as_computed(self) -> None:
         """Prompts as a prefill GPU computes them: a layer at a time, never faster than it can."""
