@@ -3,7 +3,7 @@
 Life of an order
     1. The test writes `FOLDER/order`: what to do to how many frames (`Order`).
     2. The sender's link reads it with its next frame, and takes one shot for each frame that it
-       spoils; a frame is a header message and the payload message that follows it.
+       spoils; a frame is a header message and the payload message that follows it. Commits pass.
     3. Each shot adds a line to `FOLDER/done`: how the test verifies that it took place.
     4. The order ends when its shots are used up or its file is gone.
 
@@ -24,7 +24,13 @@ import numpy as np
 import torch
 
 from kv_transfer.failures import FailureReason, failure
-from kv_transfer.protocol import MAX_UNITS_PER_FRAME, FrameLimits, pack_header, parse_header
+from kv_transfer.protocol import (
+    COMMIT_MAGIC,
+    MAX_UNITS_PER_FRAME,
+    FrameLimits,
+    pack_header,
+    parse_header,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -156,7 +162,7 @@ class SpoiledEndpoint:
         self._session_id = session_id
         self._orders = orders
         self._header: Message | None = None
-        self._queue: asyncio.Queue[tuple[Message, Message]] = asyncio.Queue()
+        self._queue: asyncio.Queue[tuple[Message, ...]] = asyncio.Queue()
         self._kept: deque[torch.Tensor] = deque(maxlen=KEPT_FRAMES)
         self._at_hand: list[Message] = []  # while it is being spoiled
         self._held: tuple[Message, Message] | None = None
@@ -188,20 +194,25 @@ class SpoiledEndpoint:
 
     def send(self, buffer: torch.Tensor, tag: int) -> asyncio.Future[None]:
         message = Message(buffer, tag, asyncio.get_running_loop().create_future())
-        if self._header is None:
+        if self._header is None and not is_commit(buffer):
             self._header = message
             return message.ended
-        header, self._header = self._header, None
+        messages = (message,) if self._header is None else (self._header, message)
+        self._header = None
         if self._pump is None:
             self._pump = asyncio.create_task(self._run())
-        self._queue.put_nowait((header, message))
+        self._queue.put_nowait(messages)
         return message.ended
 
     # ---- the queue -------------------------------------------------------------------------
 
     async def _run(self) -> None:
         while True:
-            header, payload = await self._queue.get()
+            messages = await self._queue.get()
+            if len(messages) == 1:
+                self._post(*messages)
+                continue
+            header, payload = messages
             order = self._orders.next()
             if order is None:
                 self._post(header, payload)
@@ -272,6 +283,11 @@ class SpoiledEndpoint:
         for message in lost:
             if not message.ended.done():
                 message.ended.set_exception(failure(FailureReason.LINK_LOST))
+
+
+def is_commit(message: torch.Tensor) -> bool:
+    """It has no payload, and no order spoils it."""
+    return not message.is_cuda and message[:4].numpy().tobytes() == COMMIT_MAGIC
 
 
 def spoil_bytes(spoil: Spoil, header: Message, payload: Message, kept: deque[torch.Tensor]) -> None:

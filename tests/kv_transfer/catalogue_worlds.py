@@ -75,10 +75,10 @@ class Gate:
     begun: list[dict[str, Any]] = field(default_factory=list)
     opened: asyncio.Event = field(default_factory=asyncio.Event)
 
-    def around(self, begin: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
-        def begin_gated(slot: torch.Tensor, **options: Any) -> Awaitable[Any]:
+    def around(self, begin: Callable[..., Awaitable[Any]]) -> Callable[..., asyncio.Future[Any]]:
+        def begin_gated(slot: torch.Tensor, **options: Any) -> asyncio.Future[Any]:
             self.begun.append(options)
-            return self._after(begin(slot, **options))
+            return asyncio.ensure_future(self._after(begin(slot, **options)))
 
         return begin_gated
 

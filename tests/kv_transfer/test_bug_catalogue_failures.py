@@ -135,6 +135,17 @@ def test_nothing_starts_before_the_copy_into_its_blocks_has_ended() -> None:
     with_pair(scenario)
 
 
+class StillComputing:
+    """An event that has not happened when it is first asked about."""
+
+    def __init__(self) -> None:
+        self.has_happened = False
+
+    def query(self) -> bool:
+        happened, self.has_happened = self.has_happened, True
+        return happened
+
+
 def test_blocks_are_packed_behind_the_event_that_says_they_are_computed() -> None:
     """sgl#13231, at the sender."""
 
@@ -143,7 +154,7 @@ def test_blocks_are_packed_behind_the_event_that_says_they_are_computed() -> Non
         gate.opened.set()
         pool.begin_gather = gate.around(pool.begin_gather)  # type: ignore[method-assign]
         request = make_request(30)
-        computed = object()
+        computed = StillComputing()
         prefill.hand_off(decode, request)
         prefill.sender.chunk_computed(request.sequence_id, 30, TABLE, computed)
         prefill.sender.commit(request.sequence_id, 1)

@@ -14,7 +14,7 @@ from tests.mutations.transfer_rows import (
 )
 
 CATALOGUE = "tests/kv_transfer/test_bug_catalogue_failures.py::test_"
-PEER = "kv_transfer/sending/peer.py"
+SHIPPING = "kv_transfer/sending/shipping.py"
 
 FAILURE_ROWS = (
     Row(
@@ -23,14 +23,14 @@ FAILURE_ROWS = (
         (
             Mutation(
                 SESSION,
-                "            await self._agent.pool.settle()\n            return error\n",
-                "            await self._agent.pool.settle()\n            return None\n",
+                "        await self._agent.pool.settle()\n        self._end(frame, error)\n",
+                "        await self._agent.pool.settle()\n        self._end(frame, None)\n",
                 CATALOGUE + "a_receive_that_fails_starts_nothing",
             ),
             Mutation(
                 SESSION,
-                "            error = failure(FailureReason.UNKNOWN)\n",
-                "            error = None\n",
+                "else failure(FailureReason.UNKNOWN)\n",
+                "else None\n",
                 CATALOGUE + "an_error_that_nobody_foresaw_is_a_failure",
             ),
             Mutation(
@@ -52,15 +52,15 @@ FAILURE_ROWS = (
         "vllm#50754, 55181; vllm-ascend#13099",
         (
             Mutation(
-                PEER,
-                "self._events.did(shipment, machine.dropped(error))",
-                "self._events.did(shipment, machine.dropped())",
+                SHIPPING,
+                "self._shipper.did(frame.shipment, frame.shipment.machine.dropped(error))",
+                "self._shipper.did(frame.shipment, frame.shipment.machine.dropped())",
                 CATALOGUE + "blocks_that_cannot_be_packed_fail_the_transfer_at_both_ends",
             ),
             Mutation(
-                PEER,
-                "self._events.did(shipment, shipment.machine.settled(error))",
-                "self._events.did(shipment, shipment.machine.settled())",
+                SHIPPING,
+                "self._shipper.did(frame.shipment, frame.shipment.machine.settled(error))",
+                "self._shipper.did(frame.shipment, frame.shipment.machine.settled())",
                 CATALOGUE + "a_send_that_fails_fails_the_transfer_at_both_ends",
             ),
         ),
@@ -71,7 +71,7 @@ FAILURE_ROWS = (
         (
             Mutation(
                 INTAKE,
-                "block_ids = tuple(transfer.block_ids[position] for position in header.positions)",
+                "block_ids = transfer.block_ids_at(header.positions)",
                 "block_ids = transfer.block_ids[: len(header.positions)]",
                 CATALOGUE + "a_partial_hit_is_placed_by_position_never_by_length",
             ),
@@ -89,8 +89,8 @@ FAILURE_ROWS = (
         (
             Mutation(
                 SESSION,
-                "is_right = await pool.end(scattering)",
-                "is_right = bool(asyncio.ensure_future(pool.end(scattering)))",
+                "scattering.add_done_callback(lambda done: self._scattered(frame, done))",
+                "self._end(frame, None)",
                 CATALOGUE + "nothing_starts_before_the_copy_into_its_blocks_has_ended",
             ),
             Mutation(
@@ -143,8 +143,8 @@ FAILURE_ROWS = (
         (
             Mutation(
                 SESSION,
-                "            block_ids=landing.block_ids,\n",
-                "            block_ids=landing.block_ids[::-1],\n",
+                "block_ids=frame.landing.block_ids,\n",
+                "block_ids=frame.landing.block_ids[::-1],\n",
                 "tests/e2e/test_split_equality.py::"
                 "test_greedy_tokens_of_the_split_pools_are_those_of_one_node_and_of_the_reference"
                 "[llama3-512-1]",

@@ -201,10 +201,10 @@ TRANSFER_ROWS = (
                 + "what_a_broken_connection_does_not_give_back_stays_out_of_use_and_is_counted",
             ),
             Mutation(
-                "kv_transfer/sending/peer.py",
-                "        self._events.did(shipment, instructions)\n        failpoint(",
-                "        self._agent.staging.release(slot)\n"
-                "        self._events.did(shipment, instructions)\n        failpoint(",
+                "kv_transfer/sending/shipping.py",
+                "        self._shipper.did(frame.shipment, instructions)\n        failpoint(",
+                "        self._agent.staging.release(frame.slot)\n"
+                "        self._shipper.did(frame.shipment, instructions)\n        failpoint(",
                 CATALOGUE + "a_staging_slot_is_not_given_to_others_while_a_send_reads_it",
             ),
         ),
