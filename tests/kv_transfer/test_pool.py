@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -112,7 +113,7 @@ def test_moves_on_a_gpu_are_those_in_host_memory() -> None:
         blocks = make_pool(1)
         here, there = TransferPool(blocks), TransferPool(torch.zeros_like(blocks, device=device))
         ids = [tuple(torch.randperm(32)[:7].tolist()) for _ in range(12)]
-        layers = {"layer_start": 1, "num_layers": 2}
+        layers: dict[str, Any] = {"layer_start": 1, "num_layers": 2}
         slots = [torch.zeros(4096, dtype=torch.uint8) for _ in ids]
         digests = [
             await here.begin_gather(slot, **layers, block_ids=each, after=None)
@@ -122,13 +123,13 @@ def test_moves_on_a_gpu_are_those_in_host_memory() -> None:
         scattering = [
             there.begin_scatter(
                 slot, **layers, block_ids=each,
-                accepts=lambda found, wanted=wanted: np.array_equal(found, wanted),
+                accepts=partial(np.array_equal, wanted),
             )
             for slot, each, wanted in zip(arrived, ids, digests, strict=True)
         ]  # fmt: skip
         assert all(await asyncio.gather(*scattering))
-        torch.cuda._sleep(20_000_000)
-        done = torch.cuda.Event()
+        torch.cuda._sleep(20_000_000)  # type: ignore[no-untyped-call]
+        done = torch.cuda.Event()  # type: ignore[no-untyped-call]
         done.record()
         back = [torch.zeros_like(slot) for slot in arrived]
         found = await asyncio.gather(*(
@@ -154,7 +155,7 @@ def test_without_digests_whatever_arrives_is_accepted() -> None:
         source, target = make_pool(1).to(device), make_pool(2).to(device)
         pools = [TransferPool(each, takes_digests=False) for each in (source, target)]
         slot = torch.zeros(4096, dtype=torch.uint8, device=device)
-        layers = {"layer_start": 0, "num_layers": NUM_LAYERS}
+        layers: dict[str, Any] = {"layer_start": 0, "num_layers": NUM_LAYERS}
         gathering = pools[0].begin_gather(slot, **layers, block_ids=(5,), after=None)
         assert not (await gathering).any()
         assert await pools[1].begin_scatter(slot, **layers, block_ids=(3,), accepts=lambda _: False)
