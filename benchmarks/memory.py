@@ -162,8 +162,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     with tempfile.TemporaryDirectory() as folder:
         text = measure(arguments, Path(folder))
-    words = " ".join(sys.argv[1:] if argv is None else argv)
-    facts = [f"command: `python -m benchmarks.memory {words}`".replace(" `", "`"), *machine_facts()]
+    words = ["python -m benchmarks.memory", *(sys.argv[1:] if argv is None else argv)]
+    facts = [f"command: `{' '.join(words)}`", *machine_facts()]
     text = "\n".join([text, *(f"- {fact}" for fact in facts)])
     print(text)
     if arguments.write:

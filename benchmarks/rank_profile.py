@@ -55,7 +55,7 @@ STEPS, REPEATS = 10, 11
 ROWS_OF_ENGINE = 256  # of the decode steps that sums are made ready for
 SUM_KIB = (8, 64, 256, 512, 1024, 2048, 8192, 65536)
 PROFILED_STEPS = 3
-LAYER_BEGINS = "_rope_store_kernel"
+LAYER_BEGINS = "_attention_kernel"
 NAME_LENGTH = 40
 Run = Callable[[], object]
 

@@ -23,6 +23,8 @@ GIB = 1 << 30
 DEFAULT_CPU_POOL_BYTES = 256 << 20
 # The CUDA context (526 MiB on an H200), and images of kernels.
 OUTSIDE_ALLOCATOR_BYTES = 704 << 20
+# What NCCL and the mappings of other ranks' memory take besides.
+OUTSIDE_OF_RANKS_BYTES = 800 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,6 +70,8 @@ def num_blocks_on_gpu(config: EngineConfig, need: KVNeed, memory: GpuMemory) -> 
         return given
     share = int(memory.total * config.gpu_memory_utilization)
     beside = memory.workspace + OUTSIDE_ALLOCATOR_BYTES
+    if config.tensor_parallel_size > 1:
+        beside += OUTSIDE_OF_RANKS_BYTES
     pool = share - memory.weights - beside
     if pool < need.bytes_of_one:
         raise _does_not_fit(config, need, memory, beside, pool)

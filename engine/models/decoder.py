@@ -132,7 +132,6 @@ class Decoder:
                 continue
             for matrix in layer.matrices():
                 matrix.pack()
-            layer.output.precedes(layer.gate_up)  # its rows come late, behind attention
         if self.offloaded is not None:
             self.offloaded.finish()
         self._lm_head.pack(keep_weight=self.config.tie_word_embeddings)
