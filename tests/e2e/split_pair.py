@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 
 GATEWAY = "gateway-1"
 NO_REDIS = "redis://127.0.0.1:1"
-ANSWER_SECONDS = 30.0
+ANSWER_SECONDS = 90.0
 # Small, so that a prompt of a few blocks takes several frames.
 SLOT_BYTES = 1 << 16
 
@@ -154,18 +154,22 @@ class SplitPair:
     ) -> list[Answer]:
         """All at once: the prompts on the prefill node, the rest on the decode node, of which the
         gateway believes that it has the first `num_tokens_held` tokens cached."""
-        holder = PrefixHolder(self.decode.node.info.id, self.decode.address, num_tokens_held)
         for request in requests:
-            handoff = Handoff(
-                transfer_id=secrets.token_bytes(16),
-                attempt=1,
-                decode=self.decode.node.info.id,
-                decode_address=self.decode.address,
-                gateway_id=GATEWAY,
-                holder=holder if num_tokens_held else None,
-            )
-            await self.prefill.submit(request, handoff)
+            await self.submit_split(request, num_tokens_held=num_tokens_held)
         return await self._answers_to(requests, is_split=True)
+
+    async def submit_split(self, request: SequenceRequest, *, num_tokens_held: int = 0) -> None:
+        """The same of one request, without waiting for its answer."""
+        holder = PrefixHolder(self.decode.node.info.id, self.decode.address, num_tokens_held)
+        handoff = Handoff(
+            transfer_id=secrets.token_bytes(16),
+            attempt=1,
+            decode=self.decode.node.info.id,
+            decode_address=self.decode.address,
+            gateway_id=GATEWAY,
+            holder=holder if num_tokens_held else None,
+        )
+        await self.prefill.submit(request, handoff)
 
     async def alone(self, requests: Sequence[SequenceRequest]) -> list[Answer]:
         """All at once, all of it on the decode node."""

@@ -113,9 +113,9 @@ class ModelDecode:
         link.is_cut = True
         for arrival in [each for each in self.arrivals if each.link is link]:
             self._end(arrival, failure(FailureReason.LINK_LOST), None, now)
-            arrival.frame.settle(failure(FailureReason.LINK_LOST))
+            arrival.frame.end(failure(FailureReason.LINK_LOST))
         while link.wire:
-            link.wire.popleft().settle(failure(FailureReason.LINK_LOST))
+            link.wire.popleft().end(failure(FailureReason.LINK_LOST))
         self.execute(self.intake.session_revoked(link.id, now))
 
     def fail_to_revoke(self, link: Link) -> None:
@@ -124,7 +124,7 @@ class ModelDecode:
         link.is_cut = True
         self.stuck.append(link)
         while link.wire:
-            link.wire.popleft().settle(failure(FailureReason.LINK_LOST))
+            link.wire.popleft().end(failure(FailureReason.LINK_LOST))
         self.intake.revocation_failed(link.id)
 
     # ---- frames -------------------------------------------------------------------------------
@@ -137,7 +137,7 @@ class ModelDecode:
         try:
             header = parse_header(memoryview(frame.header), LIMITS)
         except FrameMalformed:
-            link.wire.popleft().settle(None)
+            link.wire.popleft().end(None)
             self.lose(link, now)
             return True
         slot = self.slots.take(link.id)
@@ -163,7 +163,7 @@ class ModelDecode:
             if self.intake.may_scatter(header.transfer_id):
                 error = self._scatter(header, fate, units)
         self._end(arrival, error, header if error is None else None, now)
-        arrival.frame.settle(None)
+        arrival.frame.end(None)
 
     def _scatter(
         self,

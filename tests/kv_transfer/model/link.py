@@ -35,6 +35,11 @@ class Frame:
         length = pack_header(header, buffer.data)
         return cls(buffer[:length].tobytes(), payload.copy())
 
+    def end(self, error: ServingError | None) -> None:
+        """The send has ended, at the latest here."""
+        settle, self.settle = self.settle, lambda _: None
+        settle(error)
+
     def again(self) -> Frame:
         return replace(self, payload=self.payload.copy(), settle=lambda _: None)
 

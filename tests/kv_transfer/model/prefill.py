@@ -73,7 +73,8 @@ class Sending:
 
 
 class ModelPrefill:
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, *, is_eager: bool) -> None:
+        self.is_eager = is_eager
         self.blocks = BlockManager(NUM_BLOCKS, BLOCK_SIZE)
         self.pool = Pool(NUM_BLOCKS)
         self.slots = Slots(NUM_SLOTS, loop)
@@ -173,9 +174,11 @@ class ModelPrefill:
         frame.settle = settle
         self.did(sending, instructions)
         if sending.link.is_cut:
-            frame.settle(failure(FailureReason.LINK_LOST))
+            frame.end(failure(FailureReason.LINK_LOST))
         else:
             sending.link.wire.append(frame)
+            if self.is_eager:
+                frame.end(None)
         return True
 
     def _may_post(self, sending: Sending, now: float) -> bool:
