@@ -1,25 +1,36 @@
 """Whether fetching a cached prefix is quicker than computing it, by what was measured so far.
 
-Both rates are averages that follow what happened last. Before the first measurement, and after a
-failure, they stand for a slow link and a fast GPU: a fetch must promise much to be tried. A holder
-that failed is not asked again for a while.
+The engine's rate, and that of the way from each holder, are averages that follow what happened
+last. A way that was never measured, or not lately, is taken to be fast: the only way to learn how
+fast is to fetch, and a fetch that takes too long is given up. A holder that failed is not asked
+again for a while.
 
 Pure: time is an argument.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from cluster.node import NodeId
 
 FIRST_TOKENS_PER_SECOND = 10_000.0
-FIRST_BYTES_PER_SECOND = 1e9
+FIRST_BYTES_PER_SECOND = 20e9
 FIXED_SECONDS = 0.003  # two calls, a reservation, the last frame
+REMEMBER_SECONDS = 60.0
 AVOID_SECONDS = 30.0
-_WEIGHT = 0.3  # of the newest measurement
 MIN_LIMIT_SECONDS = 0.25
+_WEIGHT = 0.3  # of the newest measurement
+
+
+@dataclass(frozen=True, slots=True)
+class _Way:
+    """From one holder to here."""
+
+    bytes_per_second: float
+    measured_at: float
 
 
 class FetchEstimate:
@@ -28,14 +39,15 @@ class FetchEstimate:
     def __init__(self, bytes_per_token: float) -> None:
         self._bytes_per_token = bytes_per_token
         self._tokens_per_second: float | None = None
-        self._bytes_per_second: float | None = None
+        self._ways: dict[NodeId, _Way] = {}
         self._avoided_until: dict[NodeId, float] = {}
 
     def compute_seconds(self, num_tokens: int) -> float:
         return num_tokens / (self._tokens_per_second or FIRST_TOKENS_PER_SECOND)
 
-    def fetch_seconds(self, num_tokens: int) -> float:
-        rate = self._bytes_per_second or FIRST_BYTES_PER_SECOND
+    def fetch_seconds(self, holder: NodeId, num_tokens: int, now: float) -> float:
+        way = self._way(holder, now)
+        rate = FIRST_BYTES_PER_SECOND if way is None else way.bytes_per_second
         return FIXED_SECONDS + num_tokens * self._bytes_per_token / rate
 
     def limit_seconds(self, num_tokens: int) -> float:
@@ -47,24 +59,34 @@ class FetchEstimate:
         """`num_tokens`: those that it has and we lack."""
         if num_tokens <= 0 or now < self._avoided_until.get(holder, 0.0):
             return False
-        return self.fetch_seconds(num_tokens) < self.compute_seconds(num_tokens)
+        return self.fetch_seconds(holder, num_tokens, now) < self.compute_seconds(num_tokens)
 
     def computed(self, num_tokens: int, seconds: float) -> None:
         """So many tokens took the engine so long."""
         if num_tokens > 0 and seconds > 0:
             self._tokens_per_second = _average(self._tokens_per_second, num_tokens / seconds)
 
-    def fetched(self, num_tokens: int, seconds: float) -> None:
-        if num_tokens > 0 and seconds > 0:
-            moved = num_tokens * self._bytes_per_token
-            on_the_link = max(seconds - FIXED_SECONDS, 1e-4)
-            self._bytes_per_second = _average(self._bytes_per_second, moved / on_the_link)
+    def fetched(self, holder: NodeId, num_tokens: int, seconds: float, now: float) -> None:
+        if num_tokens <= 0 or seconds <= 0:
+            return
+        on_the_way = max(seconds - FIXED_SECONDS, 1e-4)
+        before = self._way(holder, now)
+        rate = _average(
+            None if before is None else before.bytes_per_second,
+            num_tokens * self._bytes_per_token / on_the_way,
+        )
+        self._ways = {node: way for node, way in self._ways.items() if self._way(node, now)}
+        self._ways[holder] = _Way(rate, now)
 
     def failed(self, holder: NodeId, now: float) -> None:
         for node, until in list(self._avoided_until.items()):
             if until <= now:
                 del self._avoided_until[node]
         self._avoided_until[holder] = now + AVOID_SECONDS
+
+    def _way(self, holder: NodeId, now: float) -> _Way | None:
+        way = self._ways.get(holder)
+        return None if way is None or now - way.measured_at >= REMEMBER_SECONDS else way
 
 
 def _average(before: float | None, measured: float) -> float:

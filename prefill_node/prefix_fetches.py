@@ -130,7 +130,8 @@ class PrefixFetches:
         else:
             self.stats.num_done += 1
             self.stats.num_tokens += num_tokens
-            self._estimate.fetched(num_lacking, self._clock() - began)
+            now = self._clock()
+            self._estimate.fetched(holder.node, num_lacking, now - began, now)
 
     # ---- the receiver's source of blocks ----------------------------------------------------
 

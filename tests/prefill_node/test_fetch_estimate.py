@@ -7,6 +7,7 @@ from prefill_node.fetch_estimate import (
     AVOID_SECONDS,
     FIXED_SECONDS,
     MIN_LIMIT_SECONDS,
+    REMEMBER_SECONDS,
     FetchEstimate,
 )
 
@@ -19,7 +20,7 @@ def measured(tokens_per_second: float, bytes_per_second: float) -> FetchEstimate
     estimate = FetchEstimate(BYTES_PER_TOKEN)
     estimate.computed(int(tokens_per_second), 1.0)
     num_tokens = int(bytes_per_second / BYTES_PER_TOKEN)
-    estimate.fetched(num_tokens, 1.0 + FIXED_SECONDS)
+    estimate.fetched(HOLDER, num_tokens, 1.0 + FIXED_SECONDS, now=0.0)
     return estimate
 
 
@@ -54,5 +55,12 @@ def test_a_fetch_is_given_up_when_computing_would_have_been_done_twice() -> None
     assert estimate.limit_seconds(4000) == 8.0
     assert estimate.limit_seconds(1) == MIN_LIMIT_SECONDS
     estimate.computed(0, 1.0)
-    estimate.fetched(0, 0.0)
+    estimate.fetched(HOLDER, 0, 0.0, now=0.0)
     assert estimate.limit_seconds(4000) == 8.0, "nothing was measured"
+
+
+def test_a_way_that_was_not_measured_lately_is_tried() -> None:
+    estimate = measured(1000, 500_000)
+    assert not estimate.pays(HOLDER, 1000, now=REMEMBER_SECONDS - 1)
+    assert estimate.pays(HOLDER, 1000, now=REMEMBER_SECONDS)
+    assert estimate.pays(OTHER, 1000, now=0.0), "each holder has its own"
