@@ -341,6 +341,7 @@ def encode_description(info: NodeInfo, *, version: str) -> pb.NodeDescription:
         protocol_version=PROTOCOL_VERSION,
         version=version,
         transports=info.transports,
+        fetches_prefixes=info.fetches_prefixes,
         load=encode_load(info.load),
     )
 
@@ -367,6 +368,7 @@ def decode_description(
         block_size=message.block_size,
         max_model_len=message.max_model_len,
         transports=tuple(checked_id("transports", name) for name in message.transports),
+        fetches_prefixes=message.fetches_prefixes,
         load=decode_load(message.load),
     )
 

@@ -68,4 +68,5 @@ class NodeInfo:
     block_size: int
     max_model_len: int
     transports: tuple[str, ...] = ()  # transports in use towards peers, e.g. ("cuda_ipc",)
+    fetches_prefixes: bool = False  # from other nodes, and gives its own away
     load: NodeLoad = field(default_factory=NodeLoad)

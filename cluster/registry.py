@@ -189,6 +189,7 @@ def encode_entry(info: NodeInfo) -> bytes:
         "block_size": info.block_size,
         "max_model_len": info.max_model_len,
         "transports": list(info.transports),
+        "fetches_prefixes": info.fetches_prefixes,
         "load": load,
     }
     entry = json.dumps(document, separators=(",", ":")).encode()
@@ -222,6 +223,7 @@ def decode_entry(entry: bytes) -> NodeInfo:
         block_size=_integer(document, "block_size", 1, 2**20),
         max_model_len=_integer(document, "max_model_len", 1, _MAX_COUNT),
         transports=tuple(_text(t, "transports") for t in _list(document.get("transports"))),
+        fetches_prefixes=document.get("fetches_prefixes") is True,
         load=_decode_load(document.get("load")),
     )
 

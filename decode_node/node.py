@@ -67,7 +67,8 @@ class DecodeNode:
     ) -> None:
         self.engine = engine
         self.hub = hub
-        self.info = node_info(node_id, NodeRole.DECODE, engine)
+        fetches = agent.config.fetch_prefixes
+        self.info = node_info(node_id, NodeRole.DECODE, engine, fetches_prefixes=fetches)
         self._agent = agent
         scheduler = DecodeScheduler(
             engine.block_manager,

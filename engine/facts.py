@@ -12,7 +12,9 @@ if TYPE_CHECKING:
     from engine.engine import Engine
 
 
-def node_info(node: NodeId, role: NodeRole, engine: Engine) -> NodeInfo:
+def node_info(
+    node: NodeId, role: NodeRole, engine: Engine, *, fetches_prefixes: bool = False
+) -> NodeInfo:
     """The node's entry before it serves: STARTING, without addresses.
 
     The model's name is that of its folder; what separates models is the compatibility hash,
@@ -30,6 +32,7 @@ def node_info(node: NodeId, role: NodeRole, engine: Engine) -> NodeInfo:
         ),
         block_size=engine.block_manager.block_size,
         max_model_len=engine.max_model_len,
+        fetches_prefixes=fetches_prefixes,
     )
 
 

@@ -59,8 +59,10 @@ class PrefixLookup:
         return found
 
     def _matters(self, ready: Sequence[NodeInfo]) -> bool:
-        """A lone pair that always hands off leaves nothing to decide."""
+        """A lone pair that always hands off, and fetches nothing, leaves nothing to decide."""
         if self._policy.current.local_prefill_tokens > 0:
+            return True
+        if any(node.fetches_prefixes for node in ready):
             return True
         num_prefill = sum(node.role is NodeRole.PREFILL for node in ready)
         return num_prefill > 1 or len(ready) - num_prefill > 1

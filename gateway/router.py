@@ -140,8 +140,12 @@ def _pools(
 
 
 def _holder(nodes: Iterable[Candidate], prefill: Candidate) -> PrefixHolder | None:
-    """Who has most of the prompt cached, if that is more than the prefill node has."""
-    best = max(nodes, key=lambda candidate: candidate.num_cached_tokens)
+    """Who has most of the prompt cached and gives it away, if that is more than the prefill node
+    has."""
+    if not prefill.node.fetches_prefixes:
+        return None
+    givers = [prefill, *(each for each in nodes if each.node.fetches_prefixes)]
+    best = max(givers, key=lambda candidate: candidate.num_cached_tokens)
     if best.num_cached_tokens <= prefill.num_cached_tokens:
         return None
     return PrefixHolder(best.node.id, best.node.grpc_address, best.num_cached_tokens)

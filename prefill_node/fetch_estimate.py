@@ -1,9 +1,9 @@
 """Whether fetching a cached prefix is quicker than computing it, by what was measured so far.
 
 The engine's rate, and that of the way from each holder, are averages that follow what happened
-last. A way that was never measured, or not lately, is taken to be fast: the only way to learn how
-fast is to fetch, and a fetch that takes too long is given up. A holder that failed is not asked
-again for a while.
+last. A way that was never measured, or not lately, is not known: the only way to learn is to fetch,
+which `prefix_fetches.py` does then beside computing. A holder that failed is not asked again for a
+while.
 
 Pure: time is an argument.
 """
@@ -17,9 +17,8 @@ if TYPE_CHECKING:
     from cluster.node import NodeId
 
 FIRST_TOKENS_PER_SECOND = 10_000.0
-FIRST_BYTES_PER_SECOND = 20e9
 FIXED_SECONDS = 0.003  # two calls, a reservation, the last frame
-REMEMBER_SECONDS = 60.0
+REMEMBER_SECONDS = 300.0
 AVOID_SECONDS = 30.0
 MIN_LIMIT_SECONDS = 0.25
 _WEIGHT = 0.3  # of the newest measurement
@@ -45,10 +44,13 @@ class FetchEstimate:
     def compute_seconds(self, num_tokens: int) -> float:
         return num_tokens / (self._tokens_per_second or FIRST_TOKENS_PER_SECOND)
 
-    def fetch_seconds(self, holder: NodeId, num_tokens: int, now: float) -> float:
-        way = self._way(holder, now)
-        rate = FIRST_BYTES_PER_SECOND if way is None else way.bytes_per_second
-        return FIXED_SECONDS + num_tokens * self._bytes_per_token / rate
+    def is_known(self, holder: NodeId, now: float) -> bool:
+        """Whether the way from there was measured lately."""
+        return self._way(holder, now) is not None
+
+    def is_avoided(self, holder: NodeId, now: float) -> bool:
+        """Whether it failed a moment ago."""
+        return now < self._avoided_until.get(holder, 0.0)
 
     def limit_seconds(self, num_tokens: int) -> float:
         """How long a fetch may take before it is given up: it has then cost as much as computing
@@ -56,10 +58,12 @@ class FetchEstimate:
         return max(MIN_LIMIT_SECONDS, 2 * self.compute_seconds(num_tokens))
 
     def pays(self, holder: NodeId, num_tokens: int, now: float) -> bool:
-        """`num_tokens`: those that it has and we lack."""
-        if num_tokens <= 0 or now < self._avoided_until.get(holder, 0.0):
+        """`num_tokens`: those that it has and we lack. False for a way that is not known."""
+        way = self._way(holder, now)
+        if num_tokens <= 0 or way is None or self.is_avoided(holder, now):
             return False
-        return self.fetch_seconds(holder, num_tokens, now) < self.compute_seconds(num_tokens)
+        moving = num_tokens * self._bytes_per_token / way.bytes_per_second
+        return FIXED_SECONDS + moving < self.compute_seconds(num_tokens)
 
     def computed(self, num_tokens: int, seconds: float) -> None:
         """So many tokens took the engine so long."""
@@ -67,13 +71,13 @@ class FetchEstimate:
             self._tokens_per_second = _average(self._tokens_per_second, num_tokens / seconds)
 
     def fetched(self, holder: NodeId, num_tokens: int, seconds: float, now: float) -> None:
+        """So many tokens took so long on their way from there."""
         if num_tokens <= 0 or seconds <= 0:
             return
-        on_the_way = max(seconds - FIXED_SECONDS, 1e-4)
         before = self._way(holder, now)
         rate = _average(
             None if before is None else before.bytes_per_second,
-            num_tokens * self._bytes_per_token / on_the_way,
+            num_tokens * self._bytes_per_token / seconds,
         )
         self._ways = {node: way for node, way in self._ways.items() if self._way(node, now)}
         self._ways[holder] = _Way(rate, now)

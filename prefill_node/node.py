@@ -73,7 +73,8 @@ class PrefillNode:
     ) -> None:
         self.engine = engine
         self.hub = hub
-        self.info = node_info(node_id, NodeRole.PREFILL, engine)
+        fetches = agent.config.fetch_prefixes
+        self.info = node_info(node_id, NodeRole.PREFILL, engine, fetches_prefixes=fetches)
         self._agent = agent
         scheduler = PrefillScheduler(
             engine.block_manager, engine.max_num_batched_tokens, engine.max_num_seqs

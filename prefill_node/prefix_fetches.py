@@ -2,7 +2,8 @@
 
 Life of a fetch
     1. `fetch`: a prompt's request named a node that has more of it cached. If what it has and we
-       lack is fetched sooner than computed (`fetch_estimate.py`), that node is asked.
+       lack is fetched sooner than computed (`fetch_estimate.py`), that node is asked. If the way
+       from there is not known, it is asked as well, but the prompt does not wait.
     2. It opens a hand-off to us, and our receiver asks for blocks (`reserve`): for whole blocks of
        the prompt's beginning and nothing else. What we have already is not sent.
     3. All of it has arrived and is verified: `start` gives the blocks to the prefix cache. The
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 MAX_FETCHES = 16
+EXPLORE_SECONDS = 10.0  # the two nodes may have to connect first
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +62,9 @@ class _Fetch:
     sequence: Sequence
     num_blocks: int  # asked for
     done: asyncio.Future[int]
-    reservation: Reservation | None = None
+    num_tokens_moved: int = 0
+    reserved_at: float = 0.0
+    seconds: float = 0.0  # from the reservation to the last byte: what the way took, not the steps
 
 
 @dataclass(slots=True)
@@ -90,6 +94,7 @@ class PrefixFetches:
         self._fetches: dict[str, _Fetch] = {}
         self._reservations: dict[str, Reservation] = {}  # of fetches, maybe given up
         self._channels: dict[str, grpc.aio.Channel] = {}
+        self._exploring: dict[NodeId, asyncio.Task[None]] = {}
         self._counted = (0, 0.0)  # tokens and seconds of the engine's steps
         self._loop: EngineLoop
         self._receiver: KVReceiver
@@ -101,6 +106,10 @@ class PrefixFetches:
         self._loop, self._receiver, self._address = loop, receiver, address
 
     async def close(self) -> None:
+        exploring = list(self._exploring.values())
+        for task in exploring:
+            task.cancel()
+        await asyncio.gather(*exploring, return_exceptions=True)
         for channel in self._channels.values():
             await channel.close()
 
@@ -110,15 +119,33 @@ class PrefixFetches:
         num_blocks = min(holder.num_tokens, sequence.num_tokens - 1) // sequence.block_size
         num_lacking = await self._num_lacking(sequence, num_blocks) * sequence.block_size
         self._measure()
-        if len(self._fetches) >= MAX_FETCHES:
+        if num_lacking == 0 or len(self._fetches) >= MAX_FETCHES:
             return
-        if not self._estimate.pays(holder.node, num_lacking, self._clock()):
-            return
-        began = self._clock()
+        if self._estimate.pays(holder.node, num_lacking, self._clock()):
+            limit = self._estimate.limit_seconds(num_lacking)
+            await self._try(sequence, num_blocks, holder, limit)
+        elif not self._estimate.is_known(holder.node, self._clock()):
+            self._explore(sequence, num_blocks, holder)
+
+    def _explore(self, sequence: Sequence, num_blocks: int, holder: PrefixHolder) -> None:
+        """Learn how fast the way from there is, while the prompt is computed."""
+        node = holder.node
+        if node not in self._exploring and not self._estimate.is_avoided(node, self._clock()):
+            trying = self._try(sequence, num_blocks, holder, EXPLORE_SECONDS)
+            task = self._exploring[node] = asyncio.create_task(trying)
+            task.add_done_callback(lambda _: self._exploring.pop(node))
+
+    async def _try(
+        self,
+        sequence: Sequence,
+        num_blocks: int,
+        holder: PrefixHolder,
+        limit_seconds: float,
+    ) -> None:
         self.stats.num_fetches += 1
         try:
-            async with asyncio.timeout(self._estimate.limit_seconds(num_lacking)):
-                num_tokens = await self._bring(sequence, num_blocks, holder)
+            async with asyncio.timeout(limit_seconds):
+                fetch = await self._bring(sequence, num_blocks, holder)
         except (ServingError, grpc.aio.AioRpcError, TimeoutError) as error:
             logger.warning("a prefix on %s is computed here: %r", holder.node.name, error)
             self.stats.num_failed += 1
@@ -129,9 +156,9 @@ class PrefixFetches:
             self._estimate.failed(holder.node, self._clock())
         else:
             self.stats.num_done += 1
-            self.stats.num_tokens += num_tokens
+            self.stats.num_tokens += fetch.done.result()
             now = self._clock()
-            self._estimate.fetched(holder.node, num_lacking, now - began, now)
+            self._estimate.fetched(holder.node, fetch.num_tokens_moved, fetch.seconds, now)
 
     # ---- the receiver's source of blocks ----------------------------------------------------
 
@@ -156,6 +183,8 @@ class PrefixFetches:
         if reservation is None:
             raise Overloaded("There are no blocks for a prefix.")
         self._reservations[request.sequence_id] = reservation
+        fetch.num_tokens_moved = (num_blocks - reservation.num_held_blocks) * size
+        fetch.reserved_at = self._clock()
         return PrefixBlocks(reservation.block_ids, reservation.num_held_blocks)
 
     async def start(self, sequence_id: str, first_token_id: int) -> None:
@@ -163,6 +192,7 @@ class PrefixFetches:
         fetch = self._fetches.get(sequence_id)
         if reservation is None or fetch is None:
             raise Cancelled("Nobody waits for this prefix.")
+        fetch.seconds = self._clock() - fetch.reserved_at
         hashes = fetch.sequence.block_hashes[: len(reservation.block_ids)]
         await asyncio.wrap_future(self._loop.call(lambda: reservation.keep(hashes)))
         self._reservations.pop(sequence_id, None)
@@ -195,12 +225,12 @@ class PrefixFetches:
         counting = self._loop.call(lambda: self._block_manager.num_cached(hashes))
         return num_blocks - await asyncio.wrap_future(counting)
 
-    async def _bring(self, sequence: Sequence, num_blocks: int, holder: PrefixHolder) -> int:
-        """Tokens that are cached here when it returns. Raises when they do not come."""
+    async def _bring(self, sequence: Sequence, num_blocks: int, holder: PrefixHolder) -> _Fetch:
+        """Cached here when it returns. Raises when it does not come."""
         transfer_id = os.urandom(16)
         name = f"prefix-{transfer_id.hex()}"
         done: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-        self._fetches[name] = _Fetch(sequence, num_blocks, done)
+        fetch = self._fetches[name] = _Fetch(sequence, num_blocks, done)
         prefix = sequence.prompt_token_ids[: num_blocks * sequence.block_size]
         asked = replace(
             sequence.request, sequence_id=name, prompt_token_ids=prefix, num_emitted_tokens=0
@@ -218,7 +248,8 @@ class PrefixFetches:
                     sequence=encode_sequence(asked), handoff=encode_handoff(handoff)
                 )
             )
-            return await done
+            await done
+            return fetch
         finally:
             del self._fetches[name]
             if not done.done() or done.cancelled() or done.exception() is not None:

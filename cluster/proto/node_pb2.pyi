@@ -23,7 +23,7 @@ class DescribeRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class NodeDescription(_message.Message):
-    __slots__ = ("name", "incarnation", "role", "state", "model_name", "compatibility_hash", "block_size", "max_model_len", "protocol_version", "version", "transports", "load")
+    __slots__ = ("name", "incarnation", "role", "state", "model_name", "compatibility_hash", "block_size", "max_model_len", "protocol_version", "version", "transports", "load", "fetches_prefixes")
     NAME_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
@@ -36,6 +36,7 @@ class NodeDescription(_message.Message):
     VERSION_FIELD_NUMBER: _ClassVar[int]
     TRANSPORTS_FIELD_NUMBER: _ClassVar[int]
     LOAD_FIELD_NUMBER: _ClassVar[int]
+    FETCHES_PREFIXES_FIELD_NUMBER: _ClassVar[int]
     name: str
     incarnation: int
     role: str
@@ -48,7 +49,8 @@ class NodeDescription(_message.Message):
     version: str
     transports: _containers.RepeatedScalarFieldContainer[str]
     load: NodeLoad
-    def __init__(self, name: _Optional[str] = ..., incarnation: _Optional[int] = ..., role: _Optional[str] = ..., state: _Optional[str] = ..., model_name: _Optional[str] = ..., compatibility_hash: _Optional[str] = ..., block_size: _Optional[int] = ..., max_model_len: _Optional[int] = ..., protocol_version: _Optional[int] = ..., version: _Optional[str] = ..., transports: _Optional[_Iterable[str]] = ..., load: _Optional[_Union[NodeLoad, _Mapping]] = ...) -> None: ...
+    fetches_prefixes: bool
+    def __init__(self, name: _Optional[str] = ..., incarnation: _Optional[int] = ..., role: _Optional[str] = ..., state: _Optional[str] = ..., model_name: _Optional[str] = ..., compatibility_hash: _Optional[str] = ..., block_size: _Optional[int] = ..., max_model_len: _Optional[int] = ..., protocol_version: _Optional[int] = ..., version: _Optional[str] = ..., transports: _Optional[_Iterable[str]] = ..., load: _Optional[_Union[NodeLoad, _Mapping]] = ..., fetches_prefixes: _Optional[bool] = ...) -> None: ...
 
 class NodeLoad(_message.Message):
     __slots__ = ("num_running", "num_waiting", "queued_tokens", "num_blocks", "num_free_blocks", "num_cached_blocks", "num_transfers", "num_quarantined_blocks")

@@ -126,15 +126,21 @@ def test_every_candidate_is_kept_with_its_cost() -> None:
 
 
 def test_whoever_has_most_of_the_prompt_cached_is_named_to_the_prefill_node() -> None:
+    def that_fetches(name: str, **changes: object) -> Candidate:
+        return candidate(name, node_changes={"fetches_prefixes": True}, **changes)
+
     nodes = [
-        candidate("p1", num_cached_tokens=100),
-        candidate("p2", num_cached_tokens=500, queued_tokens=90_000),
-        candidate("d1", num_cached_tokens=800),
+        that_fetches("p1", num_cached_tokens=100),
+        that_fetches("p2", num_cached_tokens=500, queued_tokens=90_000),
+        that_fetches("d1", num_cached_tokens=800),
+        candidate("d2", num_cached_tokens=900, num_sequences=900),
     ]
     placement = choose(nodes, DEMAND)
     assert names(placement) == ("p1", "d1")
     assert placement.holder is not None
     assert placement.holder.node.name == "d1"
     assert placement.holder.num_tokens == 800
-    nodes[0] = candidate("p1", num_cached_tokens=800)
+    nodes[0] = that_fetches("p1", num_cached_tokens=800)
     assert choose(nodes, DEMAND).holder is None, "nobody has more"
+    nodes[0] = candidate("p1", num_cached_tokens=100)
+    assert choose(nodes, DEMAND).holder is None, "it does not fetch"

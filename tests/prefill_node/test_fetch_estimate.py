@@ -5,7 +5,6 @@ from __future__ import annotations
 from cluster.node import Incarnation, NodeId, NodeName
 from prefill_node.fetch_estimate import (
     AVOID_SECONDS,
-    FIXED_SECONDS,
     MIN_LIMIT_SECONDS,
     REMEMBER_SECONDS,
     FetchEstimate,
@@ -20,7 +19,7 @@ def measured(tokens_per_second: float, bytes_per_second: float) -> FetchEstimate
     estimate = FetchEstimate(BYTES_PER_TOKEN)
     estimate.computed(int(tokens_per_second), 1.0)
     num_tokens = int(bytes_per_second / BYTES_PER_TOKEN)
-    estimate.fetched(HOLDER, num_tokens, 1.0 + FIXED_SECONDS, now=0.0)
+    estimate.fetched(HOLDER, num_tokens, 1.0, now=0.0)
     return estimate
 
 
@@ -39,7 +38,8 @@ def test_a_holder_that_failed_is_avoided_for_a_while_and_others_are_not() -> Non
     estimate = measured(1000, 100_000_000)
     estimate.failed(HOLDER, now=5.0)
     assert not estimate.pays(HOLDER, 1000, now=5.0 + AVOID_SECONDS - 0.1)
-    assert estimate.pays(OTHER, 1000, now=5.0)
+    assert estimate.is_avoided(HOLDER, now=5.0)
+    assert not estimate.is_avoided(OTHER, now=5.0)
     assert estimate.pays(HOLDER, 1000, now=5.0 + AVOID_SECONDS)
 
 
@@ -59,8 +59,10 @@ def test_a_fetch_is_given_up_when_computing_would_have_been_done_twice() -> None
     assert estimate.limit_seconds(4000) == 8.0, "nothing was measured"
 
 
-def test_a_way_that_was_not_measured_lately_is_tried() -> None:
-    estimate = measured(1000, 500_000)
-    assert not estimate.pays(HOLDER, 1000, now=REMEMBER_SECONDS - 1)
-    assert estimate.pays(HOLDER, 1000, now=REMEMBER_SECONDS)
-    assert estimate.pays(OTHER, 1000, now=0.0), "each holder has its own"
+def test_a_way_that_was_not_measured_lately_is_not_known() -> None:
+    estimate = measured(1000, 100_000_000)
+    assert estimate.is_known(HOLDER, now=REMEMBER_SECONDS - 1)
+    assert estimate.pays(HOLDER, 1000, now=REMEMBER_SECONDS - 1)
+    assert not estimate.is_known(HOLDER, now=REMEMBER_SECONDS)
+    assert not estimate.pays(HOLDER, 1000, now=REMEMBER_SECONDS)
+    assert not estimate.pays(OTHER, 1000, now=0.0), "each holder has its own"

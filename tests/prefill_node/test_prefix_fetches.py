@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
+from cluster.clock import monotonic
 from cluster.codec import decode_sequence
 from cluster.errors import Cancelled, Overloaded, ServingError, TransferFailed
 from cluster.node import Incarnation, NodeId, NodeName
@@ -17,6 +18,7 @@ from engine.block_manager import BlockManager
 from engine.loop import LoopStats
 from prefill_node.fetch_estimate import FetchEstimate
 from prefill_node.prefix_fetches import PrefixFetches
+from tests.kv_twins import until
 from tests.sequences import BLOCK_SIZE, compute, make_sequence
 
 if TYPE_CHECKING:
@@ -51,11 +53,13 @@ class Receiver:
 class Bench:
     """Fetches of a node whose peers are functions of the test."""
 
-    def __init__(self, num_blocks: int = 12) -> None:
+    def __init__(self, num_blocks: int = 12, *, is_known: bool = True) -> None:
         self.manager = BlockManager(num_blocks, BLOCK_SIZE)
         self.receiver = Receiver()
-        estimate = FetchEstimate(1.0)
+        self.estimate = estimate = FetchEstimate(1.0)
         estimate.computed(1, 1.0)
+        if is_known:
+            estimate.fetched(HOLDER, 1000, 0.1, monotonic())
         self.fetches = PrefixFetches(US, self.manager, estimate, lambda address: None)
         self.fetches.bind(cast("Any", InlineLoop()), cast("Any", self.receiver), lambda: "here:1")
         self.asked: list[SequenceRequest] = []
@@ -158,3 +162,22 @@ def test_nothing_is_asked_for_what_is_here() -> None:
 
     asyncio.run(bench.fetch(give))
     assert bench.fetches.stats.num_fetches == 0
+
+
+def test_the_first_fetch_from_a_node_is_not_waited_for() -> None:
+    bench = Bench(is_known=False)
+    asked = asyncio.Event()
+
+    async def give(prefix: SequenceRequest) -> None:
+        asked.set()
+        await bench.fetches.reserve(prefix, "d0")
+        await bench.fetches.start(prefix.sequence_id, 0)
+
+    async def run() -> None:
+        await bench.fetch(give)
+        assert not asked.is_set()
+        await until(lambda: bench.fetches.stats.num_done == 1)
+        assert bench.estimate.is_known(HOLDER, monotonic())
+
+    asyncio.run(run())
+    assert bench.manager.num_cached(bench.sequence.block_hashes) == 5
