@@ -132,7 +132,7 @@ class PrefillNode:
             load=self._load,
             transports=lambda: self._agent.transports_in_use,
             cache_changes=cache_changes(self.loop, self.engine.block_manager),
-            is_idle=lambda: self.handler.num_prompts == 0,
+            is_idle=lambda: self.handler.num_prompts + self._prefixes.num_given_away == 0,
             on_replaced=on_replaced,
             seconds_without_progress=lambda: self.loop.seconds_without_progress,
         )

@@ -1,0 +1,133 @@
+"""Cached prefixes that are given away: held as long as they are read, and no longer."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from typing import TYPE_CHECKING, Any, cast
+
+import pytest
+
+from cluster.errors import NodeUnavailable, Overloaded, TransferFailed
+from cluster.node import Incarnation, NodeId, NodeName
+from cluster.request import Handoff
+from kv_transfer.sending.prefixes import MAX_GIVEN_AWAY, HeldPrefix, PrefixSender
+from tests.sequences import BLOCK_SIZE, make_request
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from cluster.errors import ServingError
+    from cluster.request import SequenceRequest
+
+
+class Sender:
+    """Notes what it is asked."""
+
+    def __init__(self) -> None:
+        self.opened: dict[str, SequenceRequest] = {}
+        self.computed: dict[str, tuple[int, Sequence[int]]] = {}
+        self.committed: list[str] = []
+
+    def open(self, request: SequenceRequest, handoff: Handoff) -> None:
+        if request.sequence_id in self.opened:
+            raise ValueError("the sequence is being handed off already")
+        self.opened[request.sequence_id] = request
+
+    def chunk_computed(
+        self, sequence_id: str, num_tokens: int, block_table: Sequence[int], done: Any
+    ) -> None:
+        self.computed[sequence_id] = num_tokens, block_table
+
+    def commit(self, sequence_id: str, first_token_id: int) -> None:
+        self.committed.append(sequence_id)
+
+
+class Others:
+    """Whose hand-offs the same sender carries."""
+
+    def __init__(self) -> None:
+        self.told: list[tuple[str, str]] = []
+
+    def on_committed(self, sequence_id: str) -> None:
+        self.told.append(("committed", sequence_id))
+
+    def on_failed(self, sequence_id: str, error: ServingError) -> None:
+        self.told.append(("failed", sequence_id))
+
+    def on_sources_free(self, sequence_id: str) -> None:
+        self.told.append(("free", sequence_id))
+
+
+class Bench:
+    def __init__(self, num_cached: int = 3) -> None:
+        self.num_cached = num_cached
+        self.num_held = 0
+        self.others = Others()
+        self.sender = Sender()
+        self.prefixes = PrefixSender(self.hold, BLOCK_SIZE, self.others)
+        self.prefixes.bind(cast("Any", self.sender))
+
+    async def hold(self, prefix: SequenceRequest) -> HeldPrefix:
+        self.num_held += 1
+        return HeldPrefix(tuple(range(self.num_cached)), self.release)
+
+    def release(self) -> None:
+        self.num_held -= 1
+
+
+def asked(num_blocks: int = 5) -> tuple[SequenceRequest, Handoff]:
+    to = NodeId(NodeName("p0"), Incarnation(1))
+    handoff = Handoff(
+        transfer_id=os.urandom(16), attempt=0, decode=to, decode_address="p:1", gateway_id="p0"
+    )
+    return make_request(range(num_blocks * BLOCK_SIZE)), handoff
+
+
+def test_what_is_cached_is_sent_whole_and_held_until_nothing_reads_it() -> None:
+    bench = Bench()
+    prefix, handoff = asked()
+    assert asyncio.run(bench.prefixes.send(prefix, handoff)) == 3 * BLOCK_SIZE
+    name = prefix.sequence_id
+    assert bench.sender.opened[name].prompt_token_ids == prefix.prompt_token_ids[: 3 * BLOCK_SIZE]
+    assert bench.sender.computed[name] == (3 * BLOCK_SIZE, (0, 1, 2))
+    assert bench.sender.committed == [name]
+    bench.prefixes.on_failed(name, TransferFailed("It broke."))
+    assert bench.num_held == 1, "a send may still read them"
+    bench.prefixes.on_sources_free(name)
+    assert bench.num_held == bench.prefixes.num_given_away == 0
+    assert bench.others.told == []
+
+
+def test_nothing_is_opened_for_what_is_not_cached() -> None:
+    bench = Bench(num_cached=0)
+    with pytest.raises(NodeUnavailable, match="cached"):
+        asyncio.run(bench.prefixes.send(*asked()))
+    assert bench.num_held == 0
+    assert not bench.sender.opened
+
+
+def test_the_same_prefix_is_not_sent_twice_at_once() -> None:
+    bench = Bench()
+    prefix, handoff = asked()
+    asyncio.run(bench.prefixes.send(prefix, handoff))
+    with pytest.raises(NodeUnavailable):
+        asyncio.run(bench.prefixes.send(prefix, handoff))
+    assert bench.num_held == 1
+
+
+def test_no_more_are_given_away_at_once_than_is_allowed() -> None:
+    bench = Bench()
+    for _ in range(MAX_GIVEN_AWAY):
+        asyncio.run(bench.prefixes.send(*asked()))
+    with pytest.raises(Overloaded):
+        asyncio.run(bench.prefixes.send(*asked()))
+    assert bench.num_held == MAX_GIVEN_AWAY
+
+
+def test_hand_offs_of_others_are_reported_to_them() -> None:
+    bench = Bench()
+    bench.prefixes.on_committed("theirs")
+    bench.prefixes.on_failed("theirs", TransferFailed("It broke."))
+    bench.prefixes.on_sources_free("theirs")
+    assert bench.others.told == [("committed", "theirs"), ("failed", "theirs"), ("free", "theirs")]
