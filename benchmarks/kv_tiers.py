@@ -201,9 +201,8 @@ class Server:
     def settle(self) -> None:
         """Until no copy is under way."""
         host = host_of(self.engine)
-        while self._loop.call(lambda: host.num_copies or host.tier.num_moving).result():
+        while not self._loop.call(lambda: host.is_settled).result():
             time.sleep(0.01)
-        time.sleep(0.05)
 
     def close(self) -> None:
         self._loop.stop()
@@ -231,6 +230,7 @@ def hits(engine: Engine, lengths: SequenceOf[int], repeats: int) -> list[str]:
     with closing(server):
         for _ in range(2):
             server.first_token(random_prompt(engine, longest), "warm up")
+            server.settle()
         for length in lengths:
             times: dict[str, list[float]] = {"computed": [], "host": [], "device": []}
             for turn in range(repeats):

@@ -55,9 +55,10 @@ class BlockManager:
         enable_prefix_caching: bool = True,
         num_host_blocks: int = 0,
         num_ahead: int = 0,
+        num_at_once: int = 64,
     ) -> None:
-        """`num_host_blocks`: slots of host memory for blocks that must go, of which `num_ahead`
-        are saved ahead. Whoever gives some carries out `take_copies`."""
+        """`num_host_blocks`: slots of host memory for blocks that must go, see `HostBlocks`.
+        Whoever gives some carries out the copies."""
         if num_blocks < 1 or block_size < 1:
             raise ValueError("num_blocks and block_size must be positive.")
         self.block_size = block_size
@@ -68,7 +69,8 @@ class BlockManager:
         self._cache = PrefixCache(self._journal)
         self._host: HostBlocks | None = None
         if num_host_blocks and enable_prefix_caching:
-            self._host = HostBlocks(self, HostTier(num_host_blocks, self._journal), num_ahead)
+            tier = HostTier(num_host_blocks, self._journal)
+            self._host = HostBlocks(self, tier, num_ahead=num_ahead, num_at_once=num_at_once)
         self._sequences: dict[Sequence, None] = {}  # those with a block table
         self._holds: dict[Hold, None] = {}
         self._reservations: dict[Reservation, None] = {}

@@ -88,7 +88,8 @@ class Engine:
             config.block_size,
             enable_prefix_caching=config.enable_prefix_caching,
             num_host_blocks=num_host_blocks,
-            num_ahead=2 * -(-limits.max_model_len // config.block_size),
+            num_ahead=2 * limits.max_model_len // config.block_size,
+            num_at_once=2 * limits.max_num_batched_tokens // config.block_size,
         )
         self.copier = HostCopier(self.kv_pools, num_host_blocks) if num_host_blocks else None
         self._runner = runner

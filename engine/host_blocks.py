@@ -3,10 +3,10 @@
 Life of a block over the tiers
     1. Computed, registered, its last reference gone: cached on the device, and *dirty*, for it is
        nowhere else.
-    2. `clean` saves the dirty ones that would be evicted first, until as many blocks as prompts
-       are likely to ask for next are free or clean. So an eviction never waits, no step waits for
-       a copy, and blocks that are used again soon are not copied at all. A dirty block that must
-       go all the same is lost, and computed again when somebody asks for it.
+    2. `take_copies` saves the dirty ones that would be evicted first, until as many blocks as
+       prompts are likely to ask for next are free or clean. So an eviction never waits, no step
+       waits for a copy, and blocks that are used again soon are not copied at all. A dirty block
+       that must go all the same is lost, and computed again when somebody asks for it.
     3. Clean and evicted: host memory alone has it. It is announced to others all the while.
     4. A sequence that gets its blocks (`BlockManager.allocate`) and whose prefix goes on in host
        memory gets these by a load. It has its blocks and its place, and is scheduled once they
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from engine.reservation import Hold
     from engine.sequence import Sequence
 
-_MAX_CLEANED = 64  # blocks of one save, at most 1/8 of the pool: they cannot be evicted meanwhile
+_MIN_CLEANED = 64  # blocks: a save has a price of its own
 
 
 class CopyKind(StrEnum):
@@ -100,14 +100,18 @@ class BlockPool(Protocol):
 
 
 class HostBlocks:
-    """`num_ahead`: blocks to keep free or clean, at least; half of the pool anyway."""
+    """`num_ahead`: blocks to keep free or clean, at least; half of the pool anyway. `num_at_once`:
+    most blocks of one save ahead, which is begun between two steps: more than a step computes, but
+    1/8 of the pool at most, for they cannot be evicted meanwhile."""
 
-    def __init__(self, pool: BlockPool, tier: HostTier, num_ahead: int) -> None:
+    def __init__(
+        self, pool: BlockPool, tier: HostTier, *, num_ahead: int, num_at_once: int
+    ) -> None:
         self.tier = tier
         self.stats = HostStats()
         self._pool = pool
         self._num_ahead = min(pool.num_blocks, max(num_ahead, pool.num_blocks // 2))
-        self._max_cleaned = min(_MAX_CLEANED, max(1, pool.num_blocks // 8))
+        self._max_cleaned = max(1, min(num_at_once, pool.num_blocks // 8))
         self._dirty: dict[Block, None] = {}  # cached, on no other tier; oldest first
         self._copies: dict[BlockCopy, None] = {}
         self._new_copies: list[BlockCopy] = []
@@ -130,6 +134,11 @@ class HostBlocks:
             for copy in self._copies
             for block_id in copy.block_ids
         )
+
+    @property
+    def is_settled(self) -> bool:
+        """No copy is under way, and none is to be begun."""
+        return not self._copies and self._num_to_clean() == 0
 
     def take_copies(self) -> list[BlockCopy]:
         """The copies to start now, in any order; `end` is called for each."""
@@ -244,10 +253,9 @@ class HostBlocks:
 
     def _clean(self) -> None:
         """Save those that would be evicted next, unless enough of them are clean."""
-        num_ready = self._pool.num_free_blocks - len(self._dirty)
-        if not self._dirty or num_ready >= self._num_ahead or self._cleaning is not None:
+        num_blocks = self._num_to_clean()
+        if num_blocks == 0 or self._cleaning is not None:
             return
-        num_blocks = min(self._num_ahead - num_ready, self._max_cleaned)
         block_ids, entries = [], []
         for block in tuple(islice(self._dirty, num_blocks)):
             parent = None if block.parent is None else hash_of(block.parent)
@@ -258,6 +266,13 @@ class HostBlocks:
             else:
                 del self._dirty[block]  # on its way already, or no slot is to be had
         self._cleaning = self._begin_save(block_ids, entries, "save")
+
+    def _num_to_clean(self) -> int:
+        """Not a few at a time: what is begun goes beyond what is needed."""
+        num_lacking = self._num_ahead - (self._pool.num_free_blocks - len(self._dirty))
+        if not self._dirty or num_lacking <= 0:
+            return 0
+        return min(max(num_lacking, _MIN_CLEANED), self._max_cleaned, len(self._dirty))
 
     def _begin_save(
         self, block_ids: SequenceOf[int], entries: SequenceOf[HostEntry], owner: str

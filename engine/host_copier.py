@@ -75,8 +75,10 @@ class HostCopier:
         self._memory = HostMemory(num_slots, self.block_bytes, self.device)
         self._threads = {kind: ThreadPoolExecutor(1, f"kv-{kind.value}") for kind in CopyKind}
         self._lanes: dict[CopyKind, tuple[_Lane, ...]] = {}
+        self._notes: dict[CopyKind, _Notes] = {}
         if self.device.type == "cuda":
             self._lanes = {kind: self._make_lanes() for kind in CopyKind}
+            self._notes = {kind: _Notes(1024) for kind in CopyKind}
             self._warm_up()
 
     @property
@@ -138,9 +140,10 @@ class HostCopier:
         lanes = self._lanes[kind]
         order = np.argsort(slots, kind="stable")  # so that many lie side by side
         sorted_slots = [slots[i] for i in order]
-        ids = torch.tensor([block_ids[i] for i in order], dtype=torch.int64).pin_memory()
+        notes = self._notes[kind] = self._notes[kind].fitting(len(slots))
+        notes.ids[: len(slots)] = torch.from_numpy(np.asarray(block_ids, dtype=np.int64)[order])
         with torch.cuda.stream(lanes[0].stream):
-            device_ids = ids.to(self.device, non_blocking=True)
+            device_ids = notes.ids[: len(slots)].to(self.device, non_blocking=True)
             digests = torch.empty(len(slots), dtype=torch.int64, device=self.device)
             lanes[0].behind.record()
         move = self._save_piece if kind is CopyKind.SAVE else self._load_piece
@@ -152,16 +155,19 @@ class HostCopier:
             lane = lanes[turn % len(lanes)]
             with torch.cuda.stream(lane.stream):
                 digests[piece] = move(lane, sorted_slots[piece], device_ids[piece])
-        return self._collect(lanes, digests, order)
+        return self._collect(lanes, digests, notes.digests[: len(slots)], order)
 
     def _collect(
-        self, lanes: Sequence[_Lane], digests: torch.Tensor, order: np.ndarray
+        self,
+        lanes: Sequence[_Lane],
+        digests: torch.Tensor,
+        found: torch.Tensor,
+        order: np.ndarray,
     ) -> list[int]:
         """Wait for all lanes. The digests, back in the order of the copy."""
         for lane in lanes[1:]:
             lane.behind.record(lane.stream)
             lanes[0].stream.wait_event(lane.behind)
-        found = torch.empty(len(order), dtype=torch.int64, pin_memory=True)
         with torch.cuda.stream(lanes[0].stream):
             found.copy_(digests, non_blocking=True)
             lanes[0].behind.record()
@@ -234,6 +240,21 @@ class HostMemory:
         if self._is_pinned:
             self._is_pinned = False
             torch.cuda.cudart().cudaHostUnregister(self.slots.data_ptr())  # type: ignore[no-untyped-call]
+
+
+class _Notes:
+    """Pinned memory for what one copy tells the device and hears from it, used again by the
+    next: int64 `[size]` each."""
+
+    __slots__ = ("digests", "ids")
+
+    def __init__(self, size: int) -> None:
+        self.ids = torch.empty(size, dtype=torch.int64, pin_memory=True)
+        self.digests = torch.empty(size, dtype=torch.int64, pin_memory=True)
+
+    def fitting(self, size: int) -> _Notes:
+        """These, or larger ones."""
+        return self if size <= len(self.ids) else _Notes(2 * size)
 
 
 class _Lane:
