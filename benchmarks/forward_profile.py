@@ -5,6 +5,8 @@
        captured graph, as the engine does; prefill is queued kernel by kernel.
     3. The same pass once under torch's profiler: each kernel's calls and time.
 
+`--fp8`: weights and KV in float8.
+
 Times of kernels in a profile do not add up to that of the pass: what lies between them is missing,
 and chained kernels overlap. `--write` puts the tables into benchmarks/RESULTS.md.
 """
@@ -29,6 +31,8 @@ from benchmarks.results_file import machine_facts, write_section
 from engine.batch import Batch, table_width
 from engine.models.config import ModelConfig
 from engine.models.decoder import Decoder
+from engine.models.quantization import ON_LOAD
+from engine.models.quantized_linear import matrix_factory
 from kernels.attention_backend import Facts, fastest
 
 if TYPE_CHECKING:
@@ -37,7 +41,7 @@ if TYPE_CHECKING:
     from engine.tensor_parallel.ranks import Ranks
 
 BLOCK_SIZE = 16
-DEVICE, DTYPE = torch.device("cuda"), torch.bfloat16
+DEVICE, DTYPE, FLOAT8 = torch.device("cuda"), torch.bfloat16, torch.float8_e4m3fn
 SHOWN_KERNELS, NAME_LENGTH = 12, 56
 REPEATS = 15
 
@@ -47,27 +51,30 @@ class Model:
     shard of one."""
 
     def __init__(
-        self, shape: str, num_tokens: int, max_model_len: int, ranks: Ranks | None = None
-    ) -> None:
+        self, shape: str, num_tokens: int, max_model_len: int, ranks: Ranks | None = None, *,
+        is_fp8: bool = False,
+    ) -> None:  # fmt: skip
         self.config = config_of(shape)
         if ranks is not None:
             self.config = ranks.shard.of_model(self.config)
+        kv_dtype = FLOAT8 if is_fp8 else DTYPE
         self.decoder = Decoder(
             self.config, max_model_len=max_model_len, dtype=DTYPE, device=DEVICE, ranks=ranks,
+            kv_dtype=kv_dtype,
+            make_matrix=matrix_factory(
+                ON_LOAD if is_fp8 else None, frozenset(), dtype=DTYPE, device=DEVICE
+            ),
             attention_backend=fastest(
                 Facts(torch.cuda.get_device_capability(DEVICE), DTYPE, self.config.head_size)
             ),
         )  # fmt: skip
         for name, view in self.decoder.checkpoint_views().items():
-            if name.endswith("norm.weight"):
-                view.fill_(1.0)
-            else:
-                view.normal_(0.0, 0.02)
+            _fill(name, view)
         self.decoder.pack()
         self.num_blocks = num_tokens // BLOCK_SIZE + 1
         heads, size = self.config.num_kv_heads, self.config.head_size
         self.kv_layers = [
-            torch.randn(self.num_blocks, 2, heads, BLOCK_SIZE, size, device=DEVICE, dtype=DTYPE)
+            torch.randn(self.num_blocks, 2, heads, BLOCK_SIZE, size, device=DEVICE).to(kv_dtype)
             for _ in range(self.config.num_layers)
         ]
 
@@ -109,6 +116,18 @@ class Model:
             max_seqlen_q=query_len,
             is_decode=is_decode,
         )
+
+
+def _fill(name: str, view: torch.Tensor) -> None:
+    """Weights of a deviation of 0.02."""
+    if view.dtype == FLOAT8:
+        view.copy_(torch.randn(view.shape, device=DEVICE).mul_(40.0))
+    elif name.endswith("weight_scale"):
+        view.fill_(0.02 / 40.0)
+    elif name.endswith(("norm.weight", "_scale")):
+        view.fill_(1.0)
+    else:
+        view.normal_(0.0, 0.02)
 
 
 def config_of(shape: str) -> ModelConfig:
@@ -173,7 +192,7 @@ def measure(arguments: argparse.Namespace) -> str:
     longest = max(*arguments.prefill, arguments.context)
     rows = max(arguments.decode, default=0)
     num_tokens = max(longest, rows * (arguments.context + BLOCK_SIZE))
-    model = Model(arguments.shape, num_tokens, longest)
+    model = Model(arguments.shape, num_tokens, longest, is_fp8=arguments.fp8)
     sections = []
     for count in arguments.prefill:
         run: Callable[[], object] = partial(model.run, model.prefill(count))
@@ -194,6 +213,7 @@ def main() -> int:
     parser.add_argument("--prefill", type=int, nargs="*", default=[2048, 8192])
     parser.add_argument("--decode", type=int, nargs="*", default=[1, 32])
     parser.add_argument("--context", type=int, default=1100, help="of decode")
+    parser.add_argument("--fp8", action="store_true", help="weights and KV in float8")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--write", action="store_true", help="update benchmarks/RESULTS.md")
     arguments = parser.parse_args()

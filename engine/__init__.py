@@ -9,7 +9,8 @@ host memory  host_blocks (what moves when) over host_tier (slots); host_copier m
 sequences    sequence, waiting_queue
 weights      weights (files) -> stored_matrices (layouts) -> weight_views (memory to fill);
              quantized_tensors (arithmetic), kv_scales, offload
-the model    models/decoder over decoder_layer, linear and quantized_linear; models/config
+the model    models/decoder over decoder_layer, linear and quantized_linear; models/config;
+             models/row_pass for one sequence
 the start    config (options) -> limits ("auto") -> models/loading -> workspace -> memory ->
              warm_up
 many GPUs    tensor_parallel/

@@ -3,6 +3,8 @@
 Who multiplies (the matrices of `engine/models/` choose; a row is a token, Hopper is capability 9):
 
     weights     rows                      by                                     what is inside
+    16, 8 bits  1, from attention to the  row_layer          Gluon, Hopper       all, rope_store
+                next layer's attention
     16 bits     to 8 (in > 4096: to 4)    skinny_linear      Gluon, Hopper       norm, act, residual
                 to 48, 4k to 8k outputs   thin_linear        Gluon, Hopper       residual
                 gate/up to 64, 113-128    thin_gated_linear  Gluon, Hopper       act
@@ -24,6 +26,7 @@ Who attends:
 The rest: rope_store (norm of heads, rotation, store), rms_norm, decode_inputs, sample (on a GPU by
 sample_*, on a CPU by draw), peer_sum and peer_add (small and large tensors, between ranks),
 copy_blocks and block_digest (the hand-off, host memory). What kernels share is in dispatch and
-gluon_api. Parts of one kernel each are skinny_stream, skinny_copies, skinny_input, skinny_operand,
-skinny_output, skinny_peers, and gluon_prefill, gluon_producer, gluon_consumer.
+gluon_api. Parts of one kernel each are row_phases, row_walk, row_input, skinny_stream,
+skinny_copies, skinny_input, skinny_operand, skinny_output, skinny_peers, and gluon_prefill,
+gluon_producer, gluon_consumer.
 """

@@ -263,13 +263,13 @@ def _attention_kernel(
         gdc_launch_dependents()
     sequence, tile, left, share, seq_len = load_record(records_ptr, program, RECORD_SIZE)
     head_ptr = kv_ptr + kv_head * (BLOCK_SIZE * HEAD_SIZE // (2 if FLOAT8 else 1))
-    if CHAINED:
-        if left > 0:
-            first, tiles = tile_range(seq_len, TILE, WINDOW)
-            _prefetch(
-                head_ptr, tables_ptr + sequence.to(tl.int64) * table_stride, seq_len, first + tile,
-                KV_HEADS, HEAD_SIZE // (2 if FLOAT8 else 1), BLOCK_SIZE, TILE,
-            )  # fmt: skip
+    # Programs without a share write nothing and make room; there is always one that waits.
+    if CHAINED and left > 0:
+        first, tiles = tile_range(seq_len, TILE, WINDOW)
+        _prefetch(
+            head_ptr, tables_ptr + sequence.to(tl.int64) * table_stride, seq_len, first + tile,
+            KV_HEADS, HEAD_SIZE // (2 if FLOAT8 else 1), BLOCK_SIZE, TILE,
+        )  # fmt: skip
         gdc_wait()
     query_scale, value_scale = scale_log2, 1.0
     if FLOAT8:

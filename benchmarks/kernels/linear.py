@@ -3,6 +3,9 @@
 Few rows run as a decode step runs them: the norm in front of qkv, gate_up and head, the gate behind
 gate_up and the residual behind output and down are part of the call. The opponent is the library's
 bare product in bfloat16, which has none of these. Many rows are the library's own.
+
+A chain is the products of some layers one after the other, each with weights of its own, as in a
+decode step without attention: what one product can do for the next one shows only there.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from benchmarks.kernels.timing import Call, Case
 from kernels.fp8_linear import fp8_linear, quantize_weight
 from kernels.int4_linear import int4_linear
 from kernels.int4_packing import pack_codes
+from kernels.row_layer import COUNTERS, Heads, RowMatrix, Transform, row_layer
 from kernels.skinny_linear import skinny_linear, skinny_rows
 
 if TYPE_CHECKING:
@@ -41,11 +45,15 @@ WEIGHTS = {
     "head": (VOCABULARY, HIDDEN),
 }
 GROUP_SIZE = 128
+CHAIN_LAYERS = 8
 # Bytes of a weight, scales included.
 WEIGHT_BYTES = {"bf16": 2.0, "fp8": 1.0, "int4": 0.5 + 4 / GROUP_SIZE}
 
 
 def cases() -> Iterator[Case]:
+    for kind in ("bf16", "fp8"):
+        yield chain_case(kind)
+        yield layer_chain_case(kind)
     for num_tokens in (1, 4, 8):
         for name in WEIGHTS:
             yield skinny_case(name, "bf16", num_tokens)
@@ -82,6 +90,66 @@ def skinny_case(name: str, kind: str, num_tokens: int) -> Case:
         peer="library, bf16, product alone",
         make_peer=lambda: library_call(name, num_tokens),
     )
+
+
+def chain_case(kind: str) -> Case:
+    shapes = {name: shape for name, shape in WEIGHTS.items() if name != "head"}
+    num_bytes = sum(int(WEIGHT_BYTES[kind] * rows * columns) for rows, columns in shapes.values())
+
+    def make() -> Call:
+        start, norm_weight = normal(1, HIDDEN), normal(HIDDEN)
+        layers = [
+            {name: PRODUCTS[kind](*shape) for name, shape in shapes.items()}
+            for _ in range(CHAIN_LAYERS)
+        ]
+
+        def run() -> torch.Tensor:
+            stream = start
+            for layer in layers:
+                heads = layer["qkv"](stream, norm_weight=norm_weight, eps=1e-5)
+                stream = layer["output"](heads[:, :HIDDEN], residual=stream)
+                x = layer["gate_up"](stream, norm_weight=norm_weight, eps=1e-5, silu_mul=True)
+                stream = layer["down"](x, residual=stream)
+            return stream
+
+        return run
+
+    return Case(f"{kind} chain of {CHAIN_LAYERS} layers, 1 token", make, CHAIN_LAYERS * num_bytes)
+
+
+def layer_chain_case(kind: str) -> Case:
+    """The same products, each layer's from output to the next one's qkv as one kernel."""
+    shapes = {name: shape for name, shape in WEIGHTS.items() if name != "head"}
+    num_bytes = sum(int(WEIGHT_BYTES[kind] * rows * columns) for rows, columns in shapes.values())
+
+    def make() -> Call:
+        heads, stream, norm = normal(1, HIDDEN), normal(1, HIDDEN), normal(HIDDEN)
+        layers = [
+            {name: row_matrix(kind, *shape) for name, shape in shapes.items()}
+            for _ in range(CHAIN_LAYERS)
+        ]
+        counters = torch.zeros(CHAIN_LAYERS, COUNTERS, dtype=torch.int32, device=norm.device)
+
+        def run() -> torch.Tensor:
+            x, attended = stream, heads
+            for index, layer in enumerate(layers):
+                transform = Transform(layer["output"], layer["gate_up"], layer["down"], norm)
+                x, qkv = row_layer(
+                    attended, x, transform, Heads(layer["qkv"], norm, None), 1e-5,
+                    counters[index], counters[index - 1],
+                )  # fmt: skip
+                attended = qkv[:, :HIDDEN]
+            return x
+
+        return run
+
+    name = f"{kind} chain of {CHAIN_LAYERS} layers by row_layer, 1 token"
+    return Case(name, make, CHAIN_LAYERS * num_bytes)
+
+
+def row_matrix(kind: str, rows: int, columns: int) -> RowMatrix:
+    weight = normal(rows, columns)
+    return RowMatrix(*quantize_weight(weight)) if kind == "fp8" else RowMatrix(weight)
 
 
 def plain_product(rows: int, columns: int) -> Product:

@@ -28,6 +28,7 @@ from torch.nn.functional import embedding
 from engine.models.decoder_layer import NO_PLAN, DecoderLayer, StepPlan
 from engine.models.linear import Linear
 from engine.models.rope import cos_sin_cache
+from engine.models.row_pass import RowPass
 from engine.offload import tensor_bytes
 from engine.tensor_parallel.shard import WHOLE
 from engine.tensor_parallel.sharded import sharded_factory
@@ -80,6 +81,7 @@ class Decoder:
         self._ranks = ranks
         self._attention_backend = attention_backend
         self._windows = frozenset(config.layer_windows)
+        self._row_pass: RowPass | None = None
         self._cos_sin = cos_sin_cache(config, max_model_len, device)
         shard = WHOLE if ranks is None else ranks.shard
         _, num_columns = shard.range_of(config.vocab_size)
@@ -135,6 +137,8 @@ class Decoder:
         if self.offloaded is not None:
             self.offloaded.finish()
         self._lm_head.pack(keep_weight=self.config.tie_word_embeddings)
+        if self._ranks is None and self.offloaded is None:
+            self._row_pass = RowPass.of(self._layers)
 
     def forward(
         self,
@@ -148,6 +152,9 @@ class Decoder:
         """
         residual = self._embed(batch.token_ids)
         plan = self._plan(batch, kv_layers[0])
+        one_row = batch.is_decode and len(residual) == batch.num_samples == 1
+        if self._row_pass is not None and one_row:
+            return self._row_pass.run(residual, batch, kv_layers, self._cos_sin, plan, on_layer)
         last = len(self._layers) - 1
         offloaded = self.offloaded
         if offloaded is not None:

@@ -50,10 +50,10 @@ class DecoderLayer:
     """
 
     __slots__ = (
-        "_eps",
         "_scale",
         "_window",
         "down",
+        "eps",
         "gate_up",
         "input_norm",
         "k_norm",
@@ -79,7 +79,7 @@ class DecoderLayer:
             return torch.empty(size, dtype=dtype, device=device)
 
         self.prefix = f"model.layers.{layer}"
-        self._eps = config.rms_norm_eps
+        self.eps = config.rms_norm_eps
         self._scale = config.head_size**-0.5
         self._window = config.layer_windows[layer]
         self.input_norm = vector(config.hidden_size)
@@ -128,27 +128,50 @@ class DecoderLayer:
 
         Leaves the stream as it is: only the rows that go on need the sum (`transform`).
         """
-        query = rope_store(
-            self.qkv.normed(residual, self.input_norm, self._eps),
+        qkv = self.qkv.normed(residual, self.input_norm, self.eps)
+        query = self.store(qkv, batch, kv_layer, cos_sin, plan)
+        if on_stored is not None:
+            on_stored()
+        return self.attention(query, batch, kv_layer, plan)
+
+    def store(
+        self,
+        qkv: torch.Tensor,
+        batch: Batch,
+        kv_layer: torch.Tensor,
+        cos_sin: torch.Tensor,
+        plan: StepPlan,
+    ) -> torch.Tensor:
+        """Store the KV of `[num_tokens, qkv size]`; queries `[num_tokens, num_heads, head_size]`
+        as attention wants them."""
+        return rope_store(
+            qkv,
             kv_layer,
             batch.slot_mapping,
             batch.positions,
             cos_sin,
             q_norm=self.q_norm,
             k_norm=self.k_norm,
-            eps=self._eps,
+            eps=self.eps,
             kv_scales=self.kv_scales,
             plan=plan.tokens,
         )
-        if on_stored is not None:
-            on_stored()
+
+    def attention(
+        self,
+        query: torch.Tensor,
+        batch: Batch,
+        kv_layer: torch.Tensor,
+        plan: StepPlan,
+    ) -> torch.Tensor:
+        """What these queries see in the KV of their sequences: as `attend`."""
         attended = self._attention(query, kv_layer, batch, plan)
         return attended.view(len(attended), -1)
 
     def transform(self, attended: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         """The rest of the layer, row by row: the stream `[num_rows, hidden_size]` behind it."""
         residual = _join(self.output, attended, residual)
-        activated = self.gate_up.normed_silu_mul(residual, self.post_norm, self._eps)
+        activated = self.gate_up.normed_silu_mul(residual, self.post_norm, self.eps)
         return _join(self.down, activated, residual)
 
     def _attention(
