@@ -143,7 +143,9 @@ class DecodeNode:
     def add_metrics(self, registry: CollectorRegistry, sources: MemberSources) -> None:
         for collector in engine_collectors(self.engine, sources.load, self.loop.stats):
             registry.register(collector)
-        registry.register(TransferCollector(self._agent.stats, transports=sources.transports))
+        registry.register(
+            TransferCollector(self._agent.stats, transports=sources.transports, agent=self._agent)
+        )
 
     async def start(self, member: Member) -> None:
         self._member = member

@@ -12,6 +12,7 @@ from kv_transfer.stats import CORRUPT_FRAMES_OF_A_SUSPECT
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
+    from kv_transfer.agent import TransferAgent
     from kv_transfer.stats import TransferStats
 
 
@@ -19,9 +20,17 @@ class TransferCollector(Collector):
     """`transports` names those in use towards peers now. Scraped on a thread of its own: tables
     that the event loop may extend meanwhile are copied first."""
 
-    def __init__(self, stats: TransferStats, *, transports: Callable[[], Sequence[str]]) -> None:
+    def __init__(
+        self,
+        stats: TransferStats,
+        *,
+        transports: Callable[[], Sequence[str]],
+        agent: TransferAgent | None = None,
+    ) -> None:
+        """`agent`: whose staging slots to count."""
         self._stats = stats
         self._transports = transports
+        self._agent = agent
 
     def collect(self) -> Iterator[Metric]:
         stats = self._stats
@@ -70,6 +79,24 @@ class TransferCollector(Collector):
         for transport in sorted(set(self._transports())):
             info.add_metric([transport], 1)
         yield info
+        if self._agent is not None:
+            yield from self._memory(self._agent)
+
+    def _memory(self, agent: TransferAgent) -> Iterator[Metric]:
+        staging, quarantine = agent.staging, agent.quarantine
+        slots = GaugeMetricFamily(
+            "baton_kv_staging_slots", "Staging slots by state.", labels=["state"]
+        )
+        num_free, num_kept = staging.num_free, quarantine.num_kept_slots
+        slots.add_metric(["free"], num_free)
+        slots.add_metric(["taken"], staging.num_slots - num_free - num_kept)
+        slots.add_metric(["lost"], num_kept)
+        yield slots
+        yield GaugeMetricFamily(
+            "baton_kv_lost_blocks",
+            "KV blocks that no cut connection gave back: out of use until a restart.",
+            value=quarantine.num_kept_blocks,
+        )
 
     def _plain(self, stats: TransferStats) -> Iterator[Metric]:
         values: tuple[tuple[str, str, float], ...] = (

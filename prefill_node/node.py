@@ -148,7 +148,9 @@ class PrefillNode:
     def add_metrics(self, registry: CollectorRegistry, sources: MemberSources) -> None:
         for collector in engine_collectors(self.engine, sources.load, self.loop.stats):
             registry.register(collector)
-        registry.register(TransferCollector(self._agent.stats, transports=sources.transports))
+        registry.register(
+            TransferCollector(self._agent.stats, transports=sources.transports, agent=self._agent)
+        )
         if self.fetches is not None:
             registry.register(FetchCollector(self.fetches.stats))
 

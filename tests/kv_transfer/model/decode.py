@@ -92,8 +92,9 @@ class ModelDecode:
         self.running: list[Sequence] = []
         self.arrivals: list[Arrival] = []
         self.endings: dict[bytes, list[str]] = {}
-        self.num_starts: dict[str, int] = {}
+        self.started_at: dict[str, float] = {}
         self.is_stalled = False
+        self.now = 0.0
 
     # ---- sessions -----------------------------------------------------------------------------
 
@@ -105,7 +106,7 @@ class ModelDecode:
         self.intake.session_opened(link.id)
 
     def lose(self, link: Link, now: float) -> None:
-        self.execute(self.intake.session_lost(link.id, now))
+        self.execute(self.intake.session_lost(link.id, now), now)
 
     def revoke(self, link: Link, now: float) -> None:
         """The connection is cut; nothing that was posted on it is left."""
@@ -116,7 +117,7 @@ class ModelDecode:
             arrival.frame.end(failure(FailureReason.LINK_LOST))
         while link.wire:
             link.wire.popleft().end(failure(FailureReason.LINK_LOST))
-        self.execute(self.intake.session_revoked(link.id, now))
+        self.execute(self.intake.session_revoked(link.id, now), now)
 
     def fail_to_revoke(self, link: Link) -> None:
         """It is cut for whatever comes, but payloads already awaited may land for ever."""
@@ -149,7 +150,7 @@ class ModelDecode:
             self.slots.staging.release(slot)
             slot = None
         self.arrivals.append(Arrival(link, frame, header, fate, slot))
-        self.execute(instructions)
+        self.execute(instructions, now)
         return True
 
     def land(self, arrival: Arrival, now: float) -> None:
@@ -196,7 +197,7 @@ class ModelDecode:
             self.slots.staging.release(arrival.slot)
         if isinstance(arrival.fate, Landing) or arrival.fate.is_counted:
             transfer_id = arrival.header.transfer_id
-            self.execute(self.intake.frame_ended(transfer_id, error, verified, now))
+            self.execute(self.intake.frame_ended(transfer_id, error, verified, now), now)
 
     # ---- the node's part ----------------------------------------------------------------------
 
@@ -208,7 +209,7 @@ class ModelDecode:
             if transfer_id not in self.stopped:
                 self._ended(transfer_id, "refused")
             error = Cancelled("no place")
-            self.execute(self.intake.reserve_failed(transfer_id, error, now))
+            self.execute(self.intake.reserve_failed(transfer_id, error, now), now)
             return True
         sequence = make_sequence(incoming.request.prompt_token_ids, block_size=BLOCK_SIZE)
         reservation = self.blocks.reserve(sequence.block_hashes, sequence.num_tokens)
@@ -217,14 +218,14 @@ class ModelDecode:
         del self.asking[transfer_id]
         self.reservations[transfer_id] = sequence, reservation
         held = reservation.num_held_blocks
-        self.execute(self.intake.reserved(transfer_id, reservation.block_ids, held, now))
+        self.execute(self.intake.reserved(transfer_id, reservation.block_ids, held, now), now)
         return True
 
     def start(self, transfer_id: bytes, now: float, *, fails: bool) -> None:
         incoming, first_token_id = self.starting.pop(transfer_id)
         if fails:
             error = Cancelled("no more")
-            self.execute(self.intake.start_failed(transfer_id, error, now))
+            self.execute(self.intake.start_failed(transfer_id, error, now), now)
             return
         sequence, reservation = self.reservations.pop(transfer_id)
         self.pool.check(
@@ -232,15 +233,17 @@ class ModelDecode:
         )
         sequence.append_token(first_token_id)
         reservation.attach(sequence)
-        self._run(sequence, incoming, "started")
-        self.execute(self.intake.started(transfer_id, now))
+        self._run(sequence, incoming, "started", now)
+        self.execute(self.intake.started(transfer_id, now), now)
 
-    def _run(self, sequence: Sequence, incoming: IncomingSequence, how: str) -> None:
+    def _run(self, sequence: Sequence, incoming: IncomingSequence, how: str, now: float) -> None:
         self._ended(incoming.transfer_id, how)
         self.running.append(sequence)
         name = incoming.sequence_id
-        self.num_starts[name] = self.num_starts.get(name, 0) + 1
-        assert self.num_starts[name] == 1, "a sequence runs twice"
+        started_at = self.started_at.get(name)
+        is_forgotten = started_at is None or now - started_at >= 2 * LEASE_SECONDS
+        assert is_forgotten, "a sequence runs twice"
+        self.started_at[name] = now
 
     def _free(self, incoming: IncomingSequence, num_good_blocks: int) -> None:
         transfer_id = incoming.transfer_id
@@ -261,7 +264,7 @@ class ModelDecode:
         )
         sequence.num_computed_tokens = sequence.num_tokens
         self.blocks.mark_computed(sequence)
-        self._run(sequence, incoming, "recomputed")
+        self._run(sequence, incoming, "recomputed", self.now)
 
     # ---- messages and time --------------------------------------------------------------------
 
@@ -279,24 +282,28 @@ class ModelDecode:
                         num_frames=num_frames,
                         first_token_id=first_token_id,
                         now=now,
-                    )
+                    ),
+                    now,
                 )
             case (transfer_id, SenderAbort(num_posted, error)):
                 self.execute(
-                    self.intake.sender_aborted(link.id, transfer_id, num_posted, error, now)
+                    self.intake.sender_aborted(link.id, transfer_id, num_posted, error, now), now
                 )
             case (transfer_id, SendAbortAck(epoch, num_posted)):
-                self.execute(self.intake.abort_acked(link.id, transfer_id, epoch, num_posted, now))
+                self.execute(
+                    self.intake.abort_acked(link.id, transfer_id, epoch, num_posted, now), now
+                )
             case (transfer_id, seconds):
                 self.intake.renewed(link.id, transfer_id, seconds, now)
             case incoming:
-                self.execute(self.intake.reserve_asked(link.id, incoming, now))
+                self.execute(self.intake.reserve_asked(link.id, incoming, now), now)
         return True
 
     def tick(self, now: float) -> None:
-        self.execute(self.intake.ticked(now))
+        self.execute(self.intake.ticked(now), now)
 
-    def execute(self, instructions: list[Instruction]) -> None:
+    def execute(self, instructions: list[Instruction], now: float) -> None:
+        self.now = now
         for instruction in instructions:
             match instruction:
                 case AskBlocks(sequence):

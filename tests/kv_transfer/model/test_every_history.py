@@ -100,9 +100,8 @@ class History(RuleBasedStateMachine):
                 self.nodes.prefill.withdraw(sending)
         elif not self.nodes.decode.is_stalled:
             name = chosen(list(self.nodes.latest), pick)
-            self.nodes.decode.execute(
-                self.nodes.decode.intake.cancelled(name, Cancelled("left"), self.nodes.now)
-            )
+            decode, now = self.nodes.decode, self.nodes.now
+            decode.execute(decode.intake.cancelled(name, Cancelled("left"), now), now)
 
     # ---- the network ----------------------------------------------------------------------
 
