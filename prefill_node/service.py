@@ -132,6 +132,9 @@ class PrefillHandler:
         )
         prompt = Prompt(sequence, gateway_id, handoff)
         self._prompts[sequence.sequence_id] = prompt
+        if sequence.sampling.max_tokens > 1:
+            # While it queues: the first hand-off of a pair does not wait for the connection.
+            self._sender.pair(handoff.decode, handoff.decode_address)
         if sequence.deadline_seconds is not None:
             prompt.alarm = asyncio.get_running_loop().call_later(
                 sequence.deadline_seconds, self._on_deadline, sequence.sequence_id, prompt

@@ -47,8 +47,12 @@ class RecordingSender:
     def __init__(self) -> None:
         self.log: list[tuple[Any, ...]] = []
         self.opened: dict[str, SequenceRequest] = {}
+        self.paired: list[str] = []
         self.refusal: Exception | None = None
         self.changed = asyncio.Event()
+
+    def pair(self, decode: NodeId, address: str) -> None:
+        self.paired.append(decode.name)
 
     def open(self, request: SequenceRequest, handoff: Handoff) -> None:
         if self.refusal is not None:
@@ -175,6 +179,21 @@ def test_a_prompt_that_wants_one_token_is_never_handed_off() -> None:
         (ending,) = await world.gateway.until_end()
         assert ending.finish_reason is FinishReason.LENGTH
         assert world.sender.log == []
+        await world.check_over()
+
+    run(body)
+
+
+def test_its_decode_node_is_connected_while_a_prompt_still_queues() -> None:
+    async def body(world: World) -> None:
+        await world.sending("running")
+        world.submit(request("a"))
+        assert world.sender.paired == ["decode-0", "decode-0"]
+        assert world.sender.of("open") == [("open", "running")]
+        world.handler.cancel("a")
+        world.handler.cancel("running")
+        world.engine.may_step.set()
+        world.handler.on_sources_free("running")
         await world.check_over()
 
     run(body)
