@@ -19,6 +19,7 @@ class Ask:
     num_tokens: int
     is_stream: bool = True
     temperature: float = 0.0
+    top_p: float = 1.0
     seed: int | None = None
     deadline_seconds: float = DEADLINE_SECONDS
     leaves_after: int | None = None
@@ -43,6 +44,7 @@ class Ask:
             "prompt": list(self.prompt),
             "max_tokens": self.num_tokens,
             "temperature": self.temperature,
+            "top_p": self.top_p,
             "ignore_eos": True,
             "return_token_ids": True,
             "stream": self.is_stream,

@@ -28,7 +28,7 @@ from tests.e2e.cluster_process import eventually
 from tests.faults.checker import hung
 from tests.faults.cluster import FaultCluster
 from tests.faults.leaks import await_quiescence, baseline, held_by
-from tests.faults.soak_run import AT_ONCE, MIB, NUM_TEMPLATES, Soak, answers, draw_templates
+from tests.faults.soak_run import AT_ONCE, MIB, NUM_TEMPLATES, Soak, answers, draw_templates, steady
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -101,12 +101,15 @@ def run_seed(seed: int, options: argparse.Namespace) -> Report:
 
 
 def soak(cluster: FaultCluster, folder: Path, seed: int, options: argparse.Namespace) -> Report:
-    templates = draw_templates(seed)
-    oracle = answers(cluster, templates)
+    templates, oracle = steady(cluster, draw_templates(seed))
     before = baseline(cluster)
-    running = Soak(cluster, folder, seed)
-    print(f"seed {seed}: the oracle is there; {options.minutes:g} minutes of faults", flush=True)
-    running.run(options.minutes, templates, oracle)
+    running = Soak(cluster, folder, seed, templates, oracle)
+    print(
+        f"seed {seed}: {len(templates)} of {NUM_TEMPLATES} kinds of requests get the same tokens "
+        f"whenever nothing disturbs them; {options.minutes:g} minutes of faults with these",
+        flush=True,
+    )
+    running.run(options.minutes)
     eventually(cluster.is_whole, WHOLE_WITHIN_SECONDS)
     if answers(cluster, templates) != oracle:
         running.problems.append("after all was healed the answers are not the oracle's")
