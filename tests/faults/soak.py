@@ -61,7 +61,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--minutes", type=float, default=5.0, help="of load, for each seed")
     made.add_argument("--seed", type=int, nargs="+", default=[1])
     made.add_argument("--policy", choices=("fail", "recompute"), default="recompute")
-    made.add_argument("--history", type=Path, help="write what happened there, as JSON lines")
+    made.add_argument(
+        "--history", type=Path, help="write what happened to PATH.SEED.jsonl and .log"
+    )
     made.add_argument("--write", action="store_true", help="put the table into RESULTS.md")
     return made
 
@@ -117,6 +119,8 @@ def soak(cluster: FaultCluster, folder: Path, seed: int, options: argparse.Names
     running.problems += leaks
     if options.history is not None:
         running.history.write(options.history.with_suffix(f".{seed}.jsonl"))
+        said_by_all = "\n".join(cluster.lines) + "\n"
+        options.history.with_suffix(f".{seed}.log").write_text(said_by_all)
     report = report_of(running, options.minutes, leaks, grown(cluster, before))
     print(said(report), flush=True)
     return report
