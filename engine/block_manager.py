@@ -89,6 +89,11 @@ class BlockManager:
         return len(self._free) + self._cache.num_parked
 
     @property
+    def num_ready_blocks(self) -> int:
+        """Blocks that an allocation could take without anything being lost."""
+        return len(self._free) + self._cache.num_saved
+
+    @property
     def num_cached_blocks(self) -> int:
         """Blocks that nobody refers to and a prompt can still hit."""
         return self._cache.num_parked
@@ -392,8 +397,8 @@ class BlockManager:
             if self._host is not None:
                 self._host.parked(blocks)
         else:
-            for block in reversed(blocks):
-                self._cache.park_first(block)
+            for block in blocks:
+                self._cache.park_saved(block)
 
     def _reclaim(self, blocks: list[Block], *, is_eviction: bool = True) -> None:
         """They are free: nobody refers to them, and they can be hit no more."""

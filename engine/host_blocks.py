@@ -4,9 +4,9 @@ Life of a block over the tiers
     1. Computed, registered, its last reference gone: cached on the device, and *dirty*, for it is
        nowhere else.
     2. `take_copies` saves the dirty ones that would be evicted first, until as many blocks as
-       prompts are likely to ask for next are free or clean. So an eviction never waits, no step
-       waits for a copy, and blocks that are used again soon are not copied at all. A dirty block
-       that must go all the same is lost, and computed again when somebody asks for it.
+       prompts are likely to ask for next are free, or saved and first to go. So an eviction never
+       waits, no step waits for a copy, and blocks that are used again soon are not copied at all. A
+       dirty block that must go all the same is lost, and computed again when somebody asks for it.
     3. Clean and evicted: host memory alone has it. It is announced to others all the while.
     4. A sequence that gets its blocks (`BlockManager.allocate`) and whose prefix goes on in host
        memory gets these by a load. It has its blocks and its place, and is scheduled once they
@@ -93,14 +93,17 @@ class BlockPool(Protocol):
     @property
     def num_blocks(self) -> int: ...
     @property
-    def num_free_blocks(self) -> int: ...
+    def num_ready_blocks(self) -> int:
+        """Free, or among the first to be evicted and saved."""
+        ...
+
     def hold(self, block_ids: Iterable[int], owner: str, *, is_use: bool = True) -> Hold: ...
     def mark_computed(self, sequence: Sequence) -> None: ...
     def num_references(self, block_id: int) -> int: ...
 
 
 class HostBlocks:
-    """`num_ahead`: blocks to keep free or clean, at least; half of the pool anyway. `num_at_once`:
+    """`num_ahead`: blocks to keep free or saved, at least; half of the pool anyway. `num_at_once`:
     most blocks of one save ahead, which is begun between two steps: more than a step computes, but
     1/8 of the pool at most, for they cannot be evicted meanwhile."""
 
@@ -269,7 +272,7 @@ class HostBlocks:
 
     def _num_to_clean(self) -> int:
         """Not a few at a time: what is begun goes beyond what is needed."""
-        num_lacking = self._num_ahead - (self._pool.num_free_blocks - len(self._dirty))
+        num_lacking = self._num_ahead - self._pool.num_ready_blocks
         if not self._dirty or num_lacking <= 0:
             return 0
         return min(max(num_lacking, _MIN_CLEANED), self._max_cleaned, len(self._dirty))

@@ -6,7 +6,8 @@ Life of a cached block
     2. While sequences, holds or reservations refer to it, it is only found, never evicted.
     3. `park`: the last reference is gone. It may be evicted, or be `unpark`ed by a new hit.
     4. `evict` takes the least recently used block that no cached block extends (a leaf). A
-       parent is used at least whenever its child is, so it goes after its children.
+       parent is used at least whenever its child is, so it goes after its children. Blocks that
+       were saved elsewhere in that order go before those that would be lost.
     5. When a parent must go while somebody still refers to blocks below it, these lose their
        names with it: no prompt could reach them any more.
 
@@ -33,7 +34,15 @@ class BlockAccountingError(RuntimeError):
 class Block:
     """The bookkeeping of one block of the pool. `block_hash` is None unless registered."""
 
-    __slots__ = ("block_hash", "block_id", "children", "parent", "ref_count", "released_at")
+    __slots__ = (
+        "block_hash",
+        "block_id",
+        "children",
+        "is_saved",
+        "parent",
+        "ref_count",
+        "released_at",
+    )
 
     def __init__(self, block_id: int) -> None:
         self.block_id = block_id
@@ -42,6 +51,7 @@ class Block:
         self.parent: Block | None = None
         self.children: set[Block] = set()
         self.released_at = 0
+        self.is_saved = False
 
 
 class PrefixCache:
@@ -51,7 +61,9 @@ class PrefixCache:
         self._journal = journal
         self._blocks: dict[BlockHash, Block] = {}  # in order of registration: parents first
         self._leaves: OrderedDict[Block, None] = OrderedDict()  # parked, first out first
-        self._inner: OrderedDict[Block, None] = OrderedDict()  # parked, with registered children
+        self._saved: OrderedDict[Block, None] = OrderedDict()  # leaves that go before these
+        self._num_saved = 0  # parked, leaves or not, that go before others
+        self._inner: dict[Block, None] = {}  # parked, with registered children
 
     def __contains__(self, block_hash: BlockHash) -> bool:
         return block_hash in self._blocks
@@ -62,7 +74,12 @@ class PrefixCache:
     @property
     def num_parked(self) -> int:
         """Blocks that nobody refers to. All of them can be evicted."""
-        return len(self._leaves) + len(self._inner)
+        return len(self._leaves) + len(self._saved) + len(self._inner)
+
+    @property
+    def num_saved(self) -> int:
+        """Parked blocks that go before others and are not lost then."""
+        return self._num_saved
 
     def match(self, block_hashes: SequenceOf[BlockHash], limit: int) -> list[Block]:
         """The longest registered run from the first hash on, at most `limit` blocks."""
@@ -89,30 +106,37 @@ class PrefixCache:
     def park(self, block: Block, now: int) -> None:
         """Nobody refers to this registered block any more. `now` counts releases."""
         block.released_at = now
+        block.is_saved = False
         if block.children:
             self._inner[block] = None
         else:
             self._leaves[block] = None
 
-    def park_first(self, block: Block) -> None:
-        """As if its last reference had gone when it was parked before: it is among the next to be
-        evicted."""
-        parked: OrderedDict[Block, None] = self._inner if block.children else self._leaves
-        parked[block] = None
-        parked.move_to_end(block, last=False)
+    def park_saved(self, block: Block) -> None:
+        """Nobody refers to it any more, and it was not used: it was saved elsewhere. Saved blocks
+        go before all others, in the order in which they were saved."""
+        block.is_saved = True
+        self._num_saved += 1
+        if block.children:
+            self._inner[block] = None
+        else:
+            self._saved[block] = None
 
     def unpark(self, block: Block) -> None:
         """Somebody refers to it again."""
+        self._num_saved -= block.is_saved
         if block.children:
             del self._inner[block]
         else:
-            del self._leaves[block]
+            del self._leaves_of(block)[block]
 
     def evict(self) -> list[Block]:
         """Forget the block that will be missed least. Returns the blocks now free, >= 1 of
         them; some block must be parked."""
-        if self._leaves:
-            block, _ = self._leaves.popitem(last=False)
+        leaves = self._saved or self._leaves
+        if leaves:
+            block, _ = leaves.popitem(last=False)
+            self._num_saved -= block.is_saved
             self._unregister(block)
             return [block]
         return self._unregister_tree(next(iter(self._inner)))
@@ -128,18 +152,21 @@ class PrefixCache:
 
     def clear(self) -> list[Block]:
         """Forget everything. Returns the parked blocks, now free."""
-        free = [*self._leaves, *self._inner]
+        free = [*self._saved, *self._leaves, *self._inner]
         for block in reversed(self._blocks.values()):
             self._journal.removed(hash_of(block))
             block.block_hash = block.parent = None
             block.children.clear()
         self._blocks.clear()
         self._leaves.clear()
+        self._saved.clear()
+        self._num_saved = 0
         self._inner.clear()
         return free
 
     def parked(self) -> Iterator[Block]:
         yield from self._leaves
+        yield from self._saved
         yield from self._inner
 
     def check_integrity(self) -> None:
@@ -152,7 +179,9 @@ class PrefixCache:
                 _require(parent.block_hash in self._blocks, f"{block.block_id} is unreachable")
             for child in block.children:
                 _require(child.parent is block, f"{child.block_id} has another parent")
-        for block in self._leaves:
+        num_saved = sum(block.is_saved for block in self.parked())
+        _require(num_saved == self._num_saved, f"count of saved ones is not {num_saved}")
+        for block in (*self._leaves, *self._saved):
             _require(not block.children, f"{block.block_id} is no leaf")
         for block in self._inner:
             _require(bool(block.children), f"{block.block_id} is a leaf")
@@ -186,8 +215,8 @@ class PrefixCache:
 
     def _leave_leaves(self, block: Block) -> None:
         """It is about to get a child."""
-        if not block.children and block in self._leaves:
-            del self._leaves[block]
+        if not block.children and block in self._leaves_of(block):
+            del self._leaves_of(block)[block]
             self._inner[block] = None
 
     def _join_leaves(self, block: Block, *, after: Block) -> None:
@@ -196,9 +225,13 @@ class PrefixCache:
         if block.children or block not in self._inner:
             return
         del self._inner[block]
-        self._leaves[block] = None
+        leaves = self._leaves_of(block)
+        leaves[block] = None
         if block.released_at <= after.released_at:
-            self._leaves.move_to_end(block, last=False)
+            leaves.move_to_end(block, last=False)
+
+    def _leaves_of(self, block: Block) -> OrderedDict[Block, None]:
+        return self._saved if block.is_saved else self._leaves
 
 
 def hash_of(block: Block) -> BlockHash:

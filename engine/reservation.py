@@ -33,8 +33,8 @@ class Keeper(Protocol):
 
 
 class Hold:
-    """One reference to each of `block_ids`, kept for `owner` until released. Unless `is_use`, it
-    leaves the order in which they are evicted as it was."""
+    """One reference to each of `block_ids`, kept for `owner` until released. Unless `is_use`, they
+    were not used but saved elsewhere, and are evicted before others."""
 
     __slots__ = ("_is_released", "_keeper", "block_ids", "is_use", "owner")
 

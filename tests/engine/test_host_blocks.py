@@ -23,7 +23,10 @@ class Tiers:
 
     def __init__(self, num_blocks: int = 4, num_host_blocks: int = 16) -> None:
         self.manager = BlockManager(
-            num_blocks, BLOCK_SIZE, num_host_blocks=num_host_blocks, num_ahead=num_blocks
+            num_blocks,
+            BLOCK_SIZE,
+            num_host_blocks=num_host_blocks,
+            num_ahead=num_blocks if num_blocks < 32 else 0,
         )
 
     @property
@@ -228,3 +231,38 @@ def test_a_block_in_host_memory_alone_stays_announced_until_it_is_dropped_there(
     tiers.manager.reset_prefix_cache()
     assert set(tiers.manager.take_events().removed) == set(stored)
     assert tiers.manager.cached_hashes() == []
+
+
+def test_what_is_saved_goes_in_that_order_and_before_what_would_be_lost() -> None:
+    """Two prompts are saved, a part of the second by a save of its own: none of it is lost while
+    blocks that are saved can go."""
+    tiers = Tiers(num_blocks=16)
+    prompts = [range(first, first + 4 * BLOCK_SIZE) for first in (100, 200, 300)]
+    for prompt in prompts:
+        sequence = make_sequence(prompt)
+        compute(tiers.manager, sequence)
+        tiers.manager.free(sequence)
+    while tiers.host.tier.num_ready < 6:  # by twos: all of the first, the leaves of the second
+        (copy,) = tiers.host.take_copies()
+        assert len(copy.entries) == 2
+        tiers.end(copy)
+    fill = make_sequence(range(5000, 5000 + 10 * BLOCK_SIZE))
+    assert tiers.manager.allocate(fill, fill.num_tokens)
+    assert tiers.host.stats.num_lost_blocks == 0
+    for prompt, num_left in zip(prompts, (0, 2, 4), strict=True):
+        assert len(tiers.manager.match_prefix(make_sequence(prompt).block_hashes)) == num_left
+
+
+def test_prompts_that_fit_into_both_tiers_are_computed_once() -> None:
+    tiers = Tiers(num_blocks=40, num_host_blocks=60)
+    prompts = [range(first, first + 5 * BLOCK_SIZE) for first in range(0, 11_000, 1000)]
+    for turn in range(3):
+        for prompt in prompts:
+            sequence = make_sequence(prompt)
+            assert tiers.manager.allocate(sequence, sequence.num_tokens)
+            tiers.settle()
+            assert sequence.num_cached_tokens == (4 * BLOCK_SIZE if turn else 0)
+            compute(tiers.manager, sequence)
+            tiers.manager.free(sequence)
+            tiers.settle()
+    assert tiers.host.stats.num_lost_blocks == 0
