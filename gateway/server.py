@@ -2,8 +2,9 @@
 
 Life of the process
     1. The tokenizer is loaded and both ports are taken; whatever is wrong ends the start.
-    2. The registry is watched; nodes are connected to as they appear. HTTP is served from now
-       on, and says 503 until a pair of nodes is there.
+    2. The registry is watched; nodes are connected to as they appear. With the first pair, or
+       after a grace, HTTP is served: one that was started again refuses nobody with 503 while
+       it is only about to know its nodes. Without a pair it says 503.
     3. With the first pair the process reports ready.
     4. SIGTERM or SIGINT: no new work, listeners closed. Running requests have
        `shutdown_timeout` seconds; then each ends with one typed error. A second signal skips
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 READY_POLL_SECONDS = 0.05
+FIRST_PAIR_SECONDS = 2.0
 STILL_WAITING_SECONDS = 30.0
 LAST_WORDS_SECONDS = 2.0
 
@@ -87,8 +89,10 @@ async def run(
         asyncio.create_task(parts.gateway.dispatcher.sweep(), name="sweep"),
     ]
     try:
-        for server in parts.servers:
-            server.start()
+        public, admin = parts.servers
+        admin.start()
+        await _first_pair(parts.gateway, stop)
+        public.start()
         if await _wait_for_nodes(parts.gateway, report, stop):
             _announce(parts, report, on_ready)
         await _first_done(stop, background)
@@ -171,6 +175,14 @@ async def shut_down(gateway: Gateway, servers: list[HttpServer], hurry: asyncio.
 
 async def _wait_all(servers: list[HttpServer]) -> None:
     await asyncio.gather(*(server.wait() for server in servers))
+
+
+async def _first_pair(gateway: Gateway, stop: asyncio.Event) -> None:
+    """Returns with the first pair of nodes, or soon without."""
+    waited = 0.0
+    while waited < FIRST_PAIR_SECONDS and not gateway.is_ready and not stop.is_set():
+        await asyncio.sleep(READY_POLL_SECONDS)
+        waited += READY_POLL_SECONDS
 
 
 async def _wait_for_nodes(gateway: Gateway, report: StartupReport, stop: asyncio.Event) -> bool:

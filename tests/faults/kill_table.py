@@ -95,21 +95,21 @@ def main(argv: Sequence[str]) -> int:
     for policy in options.policies:
         for seed in range(1, options.seeds + 1):
             outcomes += run_seed(policy, seed, options)
+            if options.write:  # what was measured is not lost with a later seed
+                title = "Kill or stall any one process under load"
+                write_section("kill table", title, text(outcomes, options, argv))
     print("\n" + table(outcomes))
     broken = [outcome for outcome in outcomes if not outcome.is_kept]
     for outcome in broken:
         print(f"NOT KEPT: {said(outcome)}")
-    if options.write:
-        title = "Kill or stall any one process under load"
-        write_section("kill table", title, text(outcomes, options, argv))
     return 1 if broken else 0
 
 
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(prog="tests.faults.kill_table", description=__doc__)
     made.add_argument("--seeds", type=int, default=3, help="how many, from 1 on")
-    made.add_argument("--requests", type=int, default=210, help="for each fault")
-    made.add_argument("--tokens", type=int, default=24, help="that each request asks for")
+    made.add_argument("--requests", type=int, default=200, help="for each fault")
+    made.add_argument("--tokens", type=int, default=16, help="that each request asks for")
     made.add_argument("--stall-seconds", type=float, default=6.0)
     made.add_argument("--policies", nargs="+", choices=POLICIES, default=list(POLICIES))
     made.add_argument("--victims", nargs="+", choices=VICTIMS, default=list(VICTIMS))
