@@ -60,7 +60,7 @@ def measure_pairs() -> list[MeasuredPair]:
 
 def all_pairs(num_gpus: int) -> Iterator[Pair]:
     """GPU pairs in one direction: links are alike both ways."""
-    yield Pair("two processes over TCP", "cpu", "cpu", "tcp")
+    yield Pair("two processes, as they choose", "cpu", "cpu", "all")
     yield Pair("two processes over shared memory", "cpu", "cpu", "sm,tcp")
     for source in range(num_gpus):
         for target in range(source + 1, num_gpus):

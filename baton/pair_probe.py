@@ -31,8 +31,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from kv_transfer.transports.base import Endpoint
-    from kv_transfer.transports.ucx import UcxTransport
+    from kv_transfer.transports.base import Endpoint, Transport
 
 CONNECT_SECONDS = 20.0
 ROUND_SECONDS = 20.0
@@ -61,7 +60,7 @@ class Plan:
     @property
     def message_bytes(self) -> int:
         """As large as the staging slots of nodes are by default."""
-        return (4 << 20) if self.source == "cpu" else (128 << 20)
+        return (8 << 20) if self.source == "cpu" else (128 << 20)
 
     @property
     def num_messages(self) -> int:
@@ -90,18 +89,19 @@ def _reference(plan: Plan, transport: str) -> tuple[str, float]:
     return "memory copy", memory_rate()
 
 
-def _open(device: str, tls: str | None) -> UcxTransport:
+def _open(device: str, tls: str | None) -> Transport:
+    """As a node does whose KV is there."""
     import torch
 
-    from kv_transfer.transports.ucx import UcxTransport
+    from kv_transfer.config import KVTransferConfig
+    from kv_transfer.transports.choice import open_transport
 
     torch.set_num_threads(1)
     if device != "cpu":
         torch.cuda.set_device(device)
         torch.cuda.synchronize()
-    return UcxTransport(
-        ucx_tls=tls, moves_device_memory=device != "cpu", connect_seconds=CONNECT_SECONDS
-    )
+    config = KVTransferConfig(ucx_tls=tls, pairing_seconds=CONNECT_SECONDS)
+    return open_transport(config, on_device=device != "cpu")
 
 
 async def _send_all(plan: Plan, where: Connection) -> tuple[str, tuple[str, ...], float]:

@@ -1,9 +1,10 @@
 """`python -m benchmarks.host_transfer`: KV between two host-memory pools, beside plain sockets.
 
-In every round each row moves the same bytes once, so that rows meet the same weather:
+The KV of 2048 tokens of an 8B model. In every round each row moves the same bytes once, so that
+rows meet the same weather:
 
     plain socket   one buffer to another, the fastest of several settings (`baton/raw_copy.py`)
-    pool to pool   what a hand-off does: pack, digest, frames over UCX, verify, scatter, start
+    pool to pool   what a hand-off does: pack, digest, frames, verify, place, start
     ... with the digest that every device can take, and without digests: where the time goes
 
 Rates are medians; "of the socket" is the median of the rounds' ratios. Processor time is that of
@@ -29,12 +30,14 @@ from baton.raw_copy import SETTINGS, RawSockets
 from benchmarks.kv_pair import MIB, Pair, PairOptions, decode_process
 from benchmarks.results_file import machine_facts, write_section
 from kv_transfer import host_moves
-from kv_transfer.digests import DigestKind
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from multiprocessing.connection import Connection
 
     from numpy.typing import NDArray
+
+    from kv_transfer.transports.base import Piece
 
 TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
 
@@ -104,19 +107,20 @@ def decode_with_digest(
     decode_process(options, where, started)
 
 
-_REAL_DIGESTS = host_moves.unit_digests
+_REAL_DIGESTS = host_moves.piece_digests
 
 
 def choose_digest(name: str) -> None:
-    """Of this process: "xxh3", "multiply_shift", or "none" to leave them out."""
+    """Of this process: "xxh3", "multiply_shift" (by staging slots), or "none" to leave them out."""
     torch.set_num_threads(1)
 
-    def digests(units: torch.Tensor, digest: DigestKind) -> NDArray[np.uint64]:
+    def digests(pieces: Sequence[Piece], num_layers: int) -> NDArray[np.uint64]:
         if name == "none":
-            return np.zeros(units.shape[:2], dtype=np.uint64)
-        return _REAL_DIGESTS(units, DigestKind(name))
+            return np.zeros((num_layers, len(pieces) // num_layers), dtype=np.uint64)
+        return _REAL_DIGESTS(pieces, num_layers)
 
-    host_moves.unit_digests = digests
+    host_moves.piece_digests = digests
+    host_moves.has_host_digests = lambda: name != "multiply_shift"  # type: ignore[attr-defined]
 
 
 async def run(arguments: argparse.Namespace) -> tuple[list[Row], Row, list[str]]:
@@ -176,10 +180,10 @@ def make_options(arguments: argparse.Namespace) -> PairOptions:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--tls", default=None, help="UCX_TLS")
-    parser.add_argument("--num-layers", type=int, default=12)
-    parser.add_argument("--unit-kib", type=int, default=16, help="one layer of one block")
-    parser.add_argument("--num-blocks", type=int, default=800, help="of each pool")
-    parser.add_argument("--prompt-blocks", type=int, default=512)
+    parser.add_argument("--num-layers", type=int, default=32)
+    parser.add_argument("--unit-kib", type=int, default=64, help="one layer of one block")
+    parser.add_argument("--num-blocks", type=int, default=160, help="of each pool")
+    parser.add_argument("--prompt-blocks", type=int, default=128)
     parser.add_argument("--slot-mib", type=float, default=None)
     parser.add_argument("--num-slots", type=int, default=8)
     parser.add_argument("--digests", nargs="+", default=["xxh3", "multiply_shift", "none"])

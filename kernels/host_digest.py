@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import torch
     from numpy.typing import NDArray
 
@@ -27,13 +29,17 @@ def host_digests(data: torch.Tensor, num_units: int) -> NDArray[np.uint64]:
 
     data: uint8, contiguous, in host memory. Returns uint64 `[num_units]`.
     """
-    import xxhash
-
     assert data.device.type == "cpu"
     assert data.is_contiguous()
     if num_units == 0:
         return np.empty(0, dtype=np.uint64)
     assert data.numel() % num_units == 0
+    return digests_of_pieces(data.view(num_units, -1).numpy())
+
+
+def digests_of_pieces(units: Sequence[NDArray[np.uint8]] | NDArray[np.uint8]) -> NDArray[np.uint64]:
+    """The same of units that lie anywhere: contiguous buffers. Returns uint64 `[len(units)]`."""
+    import xxhash
+
     digest = xxhash.xxh3_64_intdigest
-    units = data.view(num_units, -1).numpy()
-    return np.fromiter((digest(unit) for unit in units), dtype=np.uint64, count=num_units)
+    return np.fromiter((digest(unit) for unit in units), dtype=np.uint64, count=len(units))

@@ -17,15 +17,17 @@ from cluster.errors import ServingError
 from kv_transfer.pool import TransferPool
 from kv_transfer.protocol import FrameLimits
 from kv_transfer.quarantine import Quarantine
-from kv_transfer.required_transport import check_in_use, check_possible
+from kv_transfer.required_transport import check_in_use
 from kv_transfer.staging import Staging
 from kv_transfer.stats import TransferStats
-from kv_transfer.transports.ucx import UcxTransport
+from kv_transfer.transports.base import PieceEndpoint
+from kv_transfer.transports.choice import open_transport
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from kv_transfer.config import KVTransferConfig
+    from kv_transfer.digests import DigestKind
     from kv_transfer.transports.base import Endpoint, Transport
 
 
@@ -70,20 +72,14 @@ class TransferAgent:
         *,
         takes_digests: bool = True,
     ) -> TransferAgent:
-        """Over UCX. The event loop's thread is bound to the device of the first pool. Raises
-        `ConfigError` when the required transport cannot be had here."""
+        """Over the transport that fits (`transports/choice.py`). The event loop's thread is bound
+        to the device of the first pool. Raises `ConfigError` when the required transport cannot be
+        had here."""
         device = pools[0].device
         if device.type == "cuda":
             torch.cuda.set_device(device)
             torch.cuda.synchronize(device)
-        transport = UcxTransport(
-            ucx_tls=config.ucx_tls,
-            moves_device_memory=device.type == "cuda",
-            connect_seconds=config.pairing_seconds,
-        )
-        check_possible(
-            config.require_transport, transport.available, on_device=device.type == "cuda"
-        )
+        transport = open_transport(config, on_device=device.type == "cuda")
         return cls(pools, config, transport, takes_digests=takes_digests)
 
     def beside(self, num_slots: int) -> TransferAgent:
@@ -117,6 +113,12 @@ class TransferAgent:
         self._in_use[endpoint] = name
         endpoint.on_close(lambda: self._forget(endpoint))
         return name
+
+    def pieces_of(self, endpoint: Endpoint, digest: DigestKind) -> PieceEndpoint | None:
+        """The endpoint, if it moves blocks from and to where they are, without slots."""
+        if isinstance(endpoint, PieceEndpoint) and self.pool.has_pieces(digest):
+            return endpoint
+        return None
 
     def _forget(self, endpoint: Endpoint) -> None:
         self._in_use.pop(endpoint, None)

@@ -35,14 +35,15 @@ class KVTransferConfig:
     )
     ucx_tls: str | None = option(
         None,
-        help="Transports UCX may use (UCX_TLS). Default: all it finds. Shared memory (sm) is not "
+        help="Transports UCX may use (UCX_TLS). Default: all it finds; nodes in host memory without"
+        " RDMA use plain TCP instead, unless this is given. Shared memory (sm) is not "
         "recommended: a peer that is killed while it writes can block it for all others.",
         group=_TRANSFER,
     )
     staging_slot_bytes: int | None = option(
         None,
         help="Size of one staging slot, which is the largest frame. Default: 128 MiB on a GPU, "
-        "4 MiB on a CPU.",
+        "8 MiB on a CPU.",
         group=_TRANSFER,
         advanced=True,
     )
@@ -119,7 +120,7 @@ class KVTransferConfig:
         """Bytes of a staging slot on a device of this type ("cpu", "cuda")."""
         if self.staging_slot_bytes is not None:
             return self.staging_slot_bytes
-        return 4 * _MIB if device_type == "cpu" else 128 * _MIB
+        return 8 * _MIB if device_type == "cpu" else 128 * _MIB
 
 
 def _refused(name: str, problem: str) -> ConfigError:

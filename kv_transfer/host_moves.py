@@ -2,6 +2,9 @@
 
 One pool is moved by plain copies, one for each block: as fast as memory, and with no thread of
 torch's woken. The parts of several pools are put together by the kernels that do it on a device.
+
+A transport that takes messages in pieces needs no slot: it sends blocks from where they are, and
+receives into the blocks that a transfer has reserved, which are its own until its digests match.
 """
 
 from __future__ import annotations
@@ -13,13 +16,15 @@ import torch
 
 from kernels.block_digest import block_digests
 from kernels.copy_blocks import pack_blocks, unpack_blocks
-from kernels.host_digest import has_host_digests, host_digests
+from kernels.host_digest import digests_of_pieces, has_host_digests, host_digests
 from kv_transfer.digests import DigestKind
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from numpy.typing import NDArray
+
+    from kv_transfer.transports.base import Piece
 
 
 class HostMoves:
@@ -28,9 +33,9 @@ class HostMoves:
 
     def __init__(self, pools: Sequence[torch.Tensor]) -> None:
         self._pools = pools
-        self._words: NDArray[np.generic] | None = None
-        if len(pools) == 1 and pools[0].device.type == "cpu":
-            self._words = _as_words(pools[0])
+        num_layers, self._num_blocks, unit_bytes = pools[0].shape
+        self._words = _as_words(pools[0]) if len(pools) == 1 else None
+        self._units = pools[0].view(num_layers * self._num_blocks, unit_bytes).numpy()
 
     @property
     def digest_kinds(self) -> tuple[DigestKind, ...]:
@@ -38,6 +43,16 @@ class HostMoves:
         if has_host_digests():
             return (DigestKind.XXH3, DigestKind.MULTIPLY_SHIFT)
         return (DigestKind.MULTIPLY_SHIFT,)
+
+    def has_pieces(self, digest: DigestKind) -> bool:
+        """Whether blocks can be sent and received where they are."""
+        return self._words is not None and digest is DigestKind.XXH3
+
+    def pieces(self, layer_start: int, num_layers: int, block_ids: Sequence[int]) -> list[Piece]:
+        """The units of these layers of these blocks, in the order they would have in a slot."""
+        first, step = layer_start * self._num_blocks, self._num_blocks
+        layers = range(first, first + num_layers * step, step)
+        return [self._units[layer + block] for layer in layers for block in block_ids]
 
     def gather(
         self, units: torch.Tensor, layer_start: int, block_ids: Sequence[int], digest: DigestKind
@@ -83,6 +98,24 @@ class HostMoves:
         return True
 
 
+class ArrivalDigests:
+    """Digests of pieces in the order in which they arrive."""
+
+    def __init__(self) -> None:
+        self._parts: list[NDArray[np.uint64]] = []
+
+    def add(self, pieces: Sequence[Piece]) -> None:
+        self._parts.append(piece_digests(pieces, 1))
+
+    def as_array(self, num_layers: int, num_blocks: int) -> NDArray[np.uint64] | None:
+        """`[num_layers, num_blocks]`; None when fewer have arrived."""
+        found = np.concatenate([part.reshape(-1) for part in self._parts] or [_NO_DIGESTS])
+        return found.reshape(num_layers, -1) if len(found) == num_layers * num_blocks else None
+
+
+_NO_DIGESTS = np.empty(0, dtype=np.uint64)
+
+
 def unit_digests(units: torch.Tensor, digest: DigestKind) -> NDArray[np.uint64]:
     """uint8 `[num_layers, num_blocks, unit_bytes]` -> uint64 `[num_layers, num_blocks]`."""
     num_layers, num_blocks, _ = units.shape
@@ -91,6 +124,11 @@ def unit_digests(units: torch.Tensor, digest: DigestKind) -> NDArray[np.uint64]:
     else:
         digests = block_digests(units, num_layers * num_blocks).numpy().view(np.uint64)
     return digests.reshape(num_layers, num_blocks)
+
+
+def piece_digests(pieces: Sequence[Piece], num_layers: int) -> NDArray[np.uint64]:
+    """XXH3 of units, layer by layer -> uint64 `[num_layers, num_blocks]`."""
+    return digests_of_pieces(pieces).reshape(num_layers, -1)
 
 
 def _as_words(blocks: torch.Tensor) -> NDArray[np.generic]:

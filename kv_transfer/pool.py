@@ -28,12 +28,14 @@ import torch
 from kv_transfer.device_moves import DeviceMoves
 from kv_transfer.digests import DigestKind
 from kv_transfer.frame_units import FrameUnits
-from kv_transfer.host_moves import HostMoves
+from kv_transfer.host_moves import HostMoves, piece_digests
 from kv_transfer.polling import EventQueue
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+
+    from kv_transfer.transports.base import Piece
 
 T = TypeVar("T")
 Verdict = Callable[["NDArray[np.uint64]"], bool]
@@ -98,7 +100,7 @@ class TransferPool:
             return moves.gather(frame, after)
         ids = frame.block_ids
         work = functools.partial(moves.gather, frame.units, layer_start, ids, digest)
-        return self._begin(work, frame)
+        return self._begin(work, frame.front.numel())
 
     def begin_scatter(
         self,
@@ -122,7 +124,30 @@ class TransferPool:
             return moves.scatter(frame, accepts)
         ids = frame.block_ids
         work = functools.partial(moves.scatter, frame.units, layer_start, ids, digest, accepts)
-        return self._begin(work, frame)
+        return self._begin(work, frame.front.numel())
+
+    # ---- without a slot, in host memory --------------------------------------------------------
+
+    def has_pieces(self, digest: DigestKind) -> bool:
+        """Whether blocks can be sent and received where they are, in pieces."""
+        return isinstance(self._moves, HostMoves) and self._moves.has_pieces(digest)
+
+    def pieces(self, layer_start: int, num_layers: int, block_ids: Sequence[int]) -> list[Piece]:
+        """The units, one layer after the other. Only where there are pieces."""
+        return self._in_host.pieces(layer_start, num_layers, block_ids)
+
+    def begin_digest(
+        self, pieces: Sequence[Piece], num_layers: int
+    ) -> asyncio.Future[NDArray[np.uint64]]:
+        """Like `begin_gather`, but the blocks stay where they are."""
+        work = functools.partial(piece_digests, pieces, num_layers)
+        return self._begin(work, len(pieces) * self.unit_bytes)
+
+    @property
+    def _in_host(self) -> HostMoves:
+        if not isinstance(self._moves, HostMoves):
+            raise TypeError("pieces are for pools in host memory")
+        return self._moves
 
     async def end(self, move: asyncio.Future[T]) -> T:
         """Wait for a move, also when cancelled."""
@@ -143,10 +168,10 @@ class TransferPool:
 
     # ---- in host memory ------------------------------------------------------------------------
 
-    def _begin(self, work: Callable[[], T], frame: FrameUnits) -> asyncio.Future[T]:
+    def _begin(self, work: Callable[[], T], num_bytes: int) -> asyncio.Future[T]:
         """A move that takes less time than handing it to a thread is done here."""
         loop = asyncio.get_running_loop()
-        if frame.front.numel() > _INLINE_BYTES:
+        if num_bytes > _INLINE_BYTES:
             return loop.run_in_executor(self._thread, work)
         done: asyncio.Future[T] = loop.create_future()
         done.set_result(work())

@@ -17,6 +17,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from cluster.node import Incarnation, NodeId, NodeName
+from kv_transfer.transports.tcp import TcpTransport
 from kv_transfer.transports.ucx import UcxTransport
 from tests.kv_twins import (
     Place,
@@ -29,12 +30,17 @@ from tests.kv_twins import (
 if TYPE_CHECKING:
     import torch
 
+    from kv_transfer.transports.base import Transport
+
 TABLE = [5, 1, 30, 7, 9, 2, 11, 12]
 UNIT_BYTES = 64 * 1024  # frames large enough for rendezvous
 OPTIONS = {"unit_bytes": UNIT_BYTES, "staging_slot_bytes": 1 << 20}
 
 
-def ucx(tls: str) -> UcxTransport:
+def data_transport(tls: str) -> Transport:
+    """UCX over these transports, or "plain" TCP."""
+    if tls == "plain":
+        return TcpTransport(connect_seconds=5.0)
     return UcxTransport(ucx_tls=tls, moves_device_memory=False, connect_seconds=5.0)
 
 
@@ -47,7 +53,7 @@ def say(**facts: object) -> None:
 
 
 async def run_decode(tls: str) -> None:
-    async with decode_side(ucx(tls), **OPTIONS) as side:  # type: ignore[arg-type]
+    async with decode_side(data_transport(tls), **OPTIONS) as side:  # type: ignore[arg-type]
         say(
             address=side.address,
             name=side.node_id.name,
@@ -71,7 +77,7 @@ async def run_decode(tls: str) -> None:
 
 async def run_prefill(tls: str, address: str, name: str, incarnation: str, how: str) -> None:
     node_id = NodeId(NodeName(name), Incarnation(int(incarnation)))
-    async with prefill_side(ucx(tls), name=f"p-{how}", **OPTIONS) as prefill:  # type: ignore[arg-type]
+    async with prefill_side(data_transport(tls), name=f"p-{how}", **OPTIONS) as prefill:  # type: ignore[arg-type]
         decode = Place(address, node_id)
         while True:
             request = make_request(32)

@@ -23,16 +23,19 @@ from cluster.errors import ServingError
 from cluster.failpoints import failpoint
 from kv_transfer.digests import DigestKind, PlaceSeal
 from kv_transfer.failures import FailureReason, failure
+from kv_transfer.host_moves import ArrivalDigests
 from kv_transfer.protocol import CommitMessage, FrameHeader, FrameMalformed, parse_message
 from kv_transfer.receiving.intake_instructions import Dropping, Landing
 from kv_transfer.trace import TRACE
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from cluster.node import NodeId
     from kv_transfer.agent import TransferAgent
     from kv_transfer.receiving.intake_instructions import Instruction
     from kv_transfer.staging import StagingSlot
-    from kv_transfer.transports.base import Endpoint
+    from kv_transfer.transports.base import Endpoint, PieceEndpoint
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +61,7 @@ class _Frame:
     slot: StagingSlot
     began: float
     ended: asyncio.Future[None]
+    digests: ArrivalDigests | None = None  # if it is received straight into its blocks
 
     def mark(self, point: str) -> None:
         TRACE.mark(point, self.header.layer_start, self.header.positions[0])
@@ -74,6 +78,7 @@ class ReceiverSession:
         self._agent = agent
         self._events = events
         self._endpoint: Endpoint | None = None
+        self._pieces: PieceEndpoint | None = None  # it, if payloads go straight into blocks
         self._transport_name = ""
         self._is_closed = False
         self._receiving: asyncio.Task[None] | None = None
@@ -94,6 +99,7 @@ class ReceiverSession:
         self._endpoint = endpoint
         logger.info("paired with prefill node %s over %s", self.peer.name, self._transport_name)
         endpoint.on_close(lambda: self._events.link_lost(self.id, FailureReason.LINK_LOST))
+        self._pieces = self._agent.pieces_of(endpoint, self.digest_kind)
         self._receiving = asyncio.create_task(self._receive(endpoint))
 
     async def revoke(self) -> bool:
@@ -166,9 +172,15 @@ class ReceiverSession:
         """Receive a payload; what follows is driven by callbacks, as a task for each frame would
         take longer than the wire."""
         ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        frame = _Frame(header, landing, slot, time.perf_counter(), ended)
+        digests = ArrivalDigests() if self._pieces is not None else None
+        frame = _Frame(header, landing, slot, time.perf_counter(), ended, digests)
         self._frames.add(ended)
-        received = endpoint.recv(slot.payload[: header.payload_bytes], header.nonce)
+        if self._pieces is not None and digests is not None:
+            pool, ids = self._agent.pool, landing.block_ids
+            pieces = pool.pieces(header.layer_start, header.num_layers, ids)
+            received = self._pieces.recv_pieces(pieces, header.nonce, digests.add)
+        else:
+            received = endpoint.recv(slot.payload[: header.payload_bytes], header.nonce)
         if TRACE.is_on:
             frame.mark("r.posted")
         received.add_done_callback(lambda done: self._landed(frame, done))
@@ -198,14 +210,7 @@ class ReceiverSession:
             positions=header.positions,
         )
         try:
-            scattering = self._agent.pool.begin_scatter(
-                frame.slot.payload,
-                layer_start=header.layer_start,
-                num_layers=header.num_layers,
-                block_ids=frame.landing.block_ids,
-                accepts=lambda digests: np.array_equal(seal.seal(digests), header.digests),
-                digest=self.digest_kind,
-            )
+            scattering = self._begin_scatter(frame, seal)
         except Exception as error:
             self._spawn(self._end_broken(frame, error))
             return
@@ -213,6 +218,26 @@ class ReceiverSession:
             frame.mark("r.scatter_queued")
         scattering.add_done_callback(lambda done: self._scattered(frame, done))
         seal.prepare()
+
+    def _begin_scatter(self, frame: _Frame, seal: PlaceSeal) -> asyncio.Future[bool]:
+        header, block_ids = frame.header, frame.landing.block_ids
+
+        def accepts(digests: NDArray[np.uint64]) -> bool:
+            return np.array_equal(seal.seal(digests), header.digests)
+
+        if frame.digests is not None:
+            found = frame.digests.as_array(header.num_layers, len(block_ids))
+            done: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+            done.set_result(found is not None and accepts(found))
+            return done
+        return self._agent.pool.begin_scatter(
+            frame.slot.payload,
+            layer_start=header.layer_start,
+            num_layers=header.num_layers,
+            block_ids=block_ids,
+            accepts=accepts,
+            digest=self.digest_kind,
+        )
 
     def _scattered(self, frame: _Frame, scattering: asyncio.Future[bool]) -> None:
         if TRACE.is_on:

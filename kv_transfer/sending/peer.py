@@ -146,7 +146,9 @@ class Peer:
         self._agent.stats.pairings += 1
         logger.info("paired with decode node %s over %s", self.node_id.name, self.transport_name)
         digest = agreed_kind(self._agent.pool.digest_kinds, (hello.digest_kind,))
-        return stream, DataLink(endpoint, hello.session_id, self.transport_name, limits, digest)
+        pieces = self._agent.pieces_of(endpoint, digest)
+        name = self.transport_name
+        return stream, DataLink(endpoint, hello.session_id, name, limits, digest, pieces)
 
     async def _lose(self, error: ServingError) -> None:
         """Tell first, so that no frame is posted any more; then end what was."""

@@ -35,12 +35,14 @@ from kv_transfer.protocol import (
 from kv_transfer.trace import TRACE
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from numpy.typing import NDArray
 
     from kv_transfer.agent import TransferAgent
     from kv_transfer.sending.outgoing import FramePlan, Instruction
     from kv_transfer.staging import StagingSlot
-    from kv_transfer.transports.base import Endpoint
+    from kv_transfer.transports.base import Endpoint, Piece, PieceEndpoint
 
 logger = logging.getLogger(__name__)
 
@@ -57,13 +59,15 @@ class Shipper(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class DataLink:
-    """Where frames go: `session_id` tags headers, `limits` are those of both ends."""
+    """Where frames go: `session_id` tags headers, `limits` are those of both ends. `pieces`: the
+    endpoint again, if blocks are sent from where they are."""
 
     endpoint: Endpoint
     session_id: int
     transport_name: str
     limits: FrameLimits
     digest: DigestKind
+    pieces: PieceEndpoint | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +76,7 @@ class _Frame:
     plan: FramePlan
     slot: StagingSlot
     seal: PlaceSeal
+    pieces: Sequence[Piece] | None  # its blocks, if they are sent from where they are
 
     def mark(self, point: str) -> None:
         TRACE.mark(point, self.plan.layer_start, self.plan.positions[0])
@@ -125,18 +130,11 @@ class Shipping:
             num_layers=plan.num_layers,
             positions=plan.positions,
         )
-        frame = _Frame(shipment, plan, slot, seal)
+        frame = _Frame(shipment, plan, slot, seal, self._pieces_of(plan))
         if TRACE.is_on:
             frame.mark("s.slot")
         try:
-            gathering = self._agent.pool.begin_gather(
-                slot.payload,
-                layer_start=plan.layer_start,
-                num_layers=plan.num_layers,
-                block_ids=plan.block_ids,
-                after=plan.after,
-                digest=self._link.digest,
-            )
+            gathering = self._gather(frame)
         except Exception:
             logger.exception("blocks could not be packed")
             self._drop(frame, failure(FailureReason.INTERNAL))
@@ -146,6 +144,25 @@ class Shipping:
         self._packing.add(gathering)
         gathering.add_done_callback(lambda done: self._packed(frame, done))
         seal.prepare()
+
+    def _pieces_of(self, plan: FramePlan) -> Sequence[Piece] | None:
+        if self._link.pieces is None:
+            return None
+        return self._agent.pool.pieces(plan.layer_start, plan.num_layers, plan.block_ids)
+
+    def _gather(self, frame: _Frame) -> asyncio.Future[NDArray[np.uint64]]:
+        """Pieces stay where they are: only their digests are needed."""
+        plan, pool = frame.plan, self._agent.pool
+        if frame.pieces is not None:
+            return pool.begin_digest(frame.pieces, plan.num_layers)
+        return pool.begin_gather(
+            frame.slot.payload,
+            layer_start=plan.layer_start,
+            num_layers=plan.num_layers,
+            block_ids=plan.block_ids,
+            after=plan.after,
+            digest=self._link.digest,
+        )
 
     def _packed(self, frame: _Frame, gathering: asyncio.Future[NDArray[np.uint64]]) -> None:
         self._packing.discard(gathering)
@@ -174,7 +191,7 @@ class Shipping:
         began = time.perf_counter()
         sends = (
             endpoint.send(slot.header[:header_bytes], self._link.session_id),
-            endpoint.send(slot.payload[:payload_bytes], header.nonce),
+            self._send_payload(frame, payload_bytes, header.nonce),
         )
         num_left = len(sends)
 
@@ -191,6 +208,11 @@ class Shipping:
             frame.mark("s.posted")
         self._shipper.did(frame.shipment, instructions)
         failpoint("prefill.after_frame")
+
+    def _send_payload(self, frame: _Frame, num_bytes: int, nonce: int) -> asyncio.Future[None]:
+        if self._link.pieces is not None and frame.pieces is not None:
+            return self._link.pieces.send_pieces(frame.pieces, nonce)
+        return self._link.endpoint.send(frame.slot.payload[:num_bytes], nonce)
 
     def _sent(
         self, frame: _Frame, broken: BaseException | None, payload_bytes: int, began: float

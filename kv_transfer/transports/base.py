@@ -15,13 +15,24 @@ All methods are called on the event loop that created the transport.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     import asyncio
 
     import torch
+
+
+Piece = NDArray[np.uint8]
+"""Bytes that lie together, `[num_bytes]`. An array, as memoryviews keep the garbage collector
+busy."""
+
+
+Examine = Callable[["Sequence[Piece]"], None]
 
 
 class Endpoint(Protocol):
@@ -46,6 +57,20 @@ class Endpoint(Protocol):
     async def close(self) -> bool:
         """Cut the connection. True when no posted operation can touch memory any more; False
         when one did not end in time, so that its buffer must never be reused. Idempotent."""
+
+
+@runtime_checkable
+class PieceEndpoint(Endpoint, Protocol):
+    """An endpoint in host memory that needs no buffer in one piece. The pieces of a message follow
+    each other in it."""
+
+    def send_pieces(self, pieces: Sequence[Piece], tag: int) -> asyncio.Future[None]: ...
+
+    def recv_pieces(
+        self, pieces: Sequence[Piece], tag: int, examine: Examine | None = None
+    ) -> asyncio.Future[None]:
+        """`examine` gets the pieces that are complete, in their order, some at a time, each once,
+        on a thread of the endpoint's and while they are in the processor's cache."""
 
 
 Accept = Callable[[int, Endpoint], None]

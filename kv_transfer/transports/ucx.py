@@ -75,6 +75,13 @@ def _options(ucx_tls: str | None, *, moves_device_memory: bool) -> dict[str, str
     return options
 
 
+def find_transports() -> tuple[str, ...]:
+    """UCX's names of the transports on this machine. Raises `ConfigError` without UCX."""
+    libucx, _ = _load()
+    context = libucx.UCXContext({}, feature_flags=(libucx.Feature.TAG,))
+    return resources_of(context.info)
+
+
 class _Progress:
     """Drives one worker from the event loop and completes the futures of its requests."""
 

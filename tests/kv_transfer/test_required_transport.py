@@ -13,7 +13,7 @@ from cluster.errors import ConfigError, TransferFailed
 from kv_transfer.agent import TransferAgent
 from kv_transfer.required_transport import check_in_use, check_possible
 from kv_transfer.transports.ucx_lanes import resources_of
-from tests.kv_child import OPTIONS, ucx
+from tests.kv_child import OPTIONS, data_transport
 from tests.kv_twins import decode_side, make_config, make_request, prefill_side, until
 
 
@@ -110,8 +110,8 @@ def test_ucx_itself_says_that_this_machine_has_no_such_transport(required: Any) 
 def test_a_pair_that_ucx_connects_otherwise_is_refused_and_counted() -> None:
     async def main() -> None:
         async with (
-            decode_side(ucx("tcp"), **OPTIONS) as decode,  # type: ignore[arg-type]
-            prefill_side(ucx("tcp"), require_transport="shm", **OPTIONS) as prefill,  # type: ignore[arg-type]
+            decode_side(data_transport("tcp"), **OPTIONS) as decode,  # type: ignore[arg-type]
+            prefill_side(data_transport("tcp"), require_transport="shm", **OPTIONS) as prefill,  # type: ignore[arg-type]
         ):
             request = make_request(32)
             prefill.hand_off(decode, request)

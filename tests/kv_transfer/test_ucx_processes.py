@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from cluster.node import Incarnation, NodeId, NodeName
-from tests.kv_child import OPTIONS, TABLE, digest_of, ucx
+from tests.kv_child import OPTIONS, TABLE, data_transport, digest_of
 from tests.kv_twins import (
     NUM_BLOCKS,
     Place,
@@ -93,14 +93,16 @@ async def hand_off(prefill: PrefillSide, decode: Place, process: Child) -> None:
     assert started["digest"] == digest_of(prefill.pool, TABLE)
 
 
-@pytest.mark.parametrize(("tls", "transport"), [("tcp", "tcp"), ("sm,tcp", "shm")])
+@pytest.mark.parametrize(
+    ("tls", "transport"), [("tcp", "tcp"), ("sm,tcp", "shm"), ("plain", "tcp")]
+)
 def test_blocks_cross_processes_over_the_transport_that_is_reported(
     tls: str, transport: str
 ) -> None:
     async def main() -> None:
         async with (
             decode_child(tls) as (process, decode),
-            prefill_side(ucx(tls), **OPTIONS) as prefill,  # type: ignore[arg-type]
+            prefill_side(data_transport(tls), **OPTIONS) as prefill,  # type: ignore[arg-type]
         ):
             for _ in range(5):
                 await hand_off(prefill, decode, process)
@@ -110,12 +112,12 @@ def test_blocks_cross_processes_over_the_transport_that_is_reported(
     asyncio.run(main())
 
 
-@pytest.mark.parametrize("tls", ["tcp", "sm,tcp"])
+@pytest.mark.parametrize("tls", ["tcp", "sm,tcp", "plain"])
 def test_a_killed_decode_node_is_noticed_within_a_second_and_its_successor_is_paired(
     tls: str,
 ) -> None:
     async def main() -> None:
-        async with prefill_side(ucx(tls), **OPTIONS) as prefill:  # type: ignore[arg-type]
+        async with prefill_side(data_transport(tls), **OPTIONS) as prefill:  # type: ignore[arg-type]
             async with decode_child(tls) as (process, decode):
                 await hand_off(prefill, decode, process)
                 request = make_request(32)
@@ -132,11 +134,11 @@ def test_a_killed_decode_node_is_noticed_within_a_second_and_its_successor_is_pa
     asyncio.run(main())
 
 
-@pytest.mark.parametrize("tls", ["tcp", "sm,tcp"])
+@pytest.mark.parametrize("tls", ["tcp", "sm,tcp", "plain"])
 def test_a_killed_prefill_node_costs_its_blocks_for_less_than_a_second(tls: str) -> None:
     async def main() -> None:
         async with (
-            decode_side(ucx(tls), **OPTIONS) as decode,  # type: ignore[arg-type]
+            decode_side(data_transport(tls), **OPTIONS) as decode,  # type: ignore[arg-type]
             prefill_child(tls, decode, "half") as process,
         ):
             half = await process.line(what="half")
@@ -154,7 +156,7 @@ def test_a_node_pairs_with_the_next_after_its_peer_was_killed() -> None:
     killed while it writes can leave the receiver's shared-memory queue blocked for all others."""
 
     async def main() -> None:
-        async with decode_side(ucx("tcp"), **OPTIONS) as decode:  # type: ignore[arg-type]
+        async with decode_side(data_transport("tcp"), **OPTIONS) as decode:  # type: ignore[arg-type]
             async with prefill_child("tcp", decode, "half") as process:
                 await process.line(what="half")
                 process.signal(signal.SIGKILL)
@@ -165,11 +167,11 @@ def test_a_node_pairs_with_the_next_after_its_peer_was_killed() -> None:
     asyncio.run(main())
 
 
-@pytest.mark.parametrize("tls", ["tcp", "sm,tcp"])
+@pytest.mark.parametrize("tls", ["tcp", "sm,tcp", "plain"])
 def test_a_stopped_prefill_node_is_cut_off_and_cannot_write_when_it_wakes(tls: str) -> None:
     async def main() -> None:
         async with (
-            decode_side(ucx(tls), **OPTIONS) as decode,  # type: ignore[arg-type]
+            decode_side(data_transport(tls), **OPTIONS) as decode,  # type: ignore[arg-type]
             prefill_child(tls, decode, "half") as stopped,
             prefill_child(tls, decode, "forever") as other,
         ):

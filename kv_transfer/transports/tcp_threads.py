@@ -1,0 +1,260 @@
+"""The two threads of a TCP connection: one sends, one receives, mostly inside the kernel.
+
+A thread ends when the socket breaks or is shut down, or when it is told to stop. What it was
+doing and all that was posted to it then fails, from that thread: so whoever sees the failure
+knows that nothing touches the memory any more.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import select
+import socket
+import struct
+import threading
+from collections import defaultdict, deque
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from kv_transfer.failures import FailureReason, failure
+
+if TYPE_CHECKING:
+    import asyncio
+    from collections.abc import Callable, Iterable, Sequence
+
+    from kv_transfer.transports.base import Examine, Piece
+
+logger = logging.getLogger(__name__)
+
+_ENVELOPE = struct.Struct("<QQ")  # tag, length
+_LOOK_SECONDS = 0.1
+_EXAMINED_BYTES = 512 * 1024  # at a time: they stay in the second-level cache
+_MAX_PIECES = 1024  # IOV_MAX: of one call
+
+
+class Posted:
+    """An operation: where its bytes are, and the future that the loop's thread waits for."""
+
+    __slots__ = ("_loop", "done", "examine", "num_bytes", "pieces", "tag")
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        tag: int,
+        pieces: Sequence[Piece],
+        examine: Examine | None = None,
+    ) -> None:
+        self._loop = loop
+        self.done: asyncio.Future[None] = loop.create_future()
+        self.tag = tag
+        self.pieces = pieces
+        self.examine = examine
+        self.num_bytes = sum([piece.nbytes for piece in pieces])
+
+    def end(self, reason: FailureReason | None = None) -> None:
+        """From any thread."""
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            self._loop.call_soon_threadsafe(self._resolve, reason)
+
+    def _resolve(self, reason: FailureReason | None) -> None:
+        if self.done.done():
+            return
+        if reason is None:
+            self.done.set_result(None)
+        else:
+            self.done.set_exception(failure(reason))
+
+
+class _Worker:
+    """A thread over one direction of the socket."""
+
+    def __init__(self, connection: socket.socket, on_broken: Callable[[], None], name: str) -> None:
+        self._socket = connection
+        self._on_broken = on_broken
+        self._changed = threading.Condition()
+        self._is_stopped = False
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    def post(self, posted: Posted) -> None:
+        with self._changed:
+            if not self._is_stopped:
+                self._add(posted)
+                self._changed.notify()
+                return
+        posted.end(FailureReason.LINK_LOST)
+
+    def stop(self) -> None:
+        """The socket was shut down already, so no call blocks."""
+        with self._changed:
+            self._is_stopped = True
+            self._changed.notify()
+
+    def join(self, seconds: float) -> bool:
+        self._thread.join(seconds)
+        return not self._thread.is_alive()
+
+    def _run(self) -> None:
+        try:
+            while self._move_one():
+                pass
+        except OSError as error:
+            logger.debug("a KV connection broke: %s", error)
+        except Exception:
+            logger.exception("a KV connection is given up")
+        with self._changed:
+            self._is_stopped = True
+            left = list(self._take_all())
+        for posted in left:
+            posted.end(FailureReason.LINK_LOST)
+        self._on_broken()
+
+    def _move_one(self) -> bool:
+        """Move one message; False when there is nothing more to do."""
+        raise NotImplementedError
+
+    def _add(self, posted: Posted) -> None:
+        raise NotImplementedError
+
+    def _take_all(self) -> Iterable[Posted]:
+        raise NotImplementedError
+
+
+class Sending(_Worker):
+    def __init__(self, connection: socket.socket, on_broken: Callable[[], None]) -> None:
+        self._queue: deque[Posted] = deque()
+        super().__init__(connection, on_broken, "kv-tcp-send")
+
+    def _add(self, posted: Posted) -> None:
+        self._queue.append(posted)
+
+    def _take_all(self) -> Iterable[Posted]:
+        taken, self._queue = self._queue, deque()
+        return taken
+
+    def _move_one(self) -> bool:
+        with self._changed:
+            while not self._queue and not self._is_stopped:
+                self._changed.wait()
+            if self._is_stopped:
+                return False
+            posted = self._queue[0]  # stays there until its bytes have left
+        envelope = np.frombuffer(_ENVELOPE.pack(posted.tag, posted.num_bytes), dtype=np.uint8)
+        left = deque((envelope, *posted.pieces))
+        while left:
+            calls: list[Any] = [left[index] for index in range(min(len(left), _MAX_PIECES))]
+            _advance(left, self._socket.sendmsg(calls))
+        with self._changed:
+            self._queue.popleft()
+        posted.end()
+        return True
+
+
+class Receiving(_Worker):
+    def __init__(self, connection: socket.socket, on_broken: Callable[[], None]) -> None:
+        self._wanted: dict[int, deque[Posted]] = defaultdict(deque)
+        self._envelope = np.zeros(_ENVELOPE.size, dtype=np.uint8)
+        super().__init__(connection, on_broken, "kv-tcp-recv")
+
+    def _add(self, posted: Posted) -> None:
+        self._wanted[posted.tag].append(posted)
+
+    def _take_all(self) -> Iterable[Posted]:
+        taken, self._wanted = self._wanted, defaultdict(deque)
+        return (posted for queue in taken.values() for posted in queue)
+
+    def _move_one(self) -> bool:
+        if not self._fill([self._envelope], _ENVELOPE.size):
+            return False
+        tag, num_bytes = _ENVELOPE.unpack(self._envelope.tobytes())
+        posted = self._wait_for(tag)
+        if posted is None:
+            return False
+        if num_bytes > posted.num_bytes:
+            # What follows could not be told from the rest of it: the connection is of no use.
+            self._drop(tag)
+            posted.end(FailureReason.FRAME_MALFORMED)
+            return False
+        if not self._fill(posted.pieces, num_bytes, posted.examine):
+            return False
+        self._drop(tag)
+        posted.end()
+        return True
+
+    def _wait_for(self, tag: int) -> Posted | None:
+        """The receive posted for `tag`; it stays posted until its bytes are there."""
+        with self._changed:
+            while not self._wanted.get(tag):
+                if self._is_stopped or _is_reset(self._socket):
+                    return None
+                self._changed.wait(_LOOK_SECONDS)
+            return self._wanted[tag][0]
+
+    def _drop(self, tag: int) -> None:
+        with self._changed:
+            queue = self._wanted[tag]
+            queue.popleft()
+            if not queue:
+                del self._wanted[tag]
+
+    def _fill(
+        self, pieces: Sequence[Piece], num_bytes: int, examine: Examine | None = None
+    ) -> bool:
+        """The next `num_bytes` of the stream, into the front of `pieces`; False at its end."""
+        whole = deque(pieces)
+        last = _cut_to(whole, num_bytes)
+        while whole:
+            batch = _take(whole, _EXAMINED_BYTES if examine is not None else num_bytes)
+            if not self._read(batch):
+                return False
+            if examine is not None:
+                examine(batch)
+        return last is None or self._read([last])
+
+    def _read(self, pieces: Sequence[Piece]) -> bool:
+        left = deque(pieces)
+        while left:
+            calls: list[Any] = [left[index] for index in range(min(len(left), _MAX_PIECES))]
+            received, *_ = self._socket.recvmsg_into(calls, 0, socket.MSG_WAITALL)
+            if received == 0:
+                return False
+            _advance(left, received)
+        return True
+
+
+def _is_reset(connection: socket.socket) -> bool:
+    """Whether the peer is gone. Asked while nothing is read, which would tell."""
+    poll = select.poll()
+    poll.register(connection, 0)
+    return bool(poll.poll(0))
+
+
+def _cut_to(pieces: deque[Piece], num_bytes: int) -> Piece | None:
+    """Keep the pieces that `num_bytes` fill; the rest of these bytes go into what is returned."""
+    surplus = sum([piece.nbytes for piece in pieces]) - num_bytes
+    while surplus > 0:
+        last = pieces.pop()
+        surplus -= last.nbytes
+        if surplus < 0:
+            return last[:-surplus]
+    return None
+
+
+def _take(pieces: deque[Piece], num_bytes: int) -> list[Piece]:
+    """From the front, at least one, until there are `num_bytes`."""
+    taken = [pieces.popleft()]
+    num_bytes -= taken[0].nbytes
+    while pieces and num_bytes >= pieces[0].nbytes:
+        taken.append(pieces.popleft())
+        num_bytes -= taken[-1].nbytes
+    return taken
+
+
+def _advance(left: deque[Piece], num_bytes: int) -> None:
+    """Take `num_bytes` from the front, and pieces of no bytes."""
+    while left and num_bytes >= left[0].nbytes:
+        num_bytes -= left.popleft().nbytes
+    if num_bytes:
+        left[0] = left[0][num_bytes:]

@@ -1,0 +1,180 @@
+"""Plain TCP moves messages of many pieces, and ends all that was posted when either side ends."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+
+from cluster.errors import ConfigError, TransferFailed
+from kv_transfer.transports.tcp import TcpEndpoint, TcpTransport
+from tests.kv_twins import until
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+
+    from kv_transfer.transports.base import Endpoint
+
+
+@asynccontextmanager
+async def pair() -> AsyncIterator[tuple[TcpEndpoint, TcpEndpoint]]:
+    accepted: asyncio.Future[Endpoint] = asyncio.get_running_loop().create_future()
+    listening, connecting = (TcpTransport(connect_seconds=5.0) for _ in range(2))
+
+    def accept(session_id: int, endpoint: Endpoint) -> None:
+        assert session_id == 7
+        accepted.set_result(endpoint)
+
+    port = await listening.listen("127.0.0.1", 0, accept)
+    one = await connecting.connect("127.0.0.1", port, 7)
+    other = await accepted
+    assert isinstance(other, TcpEndpoint)
+    try:
+        yield one, other
+    finally:
+        await connecting.close()
+        await listening.close()
+
+
+def run(scenario: Callable[[TcpEndpoint, TcpEndpoint], Coroutine[None, None, None]]) -> None:
+    async def main() -> None:
+        async with asyncio.timeout(30), pair() as (one, other):
+            await scenario(one, other)
+
+    asyncio.run(main())
+
+
+def message(num_bytes: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (num_bytes,), dtype=torch.uint8, generator=generator)
+
+
+async def fails(operation: Awaitable[None]) -> str:
+    with pytest.raises(TransferFailed) as caught:
+        await operation
+    return str(caught.value.reason)
+
+
+@pytest.mark.parametrize("num_bytes", [1, 4096, 5_000_000])
+def test_a_message_arrives_whole_both_ways(num_bytes: int) -> None:
+    async def scenario(one: TcpEndpoint, other: TcpEndpoint) -> None:
+        for source, target in ((one, other), (other, one)):
+            sent, received = message(num_bytes), torch.zeros(num_bytes, dtype=torch.uint8)
+            await asyncio.gather(target.recv(received, 5), source.send(sent, 5))
+            assert torch.equal(sent, received)
+
+    run(scenario)
+
+
+def test_messages_of_a_tag_keep_their_order_and_a_short_one_fills_the_front() -> None:
+    async def scenario(one: TcpEndpoint, other: TcpEndpoint) -> None:
+        sent = [message(100, seed) for seed in range(3)]
+        received = [torch.zeros(200, dtype=torch.uint8) for _ in range(3)]
+        operations = [other.recv(buffer, 5) for buffer in received]
+        operations += [one.send(buffer, 5) for buffer in sent]
+        await asyncio.gather(*operations)
+        for ours, theirs in zip(sent, received, strict=True):
+            assert torch.equal(theirs[:100], ours)
+            assert not theirs[100:].any()
+
+    run(scenario)
+
+
+def test_pieces_are_gathered_and_scattered_wherever_they_lie() -> None:
+    """More of them than one call of the kernel takes, cut differently on both sides."""
+
+    async def scenario(one: TcpEndpoint, other: TcpEndpoint) -> None:
+        sent, received = message(3000 * 32), torch.zeros(3000 * 32, dtype=torch.uint8)
+        pieces = [sent.numpy()[start : start + 32] for start in range(0, len(sent), 32)]
+        targets = [received.numpy()[start : start + 40] for start in range(0, len(sent), 40)]
+        await asyncio.gather(other.recv_pieces(targets, 9), one.send_pieces(pieces, 9))
+        assert torch.equal(sent, received)
+
+    run(scenario)
+
+
+def test_a_message_waits_for_its_receive() -> None:
+    async def scenario(one: TcpEndpoint, other: TcpEndpoint) -> None:
+        sent, received = message(64), torch.zeros(64, dtype=torch.uint8)
+        await one.send(sent, 5)
+        await other.recv(received, 5)
+        assert torch.equal(sent, received)
+
+    run(scenario)
+
+
+def test_the_end_of_one_side_ends_what_is_posted_on_both() -> None:
+    async def scenario(one: TcpEndpoint, other: TcpEndpoint) -> None:
+        ends: list[str] = []
+        one.on_close(lambda: ends.append("one"))
+        other.on_close(lambda: ends.append("other"))
+        waiting = [other.recv(torch.zeros(8, dtype=torch.uint8), tag) for tag in (1, 2)]
+        stuck = [one.send(message(30_000_000), 3) for _ in range(2)]  # nobody receives them
+        assert await one.close()
+        assert {await fails(each) for each in (*waiting, *stuck)} == {"link_lost"}
+        await until(lambda: sorted(ends) == ["one", "other"])
+        assert await fails(one.send(message(8), 1)) == "link_lost"
+        assert await fails(other.recv(torch.zeros(8, dtype=torch.uint8), 1)) == "link_lost"
+        assert await one.close()
+        other.on_close(lambda: ends.append("late"))
+        assert ends.count("late") == 1
+
+    run(scenario)
+
+
+def test_a_message_longer_than_its_receive_fails_it_and_ends_the_connection() -> None:
+    async def scenario(one: TcpEndpoint, other: TcpEndpoint) -> None:
+        small = torch.zeros(10, dtype=torch.uint8)
+        receiving, next_one = other.recv(small, 5), other.recv(small, 5)
+        one.send(message(11), 5).add_done_callback(lambda done: done.exception())
+        assert await fails(receiving) == "frame_malformed"
+        assert await fails(next_one) == "link_lost"
+        assert not small.any()
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("hello", [b"", b"GET / HTTP/1.1\r\n\r\n", b"BATONTCP", b"\0" * 16])
+def test_a_peer_that_speaks_something_else_is_closed_unread(hello: bytes) -> None:
+    async def main() -> None:
+        transport = TcpTransport(connect_seconds=0.2)
+        port = await transport.listen("127.0.0.1", 0, lambda *_: pytest.fail("accepted"))
+        with socket.create_connection(("127.0.0.1", port), timeout=10) as peer:
+            peer.sendall(hello)
+            with contextlib.suppress(ConnectionResetError):  # some of it was never read
+                assert await asyncio.to_thread(peer.recv, 1) == b""
+        await transport.close()
+
+    asyncio.run(main())
+
+
+def test_nobody_there_and_somebody_else_there_are_typed_failures() -> None:
+    async def main() -> None:
+        transport = TcpTransport(connect_seconds=1.0)
+        server = await asyncio.start_server(lambda _, writer: writer.close(), "127.0.0.1", 0)
+        port = server.sockets[0].getsockname()[1]
+        assert await fails(transport.connect("127.0.0.1", port, 1)) == "transport_refused"  # type: ignore[arg-type]
+        server.close()
+        await server.wait_closed()
+        assert await fails(transport.connect("127.0.0.1", port, 1)) == "link_lost"  # type: ignore[arg-type]
+        await transport.close()
+
+    asyncio.run(main())
+
+
+def test_it_listens_on_the_address_that_it_was_given_and_says_when_it_is_taken() -> None:
+    async def main() -> None:
+        one, other = (TcpTransport(connect_seconds=1.0) for _ in range(2))
+        port = await one.listen("127.0.0.1", 0, lambda *_: None)
+        with pytest.raises(ConfigError) as caught:
+            await other.listen("127.0.0.1", port, lambda *_: None)
+        assert caught.value.param == "kv_port"
+        await other.close()
+        await one.close()
+
+    asyncio.run(main())
