@@ -11,6 +11,7 @@ from tests.mutations.transfer_rows import (
     RECEIVER,
     SENDER,
     SESSION,
+    TIME,
 )
 
 CATALOGUE = "tests/kv_transfer/test_bug_catalogue_failures.py::test_"
@@ -191,19 +192,19 @@ FAILURE_ROWS = (
                 "            if now < lease.deadline:\n"
                 "                break\n"
                 "            expired.append(lease.id)",
-                CATALOGUE + "a_sweep_reaches_expired_leases_behind_a_live_one",
+                TIME + "a_sweep_reaches_expired_leases_behind_a_live_one",
             ),
             Mutation(
                 SENDER,
                 "self._leases.renew(renew.transfer_id, renew.extend_seconds, self._clock())",
                 "pass",
-                CATALOGUE + "a_renewal_that_is_pushed_keeps_the_sources",
+                TIME + "a_renewal_that_is_pushed_keeps_the_sources",
             ),
             Mutation(
                 INTAKE,
                 "            self._leases.renew(transfer_id, extend_seconds, now)\n",
                 "            pass\n",
-                CATALOGUE + "a_renewal_that_is_pushed_keeps_the_sources",
+                TIME + "a_renewal_that_is_pushed_keeps_the_sources",
             ),
         ),
     ),
@@ -215,13 +216,13 @@ FAILURE_ROWS = (
                 RECEIVER,
                 "        self._sweeping = asyncio.create_task(self._sweep_forever())\n",
                 "        self._sweeping = asyncio.create_task(asyncio.sleep(0))\n",
-                CATALOGUE + "what_has_run_out_is_cleaned_up_with_no_new_work[decode]",
+                TIME + "what_has_run_out_is_cleaned_up_with_no_new_work[decode]",
             ),
             Mutation(
                 SENDER,
                 "        self._sweeping = asyncio.create_task(self._sweep_forever())\n",
                 "        self._sweeping = asyncio.create_task(asyncio.sleep(0))\n",
-                CATALOGUE + "what_has_run_out_is_cleaned_up_with_no_new_work[prefill]",
+                TIME + "what_has_run_out_is_cleaned_up_with_no_new_work[prefill]",
             ),
             Mutation(
                 "cluster/member.py",
@@ -247,13 +248,13 @@ FAILURE_ROWS = (
                 SENDER,
                 "            del self._peers[peer.node_id]\n",
                 "            pass\n",
-                CATALOGUE + "a_decode_node_that_was_lost_once_is_used_again",
+                TIME + "a_decode_node_that_was_lost_once_is_used_again",
             ),
             Mutation(
                 "kv_transfer/receiving/incoming_transfers.py",
                 "return [transfer for transfer in self if transfer.session_id == session_id]",
                 "return list(self)",
-                CATALOGUE + "the_death_of_one_prefill_node_is_nothing_to_another",
+                TIME + "the_death_of_one_prefill_node_is_nothing_to_another",
             ),
             Mutation(
                 "cluster/redis_client.py",

@@ -5,6 +5,8 @@ from __future__ import annotations
 from tests.mutations.row import Mutation, Row
 
 CATALOGUE = "tests/kv_transfer/test_bug_catalogue.py::test_"
+OWNERS = "tests/kv_transfer/test_bug_catalogue_owners.py::test_"
+TIME = "tests/kv_transfer/test_bug_catalogue_time.py::test_"
 INCOMING = "kv_transfer/receiving/incoming.py"
 INTAKE = "kv_transfer/receiving/intake.py"
 ENDINGS = "kv_transfer/receiving/endings.py"
@@ -147,37 +149,37 @@ TRANSFER_ROWS = (
                 INCOMING,
                 "if ticket != (incarnation, self.epoch, self.nonce):",
                 "if ticket is None:",
-                CATALOGUE + "a_frame_of_an_earlier_owner_is_not_taken",
+                OWNERS + "a_frame_of_an_earlier_owner_is_not_taken",
             ),
             Mutation(
                 INTAKE,
                 "if transfer is None or (transfer.nonce, transfer.epoch) != (nonce, epoch):",
                 "if transfer is None:",
-                CATALOGUE + "a_commit_of_an_earlier_owner_starts_nothing",
+                OWNERS + "a_commit_of_an_earlier_owner_starts_nothing",
             ),
             Mutation(
                 INTAKE,
                 "if epoch != transfer.abort_epoch:",
                 "if epoch is None:",
-                CATALOGUE + "an_acknowledgement_of_an_earlier_abort_frees_nothing",
+                OWNERS + "an_acknowledgement_of_an_earlier_abort_frees_nothing",
             ),
             Mutation(
                 "kv_transfer/receiving/incoming_transfers.py",
                 "if self.find(sequence.transfer_id) is not None:",
                 "if sequence.transfer_id in self._active:",
-                CATALOGUE + "a_ticket_is_for_one_transfer_and_a_transfer_for_one_ticket",
+                OWNERS + "a_ticket_is_for_one_transfer_and_a_transfer_for_one_ticket",
             ),
             Mutation(
                 "kv_transfer/staging.py",
                 "self._free.append(replace(slot, generation=slot.generation + 1))",
                 "self._free.append(slot)",
-                CATALOGUE + "who_kept_a_staging_slot_too_long_is_told_from_its_next_owner",
+                OWNERS + "who_kept_a_staging_slot_too_long_is_told_from_its_next_owner",
             ),
             Mutation(
                 RECEIVER,
                 "if not self._succession.admit(peer):",
                 "if False:",
-                CATALOGUE + "a_process_that_was_replaced_does_not_end_its_successors_session",
+                OWNERS + "a_process_that_was_replaced_does_not_end_its_successors_session",
             ),
         ),
     ),
@@ -217,15 +219,13 @@ TRANSFER_ROWS = (
                 "kv_transfer/agent.py",
                 "endpoint.on_close(lambda: self._forget(endpoint))",
                 "pass",
-                "tests/kv_transfer/test_bug_catalogue_failures.py::"
-                "test_a_dead_peer_leaves_no_connection_behind",
+                TIME + "a_dead_peer_leaves_no_connection_behind",
             ),
             Mutation(
                 RECEIVER,
                 "session = self._sessions.pop(session_id)",
                 "session = self._sessions[session_id]",
-                "tests/kv_transfer/test_bug_catalogue_failures.py::"
-                "test_a_dead_peer_leaves_no_connection_behind",
+                TIME + "a_dead_peer_leaves_no_connection_behind",
             ),
         ),
     ),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -372,3 +372,15 @@ class IntakeWorld:
         was_acked = getattr(side, "_acked", False)
         side._acked = True  # type: ignore[attr-defined]
         return was_acked
+
+
+def reserved_world(*, num_frames: int = 1) -> IntakeWorld:
+    """Its blocks are set aside, the ticket is out."""
+    world = IntakeWorld(num_frames=num_frames)
+    world.answer(world.side)
+    return world
+
+
+def of_kind(world: IntakeWorld, kind: type) -> list[Any]:
+    """What the intake said of this kind."""
+    return [sent for sent in world.sent if isinstance(sent, kind)]

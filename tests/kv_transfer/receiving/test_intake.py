@@ -33,6 +33,7 @@ from tests.kv_transfer.receiving.intake_world import (
     IntakeWorld,
     make_header,
     make_sequence,
+    reserved_world,
 )
 
 HAPPY = ("answer", "post0", "arrive0", "end0", "commit", "started")
@@ -71,12 +72,6 @@ def test_without_trouble_every_order_starts_the_sequence() -> None:
 
     steps = (*HAPPY, "post1", "arrive1", "end1")
     assert explore(lambda: Untroubled(num_frames=2), steps) > 5
-
-
-def reserved_world(*, num_frames: int = 1) -> IntakeWorld:
-    world = IntakeWorld(num_frames=num_frames)
-    world.answer(world.side)
-    return world
 
 
 def last(world: IntakeWorld, kind: type) -> object:
