@@ -9,8 +9,11 @@ from cluster.errors import (
     HandshakeMismatch,
     LeaseExpired,
     ServingError,
+    TransferError,
     TransferFailed,
 )
+
+RETRY_SECONDS = 1.0  # a broken pair is noticed, cut and connected anew in less
 
 
 class FailureReason(StrEnum):
@@ -75,7 +78,11 @@ _CLASSES: dict[FailureReason, type[ServingError]] = {
 def failure(reason: FailureReason) -> ServingError:
     """The typed error of a cause."""
     cls = _CLASSES.get(reason, TransferFailed)
-    return cls(_MESSAGES.get(reason, _MESSAGES[FailureReason.ABORTED]), reason=reason.value)
+    return cls(
+        _MESSAGES.get(reason, _MESSAGES[FailureReason.ABORTED]),
+        reason=reason.value,
+        retry_after_seconds=RETRY_SECONDS if issubclass(cls, TransferError) else None,
+    )
 
 
 def failure_label(error: ServingError) -> str:

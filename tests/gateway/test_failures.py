@@ -164,6 +164,20 @@ def test_an_error_before_the_first_token_has_its_own_status(running: RunningGate
     everything_is_given_back(running)
 
 
+def test_a_client_is_told_the_cause_of_kv_that_was_not_loaded_and_when_to_return(
+    running: RunningGateway,
+) -> None:
+    for reason, cause in (("digest_mismatch", "digest_mismatch"), ("incomplete", "unknown")):
+        running.prefill.error = TransferFailed(
+            "The KV did not arrive.", reason=reason, retry_after_seconds=1.0
+        )
+        response = post(running)
+        assert response.json()["error"]["cause"] == cause
+        assert response.headers["retry-after"] == "1"
+        assert response.headers["x-request-id"]
+    running.until(lambda: len(running.decode.cancelled) == 2)
+
+
 def test_an_error_after_the_first_token_is_an_event(running: RunningGateway) -> None:
     running.decode.error = TransferFailed("The KV did not arrive.")
     running.do(running.decode.gates.start.clear)

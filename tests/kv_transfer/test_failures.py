@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from cluster.errors import DeadlineExceeded, HandshakeMismatch, LeaseExpired, TransferFailed
+from cluster.errors import (
+    DeadlineExceeded,
+    HandshakeMismatch,
+    LeaseExpired,
+    TransferError,
+    TransferFailed,
+)
 from kv_transfer.failures import FailureReason, failure, failure_label
 
 
@@ -14,6 +20,7 @@ def test_every_reason_makes_a_retryable_error_that_names_it(reason: FailureReaso
     assert (error.reason, error.retryable) == (reason.value, True)
     assert error.message
     assert failure_label(error) == reason.value
+    assert (error.retry_after_seconds is not None) is isinstance(error, TransferError)
 
 
 @pytest.mark.parametrize(
