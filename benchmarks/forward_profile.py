@@ -189,7 +189,7 @@ def section(title: str, run: Callable[[], object], milliseconds: float) -> str:
 
 def measure(arguments: argparse.Namespace) -> str:
     torch.manual_seed(arguments.seed)
-    longest = max(*arguments.prefill, arguments.context)
+    longest = max([*arguments.prefill, arguments.context])
     rows = max(arguments.decode, default=0)
     num_tokens = max(longest, rows * (arguments.context + BLOCK_SIZE))
     model = Model(arguments.shape, num_tokens, longest, is_fp8=arguments.fp8)
