@@ -15,7 +15,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -41,21 +40,17 @@ class SplitShape(NamedTuple):
 def split_shape(kv_layer: torch.Tensor) -> SplitShape:
     """What reads such KV fastest on an H200: 132 multiprocessors with 227 KiB of shared memory.
 
-    A tile's keys are at most 16 KiB. As many programs as here fit on a multiprocessor, no more:
-    otherwise those that are launched while the kernel in front still ends crowd on some of them.
+    A tile's keys are at most 16 KiB. Few warps wait for each other less often; while those of one
+    program do, the other programs' loads are on their way. As many programs as here fit on a
+    multiprocessor, no more: otherwise those that are launched while the kernel in front still ends
+    crowd on some of them.
     """
     itemsize, head_size = kv_layer.element_size(), kv_layer.shape[4]
     tile = max(16, min(64, (16 << 10) // (itemsize * next_power_of_two(head_size))))
-    if itemsize == 1 and head_size <= 128:
-        return SplitShape(tile, programs=4, num_warps=2, num_stages=3)
-    num_stages = 4 if itemsize == 2 and _has_large_shared_memory(kv_layer.device) else 3
-    return SplitShape(tile, programs=2, num_warps=8 if itemsize == 4 else 4, num_stages=num_stages)
-
-
-@lru_cache(maxsize=16)
-def _has_large_shared_memory(device: torch.device) -> bool:
-    """Data centres' GPUs since Hopper; others have less than half of it."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] in (9, 10)
+    if head_size <= 128 and itemsize <= 2:
+        num_stages = 2 if itemsize * head_size > 128 else 3
+        return SplitShape(tile, programs=4, num_warps=2, num_stages=num_stages)
+    return SplitShape(tile, programs=2, num_warps=8 if itemsize == 4 else 4, num_stages=3)
 
 
 @dataclass(frozen=True, slots=True)
