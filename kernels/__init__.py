@@ -8,7 +8,7 @@ Who multiplies (the matrices of `engine/models/` choose; a row is a token, Hoppe
     16 bits     to 8 (in > 4096: to 4)    skinny_linear      Gluon, Hopper       norm, act, residual
                 to 48, 4k to 8k outputs   thin_linear        Gluon, Hopper       residual
                 gate/up to 64, 113-128    thin_gated_linear  Gluon, Hopper       act
-                gate/up that fill a GPU   gated_linear       Gluon, Hopper       act
+                gate/up: 256, and more    gated_linear       Gluon, Hopper       act
                 else                      the library, rms_norm, silu_mul
     float8      1                         skinny_linear      Gluon, Hopper       norm, act, residual
                 else, capability 8.9 on   fp8_linear (library's product, scale_product)

@@ -29,7 +29,7 @@ SMALLER = {
 
 
 def cases() -> Iterator[Case]:
-    for num_tokens in (32, 64, 128, 2048, 8192):
+    for num_tokens in (32, 64, 128, 256, 2048, 8192):
         yield gated_case(num_tokens)
     for name in SMALLER:
         yield thin_case(name, 32)

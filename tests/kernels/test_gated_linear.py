@@ -43,9 +43,10 @@ def test_both_halves_are_multiplied_and_activated(
     torch.testing.assert_close(actual.double(), expected, rtol=tolerance, atol=tolerance)
 
 
-def test_it_is_for_prompts_that_fill_its_tiles() -> None:
+def test_it_is_for_prompts_and_batches_that_fill_its_tiles() -> None:
     weight = torch.empty(2 * 14336, 4096, dtype=torch.bfloat16, device=CUDA)
-    fitting = [rows for rows in (16, 512, 2048, 8192) if fits_gated_linear(rows, weight)]
-    assert fitting == [2048, 8192]
+    counts = (16, 128, 192, 256, 512, 2048, 8192)
+    fitting = [rows for rows in counts if fits_gated_linear(rows, weight)]
+    assert fitting == [256, 2048, 8192]
     assert not fits_gated_linear(8192, weight.float())
     assert not fits_gated_linear(8192, weight.cpu())
