@@ -88,6 +88,7 @@ class Measurement:
         fetch_seconds: float,
     ) -> None:
         """`fetch_seconds`: what a step takes at least to fetch offloaded layers; 0 without."""
+        self.contexts: dict[str, int] = {}  # of decode: the mean of what the steps attended to
         self._run = run
         self._fetch_seconds = fetch_seconds
         self._ceilings = ceilings
@@ -108,9 +109,12 @@ class Measurement:
     def decode(self, num_seqs: int, context: int) -> Figure:
         steps = self._arguments.steps
         times = self._run.decode(num_seqs, context, steps)
-        read = decode_bytes(self._run.engine, num_seqs, context + steps // 2)
+        # The first prompts decode while the last are prefilled: contexts are longer than asked.
+        read = decode_bytes(self._run.engine, num_seqs, times.context)
         floor = max(read / self._ceilings.copy, self._fetch_seconds)
-        return self._figure(f"decode {num_seqs} x {context}", times.steps, floor, times.idle_share)
+        name = f"decode {num_seqs} x {context}"
+        self.contexts[name] = round(times.context)
+        return self._figure(name, times.steps, floor, times.idle_share)
 
     def _figure(
         self,
@@ -140,7 +144,7 @@ def prefill_flops(engine: Engine, num_tokens: int) -> int:
     return matrices + 2 * num_tokens**2 * model.num_heads * model.head_size * model.num_layers
 
 
-def decode_bytes(engine: Engine, num_seqs: int, context: int) -> float:
+def decode_bytes(engine: Engine, num_seqs: int, context: float) -> float:
     """All weights but the input embedding, of which a step reads one row per sequence; all KV."""
     model, layout = engine.model_config, engine.kv_layout
     unread = 0 if model.tie_word_embeddings else model.vocab_size * model.hidden_size
@@ -214,6 +218,8 @@ def measure(
         figures = [measurement.prefill(num_tokens) for num_tokens in arguments.prefill]
         for context in arguments.context:
             figures += [measurement.decode(num_seqs, context) for num_seqs in arguments.batch]
+        means = ", ".join(f"{name}: {mean}" for name, mean in measurement.contexts.items())
+        facts.append(f"mean context of the timed steps, which the floor counts: {means}")
     return figures, facts
 
 

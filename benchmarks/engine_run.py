@@ -51,9 +51,11 @@ class Settled:
 
 @dataclass(frozen=True, slots=True)
 class DecodeTimes:
-    """`steps`: seconds of each. `on_device`: what its graphs take alone; None without graphs."""
+    """`steps`: seconds of each. `on_device`: what its graphs take alone; None without graphs.
+    `context`: tokens of a sequence, in the mean of all and of the steps."""
 
     steps: list[float]
+    context: float
     on_device: float | None
 
     @property
@@ -112,20 +114,21 @@ class EngineRun:
     def decode(self, num_seqs: int, context: int, steps: int) -> DecodeTimes:
         """As `decode_seconds`, and what the graphs take alone. Not for several ranks, whose
         graphs wait for each other."""
-        times = self._decode(num_seqs, context, steps)
+        times, mean_context = self._decode(num_seqs, context, steps)
         on_device = self._loop.call(lambda: self._graph_seconds(num_seqs)).result(STEP_SECONDS)
         self._clear()
-        return DecodeTimes(times, on_device)
+        return DecodeTimes(times, mean_context, on_device)
 
     def decode_seconds(self, num_seqs: int, context: int, steps: int) -> list[float]:
         """Of each of `steps` steps of `num_seqs` sequences with `context` tokens or more."""
-        times = self._decode(num_seqs, context, steps)
+        times, _ = self._decode(num_seqs, context, steps)
         self._clear()
         return times
 
-    def _decode(self, num_seqs: int, context: int, steps: int) -> list[float]:
-        self.start_decode(num_seqs, context)
-        return self.step_seconds(steps)
+    def _decode(self, num_seqs: int, context: int, steps: int) -> tuple[list[float], float]:
+        """Seconds of each step, and the mean context they attend to."""
+        drawn = self.start_decode(num_seqs, context)
+        return self.step_seconds(steps), context + drawn / num_seqs + steps / 2
 
     def forget_steps(self) -> None:
         """What was not asked for."""
@@ -177,12 +180,15 @@ class EngineRun:
             raise RuntimeError(f"the weights do not behave like a model's: {said}")
         return said
 
-    def start_decode(self, num_seqs: int, context: int) -> None:
-        """Until all decode and the first steps of theirs are over."""
+    def start_decode(self, num_seqs: int, context: int) -> int:
+        """Until all decode and the first steps of theirs are over. Tokens drawn meanwhile."""
         self._add([self._sequence(context) for _ in range(num_seqs)])
-        in_full = 0
+        in_full = drawn = 0
         while in_full < WARM_UP_STEPS:
-            in_full += len(self._next().deltas) == num_seqs
+            deltas = self._next().deltas
+            in_full += len(deltas) == num_seqs
+            drawn += sum(len(delta.token_ids) for delta in deltas)
+        return drawn
 
     def _next(self) -> Settled:
         step = self._recorder.steps.get(timeout=STEP_SECONDS)
