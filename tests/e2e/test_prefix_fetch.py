@@ -17,7 +17,10 @@ from prefill_node.node import PrefillNode
 from tests.e2e.split_pair import make_request, split_pair
 
 if TYPE_CHECKING:
+    import torch
+
     from cluster.request import SequenceRequest
+    from kv_transfer.transports.base import Endpoint, Transport
     from prefill_node.prefix_fetches import FetchStats
     from tests.checkpoints import OpenEngine
     from tests.e2e.split_pair import Answer, SplitPair
@@ -148,6 +151,39 @@ def test_a_transfer_that_breaks_off_is_computed(
             assert answer.token_ids == wanted
             assert answer.num_cached_tokens == 0
             assert fetched(pair).num_failed == 1
+
+    asyncio.run(run())
+
+
+def test_a_prefix_that_arrives_changed_is_computed(pair_of: PairOf) -> None:
+    def spoil(transport: Transport) -> None:
+        """Flip a bit of every payload; headers go under the session's own tag."""
+        connect = transport.connect
+
+        async def spoiled(host: str, port: int, session_id: int) -> Endpoint:
+            endpoint = await connect(host, port, session_id)
+            send = endpoint.send
+
+            def flipped(buffer: torch.Tensor, tag: int) -> asyncio.Future[None]:
+                message = buffer.clone()
+                message[0] ^= tag != session_id
+                return send(message, tag)
+
+            endpoint.send = flipped  # type: ignore[method-assign]
+            return endpoint
+
+        transport.connect = spoiled  # type: ignore[method-assign]
+
+    async def run() -> None:
+        async with pair_of() as pair:
+            wanted = await computed(pair, b"first")
+            await pair.warm([], [prompt_of(b"second")])
+            spoil(pair.decode.agent.transport)
+            answer = await ask(pair, b"second")
+            assert answer.token_ids == wanted
+            assert answer.num_cached_tokens == 0
+            assert fetched(pair).num_failed == 1
+            assert any("digest" in reason for reason, _ in pair.prefill.agent.stats.failures)
 
     asyncio.run(run())
 
