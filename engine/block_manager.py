@@ -67,10 +67,10 @@ class BlockManager:
         self._free = self._blocks[::-1]
         self._journal = CacheJournal()
         self._cache = PrefixCache(self._journal)
-        self._host: HostBlocks | None = None
+        self.host: HostBlocks | None = None  # what goes on between the pool and host memory
         if num_host_blocks and enable_prefix_caching:
             tier = HostTier(num_host_blocks, self._journal)
-            self._host = HostBlocks(self, tier, num_ahead=num_ahead, num_at_once=num_at_once)
+            self.host = HostBlocks(self, tier, num_ahead=num_ahead, num_at_once=num_at_once)
         self._sequences: dict[Sequence, None] = {}  # those with a block table
         self._holds: dict[Hold, None] = {}
         self._reservations: dict[Reservation, None] = {}
@@ -154,8 +154,8 @@ class BlockManager:
         """Drop the sequence's references, at the latest when the steps launched so far are
         collected; its KV is not here any more. Idempotent."""
         self._sequences.pop(sequence, None)
-        if self._host is not None:
-            self._host.leave(sequence)
+        if self.host is not None:
+            self.host.leave(sequence)
         table, sequence.block_table = sequence.block_table, []
         sequence.num_computed_tokens = 0
         sequence.num_registered_blocks = 0
@@ -166,8 +166,8 @@ class BlockManager:
     def preempt(self, sequence: Sequence) -> None:
         """`free`, for a sequence that will want its KV again; nothing is in flight. It goes to
         host memory as far as there is room."""
-        if self._host is not None:
-            self._host.save(sequence)
+        if self.host is not None:
+            self.host.save(sequence)
         self.free(sequence)
 
     def step_launched(self) -> None:
@@ -251,8 +251,8 @@ class BlockManager:
         """Forget every computed block; sequences keep theirs, and never register them.
         Returns how many were forgotten."""
         num_forgotten = len(self._journal.hashes())
-        if self._host is not None:
-            self._host.tier.clear()
+        if self.host is not None:
+            self.host.tier.clear()
         self._reclaim(self._cache.clear(), is_eviction=False)
         for sequence in self._sequences:
             sequence.is_cacheable = False
@@ -265,8 +265,8 @@ class BlockManager:
         extends them, again. Costs a walk over all owners; for failures only."""
         suspects = set(sequence.block_table)
         hashes = sequence.block_hashes[: len(sequence.block_table)]
-        if self._host is not None:
-            self._host.tier.forget(hashes)
+        if self.host is not None:
+            self.host.tier.forget(hashes)
         self._reclaim(self._cache.forget(hashes), is_eviction=False)
         for other in self._sequences:
             if not suspects.isdisjoint(other.block_table):
@@ -278,18 +278,13 @@ class BlockManager:
     # ---- host memory --------------------------------------------------------------------
 
     @property
-    def host(self) -> HostBlocks | None:
-        """What happens between the pool and host memory; None without."""
-        return self._host
-
-    @property
     def num_coming_blocks(self) -> int:
         """Blocks that can be taken once copies that run now have ended."""
-        return 0 if self._host is None else self._host.num_coming_blocks
+        return 0 if self.host is None else self.host.num_coming_blocks
 
     def would_load(self, sequence: Sequence) -> bool:
         """Whether `allocate` would begin a load for this sequence, which has no blocks."""
-        if self._host is None:
+        if self.host is None:
             return False
         return bool(self._find(sequence)[1])
 
@@ -312,8 +307,8 @@ class BlockManager:
         block_audit.check_counts(self._blocks, tables)
         self._cache.check_integrity()
         block_audit.check_states(self._blocks, self._free, list(self._cache.parked()))
-        if self._host is not None:
-            self._host.tier.check_integrity()
+        if self.host is not None:
+            self.host.tier.check_integrity()
 
     # ---- steps --------------------------------------------------------------------------
 
@@ -338,15 +333,15 @@ class BlockManager:
         if sequence.num_preemptions == 0:
             sequence.num_cached_tokens = sequence.num_computed_tokens
         self._sequences[sequence] = None
-        if self._host is not None and entries:
-            self._host.load(sequence, entries)
+        if self.host is not None and entries:
+            self.host.load(sequence, entries)
         return True
 
     def _find(self, sequence: Sequence) -> tuple[list[Block], list[HostEntry] | None]:
         """What the pool has of its beginning, and what host memory has behind that."""
         limit = (sequence.num_tokens - 1) // self.block_size
         found = self._cache.match(sequence.block_hashes, limit)
-        return found, self._host.find(sequence, len(found), limit) if self._host else []
+        return found, self.host.find(sequence, len(found), limit) if self.host else []
 
     def _acquire(self, found: list[Block], num_blocks: int, headroom: int = 0) -> list[int] | None:
         """References to `found`, then to new blocks up to `num_blocks` in all."""
@@ -372,8 +367,8 @@ class BlockManager:
         for block in blocks:
             if block.ref_count == 0:
                 self._cache.unpark(block)
-                if self._host is not None:
-                    self._host.unparked(block)
+                if self.host is not None:
+                    self.host.unparked(block)
             block.ref_count += 1
 
     def _release(self, block_ids: Iterable[int], *, is_use: bool = True) -> None:
@@ -394,8 +389,8 @@ class BlockManager:
         if is_use:
             for block in blocks:
                 self._cache.park(block, self._num_releases)
-            if self._host is not None:
-                self._host.parked(blocks)
+            if self.host is not None:
+                self.host.parked(blocks)
         else:
             for block in blocks:
                 self._cache.park_saved(block)
@@ -403,8 +398,8 @@ class BlockManager:
     def _reclaim(self, blocks: list[Block], *, is_eviction: bool = True) -> None:
         """They are free: nobody refers to them, and they can be hit no more."""
         self._free.extend(blocks)
-        if self._host is not None:
-            (self._host.evicted if is_eviction else self._host.forgotten)(blocks)
+        if self.host is not None:
+            (self.host.evicted if is_eviction else self.host.forgotten)(blocks)
 
     def _register(
         self, table: SequenceOf[int], hashes: SequenceOf[BlockHash], indices: range
