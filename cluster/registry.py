@@ -14,6 +14,7 @@ Keys: `baton:nodes`, the set of names, and `baton:node:<name>`, one JSON documen
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from enum import Enum, auto
@@ -34,6 +35,7 @@ HEARTBEAT_SECONDS = 1.0
 TTL_SECONDS = 5.0
 MAX_ENTRY_BYTES = 4096
 MAX_NODES = 1024
+MAX_TRIES = 3  # of one heartbeat
 
 _FORMAT = 1
 _NAMES_KEY = "baton:nodes"
@@ -78,24 +80,27 @@ class Registry:
     async def heartbeat(self, info: NodeInfo) -> Heartbeat:
         """Renew the entry unless another incarnation has it."""
         entry = encode_entry(info)
-        key = _key(info.id.name)
 
         async def renew(client: aioredis.Redis) -> Heartbeat:
-            async with client.pipeline(transaction=True) as pipe:
-                await pipe.watch(key)
-                owner = await _owner(pipe, info.id.name)
-                if owner is not None and owner != info.id:
-                    return Heartbeat.REPLACED
-                pipe.multi()  # type: ignore[no-untyped-call]
-                self._queue_write(pipe, info.id.name, entry)
-                try:
-                    await pipe.execute()
-                except WatchError:  # somebody wrote this name just now
-                    is_ours = await _owner(client, info.id.name) == info.id
-                    return Heartbeat.RENEWED if is_ours else Heartbeat.REPLACED
-            return Heartbeat.RESTORED if owner is None else Heartbeat.RENEWED
+            for _ in range(MAX_TRIES):
+                with contextlib.suppress(WatchError):  # it was written, or it expired, just now
+                    return await self._renew_once(client, info, entry)
+            return Heartbeat.RESTORED  # for all that is known; the next heartbeat tries again
 
         return await self._store.call(renew)
+
+    async def _renew_once(self, client: aioredis.Redis, info: NodeInfo, entry: bytes) -> Heartbeat:
+        """Raises `WatchError` when the entry changed between reading and writing. That alone says
+        nothing of another owner: a Redis that stood still expires entries while they are read."""
+        async with client.pipeline(transaction=True) as pipe:
+            await pipe.watch(_key(info.id.name))
+            owner = await _owner(pipe, info.id.name)
+            if owner is not None and owner != info.id:
+                return Heartbeat.REPLACED
+            pipe.multi()  # type: ignore[no-untyped-call]
+            self._queue_write(pipe, info.id.name, entry)
+            await pipe.execute()
+        return Heartbeat.RESTORED if owner is None else Heartbeat.RENEWED
 
     async def withdraw(self, node: NodeId) -> None:
         """Remove the entry if it is still this incarnation's."""

@@ -133,6 +133,31 @@ def test_a_name_taken_between_read_and_write_is_not_overwritten(
     with_registry(scenario)
 
 
+def test_an_entry_that_expires_between_read_and_write_has_no_other_owner(
+    with_registry: Any,
+    raw_redis: redis.Redis,
+    make_node: Callable[..., NodeInfo],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As after a standstill of Redis that was longer than entries live: a node that took this for
+    its replacement would end, and all nodes at once."""
+    node = make_node("a", 1)
+
+    async def scenario(registry: Registry, _: Store) -> None:
+        await registry.announce(node)
+        queue_write = registry._queue_write
+
+        def expired(pipe: Any, name: str, entry: bytes) -> None:
+            raw_redis.delete("baton:node:a")
+            queue_write(pipe, name, entry)
+
+        monkeypatch.setattr(registry, "_queue_write", expired)
+        assert await registry.heartbeat(node) is Heartbeat.RESTORED
+        assert await registry.nodes() == [node]
+
+    with_registry(scenario)
+
+
 def test_announcing_forgets_names_whose_entry_expired(
     with_registry: Any, raw_redis: redis.Redis, make_node: Callable[..., NodeInfo]
 ) -> None:
