@@ -105,6 +105,7 @@ class Pair:
     decode: Node
     numbers: random.Random
     num_prompt_tokens: int
+    first_token_seconds: float = 0.0
 
     @property
     def nodes(self) -> tuple[Node, Node]:
@@ -134,14 +135,14 @@ class Pair:
         for node in self.nodes:
             await node.send(cancel=pb.Cancel(sequence_id=name))
 
-    async def until_phase(self, phase: str, name: str, first_token_seconds: float) -> None:
+    async def until_phase(self, phase: str, name: str) -> None:
         if phase == "queued":
             return
         if phase == "reserved on the decode node":
             while not any(s.sequence_id == name for s in await _sequences(self.decode)):
                 pass
         elif phase == "any moment before the first token":
-            await asyncio.sleep(self.numbers.uniform(0.0, first_token_seconds))
+            await asyncio.sleep(self.numbers.uniform(0.0, self.first_token_seconds))
         elif phase == "first token":
             await _until_deltas(self.prefill, name, 1)
         else:
@@ -177,39 +178,37 @@ async def _until_deltas(node: Node, name: str, count: int) -> None:
 
 async def measure(pair: Pair, repeats: int, burst: int) -> dict[str, list[Took]]:
     """Seconds until whole, by phase. The first hand-off pairs the nodes and is not counted."""
-    first_token_seconds = await warm_up(pair)
+    await warm_up(pair)
     took: dict[str, list[Took]] = {}
     took["nothing runs (floor)"] = [await pair.whole_after() for _ in range(repeats)]
     for phase in PHASES:
         took[phase] = []
         for _ in range(repeats):
             name = await pair.submit()
-            await pair.until_phase(phase, name, first_token_seconds)
+            await pair.until_phase(phase, name)
             await pair.cancel(name)
             took[phase].append(await pair.whole_after())
     label = f"{burst} at once, any moment"
     took[label] = []
     for _ in range(max(1, repeats // 4)):
         names = [await pair.submit() for _ in range(burst)]
-        await asyncio.sleep(pair.numbers.uniform(0.0, 4 * first_token_seconds))
+        await asyncio.sleep(pair.numbers.uniform(0.0, 4 * pair.first_token_seconds))
         for name in names:
             await pair.cancel(name)
         took[label].append(await pair.whole_after())
     return took
 
 
-async def warm_up(pair: Pair) -> float:
-    """Seconds to the first token of a lone prompt."""
-    seconds = 0.0
+async def warm_up(pair: Pair) -> None:
+    """Connects the nodes, and times the first token of a lone prompt."""
     for _ in range(3):
         began = time.perf_counter()
         name = await pair.submit()
         await _until_deltas(pair.prefill, name, 1)
-        seconds = time.perf_counter() - began
+        pair.first_token_seconds = time.perf_counter() - began
         await _until_deltas(pair.decode, name, 6)
         await pair.cancel(name)
         await pair.whole_after()
-    return seconds
 
 
 async def _connect(stack: AsyncExitStack, view: dict[str, Any]) -> Node:
@@ -237,7 +236,9 @@ def _nodes(serve: ServeProcess) -> dict[str, dict[str, Any]]:
     return {view["role"]: view for view in views}
 
 
-async def _run(serve: ServeProcess, arguments: argparse.Namespace) -> dict[str, list[Took]]:
+async def _run(
+    serve: ServeProcess, arguments: argparse.Namespace
+) -> tuple[dict[str, list[Took]], Pair]:
     views = _nodes(serve)
     async with AsyncExitStack() as stack:
         prefill = await _connect(stack, views["prefill"])
@@ -246,7 +247,7 @@ async def _run(serve: ServeProcess, arguments: argparse.Namespace) -> dict[str, 
         most = int(views["decode"]["max_model_len"]) - NUM_TOKENS_OUT - 1
         pair = Pair(prefill, decode, random.Random(0), min(arguments.prompt_tokens, most))
         try:
-            return await measure(pair, arguments.repeats, arguments.burst)
+            return await measure(pair, arguments.repeats, arguments.burst), pair
         finally:
             for node in pair.nodes:
                 await node.session.done_writing()
@@ -279,14 +280,15 @@ def main() -> None:
     arguments = parser.parse_args()
     with ServeProcess() as serve:
         serve.wait_until_ready()
-        took = asyncio.run(_run(serve, arguments))
+        took, pair = asyncio.run(_run(serve, arguments))
     print(table(took))
     if arguments.write:
         command = f"python -m benchmarks.abort --repeats {arguments.repeats}"
         facts = [
             f"command: `{command} --write`",
-            "a step that runs keeps its blocks to its end: on a prefill node of this machine up to "
-            "512 tokens",
+            f"prompts of {pair.num_prompt_tokens} tokens; alone, the first token came after "
+            f"{1000 * pair.first_token_seconds:.0f} ms. A step that runs, here of up to 512 "
+            "tokens, keeps its blocks to its end",
             f"load of the machine: {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores",
             *machine_facts(),
         ]
