@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kv_transfer.protocol import pack_header
+from kv_transfer.protocol import pack_header, parse_header
 from tests.kv_transfer.model.memory import LIMITS
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ class Frame:
     header: bytes
     payload: NDArray[np.uint64]
     settle: Callable[[ServingError | None], None] = lambda _: None
+    is_spoilt: bool = False  # its header cannot be read
 
     @classmethod
     def of(cls, header: FrameHeader, payload: NDArray[np.uint64]) -> Frame:
@@ -39,6 +40,11 @@ class Frame:
         """The send has ended, at the latest here."""
         settle, self.settle = self.settle, lambda _: None
         settle(error)
+
+    def of_another_owner(self) -> Frame:
+        """Well formed, but under another ticket, and with other bytes."""
+        header = parse_header(memoryview(self.header), LIMITS)
+        return Frame.of(replace(header, epoch=header.epoch - 2), ~self.payload)
 
     def again(self) -> Frame:
         return replace(self, payload=self.payload.copy(), settle=lambda _: None)

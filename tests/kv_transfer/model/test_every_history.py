@@ -129,7 +129,7 @@ class History(RuleBasedStateMachine):
     @precondition(lambda self: self.nodes.wired() and "spoil" in self.faults)
     @rule(
         pick=PICK,
-        how=st.sampled_from(["twice", "late", "never", "payload", "header"]),
+        how=st.sampled_from(["twice", "late", "never", "stale", "payload", "header"]),
         byte=st.integers(0, 70),
     )
     def spoil_a_frame(self, pick: int, how: str, byte: int) -> None:
@@ -141,12 +141,15 @@ class History(RuleBasedStateMachine):
             case "late":
                 wire.remove(frame)
                 wire.append(frame)
+            case "stale" if not frame.is_spoilt:
+                wire.appendleft(frame.of_another_owner())
             case "never":
                 wire.remove(frame)
                 frame.end(None)
             case "payload":
                 frame.payload[0, 0] ^= type(frame.payload[0, 0])(1 << byte % 64)
-            case _:
+            case "header":
+                frame.is_spoilt = True
                 header = bytearray(frame.header)
                 header[byte % len(header)] ^= 1
                 frame.header = bytes(header)
