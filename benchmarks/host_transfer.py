@@ -210,7 +210,10 @@ def main() -> None:
             command += f" --tls {arguments.tls}"
         facts = [f"- command: `{command}`", *(f"- {each}" for each in (*used, *machine_facts()))]
         name = f"host transfer {arguments.tls or 'default'}"
-        write_section(name, "KV transfer in host memory", "\n".join([*lines, "", *facts]))
+        title = "KV transfer in host memory"
+        if arguments.tls is not None:
+            title += f", by UCX ({arguments.tls})"
+        write_section(name, title, "\n".join([*lines, "", *facts]))
 
 
 if __name__ == "__main__":

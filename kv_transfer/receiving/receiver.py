@@ -76,7 +76,6 @@ class KVReceiver:
     ) -> None:
         self.node_id = node_id
         self.agent = agent
-        self.data_port = 0
         self._compatibility = compatibility
         self._source = source
         self._clock = clock
@@ -97,6 +96,10 @@ class KVReceiver:
         )
 
     @property
+    def data_port(self) -> int:
+        return self.agent.transport.port
+
+    @property
     def num_transfers(self) -> int:
         return self._intake.transfers.num_active
 
@@ -110,9 +113,7 @@ class KVReceiver:
 
     async def start(self) -> None:
         config = self.agent.config
-        self.data_port = await self.agent.transport.listen(
-            config.kv_host, config.kv_port, self._on_endpoint
-        )
+        await self.agent.transport.listen(config.kv_host, config.kv_port, self._on_endpoint)
         self._sweeping = asyncio.create_task(self._sweep_forever())
 
     async def close(self) -> None:

@@ -83,6 +83,11 @@ class Transport(Protocol):
     @property
     def name(self) -> str: ...
 
+    @property
+    def port(self) -> int:
+        """Of the listener, as it is now: a transport that had to open itself anew may have moved.
+        0 without one."""
+
     async def listen(self, host: str, port: int, accept: Accept) -> int:
         """Start to accept; returns the port, which matters when 0 was asked for."""
 

@@ -151,6 +151,10 @@ class LoopbackTransport:
     def name(self) -> str:
         return "loopback"
 
+    @property
+    def port(self) -> int:
+        return self._port
+
     async def listen(self, host: str, port: int, accept: Accept) -> int:
         self._accept = accept
         self._port = self._network.bind(self, port)

@@ -139,6 +139,10 @@ class TcpTransport:
     def name(self) -> str:
         return "tcp"
 
+    @property
+    def port(self) -> int:
+        return 0 if self._listener is None else int(self._listener.getsockname()[1])
+
     async def listen(self, host: str, port: int, accept: Accept) -> int:
         """Raises `ConfigError` when the address cannot be listened on."""
         try:
@@ -152,7 +156,7 @@ class TcpTransport:
         listener.setblocking(False)
         self._listener = listener
         self._accepting = asyncio.create_task(self._accept_forever(listener, accept))
-        return int(listener.getsockname()[1])
+        return self.port
 
     async def connect(self, host: str, port: int, session_id: int) -> TcpEndpoint:
         loop = asyncio.get_running_loop()

@@ -2,13 +2,17 @@
 
 Life of the worker
     1. One UCX context and worker per transport, driven by the event loop: UCX's file
-       descriptor wakes `_Progress`, which progresses the worker, completes futures and arms
+       descriptor wakes `Progress`, which progresses the worker, completes futures and arms
        the descriptor again. Nothing polls, and no task is made per message.
     2. `connect` opens an endpoint and names the session in the first message, on the
        endpoint's own stream; `listen` reads it and hands the endpoint to `accept`.
     3. Endpoints have error handling, so the death of a peer ends every operation and calls
        `on_close`. `close` forces: UCX cancels what is posted, then cuts.
     4. Endpoints close before the listener, the listener before the worker.
+    5. A sender that is killed while it writes to shared memory can leave the queue of this worker
+       blocked for all others. It shows when peers connect and are not heard: after two of them the
+       worker and its listener are opened anew. Endpoints of the old one end as lost ones do. The
+       listener may move to another port: ucxx holds the old one as long as anything it accepted.
 
 This uses the layer of ucxx below its asyncio front: that one waits by polling, and can neither
 report nor bound a close. UCX binds its listener to every interface; a connection that does not
@@ -25,9 +29,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cluster.errors import ConfigError
+from cluster.errors import ConfigError, ServingError
 from kv_transfer.failures import FailureReason, failure
 from kv_transfer.transports.ucx_lanes import carrier, lanes_of, resources_of
+from kv_transfer.transports.ucx_progress import Progress
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -41,10 +46,8 @@ logger = logging.getLogger(__name__)
 _HELLO = struct.Struct("<8sQ")
 _HELLO_MAGIC = b"BATONKV1"
 _SHARED_MEMORY_NAMES = {"sm", "shm", "mm", "sysv", "posix"}
-_POLL_SECONDS = 0.25  # a guard against a lost wake-up, not the way progress is made
 _CLOSE_SECONDS = 2.0
-# What takes longer on a device waits for its peer, not for a copy: the descriptor will tell.
-_SPIN_SECONDS = 0.02
+_MAX_UNHEARD = 2
 _MAX_DEVICE_ARRAYS = 256
 
 
@@ -64,7 +67,7 @@ def _options(ucx_tls: str | None, *, moves_device_memory: bool) -> dict[str, str
     """UCX uses shared memory between processes that survive each other's death only if told. In
     host memory it is told to put straight into the receiver's buffer: over TCP it would otherwise
     copy every byte twice more."""
-    options: dict[str, str] = {}
+    options = {"TCP_CM_REUSEADDR": "y"}  # the listener may take its own port again
     if not moves_device_memory and "UCX_RNDV_SCHEME" not in os.environ:
         options["RNDV_SCHEME"] = "put_zcopy"
     if ucx_tls is None:
@@ -80,86 +83,6 @@ def find_transports() -> tuple[str, ...]:
     libucx, _ = _load()
     context = libucx.UCXContext({}, feature_flags=(libucx.Feature.TAG,))
     return resources_of(context.info)
-
-
-class _Progress:
-    """Drives one worker from the event loop and completes the futures of its requests."""
-
-    def __init__(self, worker: Any) -> None:
-        self._worker = worker
-        self._loop = asyncio.get_running_loop()
-        self._pending: list[tuple[Any, asyncio.Future[None], Any]] = []
-        self._is_scheduled = False
-        self._is_stopped = False
-        self._spin_until = 0.0  # on the loop's clock
-        self._num_on_device = 0
-        worker.init_blocking_progress_mode()
-        self._loop.add_reader(worker.epoll_file_descriptor, self._run)
-        self._timer = self._loop.call_later(_POLL_SECONDS, self._poll)
-
-    def watch(self, request: Any, keep: Any, *, on_device: bool) -> asyncio.Future[None]:
-        """A future for `request`; `keep` (its buffer) lives as long as the request does."""
-        future: asyncio.Future[None] = self._loop.create_future()
-        self._pending.append((request, future, keep))
-        if on_device:
-            self._num_on_device += 1
-            self._spin_until = self._loop.time() + _SPIN_SECONDS
-            future.add_done_callback(self._device_operation_ended)
-        self.kick()
-        return future
-
-    def _device_operation_ended(self, _: asyncio.Future[None]) -> None:
-        self._num_on_device -= 1
-        self._spin_until = self._loop.time() + _SPIN_SECONDS
-
-    def kick(self) -> None:
-        """Progress soon: something was posted, so an armed descriptor may not tell."""
-        if not self._is_scheduled and not self._is_stopped:
-            self._is_scheduled = True
-            self._loop.call_soon(self._run)
-
-    def stop(self) -> None:
-        self._is_stopped = True
-        self._timer.cancel()
-        self._loop.remove_reader(self._worker.epoll_file_descriptor)
-        self._pending.clear()
-
-    def _run(self) -> None:
-        self._is_scheduled = False
-        if self._is_stopped:
-            return
-        self._worker.progress()
-        self._complete()
-        if self._is_spinning() or not self._worker.arm():
-            self.kick()
-
-    def _is_spinning(self) -> bool:
-        return self._num_on_device > 0 and self._loop.time() < self._spin_until
-
-    def _poll(self) -> None:
-        self._timer = self._loop.call_later(_POLL_SECONDS, self._poll)
-        self.kick()
-
-    def _complete(self) -> None:
-        waiting = []
-        for entry in self._pending:
-            if entry[0].completed:
-                _resolve(entry[0], entry[1])
-            else:
-                waiting.append(entry)
-        self._pending = waiting
-
-
-def _resolve(request: Any, future: asyncio.Future[None]) -> None:
-    if future.done():
-        return
-    try:
-        request.check_error()
-    except Exception as error:
-        logger.debug("a UCX request ended: %s", error)
-        future.set_exception(failure(FailureReason.LINK_LOST))
-    else:
-        future.set_result(None)
 
 
 class UcxEndpoint:
@@ -220,6 +143,8 @@ class UcxEndpoint:
 
     async def close(self) -> bool:
         self._mark_closed()
+        if self._endpoint is None:
+            return not self._posted
         # Cancels what is posted, then cuts; it progresses the worker until the cut is done,
         # which with a forced close does not wait for the peer.
         self._endpoint.close_blocking()
@@ -227,6 +152,7 @@ class UcxEndpoint:
         if self._posted:
             await asyncio.wait(self._posted, timeout=_CLOSE_SECONDS)
         self._transport.forget(self)
+        self._endpoint = None  # it holds its listener, and so the port
         return not self._posted
 
     def _post(
@@ -267,15 +193,19 @@ class UcxTransport:
     ) -> None:
         self._ucx, self._arr = _load()
         options = _options(ucx_tls, moves_device_memory=moves_device_memory)
+        self._shares_memory = "SYSV_ERROR_HANDLING" in options
         feature = self._ucx.Feature
         self._context = self._ucx.UCXContext(
             options, feature_flags=(feature.TAG, feature.STREAM, feature.WAKEUP)
         )
         self._worker = self._ucx.UCXWorker(self._context)
-        self.progress = _Progress(self._worker)
+        self.progress = Progress(self._worker)
         self.moves_device_memory = moves_device_memory
         self._connect_seconds = connect_seconds
         self._listener: Any = None
+        self._accept: Accept | None = None
+        self._num_unheard = 0  # peers in a row that connected, and whose hello did not come
+        self.num_reopenings = 0
         self._device_arrays: dict[tuple[int, int], Any] = {}
         self._endpoints: set[UcxEndpoint] = set()
         self._greeting: set[asyncio.Task[None]] = set()
@@ -289,11 +219,19 @@ class UcxTransport:
         """UCX's names of the transports that it may use on this machine."""
         return resources_of(self._context.info)
 
+    @property
+    def port(self) -> int:
+        return 0 if self._listener is None else int(self._listener.port)
+
     async def listen(self, host: str, port: int, accept: Accept) -> int:
         """Raises `ConfigError` when the port is taken."""
+        self._accept = accept
+        return self._bind(port)
+
+    def _bind(self, port: int) -> int:
         try:
             self._listener = self._ucx.UCXListener.create(
-                self._worker, port, self._on_connection, cb_args=(accept,), deliver_endpoint=True
+                self._worker, port, self._on_connection, cb_args=(), deliver_endpoint=True
             )
         except self._ucx.UCXError as error:
             raise ConfigError(
@@ -345,21 +283,55 @@ class UcxTransport:
     def array_of(self, data: np.ndarray[Any, np.dtype[np.uint8]]) -> Any:
         return self._arr.Array(data)
 
-    def _on_connection(self, raw: Any, accept: Accept) -> None:
+    def _on_connection(self, raw: Any) -> None:
         """Called by UCX inside progress."""
         endpoint = UcxEndpoint(self, raw)
         self._endpoints.add(endpoint)
-        greeting = asyncio.get_running_loop().create_task(self._greet(endpoint, accept))
+        greeting = asyncio.get_running_loop().create_task(self._greet(endpoint))
         self._greeting.add(greeting)
         greeting.add_done_callback(self._greeting.discard)
 
-    async def _greet(self, endpoint: UcxEndpoint, accept: Accept) -> None:
-        try:
-            session_id = await asyncio.wait_for(endpoint.recv_hello(), self._connect_seconds)
-        except Exception as error:
-            logger.warning("a KV connection ended before it named its session: %s", error)
-            session_id = None
-        if session_id is None:
+    async def _greet(self, endpoint: UcxEndpoint) -> None:
+        hello = asyncio.ensure_future(endpoint.recv_hello())
+        # Not cancelled when it is late: UCX would keep a receive that nobody waits for.
+        await asyncio.wait([hello], timeout=self._connect_seconds)
+        is_late = not hello.done()
+        if is_late:
             await endpoint.close()
-        else:
-            accept(session_id, endpoint)
+        session_id = await _result_of(hello)
+        self._num_unheard = self._num_unheard + 1 if is_late else 0
+        if session_id is not None and self._accept is not None:
+            self._accept(session_id, endpoint)
+            return
+        await endpoint.close()
+        if self._shares_memory and self._num_unheard >= _MAX_UNHEARD:
+            await self._open_anew()
+
+    async def _open_anew(self) -> None:
+        """See the module."""
+        self._num_unheard = 0
+        self.num_reopenings += 1
+        endpoints, port = list(self._endpoints), self.port
+        logger.error(
+            "KV connections are not heard any more, as after the death of a peer that was writing "
+            "to shared memory: opening UCX anew, which cuts %d connections", len(endpoints),
+        )  # fmt: skip
+        for endpoint in endpoints:
+            await endpoint.close()
+        self._listener = None
+        self.progress.stop()
+        self._worker = self._ucx.UCXWorker(self._context)
+        self.progress = Progress(self._worker)
+        try:
+            self._bind(port)
+        except ConfigError:
+            self._bind(0)
+            logger.warning("KV is received on port %d now; %d is still held", self.port, port)
+
+
+async def _result_of(hello: asyncio.Future[int | None]) -> int | None:
+    try:
+        return await hello
+    except ServingError as error:
+        logger.warning("a KV connection ended before it named its session: %s", error.message)
+        return None

@@ -136,6 +136,10 @@ class SpoiledTransport:
     def name(self) -> str:
         return self._inner.name
 
+    @property
+    def port(self) -> int:
+        return self._inner.port
+
     async def listen(self, host: str, port: int, accept: Accept) -> int:
         return await self._inner.listen(host, port, accept)
 
