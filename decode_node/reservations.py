@@ -104,7 +104,7 @@ class Reservations:
             raise TransferFailed("The reservation is gone.", reason="reservation_gone")
         sequence = reserved.sequence
         sequence.append_token(first_token_id)
-        reserved.reservation.attach(sequence)
+        reserved.reservation.attach(sequence, is_hit_at_once=False)
         return sequence
 
     def start_partly(self, sequence_id: str, num_good_blocks: int) -> Sequence | None:

@@ -57,6 +57,11 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 MAX_REMEMBERED = 4096
 # A draining node still takes the hand-offs of prompts that were placed before the order.
+# The engine launches the first step of a sequence that was just started. What runs on the event
+# loop meanwhile takes the interpreter from it, and a client waits for that step: so whoever else is
+# to hear of the start hears of it a little later, though never after the first token.
+LAUNCH_SECONDS = 0.002
+
 TAKES_HANDOFFS = (NodeState.READY, NodeState.CORDONED, NodeState.DRAINING)
 
 
@@ -107,6 +112,7 @@ class DecodeHandler:
         self._reservations = reservations
         self._hub = hub
         self._streams: dict[str, Stream] = {}
+        self._unsaid: list[Stream] = []  # started, and the gateway not told
         self._cancelled = Remembered()
         self._finished = Remembered()
         self._event_loop = asyncio.get_running_loop()
@@ -205,6 +211,7 @@ class DecodeHandler:
         await asyncio.wrap_future(self._loop.call(lambda: self._start(sequence_id, first_token_id)))
         if not stream.is_started:
             raise Cancelled("The request was cancelled.")
+        await asyncio.sleep(LAUNCH_SECONDS)
 
     def release(self, sequence_id: str) -> None:
         """The transfer ended without a start, and nothing writes into its blocks any more."""
@@ -256,9 +263,16 @@ class DecodeHandler:
             self._loop.call(lambda: self._abort(sequence_id))
             return
         stream.is_started = True
-        self._say_started(stream)
+        self._unsaid.append(stream)
+        self._event_loop.call_later(LAUNCH_SECONDS, self._say_unsaid)
+
+    def _say_unsaid(self) -> None:
+        unsaid, self._unsaid = self._unsaid, []
+        for stream in unsaid:
+            self._say_started(stream)
 
     def on_step(self, deltas: SequenceOf[TokenDelta]) -> None:
+        self._say_unsaid()
         by_gateway: dict[str, list[TokenDelta]] = {}
         for delta in deltas:
             stream = self._streams.get(delta.sequence_id)

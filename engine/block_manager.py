@@ -235,7 +235,6 @@ class BlockManager:
         sequence.num_computed_tokens = num_computed_tokens
         sequence.is_cacheable = reservation.is_cacheable
         self._sequences[sequence] = None
-        self.mark_computed(sequence)
 
     # ---- the prefix cache ---------------------------------------------------------------
 

@@ -105,11 +105,19 @@ class Reservation:
     def __repr__(self) -> str:
         return f"Reservation({self.owner!r}, {len(self.block_ids)} blocks, {self.state.value})"
 
-    def attach(self, sequence: Sequence, *, num_computed_tokens: int | None = None) -> None:
+    def attach(
+        self,
+        sequence: Sequence,
+        *,
+        num_computed_tokens: int | None = None,
+        is_hit_at_once: bool = True,
+    ) -> None:
         """Give the blocks to `sequence`, which has none: the KV of its first
         `num_computed_tokens` tokens (default: all reserved ones) is in place and verified.
 
-        From here it can be found in the prefix cache, and freeing the sequence frees it.
+        From here it can be found in the prefix cache, or, not `is_hit_at_once`, from the end of
+        its first step on, which then need not wait for a long prompt to be entered there. Freeing
+        the sequence frees it.
         Raises `BlockAccountingError` the second time, after `cancel`, or if nothing would be
         left to compute.
         """
@@ -119,6 +127,8 @@ class Reservation:
         if not 0 <= computed <= self.num_tokens or computed >= sequence.num_tokens:
             raise BlockAccountingError(f"{computed} computed tokens do not fit {sequence!r}.")
         self._keeper.hand_over(self, sequence, computed)
+        if is_hit_at_once:
+            self._keeper.mark_computed(sequence)
         self.state = ReservationState.ATTACHED
 
     def keep(self, block_hashes: Iterable[BlockHash]) -> None:

@@ -27,7 +27,7 @@ import torch
 
 from kv_transfer.device_moves import DeviceMoves
 from kv_transfer.digests import DigestKind
-from kv_transfer.frame_units import FrameUnits
+from kv_transfer.frame_place import FramePlace
 from kv_transfer.host_moves import HostMoves, piece_digests
 from kv_transfer.polling import EventQueue
 
@@ -77,10 +77,12 @@ class TransferPool:
         """What can be computed where the pool is, the fastest first."""
         return self._moves.digest_kinds
 
-    def when_computed(self, done: Any, *, is_urgent: bool) -> asyncio.Future[None]:
-        """Done when `done`, an event of the model's stream, has happened. Events are given in
-        their order."""
-        return self._computing.when(done, is_urgent=is_urgent)
+    def when_computed(
+        self, done: Any, tell: Callable[[Exception | None], None], *, is_urgent: bool
+    ) -> None:
+        """Call `tell` when `done`, an event of the model's stream, has happened, with the error if
+        the device has one. Events are given in their order."""
+        self._computing.when(done, tell, is_urgent=is_urgent)
 
     def begin_gather(
         self,
@@ -94,13 +96,13 @@ class TransferPool:
     ) -> asyncio.Future[NDArray[np.uint64]]:
         """Copy blocks into the front of `slot` once `after` has happened. Gives their digests,
         `[num_layers, len(block_ids)]`."""
-        frame = FrameUnits(slot, layer_start, num_layers, block_ids, self.unit_bytes)
+        frame = FramePlace(layer_start, num_layers, tuple(block_ids))
         moves = self._moves
         if isinstance(moves, DeviceMoves):
-            return moves.gather(frame, after)
-        ids = frame.block_ids
-        work = functools.partial(moves.gather, frame.units, layer_start, ids, digest)
-        return self._begin(work, frame.front.numel())
+            return moves.gather(slot, frame, after)
+        units = frame.units(slot, self.unit_bytes)
+        work = functools.partial(moves.gather, units, layer_start, block_ids, digest)
+        return self._begin(work, units.numel())
 
     def begin_scatter(
         self,
@@ -118,13 +120,13 @@ class TransferPool:
         On CUDA the copy is made in the same pass as the digests: the blocks are the transfer's
         alone until the verdict is known.
         """
-        frame = FrameUnits(slot, layer_start, num_layers, block_ids, self.unit_bytes)
+        frame = FramePlace(layer_start, num_layers, tuple(block_ids))
         moves = self._moves
         if isinstance(moves, DeviceMoves):
-            return moves.scatter(frame, accepts)
-        ids = frame.block_ids
-        work = functools.partial(moves.scatter, frame.units, layer_start, ids, digest, accepts)
-        return self._begin(work, frame.front.numel())
+            return moves.scatter(slot, frame, accepts)
+        units = frame.units(slot, self.unit_bytes)
+        work = functools.partial(moves.scatter, units, layer_start, block_ids, digest, accepts)
+        return self._begin(work, units.numel())
 
     # ---- without a slot, in host memory --------------------------------------------------------
 

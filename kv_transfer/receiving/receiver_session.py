@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -38,6 +39,10 @@ if TYPE_CHECKING:
     from kv_transfer.transports.base import Endpoint, PieceEndpoint
 
 logger = logging.getLogger(__name__)
+
+# A header may take a round trip of its own; those of the next frames need not wait for it.
+_HEADERS_AHEAD = 4
+_PostedHeader = tuple[torch.Tensor, "asyncio.Future[None]"]
 
 
 class FrameEvents(Protocol):
@@ -121,12 +126,16 @@ class ReceiverSession:
     async def _receive(self, endpoint: Endpoint) -> None:
         """Receive headers and commits, in order, until the connection ends."""
         limits = self._agent.limits
-        buffer = torch.zeros(limits.max_header_bytes, dtype=torch.uint8)
-        view = buffer.numpy().data
+        posted = deque(
+            self._post_header(endpoint, torch.zeros(limits.max_header_bytes, dtype=torch.uint8))
+            for _ in range(_HEADERS_AHEAD)
+        )
         try:
             while True:
-                await endpoint.recv(buffer, self.id)
-                message = parse_message(view, limits)
+                buffer, received = posted.popleft()
+                await received
+                message = parse_message(buffer.numpy().data, limits)
+                posted.append(self._post_header(endpoint, buffer))
                 if isinstance(message, CommitMessage):
                     self._events.commit_arrived(self.id, message)
                 else:
@@ -139,6 +148,11 @@ class ReceiverSession:
         except Exception:
             logger.exception("frames of %s are not received any more", self.peer.name)
             self._events.link_lost(self.id, FailureReason.UNKNOWN)
+
+    def _post_header(self, endpoint: Endpoint, buffer: torch.Tensor) -> _PostedHeader:
+        received = endpoint.recv(buffer, self.id)
+        received.add_done_callback(_look_at)  # of those behind a broken one, nobody else does
+        return buffer, received
 
     async def _take(self, endpoint: Endpoint, header: FrameHeader) -> None:
         """Post the receive of one payload; payloads are posted in the order of their headers."""
@@ -278,3 +292,8 @@ class ReceiverSession:
         frame = asyncio.create_task(work)
         self._frames.add(frame)
         frame.add_done_callback(self._frames.discard)
+
+
+def _look_at(received: asyncio.Future[None]) -> None:
+    if not received.cancelled():
+        received.exception()

@@ -22,6 +22,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import grpc
@@ -183,10 +184,11 @@ class KVSender:
             return
         # A first token waits for the last layers alone.
         is_urgent = layer_end == self.agent.pool.num_layers
-        computed = self.agent.pool.when_computed(done, is_urgent=is_urgent)
-        computed.add_done_callback(lambda _: self._on_computed(sending, group))
+        tell = partial(self._on_computed, sending, group)
+        self.agent.pool.when_computed(done, tell, is_urgent=is_urgent)
 
-    def _on_computed(self, sending: Sending, group: Computing) -> None:
+    def _on_computed(self, sending: Sending, group: Computing, _: Exception | None) -> None:
+        """An error of the device shows again, and is told, when its blocks are packed."""
         sending.computing.computed(group)
         self._wake(sending)
 
