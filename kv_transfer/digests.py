@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from enum import StrEnum
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -40,6 +41,8 @@ def agreed_kind(ours: Sequence[DigestKind], theirs: Collection[str]) -> DigestKi
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _POSITION = np.uint64(0xD6E8FEB86659FD93)
 _LAYER = np.uint64(0xA0761D6478BD642F)
+_SHIFTS = (np.uint64(30), np.uint64(27), np.uint64(31))
+_FACTORS = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
 
 
 def digest_seed(transfer_id: bytes, salt: bytes) -> int:
@@ -69,11 +72,8 @@ class PlaceSeal:
         """What depends on the places alone, `[num_layers, len(positions)]`: worth doing while the
         digests are on their way."""
         if self._places is None:
-            end = self._layer_start + self._num_layers
-            layers = np.arange(self._layer_start, end, dtype=np.uint64)
-            positions = positions_array(self._positions).view(np.uint64) * _POSITION
-            layer_seeds = _mix(self._seed ^ (layers * _LAYER))
-            self._places = _mix(layer_seeds[:, None] ^ positions[None, :])
+            layers = _layer_terms(self._seed, self._layer_start, self._num_layers)
+            self._places = _mix(layers ^ _position_terms(self._positions))
         return self._places
 
     def seal(self, unit_digests: NDArray[np.uint64]) -> NDArray[np.uint64]:
@@ -82,9 +82,24 @@ class PlaceSeal:
         return _mix(unit_digests ^ self.prepare())
 
 
+@lru_cache(maxsize=256)
+def _layer_terms(seed: np.uint64, layer_start: int, num_layers: int) -> NDArray[np.uint64]:
+    """`[num_layers, 1]`; the frames of a transfer share many of them."""
+    layers = np.arange(layer_start, layer_start + num_layers, dtype=np.uint64)
+    return _mix(seed ^ (layers * _LAYER))[:, None]
+
+
+@lru_cache(maxsize=256)
+def _position_terms(positions: tuple[int, ...]) -> NDArray[np.uint64]:
+    return positions_array(positions).view(np.uint64) * _POSITION
+
+
 def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
     """The finalizer of splitmix64: bijective on 64 bits."""
     x = x + _GOLDEN
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+    x ^= x >> _SHIFTS[0]
+    x *= _FACTORS[0]
+    x ^= x >> _SHIFTS[1]
+    x *= _FACTORS[1]
+    x ^= x >> _SHIFTS[2]
+    return x

@@ -17,6 +17,8 @@ from kv_transfer.transfer import Ticket, TransferState
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from numpy.typing import NDArray
+
     from cluster.errors import ServingError
     from kv_transfer.protocol import FrameHeader
 
@@ -61,16 +63,19 @@ class BlockProgress:
         positions = positions_array(header.positions)
         if positions[-1] >= len(self._rows):
             return False
-        rows, layers = self._rows[positions], _layers(header)
-        if rows.min() < 0 or self._announced[rows, layers].any():
+        rows = self._rows[positions]
+        if rows.min() < 0:
             return False
-        self._announced[rows, layers] = True
+        units = self._announced[_stretch(rows), _layers(header)]
+        if units.any():
+            return False
+        self._announced[_stretch(rows), _layers(header)] = True
         return True
 
     def verify(self, header: FrameHeader) -> None:
         """What it holds is in the blocks, and its digests were right."""
         rows = self._rows[positions_array(header.positions)]
-        self._verified[rows, _layers(header)] = True
+        self._verified[_stretch(rows), _layers(header)] = True
         self.num_verified += header.num_layers * len(header.positions)
 
     @property
@@ -81,6 +86,12 @@ class BlockProgress:
         """Of `num_blocks` of a prompt: those before the first that lacks a verified layer."""
         lacking = self._positions[~self._verified.all(axis=1)]
         return int(lacking[0]) if lacking.size else num_blocks
+
+
+def _stretch(rows: NDArray[np.int64]) -> NDArray[np.int64] | slice:
+    """Ascending rows; those without gaps as a slice, which is faster by far."""
+    first, last = int(rows[0]), int(rows[-1])
+    return slice(first, last + 1) if last - first + 1 == len(rows) else rows
 
 
 def _layers(header: FrameHeader) -> slice:
