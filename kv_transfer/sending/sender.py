@@ -182,8 +182,8 @@ class KVSender:
         if not sending.computing.add(group):
             self._wake(sending)
             return
-        # A first token waits for the last layers alone.
-        is_urgent = layer_end == self.agent.pool.num_layers
+        # A first token waits for the last layers; one seen late would hold up the one behind it.
+        is_urgent = layer_end >= self.agent.pool.num_layers - 1
         tell = partial(self._on_computed, sending, group)
         self.agent.pool.when_computed(done, tell, is_urgent=is_urgent)
 
