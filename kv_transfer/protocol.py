@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 MAGIC = b"BTKV"
 FRAME_VERSION = 1
 TRANSFER_ID_BYTES = 16
-MAX_UNITS_PER_FRAME = 4096
+MAX_UNITS_PER_FRAME = 8192
 
 # magic, version, num_layers, layer_start, num_positions, epoch, seq, transfer_id, incarnation,
 # nonce, payload_bytes; then the checksum of all other bytes of the header.

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter, deque
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -105,7 +105,8 @@ class Staging:
     def release(self, slot: StagingSlot) -> None:
         """Raises `KeyError` for a slot that was released before."""
         self._disown(slot)
-        self._free.append(replace(slot, generation=slot.generation + 1))
+        again = StagingSlot(slot.index, slot.generation + 1, slot.payload, slot.header)
+        self._free.append(again)
         self._serve()
 
     def check_integrity(self) -> None:
