@@ -135,8 +135,8 @@ TRANSFER_ROWS = (
             ),
             Mutation(
                 SESSION,
-                "accepts=lambda digests: np.array_equal(seal.seal(digests), header.digests),",
-                "accepts=lambda digests: True,",
+                "return np.array_equal(seal.seal(digests), header.digests)",
+                "return True",
                 CATALOGUE + "a_source_block_that_another_prompt_has_overwritten_is_refused",
             ),
         ),
