@@ -171,7 +171,7 @@ TRANSFER_ROWS = (
             ),
             Mutation(
                 "kv_transfer/staging.py",
-                "self._free.append(replace(slot, generation=slot.generation + 1))",
+                "self._free.append(again)",
                 "self._free.append(slot)",
                 OWNERS + "who_kept_a_staging_slot_too_long_is_told_from_its_next_owner",
             ),
