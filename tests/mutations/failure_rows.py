@@ -144,8 +144,8 @@ FAILURE_ROWS = (
         (
             Mutation(
                 SESSION,
-                "block_ids=frame.landing.block_ids,\n",
-                "block_ids=frame.landing.block_ids[::-1],\n",
+                "header, block_ids = frame.header, frame.landing.block_ids\n",
+                "header, block_ids = frame.header, frame.landing.block_ids[::-1]\n",
                 "tests/e2e/test_split_equality.py::"
                 "test_greedy_tokens_of_the_split_pools_are_those_of_one_node_and_of_the_reference"
                 "[llama3-512-1]",
