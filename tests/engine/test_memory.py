@@ -29,6 +29,13 @@ def test_the_pool_gets_what_weights_and_workspace_leave_of_the_share() -> None:
     assert num_blocks == pool // NEED.block_bytes
 
 
+def test_ranks_leave_room_for_what_connects_them() -> None:
+    options = {"gpu_memory_utilization": 0.5}
+    alone = memory.num_blocks_on_gpu(config(**options), NEED, gpu())
+    shared = memory.num_blocks_on_gpu(config(tensor_parallel_size=2, **options), NEED, gpu())
+    assert alone - shared == memory.OUTSIDE_OF_RANKS_BYTES // NEED.block_bytes
+
+
 def test_two_engines_on_one_gpu_count_only_their_own_weights() -> None:
     """The first engine's memory is not free any more, but it is not part of this one's share."""
     alone = memory.num_blocks_on_gpu(config(gpu_memory_utilization=0.45), NEED, gpu())
