@@ -32,7 +32,7 @@ class DecodeObserver:
         self._on_step = on_step
 
     def before_step(self, decision: ScheduleDecision) -> None:
-        """Nothing: a decode step needs nobody."""
+        self._reservations.before_step()
 
     def after_step(self, decision: ScheduleDecision, output: StepOutput) -> None:
         """Nothing: the deltas come with `settled`, after finished sequences are freed."""

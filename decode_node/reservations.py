@@ -60,6 +60,8 @@ class Reservations:
         self._num_preempted = num_preempted
         self._waiting: OrderedDict[str, _Waiting] = OrderedDict()
         self._reserved: dict[str, _Reserved] = {}
+        self._started: list[Sequence] = []  # since the last step was decided on
+        self._stepping: list[Sequence] = []  # in their first step
 
     @property
     def num_waiting(self) -> int:
@@ -105,7 +107,15 @@ class Reservations:
         sequence = reserved.sequence
         sequence.append_token(first_token_id)
         reserved.reservation.attach(sequence, is_hit_at_once=False)
+        self._started.append(sequence)
         return sequence
+
+    def before_step(self) -> None:
+        """Enter prompts into the prefix cache while their first step runs, which must not wait for
+        that. Those whose step is followed by none are entered at its end."""
+        for sequence in self._stepping:
+            self._block_manager.mark_computed(sequence)
+        self._stepping, self._started = self._started, []
 
     def start_partly(self, sequence_id: str, num_good_blocks: int) -> Sequence | None:
         """The sequence with its blocks, of which the first `num_good_blocks` hold the KV of its

@@ -117,8 +117,8 @@ class Reservation:
         `num_computed_tokens` tokens (default: all reserved ones) is in place and verified.
 
         From here it can be found in the prefix cache, or, not `is_hit_at_once`, from the end of
-        its first step on, which then need not wait for a long prompt to be entered there. Freeing
-        the sequence frees it.
+        its first step at the latest, which need not wait for a long prompt to be entered there.
+        Freeing the sequence frees it.
         Raises `BlockAccountingError` the second time, after `cancel`, or if nothing would be
         left to compute.
         """

@@ -82,9 +82,10 @@ def test_a_started_sequence_owns_its_blocks_and_others_hit_its_prompt() -> None:
     sequence = reservations.start("a", first_token_id=77)
     assert sequence.num_computed_tokens == 8
     assert sequence.token_ids[-1] == 77
+    reservations.before_step()  # its first
     assert reservations.ask(make_sequence("too early", 4)).result(0).num_held_blocks == 0
     reservations.cancel("too early")
-    manager.mark_computed(sequence)  # as the end of its first step does
+    reservations.before_step()  # while that one runs
     again = reservations.ask(make_sequence("b", 8)).result(0)
     assert again.num_held_blocks == 2
     assert list(again.block_ids[:2]) == sequence.block_table[:2]
