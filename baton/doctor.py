@@ -26,9 +26,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from baton.doctor_pairs import MeasuredPair, measure_pairs, pair_table
+from baton.doctor_pairs import MeasuredPair, measure_machine, measure_pairs, pair_table
 from baton.embedded_redis import find_redis_server
-from cluster.errors import ConfigError
+from baton.pair_probe import Plan, serve
+from cluster.errors import ConfigError, ServingError
 from loadtest.metadata import collect_metadata
 
 if TYPE_CHECKING:
@@ -60,10 +61,25 @@ def main(argv: Sequence[str]) -> int:
         action="store_true",
         help="measure how fast KV moves between the GPUs, and the processes, of this machine",
     )
+    parser.add_argument(
+        "--listen",
+        metavar="HOST:PORT",
+        help="do nothing but wait for --to from other machines (0.0.0.0:9300 …); Ctrl-C ends it",
+    )
+    parser.add_argument(
+        "--to", metavar="HOST:PORT", help="measure how fast KV moves to a machine that listens"
+    )
+    parser.add_argument(
+        "--device", default="cpu", help="where the KV of --listen and --to is: cpu, cuda:0 …"
+    )
     parser.add_argument("--json", action="store_true", help="print everything as one JSON object")
     arguments = parser.parse_args(list(argv))
+    if arguments.listen is not None:
+        return listen(arguments.listen, arguments.device)
     findings = examine()
     pairs = measure_pairs() if arguments.pairs else []
+    if arguments.to is not None:
+        pairs.append(measure_machine(arguments.to, arguments.device))
     metadata = collect_metadata().as_dict()
     if arguments.json:
         facts = {"findings": [asdict(f) for f in findings], "metadata": metadata}
@@ -71,6 +87,18 @@ def main(argv: Sequence[str]) -> int:
     else:
         show(findings, pairs, metadata)
     return EXIT_NOT_READY if any(f.verdict is Verdict.PROBLEM for f in findings) else 0
+
+
+def listen(address: str, device: str) -> int:
+    host, _, port = address.rpartition(":")
+    try:
+        serve(Plan(device, device, None, host or "0.0.0.0", int(port)))
+    except KeyboardInterrupt:
+        return 0
+    except (ServingError, ValueError) as error:
+        print(f"baton doctor: --listen {address}: {error}", file=sys.stderr)
+        return EXIT_NOT_READY
+    return 0
 
 
 def examine() -> list[Finding]:

@@ -2,7 +2,8 @@
 
 1. The pairs: two processes in host memory, by each way there is; every two GPUs.
 2. Each is measured by `pair_probe.py` in processes of its own, one pair after the other.
-3. A row says what carried the bytes, at what rate, beside the plain copy of the same two, and
+3. Two machines: one listens, the other measures to it. No cluster on them is touched.
+4. A row says what carried the bytes, at what rate, beside the plain copy of the same two, and
    what to look at when that is far away or when it is not the transport one would expect.
 """
 
@@ -11,11 +12,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from rich.markup import escape
 from rich.table import Table
+
+from baton.pair_probe import Plan, measure_to
+from cluster.errors import ServingError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -56,6 +60,31 @@ def measure_pairs() -> list[MeasuredPair]:
         print(f"measuring {pair.label} …", file=sys.stderr)
         measured.append(measure_pair(pair))
     return measured
+
+
+def measure_machine(address: str, device: str) -> MeasuredPair:
+    """From this machine to one where `baton doctor --listen` runs. Never raises."""
+    pair = Pair(f"this machine to {address}", device, device, "all")
+    host, _, port = address.rpartition(":")
+    if not (host and port.isdigit()):
+        return _failed(pair, "HOST:PORT is wanted")
+    try:
+        found = measure_to(Plan(device, device, None, host, int(port)))
+    except (ServingError, OSError, TimeoutError, RuntimeError) as error:
+        return _failed(pair, str(error) or type(error).__name__)
+    measured = MeasuredPair(
+        pair.label, found.transport, found.rate, found.reference, found.reference_rate, ""
+    )
+    return replace(measured, note=note_between(measured))
+
+
+def note_between(found: MeasuredPair) -> str:
+    """Between machines one hopes for RDMA."""
+    if found.transport in ("rdma", "cuda_ipc"):
+        return ""
+    return "no RDMA: see --require-transport rdma" + (
+        "" if found.share >= GOOD_SHARE else ", and far below a plain socket"
+    )
 
 
 def all_pairs(num_gpus: int) -> Iterator[Pair]:

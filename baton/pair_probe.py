@@ -9,6 +9,9 @@ Life of a probe
     3. The plain copy between the same two is timed, both processes idle otherwise.
     4. One JSON line: transport, UCX's lanes, bytes per second of either.
 
+Between two machines one runs `serve`, the other `measure_to`: the plain copy is then a socket's, to
+a process whose port comes with the last answer.
+
 Without arguments it prints the number of GPUs.
 """
 
@@ -19,12 +22,22 @@ import dataclasses
 import json
 import multiprocessing
 import statistics
+import struct
 import sys
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from baton.raw_copy import memory_rate, peer_rate, socket_rate
+import numpy as np
+
+from baton.raw_copy import (
+    COPY_BYTES,
+    PLAIN,
+    RawReceiver,
+    memory_rate,
+    peer_rate,
+    socket_rate,
+)
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
@@ -38,6 +51,7 @@ ROUND_SECONDS = 20.0
 NUM_ROUNDS = 6  # the first warms up
 NUM_IN_FLIGHT = 4
 _DATA, _ACK = 1, 2
+_PORT = struct.Struct("<I")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +70,8 @@ class Plan:
     source: str
     target: str
     tls: str | None
+    host: str = "127.0.0.1"
+    port: int = 0
 
     @property
     def message_bytes(self) -> int:
@@ -79,6 +95,18 @@ def measure(plan: Plan) -> PairRate:
         child.kill()
     reference, reference_rate = _reference(plan, transport)
     return PairRate(transport, lanes, rate, reference, reference_rate)
+
+
+def measure_to(plan: Plan) -> PairRate:
+    """To a machine where `serve` runs. Raises `ServingError`, `OSError` or `TimeoutError`."""
+    transport, lanes, rate, raw_port = asyncio.run(_send_rounds(plan, plan.port))
+    reference_rate = socket_rate((plan.host, raw_port))
+    return PairRate(transport, lanes, rate, "plain socket", reference_rate)
+
+
+def serve(plan: Plan) -> None:
+    """Take probes, one after the other, until interrupted. Raises `ConfigError`."""
+    asyncio.run(_serve(plan))
 
 
 def _reference(plan: Plan, transport: str) -> tuple[str, float]:
@@ -105,16 +133,21 @@ def _open(device: str, tls: str | None) -> Transport:
 
 
 async def _send_all(plan: Plan, where: Connection) -> tuple[str, tuple[str, ...], float]:
+    if not await asyncio.to_thread(where.poll, CONNECT_SECONDS):
+        raise TimeoutError("the other process did not listen")
+    return (await _send_rounds(plan, where.recv()))[:3]
+
+
+async def _send_rounds(plan: Plan, port: int) -> tuple[str, tuple[str, ...], float, int]:
+    """Transport, lanes, rate, and the port of the plain socket's receiver, if there is one."""
     import torch
 
     transport = _open(plan.source, plan.tls)
-    if not await asyncio.to_thread(where.poll, CONNECT_SECONDS):
-        raise TimeoutError("the other process did not listen")
-    endpoint = await transport.connect("127.0.0.1", where.recv(), 1)
+    endpoint = await transport.connect(plan.host, port, 1)
     try:
         slots = torch.ones((NUM_IN_FLIGHT, plan.message_bytes), dtype=torch.uint8)
         slots = slots.to(plan.source)
-        ack = torch.zeros(1, dtype=torch.uint8)
+        ack = torch.zeros(_PORT.size, dtype=torch.uint8)
         seconds = []
         for _ in range(NUM_ROUNDS):
             began = time.perf_counter()
@@ -123,7 +156,8 @@ async def _send_all(plan: Plan, where: Connection) -> tuple[str, tuple[str, ...]
                 await endpoint.recv(ack, _ACK)
             seconds.append(time.perf_counter() - began)
         rate = plan.num_messages * plan.message_bytes / statistics.median(seconds[1:])
-        return endpoint.transport_name, endpoint.lanes, rate
+        raw_port = _PORT.unpack(ack.numpy().tobytes())[0]
+        return endpoint.transport_name, endpoint.lanes, rate, raw_port
     finally:
         await endpoint.close()
         await transport.close()
@@ -134,17 +168,41 @@ def _receive_all(plan: Plan, where: Connection) -> None:
 
 
 async def _receive_rounds(plan: Plan, where: Connection) -> None:
+    transport = _open(plan.target, plan.tls)
+    connected: asyncio.Future[Endpoint] = asyncio.get_running_loop().create_future()
+    where.send(await transport.listen("127.0.0.1", 0, lambda _, end: connected.set_result(end)))
+    try:
+        async with asyncio.timeout(CONNECT_SECONDS):
+            endpoint = await connected
+        await _take(plan, endpoint, 0)
+    finally:
+        await transport.close()
+
+
+async def _serve(plan: Plan) -> None:
+    transport = _open(plan.target, plan.tls)
+    waiting: asyncio.Queue[Endpoint] = asyncio.Queue()
+    port = await transport.listen(plan.host, plan.port, lambda _, end: waiting.put_nowait(end))
+    print(f"waiting for `baton doctor --to HOST:{port}`; Ctrl-C ends it", file=sys.stderr)
+    try:
+        while True:
+            endpoint = await waiting.get()
+            raw = await asyncio.to_thread(RawReceiver, PLAIN, COPY_BYTES, plan.host)
+            await _take(plan, endpoint, raw.port)
+            await asyncio.to_thread(raw.close)
+    finally:
+        await transport.close()
+
+
+async def _take(plan: Plan, endpoint: Endpoint, raw_port: int) -> None:
+    """All rounds of one probe. A peer that breaks off ends them; it says why."""
     import torch
 
     from cluster.errors import ServingError
 
-    transport = _open(plan.target, plan.tls)
-    connected: asyncio.Future[Endpoint] = asyncio.get_running_loop().create_future()
-    where.send(await transport.listen("127.0.0.1", 0, lambda _, end: connected.set_result(end)))
-    async with asyncio.timeout(CONNECT_SECONDS):
-        endpoint = await connected
     slots = torch.empty((NUM_IN_FLIGHT, plan.message_bytes), dtype=torch.uint8).to(plan.target)
-    ack = torch.zeros(1, dtype=torch.uint8)
+    answer = np.frombuffer(_PORT.pack(raw_port), dtype=np.uint8).copy()
+    ack = torch.from_numpy(answer)
     try:
         for _ in range(NUM_ROUNDS):
             async with asyncio.timeout(ROUND_SECONDS):
@@ -155,7 +213,6 @@ async def _receive_rounds(plan: Plan, where: Connection) -> None:
         pass  # the sender, which speaks for both, says what happened
     finally:
         await endpoint.close()
-        await transport.close()
 
 
 async def _stream(plan: Plan, endpoint: Endpoint, slots: torch.Tensor, *, sends: bool) -> None:

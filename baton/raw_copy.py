@@ -46,19 +46,16 @@ SETTINGS = [
 
 
 class RawSockets:
-    """A connection to a receiving process, and the bytes to send."""
+    """A connection to a receiving process, its own unless `to` says where one is, and the bytes
+    to send."""
 
-    def __init__(self, setting: Setting, num_bytes: int) -> None:
+    def __init__(self, setting: Setting, num_bytes: int, to: tuple[str, int] | None = None) -> None:
         self._setting = setting
-        context = multiprocessing.get_context("spawn")
-        where, theirs = context.Pipe()
-        self._child = context.Process(
-            target=_receive, args=(setting, num_bytes, theirs), daemon=True
-        )
-        self._child.start()
-        if not where.poll(ANSWER_SECONDS):
-            raise TimeoutError("the receiving process did not start")
-        self._socket = socket.create_connection(("127.0.0.1", where.recv()), ANSWER_SECONDS)
+        self._child: RawReceiver | None = None
+        if to is None:
+            self._child = RawReceiver(setting, num_bytes, "127.0.0.1")
+            to = ("127.0.0.1", self._child.port)
+        self._socket = socket.create_connection(to, ANSWER_SECONDS)
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if setting.buffer_bytes:
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, setting.buffer_bytes)
@@ -66,7 +63,7 @@ class RawSockets:
 
     @property
     def pids(self) -> tuple[int, int]:
-        return os.getpid(), self._child.pid or 0
+        return os.getpid(), 0 if self._child is None else self._child.pid
 
     def copy(self) -> float:
         """Seconds until the other process has every byte."""
@@ -79,14 +76,39 @@ class RawSockets:
 
     def close(self) -> None:
         self._socket.close()
-        self._child.join(5)
+        if self._child is not None:
+            self._child.close()
 
 
-def _receive(setting: Setting, num_bytes: int, where: Connection) -> None:
+class RawReceiver:
+    """A process that takes one connection, and what it is sent."""
+
+    def __init__(self, setting: Setting, num_bytes: int, host: str) -> None:
+        context = multiprocessing.get_context("spawn")
+        where, theirs = context.Pipe()
+        self._process = context.Process(
+            target=_receive, args=(setting, num_bytes, host, theirs), daemon=True
+        )
+        self._process.start()
+        if not where.poll(ANSWER_SECONDS):
+            raise TimeoutError("the receiving process did not start")
+        self.port = int(where.recv())
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid or 0
+
+    def close(self) -> None:
+        """The peer has closed, or never came."""
+        self._process.join(ANSWER_SECONDS)
+        self._process.kill()
+
+
+def _receive(setting: Setting, num_bytes: int, host: str, where: Connection) -> None:
     with socket.socket() as listener:
         if setting.buffer_bytes:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, setting.buffer_bytes)
-        listener.bind(("127.0.0.1", 0))
+        listener.bind((host, 0))
         listener.listen()
         where.send(listener.getsockname()[1])
         connection, _ = listener.accept()
@@ -100,9 +122,12 @@ def _receive(setting: Setting, num_bytes: int, where: Connection) -> None:
             connection.sendall(b"1")
 
 
-def socket_rate() -> float:
-    """Bytes per second of a plain socket on loopback."""
-    sockets = RawSockets(Setting(1 << 20, 0), COPY_BYTES)
+PLAIN = Setting(1 << 20, 0)
+
+
+def socket_rate(to: tuple[str, int] | None = None) -> float:
+    """Bytes per second of a plain socket, on loopback or to a `RawReceiver` of `COPY_BYTES`."""
+    sockets = RawSockets(PLAIN, COPY_BYTES, to)
     try:
         seconds = [sockets.copy() for _ in range(REPEATS)]
     finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from typing import TYPE_CHECKING
@@ -11,7 +12,15 @@ import pytest
 from rich.console import Console
 
 from baton import doctor_pairs
-from baton.doctor_pairs import MeasuredPair, Pair, all_pairs, measure_pair, note_on, pair_table
+from baton.doctor_pairs import (
+    MeasuredPair,
+    Pair,
+    all_pairs,
+    measure_machine,
+    measure_pair,
+    note_on,
+    pair_table,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -91,6 +100,29 @@ def test_what_is_not_as_it_should_be_has_a_note(
     note = note_on(pair, found)
     assert words in note
     assert bool(note) == bool(words)
+
+
+@pytest.mark.parametrize(
+    ("address", "words"),
+    [("127.0.0.1:1", "connection"), ("nonsense", "HOST:PORT"), ("host:port", "HOST:PORT")],
+)
+def test_a_machine_that_does_not_listen_is_a_row_that_says_so(address: str, words: str) -> None:
+    row = measure_machine(address, "cpu")
+    assert row.rate == 0.0
+    assert words in row.note
+
+
+@pytest.mark.slow
+def test_another_machine_is_measured_where_it_listens() -> None:
+    program = [sys.executable, "-m", "baton", "doctor", "--listen", "127.0.0.1:0"]
+    with subprocess.Popen(program, stderr=subprocess.PIPE, text=True) as listener:
+        assert listener.stderr is not None
+        waiting = next(line for line in listener.stderr if line.startswith("waiting"))
+        port = int(re.findall(r"HOST:(\d+)", waiting)[0])
+        row = measure_machine(f"127.0.0.1:{port}", "cpu")
+        listener.kill()
+    assert row.transport == "tcp", row.note
+    assert min(row.rate, row.reference_rate) > 0
 
 
 @pytest.mark.slow
