@@ -54,6 +54,17 @@ PARTS = (
         num_gpus=2,
     ),
     Part("decode while receiving", "-m benchmarks.decode_while_receiving", 100, num_gpus=2),
+    Part(
+        "KV tiers",
+        "-m benchmarks.kv_tiers --prompts 2048 8192 16384 --host-gib 12 --repeats 5",
+        150,
+    ),
+    Part(
+        "prefix fetch",
+        "-m benchmarks.prefix_fetch --input-len 8192 2048 --repeats 3",
+        165,
+        num_gpus=2,
+    ),
     Part("tensor parallel", "-m benchmarks.tensor_parallel", 90, num_gpus=2),
     Part("rank profile", "-m benchmarks.rank_profile", 90, num_gpus=2),
     Part(
