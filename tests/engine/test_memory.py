@@ -4,10 +4,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from cluster.errors import ConfigError
 from engine import memory
 from engine.config import EngineConfig
+from engine.kv_cache import KVLayout
 from engine.memory import GIB, GpuMemory, KVNeed
 
 # The shape of Llama-3.1-8B: 131,072 bytes of KV per token.
@@ -121,3 +123,30 @@ def test_weights_beyond_memory_are_refused_before_loading() -> None:
 
 def test_main_memory_that_can_be_had_is_positive() -> None:
     assert memory.available_main_memory() > 0
+
+
+# ---- host memory ------------------------------------------------------------------------
+
+LAYOUT = KVLayout(num_layers=32, block_size=16, num_kv_heads=8, head_size=128, dtype=torch.bfloat16)
+
+
+def test_host_memory_keeps_whole_blocks_over_all_layers() -> None:
+    asked = config(kv_offloading_size=0.01)
+    assert memory.num_host_blocks(asked, LAYOUT) == int(0.01 * GIB) // (2 << 20)
+    assert memory.num_host_blocks(config(), LAYOUT) == 0
+
+
+@pytest.mark.parametrize(
+    ("size", "problem"), [(1e6, "this machine has"), (0.001, "one KV block takes 2.0 MiB")]
+)
+def test_host_memory_that_is_too_much_or_too_little_is_refused(size: float, problem: str) -> None:
+    with pytest.raises(ConfigError, match=problem) as caught:
+        memory.num_host_blocks(config(kv_offloading_size=size), LAYOUT)
+    assert caught.value.param == "kv_offloading_size"
+
+
+def test_host_memory_needs_blocks_that_are_found_by_content() -> None:
+    with pytest.raises(ConfigError, match="prefix caching"):
+        config(kv_offloading_size=1.0, enable_prefix_caching=False)
+    with pytest.raises(ConfigError, match="negative"):
+        config(kv_offloading_size=-1.0)
