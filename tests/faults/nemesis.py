@@ -46,7 +46,14 @@ def process_state(pid: int) -> str:
 
 
 def is_gone(pid: int) -> bool:
-    return process_state(pid) in ("gone", "Z")
+    """No thread of it is left: the first may have ended while others still hold its sockets."""
+    state = process_state(pid)
+    if state != "Z":
+        return state == "gone"
+    try:
+        return len(list(Path(f"/proc/{pid}/task").iterdir())) <= 1
+    except OSError:
+        return True
 
 
 def verify(condition: Callable[[], bool], what: str) -> None:
