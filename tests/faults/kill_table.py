@@ -288,7 +288,7 @@ def text(outcomes: Sequence[Outcome], options: argparse.Namespace, argv: Sequenc
     """The section of RESULTS.md."""
     cores = os.cpu_count() or 1
     facts = [
-        f"command: `python -m tests.faults.kill_table {' '.join(argv)}`".replace(" `", "`"),
+        f"command: `python -m tests.faults.kill_table {' '.join(argv)}`",
         f"`baton serve --prefill 2 --decode 2 --dtype float32`, the bundled model; {AT_ONCE} "
         f"requests at once, {options.requests} for each fault and seed, {options.tokens} tokens "
         f"each; the fault comes when a third has ended; a stall lasts {options.stall_seconds:g} s",

@@ -11,6 +11,7 @@ import threading
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from http.client import HTTPException
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ def watched(cluster: ClusterFace) -> Iterator[Placements]:
             at = time.monotonic()
             try:
                 requests = cluster.admin("requests")["requests"]
-            except OSError:
+            except (OSError, HTTPException):  # its gateway is the victim
                 continue
             placements.looks.append(Look(at, {_number(r["id"]): _nodes(r) for r in requests}))
 
