@@ -203,17 +203,25 @@ def _meet(counter_ptr: gl.tensor) -> None:
     gl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu")
     SAME: gl.constexpr = gl.BlockedLayout([1], [32], [8], [0])
     ptrs = counter_ptr + gl.zeros([1], gl.int32, SAME)
-    arrived = gl.sum(_acquired(ptrs), axis=0)
+    arrived = gl.sum(_arrived(ptrs), axis=0)
     while arrived < gl.num_programs(0):
-        arrived = gl.sum(_acquired(ptrs), axis=0)
+        arrived = gl.sum(_arrived(ptrs), axis=0)
     barrier()
 
 
 @gluon_jit
-def _acquired(ptrs: gl.tensor) -> gl.tensor:
+def _arrived(ptrs: gl.tensor) -> gl.tensor:
+    """What the first thread finds there; many for all others, who would be in each other's way."""
     return gl.inline_asm_elementwise(
-        "ld.acquire.gpu.global.b32 $0, [$1];", "=r,l", [ptrs], dtype=gl.int32, is_pure=False,
-        pack=1,
+        """{
+        .reg .pred first;
+        .reg .b32 thread;
+        mov.u32 thread, %tid.x;
+        setp.eq.u32 first, thread, 0;
+        mov.b32 $0, 0x7FFFFFFF;
+        @first ld.acquire.gpu.global.b32 $0, [$1];
+        }""",
+        "=&r,l", [ptrs], dtype=gl.int32, is_pure=False, pack=1,
     )  # fmt: skip
 
 
