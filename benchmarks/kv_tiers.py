@@ -320,13 +320,15 @@ def engine_tables(arguments: argparse.Namespace) -> list[str]:
         folder = Path(temporary)
         (folder / "config.json").write_text(json.dumps(SHAPES[arguments.shape]))
         longest = max(arguments.prompts)
+        # Two of the longest prompts; or all rows of the decode steps, and something to move.
+        num_tokens = max(2 * (longest + 1024), NUM_ROWS * (CONTEXT + 5 * NUM_STEPS) + 512 * 16)
         config = EngineConfig(
             model=folder,
             load_format="dummy",
             device=arguments.device,
             max_model_len=longest + 1024,
             max_num_seqs=NUM_ROWS,
-            num_gpu_blocks_override=2 * (longest + 1024) // 16 + 64,
+            num_gpu_blocks_override=num_tokens // 16 + 64,
             kv_offloading_size=arguments.host_gib,
         )
         engine = Engine.create(config, progress=StartupReport(sink=lambda fact: None))
