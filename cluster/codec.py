@@ -3,8 +3,7 @@
 Encoding trusts its argument. Decoding trusts nothing: a peer may be older, broken or hostile,
 so every field is checked and anything odd raises `InvalidRequest` naming the field.
 
-Versions:
-1. First.
+Version 2: the commit of a hand-off travels behind its frames; prefixes can be fetched.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from cluster.request import (
     TokenLogprobs,
 )
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 
 MAX_ID_CHARS = 256
 MAX_SALT_BYTES = 256

@@ -108,15 +108,19 @@ class DecodeNode:
             on_idle=self._snapshot.take,
             start_copies=engine.start_copies,
         )
+        self._connect(node_id)
+
+    def _connect(self, node_id: NodeId) -> None:
+        """The ends of its hand-offs: prompts come in, prefixes go out."""
         compatibility = Compatibility(PROTOCOL_VERSION, self.info.compatibility_hash)
         self._receiver = KVReceiver(
-            node_id=node_id, compatibility=compatibility, agent=agent, source=self.handler
+            node_id=node_id, compatibility=compatibility, agent=self._agent, source=self.handler
         )
         self._prefixes = PrefixSender(self._hold_prefix, self.info.block_size)
         self._sender = KVSender(
             node_id=node_id,
             compatibility=compatibility,
-            agent=agent,
+            agent=self._agent,
             block_size=self.info.block_size,
             events=self._prefixes,
             open_channel=open_channel,

@@ -101,12 +101,16 @@ class PrefillNode:
             layer_hook=self._observer.layer_hook,
             start_copies=engine.start_copies,
         )
+        self._connect(node_id)
+
+    def _connect(self, node_id: NodeId) -> None:
+        """The ends of its hand-offs: prompts and prefixes go out, prefixes come in if wanted."""
         compatibility = Compatibility(PROTOCOL_VERSION, self.info.compatibility_hash)
         self._prefixes = PrefixSender(self._hold_prefix, self.info.block_size, self.handler)
         self._sender = KVSender(
             node_id=node_id,
             compatibility=compatibility,
-            agent=agent,
+            agent=self._agent,
             block_size=self.info.block_size,
             events=self._prefixes,
             open_channel=open_channel,
@@ -114,15 +118,15 @@ class PrefillNode:
         self._prefixes.bind(self._sender)
         self.fetches: PrefixFetches | None = None
         self._receiver: KVReceiver | None = None
-        if agent.config.fetch_prefixes:
-            layout = engine.kv_layout
+        if self._agent.config.fetch_prefixes:
+            layout = self.engine.kv_layout
             estimate = FetchEstimate(layout.block_bytes / layout.block_size)
-            manager = engine.block_manager
+            manager = self.engine.block_manager
             self.fetches = PrefixFetches(node_id, manager, estimate, open_channel)
             self._receiver = KVReceiver(
                 node_id=node_id,
                 compatibility=compatibility,
-                agent=agent.beside(NUM_FETCH_SLOTS),
+                agent=self._agent.beside(NUM_FETCH_SLOTS),
                 source=self.fetches,
             )
 
