@@ -42,4 +42,4 @@ def digests_of_pieces(units: Sequence[NDArray[np.uint8]] | NDArray[np.uint8]) ->
     import xxhash
 
     digest = xxhash.xxh3_64_intdigest
-    return np.fromiter((digest(unit) for unit in units), dtype=np.uint64, count=len(units))
+    return np.fromiter((digest(unit.data) for unit in units), dtype=np.uint64, count=len(units))
