@@ -212,6 +212,7 @@ class DecodeHandler:
         if not stream.is_started:
             raise Cancelled("The request was cancelled.")
         await asyncio.sleep(LAUNCH_SECONDS)
+        self._say_unsaid()
 
     def release(self, sequence_id: str) -> None:
         """The transfer ended without a start, and nothing writes into its blocks any more."""
@@ -269,7 +270,8 @@ class DecodeHandler:
     def _say_unsaid(self) -> None:
         unsaid, self._unsaid = self._unsaid, []
         for stream in unsaid:
-            self._say_started(stream)
+            if self._streams.get(stream.request.sequence_id) is stream:  # else its end was said
+                self._say_started(stream)
 
     def on_step(self, deltas: SequenceOf[TokenDelta]) -> None:
         self._say_unsaid()
