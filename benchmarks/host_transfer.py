@@ -5,7 +5,7 @@ rows meet the same weather:
 
     plain socket   one buffer to another, the fastest of several settings (`baton/raw_copy.py`)
     pool to pool   what a hand-off does: pack, digest, frames, verify, place, start
-    ... with the digest that every device can take, and without digests: where the time goes
+    ... with the digest that every device can take, by staging slots
 
 Rates are medians; "of the socket" is the median of the rounds' ratios. Processor time is that of
 both processes, by byte: on a machine with few cores it is what limits a copy on loopback.
@@ -22,7 +22,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 import uvloop
 
@@ -32,14 +31,10 @@ from benchmarks.results_file import machine_facts, write_section
 from kv_transfer import host_moves
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
     from multiprocessing.connection import Connection
 
-    from numpy.typing import NDArray
-
-    from kv_transfer.transports.base import Piece
-
 TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
+DIGESTS = ("xxh3", "multiply_shift")
 
 
 @dataclass
@@ -107,19 +102,9 @@ def decode_with_digest(
     decode_process(options, where, started)
 
 
-_REAL_DIGESTS = host_moves.piece_digests
-
-
 def choose_digest(name: str) -> None:
-    """Of this process: "xxh3", "multiply_shift" (by staging slots), or "none" to leave them out."""
+    """Of this process: "xxh3", or "multiply_shift" (by staging slots)."""
     torch.set_num_threads(1)
-
-    def digests(pieces: Sequence[Piece], num_layers: int) -> NDArray[np.uint64]:
-        if name == "none":
-            return np.zeros((num_layers, len(pieces) // num_layers), dtype=np.uint64)
-        return _REAL_DIGESTS(pieces, num_layers)
-
-    host_moves.piece_digests = digests
     host_moves.has_host_digests = lambda: name != "multiply_shift"  # type: ignore[attr-defined]
 
 
@@ -186,7 +171,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--prompt-blocks", type=int, default=128)
     parser.add_argument("--slot-mib", type=float, default=None)
     parser.add_argument("--num-slots", type=int, default=8)
-    parser.add_argument("--digests", nargs="+", default=["xxh3", "multiply_shift"])
+    parser.add_argument("--digests", nargs="+", choices=DIGESTS, default=DIGESTS)
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--write", action="store_true", help="into benchmarks/RESULTS.md")

@@ -56,12 +56,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 MAX_REMEMBERED = 4096
-# A draining node still takes the hand-offs of prompts that were placed before the order.
 # The engine launches the first step of a sequence that was just started. What runs on the event
 # loop meanwhile takes the interpreter from it, and a client waits for that step: so whoever else is
 # to hear of the start hears of it a little later, though never after the first token.
 LAUNCH_SECONDS = 0.002
 
+# A draining node still takes the hand-offs of prompts that were placed before the order.
 TAKES_HANDOFFS = (NodeState.READY, NodeState.CORDONED, NodeState.DRAINING)
 
 
