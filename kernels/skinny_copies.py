@@ -1,4 +1,4 @@
-"""What is asked for early: stages of weights and the next matrix. In Gluon, for `skinny_stream`."""
+"""Stages of weights, asked for early. In Gluon, for `skinny_stream`."""
 
 from __future__ import annotations
 
@@ -41,17 +41,3 @@ def _copy_stage(
         async_load(desc, [tile + FIRST // 16, at, 0], bar, target, wanted)
     else:
         async_load(desc, [at, tile * 16 + FIRST, 0], bar, target, wanted)
-
-
-@gluon_jit
-def bring_near(ptr: gl.tensor, wanted: gl.tensor, NUM_BYTES: gl.constexpr) -> None:
-    """Has this program's part of a matrix brought into the second-level cache."""
-    if NUM_BYTES > 0:  # noqa: SIM102  (one is known to the compiler, the other is not)
-        if wanted:
-            EACH: gl.constexpr = NUM_BYTES // 256
-            thread = gl.arange(0, 256, gl.BlockedLayout([1], [32], [8], [0]))
-            part = ptr + gl.program_id(0).to(gl.int64) * NUM_BYTES + thread * EACH
-            gl.inline_asm_elementwise(
-                "cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;",
-                "=r,l,r", [part, thread * 0 + EACH], dtype=gl.int32, is_pure=False, pack=1,
-            )  # fmt: skip

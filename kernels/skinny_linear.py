@@ -22,7 +22,7 @@ from torch.nn.functional import linear
 
 from kernels.rms_norm import rms_norm
 from kernels.silu_mul import silu_mul
-from kernels.skinny_stream import MAX_ROWS, Ahead, can_stream, keeps_x, stream
+from kernels.skinny_stream import MAX_ROWS, can_stream, keeps_x, stream
 
 if TYPE_CHECKING:
     from kernels.peer_sum import PeerInboxes
@@ -54,7 +54,6 @@ def skinny_linear(
     residual: torch.Tensor | None = None,
     silu_mul: bool = False,
     out: torch.Tensor | None = None,
-    ahead: Ahead | None = None,
     peers: PeerInboxes | None = None,
 ) -> torch.Tensor:
     """`act(norm(x) @ weight.T * weight_scale + bias) + residual`; all but the product is optional.
@@ -63,9 +62,9 @@ def skinny_linear(
     float8_e4m3fn; then weight_scale is float32 `[N]` or `[1]`. bias: `[N]`. norm_weight: `[K]`,
     with it norm is `rms_norm(x, norm_weight, eps)`. silu_mul: act is `silu(first half) * second
     half`, so that the result has N / 2 columns. residual, out: `[M, N]` (`[M, N / 2]`), contiguous,
-    in x's dtype; out may be residual, but neither may be x. ahead: what is multiplied next, for
-    the second-level cache. peers: out is the sum over all ranks, who make the same call with their
-    columns of the matrix; for 1 to `skinny_rows` rows. Returns out.
+    in x's dtype; out may be residual, but neither may be x. peers: out is the sum over all
+    ranks, who make the same call with their columns of the matrix; for 1 to `skinny_rows` rows.
+    Returns out.
     """
     assert x.dim() == weight.dim() == 2
     assert x.shape[1] == weight.shape[1]
@@ -84,7 +83,7 @@ def skinny_linear(
         return _composed(x, weight, weight_scale, bias, norm_weight, eps, residual, silu_mul, out)
     stream(
         x, weight, out, weight_scale=weight_scale, bias=bias, norm_weight=norm_weight, eps=eps,
-        residual=residual, gated=silu_mul, ahead=ahead, peers=peers,
+        residual=residual, gated=silu_mul, peers=peers,
     )  # fmt: skip
     return out
 

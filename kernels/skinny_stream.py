@@ -10,13 +10,12 @@
 3. Rows of x stay in registers for all tiles where they are few enough (`KEEP`); else each stage
    asks for the next one's before it waits for its own weights.
 4. The ring is filled before the kernel in front has ended (`chained_launch`): in a decode step that
-   is the time between two kernels. A matrix that waits long for its rows, as behind attention, has
-   some of the next one (`ahead`) brought into the second-level cache, too.
+   is the time between two kernels.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -28,7 +27,7 @@ from kernels.dispatch import (
     num_multiprocessors,
 )
 from kernels.gluon_api import gluon_jit, gluon_jit_for_any
-from kernels.skinny_copies import bring_near, start_stage
+from kernels.skinny_copies import start_stage
 from kernels.skinny_input import all_blocks, read_blocks, scale_of_all
 from kernels.skinny_operand import TILE_OUT, WARPS, descriptor, operand, word_layouts
 from kernels.skinny_output import write, write_pairs
@@ -52,16 +51,6 @@ MAX_ROWS = 8
 # Inputs up to which a program keeps x in registers: half of what it may have; with a norm, which
 # needs x twice, a quarter.
 _MAX_KEPT, _MAX_KEPT_NORMED = 7168, 4096
-_AHEAD_UNIT = 4096  # a thread asks for pieces of 16 bytes at least
-
-
-class Ahead(NamedTuple):
-    """The weights that are multiplied next, contiguous, of which each program asks for `num_bytes`:
-    at once, or, `is_late`, when it begins its last tile."""
-
-    weight: torch.Tensor
-    num_bytes: int
-    is_late: bool
 
 
 def can_stream(
@@ -89,7 +78,6 @@ def stream(
     eps: float = 0.0,
     residual: torch.Tensor | None = None,
     gated: bool = False,
-    ahead: Ahead | None = None,
     peers: PeerInboxes | None = None,
 ) -> None:
     """`skinny_linear` of 1 to MAX_ROWS rows. With int4, weight is its codes. With peers, who make
@@ -112,26 +100,16 @@ def stream(
     _stream_kernel[(num_programs,)](
         descriptor(weight, bits, blocks, paired=paired), x, weight_scale, bias, norm_weight,
         residual, None if int4 is None else int4.zeros, None if int4 is None else int4.scales, out,
-        None if ahead is None else ahead.weight.view(-1).view(torch.uint8),
         None if peers is None else peers.addresses, None if peers is None else peers.epochs,
         num_rows, x.stride(0),
         0 if weight_scale is None or len(weight_scale) == 1 else 1, eps,
         OUT=out_size, IN=in_size, ROWS=MAX_ROWS, BITS=bits, STAGES=stages, BLOCKS=blocks,
         GROUP=0 if int4 is None else int4.group_size, WORDS=word_layouts(bits)[1], GATED=gated,
-        PAIRED=paired, AHEAD=_ahead_bytes(ahead, num_programs),
-        LATE=ahead is not None and ahead.is_late, RANK=rank, SIZE=size, CAPACITY=capacity,
+        PAIRED=paired, RANK=rank, SIZE=size, CAPACITY=capacity,
         TILES=next_power_of_two(-(-num_tiles // num_programs)),
         KEEP=keeps_x(in_size, norm_weight is not None), CHAINED=chained, num_warps=WARPS,
         launch_pdl=chained,
     )  # fmt: skip
-
-
-def _ahead_bytes(ahead: Ahead | None, num_programs: int) -> int:
-    """What each program asks for of the next matrix."""
-    if ahead is None:
-        return 0
-    most = ahead.weight.nbytes // num_programs // _AHEAD_UNIT * _AHEAD_UNIT
-    return min(ahead.num_bytes, most)
 
 
 def keeps_x(in_size: int, is_normed: bool = True) -> bool:
@@ -246,10 +224,10 @@ def _walk(
     ring: gl.shared_memory_descriptor, up_ring: gl.shared_memory_descriptor, tiles: gl.tensor,
     x_ptr: gl.tensor, scale_ptr: gl.tensor, bias_ptr: gl.tensor, norm_ptr: gl.tensor,
     residual_ptr: gl.tensor, zeros_ptr: gl.tensor, scales_ptr: gl.tensor, out_ptr: gl.tensor,
-    ahead_ptr: gl.tensor, inboxes_ptr: gl.tensor, epoch: gl.tensor, num_rows: gl.tensor,
+    inboxes_ptr: gl.tensor, epoch: gl.tensor, num_rows: gl.tensor,
     x_stride: gl.tensor, scale_stride: gl.tensor, eps: gl.tensor, OUT: gl.constexpr,
     IN: gl.constexpr, ROWS: gl.constexpr, BITS: gl.constexpr,
-    LATE_AHEAD: gl.constexpr, RANK: gl.constexpr, SIZE: gl.constexpr, CAPACITY: gl.constexpr,
+    RANK: gl.constexpr, SIZE: gl.constexpr, CAPACITY: gl.constexpr,
     STAGES: gl.constexpr, BLOCKS: gl.constexpr, GROUP: gl.constexpr, WORDS: gl.constexpr,
     GATED: gl.constexpr, PAIRED: gl.constexpr, KEEP: gl.constexpr, ROUNDS: gl.constexpr,
 ) -> None:  # fmt: skip
@@ -287,7 +265,6 @@ def _walk(
     row_out = gl.arange(0, ROWS, gl.SliceLayout(0, RESULT))[None, :]
     column = gl.arange(0, 16, gl.SliceLayout(1, RESULT))[:, None]
     for walked in range(tiles):
-        bring_near(ahead_ptr, walked == tiles - 1, LATE_AHEAD)
         first = (gl.program_id(0) + walked * gl.num_programs(0)) * (8 if PAIRED else 16)
         target = row_out * OUT + first + column
         mask_out = (first + column < OUT) & (row_out < num_rows)
@@ -318,10 +295,10 @@ def _walk(
 def _stream_kernel(
     desc: tma.tensor_descriptor, x_ptr: gl.tensor, scale_ptr: gl.tensor, bias_ptr: gl.tensor,
     norm_ptr: gl.tensor, residual_ptr: gl.tensor, zeros_ptr: gl.tensor, scales_ptr: gl.tensor,
-    out_ptr: gl.tensor, ahead_ptr: gl.tensor, inboxes_ptr: gl.tensor, epochs_ptr: gl.tensor,
+    out_ptr: gl.tensor, inboxes_ptr: gl.tensor, epochs_ptr: gl.tensor,
     num_rows: gl.tensor, x_stride: gl.tensor,
     scale_stride: gl.tensor, eps: gl.tensor, OUT: gl.constexpr, IN: gl.constexpr,
-    ROWS: gl.constexpr, BITS: gl.constexpr, AHEAD: gl.constexpr, LATE: gl.constexpr,
+    ROWS: gl.constexpr, BITS: gl.constexpr,
     RANK: gl.constexpr, SIZE: gl.constexpr, CAPACITY: gl.constexpr, TILES: gl.constexpr,
     STAGES: gl.constexpr, BLOCKS: gl.constexpr, GROUP: gl.constexpr, WORDS: gl.constexpr,
     GATED: gl.constexpr, PAIRED: gl.constexpr, KEEP: gl.constexpr, CHAINED: gl.constexpr,
@@ -352,15 +329,14 @@ def _stream_kernel(
         )  # fmt: skip
     if CHAINED:
         gdc_launch_dependents()
-        bring_near(ahead_ptr, True, 0 if LATE else AHEAD)
         gdc_wait()
     epoch = 0
     if SIZE > 1:
         epoch = gl.load(epochs_ptr + gl.program_id(0)) + 1
     _walk(
         desc, ready, ring, up_ring, tiles, x_ptr, scale_ptr, bias_ptr, norm_ptr, residual_ptr,
-        zeros_ptr, scales_ptr, out_ptr, ahead_ptr, inboxes_ptr, epoch, num_rows, x_stride,
-        scale_stride, eps, OUT, IN, ROWS, BITS, AHEAD if LATE else 0, RANK, SIZE, CAPACITY, STAGES,
+        zeros_ptr, scales_ptr, out_ptr, inboxes_ptr, epoch, num_rows, x_stride,
+        scale_stride, eps, OUT, IN, ROWS, BITS, RANK, SIZE, CAPACITY, STAGES,
         BLOCKS, GROUP, WORDS, GATED, PAIRED, KEEP, ROUNDS,
     )  # fmt: skip
     if SIZE > 1:

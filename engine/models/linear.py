@@ -23,7 +23,6 @@ from kernels.gated_linear import fits_gated_linear, gated_linear
 from kernels.rms_norm import rms_norm
 from kernels.silu_mul import silu_mul
 from kernels.skinny_linear import skinny_linear, skinny_rows
-from kernels.skinny_stream import Ahead
 from kernels.thin_gated_linear import fits_thin_gated_linear, thin_gated_linear
 from kernels.thin_linear import fits_thin_linear, thin_linear
 
@@ -33,9 +32,6 @@ if TYPE_CHECKING:
 # Rows for which a packed layout is chosen. 16 or more gives the layout that is fast from two
 # rows up to whole prompts; 1 would choose one that is slow at everything else.
 _PACKED_FOR_ROWS = 16
-
-# Of the next matrix, for each of a GPU's multiprocessors: together half of the second-level cache.
-_AHEAD_BYTES = 192 << 10
 
 # The overload itself: resolving it at each call costs as much as a small matrix.
 _linear_packed: Callable[..., torch.Tensor] = (
@@ -86,9 +82,6 @@ class Matrix(Protocol):
     def pack(self) -> None:
         """Once, after the views are filled."""
 
-    def precedes(self, following: Matrix) -> None:
-        """Packed, too, `following` is multiplied next: its weights may be asked for early."""
-
 
 MatrixFactory = Callable[[MatrixSpec], Matrix]
 
@@ -103,7 +96,7 @@ class Linear:
     16 rows, and `weight` is given up.
     """
 
-    __slots__ = ("_ahead", "_few_rows", "_packed", "_parts", "bias", "weight")
+    __slots__ = ("_few_rows", "_packed", "_parts", "bias", "weight")
 
     def __init__(
         self,
@@ -116,7 +109,6 @@ class Linear:
         self.bias = bias
         self._parts = parts or {}
         self._packed: torch.Tensor | None = None
-        self._ahead: Ahead | None = None
         self._few_rows = skinny_rows(weight) if weight.is_cuda else 0
 
     @classmethod
@@ -131,7 +123,7 @@ class Linear:
         packed = self._packed
         if packed is None:
             if x.shape[0] <= self._few_rows:
-                return skinny_linear(x, self.weight, bias=self.bias, ahead=self._ahead)
+                return skinny_linear(x, self.weight, bias=self.bias)
             if self.bias is None and fits_thin_linear(x.shape[0], self.weight):
                 return thin_linear(x, self.weight)
             if self.bias is None and spare is not None:
@@ -143,7 +135,6 @@ class Linear:
         if residual.shape[0] <= self._few_rows:
             return skinny_linear(
                 residual, self.weight, bias=self.bias, norm_weight=norm_weight, eps=eps,
-                ahead=self._ahead,
             )  # fmt: skip
         return self(rms_norm(residual, norm_weight, eps))
 
@@ -158,7 +149,6 @@ class Linear:
                 norm_weight=norm_weight,
                 eps=eps,
                 silu_mul=True,
-                ahead=self._ahead,
             )
         x = rms_norm(residual, norm_weight, eps)
         if self.bias is None:
@@ -172,9 +162,7 @@ class Linear:
         if self._packed is not None:
             return self(x).add_(residual)
         if x.shape[0] <= self._few_rows:
-            return skinny_linear(
-                x, self.weight, bias=self.bias, residual=residual, ahead=self._ahead
-            )
+            return skinny_linear(x, self.weight, bias=self.bias, residual=residual)
         if self.bias is not None:
             residual += self.bias
         if fits_thin_linear(x.shape[0], self.weight):
@@ -188,9 +176,7 @@ class Linear:
         """`add_to` summed over ranks, all of which ask for it; None where no kernel does both."""
         if self._packed is not None or x.shape[0] > self._few_rows:
             return None
-        return skinny_linear(
-            x, self.weight, bias=self.bias, residual=residual, ahead=self._ahead, peers=peers
-        )
+        return skinny_linear(x, self.weight, bias=self.bias, residual=residual, peers=peers)
 
     def checkpoint_views(self) -> dict[str, torch.Tensor]:
         views: dict[str, torch.Tensor] = {}
@@ -209,10 +195,6 @@ class Linear:
         self._packed = torch.ops.mkldnn._reorder_linear_weight(self.weight, _PACKED_FOR_ROWS)
         if not keep_weight:
             self.weight = self.weight.new_empty(0)
-
-    def precedes(self, following: Matrix) -> None:
-        if self._few_rows and isinstance(following, Linear):
-            self._ahead = Ahead(following.weight, _AHEAD_BYTES, is_late=False)
 
 
 def can_pack(dtype: torch.dtype, device: torch.device) -> bool:

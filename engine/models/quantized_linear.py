@@ -172,9 +172,6 @@ class Float8Linear:
         if self._input_scales is not None:
             self.input_scale = self._input_scales.amax(dim=0, keepdim=True)
 
-    def precedes(self, following: Matrix) -> None:
-        """Nothing is asked for early."""
-
 
 class Int4Linear:
     """The `Matrix` of 4-bit integers with a scale and a zero for each group of inputs.
@@ -273,9 +270,6 @@ class Int4Linear:
         packed = pack_codes(codes, self.scales.t(), self.zeros.t(), dtype=self.scales.dtype)
         self.qweight, self.scales, self.zeros = packed.codes, packed.scales, packed.zeros
         self.order = self._common_order()
-
-    def precedes(self, following: Matrix) -> None:
-        """Nothing is asked for early."""
 
     def _common_order(self) -> torch.Tensor | None:
         """int64 `[in_size]`; None when inputs come in the order of the columns."""

@@ -56,9 +56,6 @@ class SummedMatrix:
     def pack(self) -> None:
         self._matrix.pack()
 
-    def precedes(self, following: Matrix) -> None:
-        self._matrix.precedes(following)
-
 
 def sharded_factory(make_matrix: MatrixFactory, ranks: Ranks) -> MatrixFactory:
     """The same factory, but what is cut by columns is summed over the ranks."""
