@@ -1,21 +1,11 @@
-"""Who has which block of the paged KV cache.
+"""Who has which block of the paged KV cache: whose the references are that `counted_blocks` counts.
 
-Life of a block
-    1. Free, on the free list.
-    2. Referenced: in the tables of sequences, in holds, in reservations; it counts them.
-       `allocate` takes free blocks, or evicts cached ones. Sequences that begin alike refer
-       to the same blocks, without copies.
-    3. Computed: `mark_computed` registers full blocks in the prefix cache. Only these are hit.
-       Two sequences that compute the same block at once both keep theirs; the first one is
-       registered, the second stays private and is freed without a trace.
-    4. No reference left: cached if registered, else free. With memory of the host below the pool,
-       `host_blocks.py` goes on from here.
+They are in the tables of sequences, in holds and in reservations. `allocate` gives a sequence its
+blocks, `mark_computed` lets others hit what it has computed, `free` takes them back.
 
 A step that is launched and not collected may still write to the blocks of a sequence that is
 freed meanwhile. Its references are dropped only when all steps launched before are collected: in
 between nobody, and no transfer, gets the blocks.
-
-At every moment free + cached + referenced == num_blocks.
 
 Not thread-safe: the engine's thread owns it, and holds and reservations are released there.
 """
@@ -27,9 +17,10 @@ from typing import TYPE_CHECKING
 
 from engine import block_audit
 from engine.cache_journal import CacheEvents, CacheJournal
+from engine.counted_blocks import CountedBlocks
 from engine.host_blocks import HostBlocks
 from engine.host_tier import HostEntry, HostTier
-from engine.prefix_cache import Block, BlockAccountingError, PrefixCache
+from engine.prefix_cache import BlockAccountingError
 from engine.reservation import Hold, Reservation
 from engine.steps_in_flight import StepsInFlight
 
@@ -38,14 +29,15 @@ if TYPE_CHECKING:
     from collections.abc import Sequence as SequenceOf
 
     from cluster.prefix_hash import BlockHash
+    from engine.prefix_cache import Block
     from engine.sequence import Sequence
 
 __all__ = ["BlockAccountingError", "BlockManager", "CacheEvents", "Hold", "Reservation"]
 
 
 class BlockManager:
-    """Counts references to `num_blocks` blocks of `block_size` tokens. No call waits; each is
-    O(1) per block it touches."""
+    """Owns `num_blocks` blocks of `block_size` tokens. No call waits; each is O(1) per block it
+    touches."""
 
     def __init__(
         self,
@@ -63,18 +55,16 @@ class BlockManager:
             raise ValueError("num_blocks and block_size must be positive.")
         self.block_size = block_size
         self.enable_prefix_caching = enable_prefix_caching
-        self._blocks = [Block(block_id) for block_id in range(num_blocks)]
-        self._free = self._blocks[::-1]
         self._journal = CacheJournal()
-        self._cache = PrefixCache(self._journal)
+        self._blocks = CountedBlocks(num_blocks, self._journal)
         self.host: HostBlocks | None = None  # what goes on between the pool and host memory
         if num_host_blocks and enable_prefix_caching:
             tier = HostTier(num_host_blocks, self._journal)
             self.host = HostBlocks(self, tier, num_ahead=num_ahead, num_at_once=num_at_once)
+            self._blocks.host = self.host
         self._sequences: dict[Sequence, None] = {}  # those with a block table
         self._holds: dict[Hold, None] = {}
         self._reservations: dict[Reservation, None] = {}
-        self._num_releases = 0
         self._steps = StepsInFlight()
 
     # ---- counts -------------------------------------------------------------------------
@@ -86,17 +76,17 @@ class BlockManager:
     @property
     def num_free_blocks(self) -> int:
         """Blocks that an allocation could take now: free, or cached and unreferenced."""
-        return len(self._free) + self._cache.num_parked
+        return self._blocks.num_free
 
     @property
     def num_ready_blocks(self) -> int:
         """Blocks that an allocation could take without anything being lost."""
-        return len(self._free) + self._cache.num_saved
+        return self._blocks.num_ready
 
     @property
     def num_cached_blocks(self) -> int:
         """Blocks that nobody refers to and a prompt can still hit."""
-        return self._cache.num_parked
+        return self._blocks.num_cached
 
     @property
     def num_referenced_blocks(self) -> int:
@@ -114,7 +104,7 @@ class BlockManager:
 
     def match_prefix(self, block_hashes: SequenceOf[BlockHash]) -> list[int]:
         """Ids of the longest run of computed cached blocks. Takes no reference."""
-        found = self._cache.match(block_hashes, len(block_hashes))
+        found = self._blocks.match(block_hashes, len(block_hashes))
         return [block.block_id for block in found]
 
     def num_cached(self, block_hashes: SequenceOf[BlockHash]) -> int:
@@ -136,7 +126,7 @@ class BlockManager:
             return True
         if num_new + headroom > self.num_free_blocks:
             return False
-        table.extend(self._take(num_new))
+        table.extend(self._blocks.take(num_new))
         return True
 
     def mark_computed(self, sequence: Sequence) -> None:
@@ -147,7 +137,7 @@ class BlockManager:
         if self.enable_prefix_caching and sequence.is_cacheable:
             sequence.extend_block_hashes()
             new = range(sequence.num_registered_blocks, num_full_blocks)
-            self._register(sequence.block_table, sequence.block_hashes, new)
+            self._blocks.register(sequence.block_table, sequence.block_hashes, new)
             sequence.num_registered_blocks = num_full_blocks
 
     def free(self, sequence: Sequence) -> None:
@@ -161,7 +151,7 @@ class BlockManager:
         sequence.num_registered_blocks = 0
         sequence.is_cacheable = True
         if table and not self._steps.keeps(table):
-            self._release(table)
+            self._blocks.release(table)
 
     def preempt(self, sequence: Sequence) -> None:
         """`free`, for a sequence that will want its KV again; nothing is in flight. It goes to
@@ -177,18 +167,14 @@ class BlockManager:
     def step_collected(self) -> None:
         """The oldest of the launched steps does not touch blocks any more."""
         for table in self._steps.collected():
-            self._release(table)
+            self._blocks.release(table)
 
     # ---- transfers ----------------------------------------------------------------------
 
     def hold(self, block_ids: Iterable[int], owner: str, *, is_use: bool = True) -> Hold:
         """One more reference to blocks that are referenced or cached."""
         hold = Hold(self, tuple(block_ids), owner, is_use=is_use)
-        blocks = [self._blocks[block_id] for block_id in hold.block_ids]
-        for block in blocks:
-            if block.ref_count == 0 and block.block_hash is None:
-                raise BlockAccountingError(f"Block {block.block_id} is free: {owner} is late.")
-        self._refer(blocks)
+        self._blocks.refer(hold.block_ids, owner)
         self._holds[hold] = None
         return hold
 
@@ -197,8 +183,8 @@ class BlockManager:
     ) -> Reservation | None:
         """Blocks for the KV of `num_tokens` tokens that another node has computed. None if
         they are not to be had now."""
-        found = self._cache.match(block_hashes, num_tokens // self.block_size)
-        table = self._acquire(found, self.num_blocks_for(num_tokens))
+        found = self._blocks.match(block_hashes, num_tokens // self.block_size)
+        table = self._blocks.acquire(found, self.num_blocks_for(num_tokens))
         if table is None:
             return None
         reservation = Reservation(
@@ -210,18 +196,18 @@ class BlockManager:
     def drop_hold(self, hold: Hold) -> None:
         """`Hold.release` alone calls this."""
         del self._holds[hold]
-        self._release(hold.block_ids, is_use=hold.is_use)
+        self._blocks.release(hold.block_ids, is_use=hold.is_use)
 
     def drop_reservation(self, reservation: Reservation) -> None:
         """`Reservation.cancel` alone calls this."""
         del self._reservations[reservation]
-        self._release(reservation.block_ids)
+        self._blocks.release(reservation.block_ids)
 
     def cache(self, reservation: Reservation, block_hashes: Iterable[BlockHash]) -> None:
         """`Reservation.keep` alone calls this."""
         if reservation.is_cacheable:
             hashes = tuple(block_hashes)
-            self._register(reservation.block_ids, hashes, range(len(hashes)))
+            self._blocks.register(reservation.block_ids, hashes, range(len(hashes)))
         self.drop_reservation(reservation)
 
     def hand_over(
@@ -252,7 +238,7 @@ class BlockManager:
         num_forgotten = len(self._journal.hashes())
         if self.host is not None:
             self.host.tier.clear()
-        self._reclaim(self._cache.clear(), is_eviction=False)
+        self._blocks.forget_all()
         for sequence in self._sequences:
             sequence.is_cacheable = False
         for reservation in self._reservations:
@@ -266,7 +252,7 @@ class BlockManager:
         hashes = sequence.block_hashes[: len(sequence.block_table)]
         if self.host is not None:
             self.host.tier.forget(hashes)
-        self._reclaim(self._cache.forget(hashes), is_eviction=False)
+        self._blocks.forget(hashes)
         for other in self._sequences:
             if not suspects.isdisjoint(other.block_table):
                 other.is_cacheable = False
@@ -288,7 +274,7 @@ class BlockManager:
         return bool(self._find(sequence)[1])
 
     def num_references(self, block_id: int) -> int:
-        return self._blocks[block_id].ref_count
+        return self._blocks.num_references(block_id)
 
     # ---- integrity ----------------------------------------------------------------------
 
@@ -303,9 +289,7 @@ class BlockManager:
         tables += [list(owner.block_ids) for owner in self._transfers()]
         for sequence in self._sequences:
             block_audit.check_sequence(sequence, self.block_size)
-        block_audit.check_counts(self._blocks, tables)
-        self._cache.check_integrity()
-        block_audit.check_states(self._blocks, self._free, list(self._cache.parked()))
+        self._blocks.check_integrity(tables)
         if self.host is not None:
             self.host.tier.check_integrity()
 
@@ -323,7 +307,7 @@ class BlockManager:
             return False
         num_blocks = self.num_blocks_for(num_tokens)
         entries = entries[: max(0, num_blocks - len(found))]
-        table = self._acquire(found, num_blocks, headroom)
+        table = self._blocks.acquire(found, num_blocks, headroom)
         if table is None:
             return False
         sequence.block_table = table
@@ -339,79 +323,5 @@ class BlockManager:
     def _find(self, sequence: Sequence) -> tuple[list[Block], list[HostEntry] | None]:
         """What the pool has of its beginning, and what host memory has behind that."""
         limit = (sequence.num_tokens - 1) // self.block_size
-        found = self._cache.match(sequence.block_hashes, limit)
+        found = self._blocks.match(sequence.block_hashes, limit)
         return found, self.host.find(sequence, len(found), limit) if self.host else []
-
-    def _acquire(self, found: list[Block], num_blocks: int, headroom: int = 0) -> list[int] | None:
-        """References to `found`, then to new blocks up to `num_blocks` in all."""
-        num_new = max(0, num_blocks - len(found))
-        num_revived = sum(block.ref_count == 0 for block in found)
-        if num_new + num_revived + headroom > self.num_free_blocks:
-            return None
-        self._refer(found)
-        return [block.block_id for block in found] + self._take(num_new)
-
-    def _take(self, num_blocks: int) -> list[int]:
-        """New blocks with one reference each; the caller knows there are enough."""
-        taken = []
-        for _ in range(num_blocks):
-            if not self._free:
-                self._reclaim(self._cache.evict())
-            block = self._free.pop()
-            block.ref_count = 1
-            taken.append(block.block_id)
-        return taken
-
-    def _refer(self, blocks: Iterable[Block]) -> None:
-        for block in blocks:
-            if block.ref_count == 0:
-                self._cache.unpark(block)
-                if self.host is not None:
-                    self.host.unparked(block)
-            block.ref_count += 1
-
-    def _release(self, block_ids: Iterable[int], *, is_use: bool = True) -> None:
-        """Drop one reference each."""
-        self._num_releases += 1
-        parked = []
-        for block_id in block_ids:
-            block = self._blocks[block_id]
-            block.ref_count -= 1
-            if block.ref_count == 0:
-                if block.block_hash is None:
-                    self._free.append(block)
-                else:
-                    parked.append(block)
-        self._park(parked, is_use)
-
-    def _park(self, blocks: list[Block], is_use: bool) -> None:
-        if is_use:
-            for block in blocks:
-                self._cache.park(block, self._num_releases)
-            if self.host is not None:
-                self.host.parked(blocks)
-        else:
-            for block in blocks:
-                self._cache.park_saved(block)
-
-    def _reclaim(self, blocks: list[Block], *, is_eviction: bool = True) -> None:
-        """They are free: nobody refers to them, and they can be hit no more."""
-        self._free.extend(blocks)
-        if self.host is not None:
-            (self.host.evicted if is_eviction else self.host.forgotten)(blocks)
-
-    def _register(
-        self, table: SequenceOf[int], hashes: SequenceOf[BlockHash], indices: range
-    ) -> None:
-        """Name the blocks at `indices` that have no namesake yet, each after its parent.
-
-        A parent may have been evicted since (another sequence's copy was registered, and this
-        one has its own): then start again at the first ancestor that is missing.
-        """
-        first = indices.start
-        while first > 0 and hashes[first - 1] not in self._cache:
-            first -= 1
-        for index in range(first, indices.stop):
-            if hashes[index] not in self._cache:
-                parent = hashes[index - 1] if index else None
-                self._cache.register(self._blocks[table[index]], hashes[index], parent)
