@@ -174,20 +174,11 @@ class HostTier:
 
     def forget(self, block_hashes: Iterable[BlockHash]) -> None:
         """Drop these and all that extend them, whatever copies them now."""
-        below = list(block_hashes)
-        for block_hash in below:
-            below.extend(self._children.get(block_hash, ()))
-        for block_hash in reversed(below):
-            entry = self._ready.get(block_hash) or self._written.get(block_hash)
-            if entry is not None:
-                self._drop(entry)
+        self._drop_all(self._with_all_below(block_hashes))
 
     def clear(self) -> None:
         """Drop everything."""
-        for block_hash in [*self._written, *self._ready]:
-            entry = self._ready.get(block_hash) or self._written.get(block_hash)
-            if entry is not None:
-                self._drop(entry)
+        self._drop_all([*self._ready, *self._written])
 
     # ---- integrity ----------------------------------------------------------------------
 
@@ -217,12 +208,23 @@ class HostTier:
         return False
 
     def _drop_children(self, block_hash: BlockHash) -> None:
-        """All below it, leaves first: no prompt can reach them any more."""
-        below = [block_hash]
-        for parent in below:
-            below.extend(child for child in self._children.get(parent, ()) if child in self._ready)
-        for child in reversed(below[1:]):
-            self._drop(self._ready[child])
+        """No prompt can reach what is below it any more. Nor shall what is being written be found
+        when that ends: if it goes because it cannot be trusted, another may have its name then."""
+        self._drop_all(self._with_all_below([block_hash])[1:])
+
+    def _with_all_below(self, block_hashes: Iterable[BlockHash]) -> list[BlockHash]:
+        """These and all that extend them here, parents first."""
+        found = list(block_hashes)
+        for block_hash in found:
+            found.extend(self._children.get(block_hash, ()))
+        return found
+
+    def _drop_all(self, block_hashes: SequenceOf[BlockHash]) -> None:
+        """Those that are still here, the last first."""
+        for block_hash in reversed(block_hashes):
+            entry = self._ready.get(block_hash) or self._written.get(block_hash)
+            if entry is not None:
+                self._drop(entry)
 
     def _drop(self, entry: HostEntry) -> None:
         """Found no more. A copy that works on its slot keeps the slot until it ends."""

@@ -149,6 +149,26 @@ def test_what_cannot_be_trusted_is_forgotten_on_both_tiers_with_all_that_extends
     assert tiers.manager.cached_hashes() == []
 
 
+def test_a_save_that_a_forgotten_block_precedes_is_not_believed_when_it_ends() -> None:
+    """Its parent is computed anew meanwhile, so nothing else would tell that it is a bad one's."""
+    tiers = Tiers(num_blocks=8)
+    longer = make_sequence(range(5 * BLOCK_SIZE))
+    compute(tiers.manager, longer)
+    tiers.manager.free(longer)
+    (copy,) = tiers.host.take_copies()
+    (leaf,) = copy.entries
+    broken = make_sequence(range(2 * BLOCK_SIZE))
+    compute(tiers.manager, broken)
+    tiers.manager.forget(broken)
+    tiers.manager.free(broken)
+    again = make_sequence(range(4 * BLOCK_SIZE + 1))
+    compute(tiers.manager, again)
+    assert leaf.parent in tiers.manager.cached_hashes()
+    tiers.end(copy)
+    assert leaf.block_hash not in tiers.host.tier
+    assert leaf.block_hash not in tiers.manager.cached_hashes()
+
+
 def test_a_load_of_what_is_forgotten_meanwhile_is_not_believed() -> None:
     tiers = Tiers(num_blocks=8)
     tiers.evicted()

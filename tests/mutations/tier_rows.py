@@ -51,10 +51,9 @@ TIER_ROWS = (
             ),
             Mutation(
                 TIER,
-                "            below.extend(self._children.get(block_hash, ()))\n",
+                "            found.extend(self._children.get(block_hash, ()))\n",
                 "            continue\n",
-                TESTS
-                + "what_cannot_be_trusted_is_forgotten_on_both_tiers_with_all_that_extends_it",
+                TESTS + "a_save_that_a_forgotten_block_precedes_is_not_believed_when_it_ends",
             ),
         ),
     ),
