@@ -219,7 +219,7 @@ def test_a_copy_that_fails_costs_time_and_no_token(
 def test_preempted_sequences_come_back_from_host_memory_with_the_same_tokens(
     small: Engine, roomy: Engine
 ) -> None:
-    prompts = [prompt(index, 20 + 3 * index) for index in range(8)]
+    prompts = [prompt(10 + index, 20 + 3 * index) for index in range(8)]
     wanted = expected(roomy, prompts, 70)
     served = Served(small)
     sequences = served.run(prompts, 70, temperature=0.8)
