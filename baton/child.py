@@ -7,8 +7,8 @@ Life of a child
     ENDED     gone, with its exit code; all it said has been read
 
 What it says is never trusted to be well formed: a line that is no start-up fact is skipped, and
-an endless line is passed on in pieces. While STARTING, its last words (`baton COMMAND: why`) are
-kept as its `failure` for the supervisor to say, once.
+an endless line is passed on in pieces (`child_pipe.py`). While STARTING, its last words (`baton
+COMMAND: why`) are kept as its `failure` for the supervisor to say, once.
 
 A child gets its own process session, so a Ctrl-C in the terminal reaches only the
 supervisor; and a parent-death signal, so no child outlives a supervisor that is killed.
@@ -28,14 +28,14 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import TYPE_CHECKING, Any
 
+from baton.child_pipe import ChildPipe
 from cluster.startup import PROGRESS_FD_VARIABLE
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
 logger = logging.getLogger(__name__)
 PR_SET_PDEATHSIG = 1
-LAST_WORDS_SECONDS = 1.0  # a grandchild may keep the pipes open for ever
 Facts = dict[str, Any]
 NUMBER = (int, float)
 # What each event must carry to be shown.
@@ -82,6 +82,7 @@ class Child:
         self._on_fact = on_fact
         self._on_line = on_line
         self._process: asyncio.subprocess.Process | None = None
+        self._pipes: list[ChildPipe] = []
         self._readers: set[asyncio.Task[None]] = set()
         self._waiter: asyncio.Task[None] | None = None
 
@@ -95,13 +96,13 @@ class Child:
 
     async def start(self) -> None:
         """Spawn it. One that cannot be spawned has ENDED at once, with the reason."""
-        pipes: list[int] = []
+        ends: list[int] = []
         try:
-            pipes += [*os.pipe(), *os.pipe()]
-            facts, facts_end, lines, lines_end = pipes
+            ends += [*os.pipe(), *os.pipe()]
+            facts, facts_end, lines, lines_end = ends
             process = await self._spawn(facts_end, lines_end)
         except OSError as error:
-            for descriptor in pipes:
+            for descriptor in ends:
                 os.close(descriptor)
             self.failure = f"it cannot be started: {error.strerror}"
             self._end()
@@ -109,10 +110,10 @@ class Child:
         os.close(facts_end)
         os.close(lines_end)
         self._process = process
-        self._readers = {
-            asyncio.create_task(self._read(facts, self._take_fact)),
-            asyncio.create_task(self._read(lines, self._take_line)),
-        }
+        for descriptor, take in ((facts, self._take_fact), (lines, self._take_line)):
+            pipe = await ChildPipe.open(descriptor)
+            self._pipes.append(pipe)
+            self._readers.add(asyncio.create_task(self._read(pipe, take)))
         self._waiter = asyncio.create_task(self._wait(process))
 
     async def _spawn(self, facts_end: int, lines_end: int) -> asyncio.subprocess.Process:
@@ -145,17 +146,12 @@ class Child:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, number)
 
-    async def _read(self, descriptor: int, take: Callable[[bytes], None]) -> None:
-        stream = asyncio.StreamReader()
-        loop = asyncio.get_running_loop()
-        transport, _ = await loop.connect_read_pipe(
-            lambda: asyncio.StreamReaderProtocol(stream), os.fdopen(descriptor, "rb", buffering=0)
-        )
+    async def _read(self, pipe: ChildPipe, take: Callable[[bytes], None]) -> None:
         try:
-            async for line in lines_of(stream):
+            async for line in pipe.lines():
                 take(line)
         finally:
-            transport.close()
+            pipe.close()
 
     def _take_fact(self, line: bytes) -> None:
         fact = parse_fact(line)
@@ -181,27 +177,14 @@ class Child:
 
     async def _wait(self, process: asyncio.subprocess.Process) -> None:
         await process.wait()
-        await asyncio.wait(self._readers, timeout=LAST_WORDS_SECONDS)
-        for reader in self._readers:
-            reader.cancel()
+        for pipe in self._pipes:
+            pipe.child_has_ended()
+        await asyncio.wait(self._readers)
         self._end()
 
     def _end(self) -> None:
         self.state = ChildState.ENDED
         self.ended.set()
-
-
-async def lines_of(stream: asyncio.StreamReader) -> AsyncIterator[bytes]:
-    """The lines of a stream until it ends; a line longer than its buffer comes in pieces."""
-    while True:
-        try:
-            yield await stream.readuntil(b"\n")
-        except asyncio.LimitOverrunError as error:
-            yield await stream.readexactly(error.consumed)
-        except asyncio.IncompleteReadError as error:
-            if error.partial:
-                yield error.partial
-            return
 
 
 def parse_fact(line: bytes) -> Facts | None:

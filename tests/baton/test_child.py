@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import sys
 
 import pytest
 
-from baton.child import Child, ChildSpec, ChildState, Facts, lines_of, parse_fact
+from baton.child import Child, ChildSpec, ChildState, Facts, parse_fact
+from baton.child_pipe import ChildPipe, lines_of
 
 TELL = "import os, json; pipe = os.fdopen(int(os.environ['BATON_PROGRESS_FD']), 'w', buffering=1)\n"
 READY = "pipe.write(json.dumps({'event': 'ready', 'seconds': 0.1, 'grpc': 'here'}) + '\\n')\n"
@@ -166,3 +168,19 @@ def test_a_grandchild_that_keeps_the_pipes_open_does_not_hide_the_end() -> None:
         return heard.child
 
     assert asyncio.run(run()).exit_code == 0
+
+
+def test_all_that_a_child_has_said_is_read_however_late_its_pipe_is_looked_at() -> None:
+    """Somebody else keeps the pipe open, and nothing was read before the child had ended."""
+
+    async def run() -> list[bytes]:
+        reading, writing = os.pipe()
+        pipe = await ChildPipe.open(reading)
+        os.write(writing, b"x" * 60_000 + b"\nlast words")
+        pipe.child_has_ended()
+        os.write(writing, b" of a grandchild\n")
+        lines = [line async for line in pipe.lines()]
+        os.close(writing)
+        return lines
+
+    assert asyncio.run(run()) == [b"x" * 60_000 + b"\n", b"last words"]
