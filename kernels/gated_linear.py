@@ -24,21 +24,23 @@ from __future__ import annotations
 import torch
 
 from kernels.dispatch import num_multiprocessors
-from kernels.gluon_api import gluon_jit, gluon_jit_for_any, next_stage
-
-try:
-    from triton.experimental import gluon
-    from triton.experimental.gluon import language as gl
-    from triton.experimental.gluon.language.nvidia.hopper import (
-        fence_async_shared,
-        mbarrier,
-        tma,
-        warpgroup_mma,
-        warpgroup_mma_wait,
-    )
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-except ImportError:  # no Triton, or one without Gluon
-    gluon = None
+from kernels.gluon_api import (
+    HAS_GLUON,
+    TensorDescriptor,
+    async_load,
+    async_store,
+    barrier,
+    fence_async_shared,
+    gl,
+    gluon_jit,
+    gluon_jit_for_any,
+    mbarrier,
+    next_stage,
+    reinterpret,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
 
 _ROWS, _COLUMNS, _DEPTH = 128, 128, 64  # of a tile, and of a step through it
 _STAGES = 4
@@ -50,7 +52,7 @@ _LEAST_USE, _LEAST_USE_OF_PAIR = 0.9, 0.84
 
 def fits_gated_linear(num_rows: int, weight: torch.Tensor) -> bool:
     """Whether `gated_linear` runs here and beats the library's product with `silu_mul` behind."""
-    if gluon is None or not weight.is_cuda or weight.dtype not in (torch.bfloat16, torch.float16):
+    if not HAS_GLUON or not weight.is_cuda or weight.dtype not in (torch.bfloat16, torch.float16):
         return False
     if torch.cuda.get_device_capability(weight.device)[0] != 9 or weight.shape[1] % 8:
         return False
@@ -103,15 +105,15 @@ def _place(
 
 @gluon_jit
 def _copy(
-    x_desc: tma.tensor_descriptor, gate_desc: tma.tensor_descriptor,
-    up_desc: tma.tensor_descriptor, x_memory: gl.shared_memory_descriptor,
+    x_desc: gl.tensor, gate_desc: gl.tensor,
+    up_desc: gl.tensor, x_memory: gl.shared_memory_descriptor,
     weights: gl.shared_memory_descriptor, full: gl.shared_memory_descriptor,
     empty: gl.shared_memory_descriptor, tiles_down: gl.tensor, TILES_ACROSS: gl.constexpr,
     STEPS: gl.constexpr, GRID: gl.constexpr, STAGES: gl.constexpr, TILE_ROWS: gl.constexpr,
     TILE_COLUMNS: gl.constexpr, DEPTH: gl.constexpr, AT_ONCE: gl.constexpr,
 ) -> None:  # fmt: skip
-    halves = weights._reinterpret(
-        weights.dtype, [2 * STAGES, TILE_COLUMNS, DEPTH], gate_desc.layout
+    halves = reinterpret(
+        weights, weights.dtype, [2 * STAGES, TILE_COLUMNS, DEPTH], gate_desc.layout
     )
     stage = 0
     phase = 1
@@ -125,20 +127,20 @@ def _copy(
             mbarrier.expect(bar, (TILE_ROWS + 2 * TILE_COLUMNS) * DEPTH * 2)
             k = step * DEPTH
             for half in gl.static_range(2):
-                tma.async_copy_global_to_shared(
+                async_load(
                     x_desc,
                     [row + half * (TILE_ROWS // 2), k],
                     bar,
                     x_memory.index(2 * stage + half),
                 )
-            tma.async_copy_global_to_shared(gate_desc, [column, k], bar, halves.index(2 * stage))
-            tma.async_copy_global_to_shared(up_desc, [column, k], bar, halves.index(2 * stage + 1))
+            async_load(gate_desc, [column, k], bar, halves.index(2 * stage))
+            async_load(up_desc, [column, k], bar, halves.index(2 * stage + 1))
             stage, phase = next_stage(stage, phase, STAGES)
 
 
 @gluon_jit
 def _multiply(
-    half: gl.constexpr, out_desc: tma.tensor_descriptor, x_memory: gl.shared_memory_descriptor,
+    half: gl.constexpr, out_desc: gl.tensor, x_memory: gl.shared_memory_descriptor,
     weights: gl.shared_memory_descriptor, out_memory: gl.shared_memory_descriptor,
     full: gl.shared_memory_descriptor, empty: gl.shared_memory_descriptor, tiles_down: gl.tensor,
     TILES_ACROSS: gl.constexpr, STEPS: gl.constexpr, GRID: gl.constexpr, STAGES: gl.constexpr,
@@ -177,17 +179,15 @@ def _multiply(
         tma.store_wait(0)  # what the tile before left there has been read
         staged.store(activated.to(staged.dtype))
         fence_async_shared()
-        gl.thread_barrier()
-        tma.async_copy_shared_to_global(
-            out_desc, [down * TILE_ROWS + half * HALF, across * TILE_COLUMNS], staged
-        )
+        barrier()
+        async_store(out_desc, [down * TILE_ROWS + half * HALF, across * TILE_COLUMNS], staged)
     tma.store_wait(0)
 
 
 @gluon_jit_for_any("num_rows")
 def _gated_kernel(
-    x_desc: tma.tensor_descriptor, gate_desc: tma.tensor_descriptor,
-    up_desc: tma.tensor_descriptor, out_desc: tma.tensor_descriptor, num_rows: gl.tensor,
+    x_desc: gl.tensor, gate_desc: gl.tensor,
+    up_desc: gl.tensor, out_desc: gl.tensor, num_rows: gl.tensor,
     COLUMNS: gl.constexpr, STEPS: gl.constexpr, GRID: gl.constexpr, STAGES: gl.constexpr,
     TILE_ROWS: gl.constexpr, TILE_COLUMNS: gl.constexpr, DEPTH: gl.constexpr,
     AT_ONCE: gl.constexpr, num_warps: gl.constexpr,

@@ -23,11 +23,12 @@ try:
     # By the names of Triton 3.9, or those of 3.6.
     barrier = getattr(gl, "barrier", None) or gl.thread_barrier
     async_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+    async_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
     _memory = gl.shared_memory_descriptor
     reinterpret = getattr(_memory, "reinterpret", None) or _memory._reinterpret
 except ImportError:
-    gluon = gl = fence_async_shared = mbarrier = warpgroup_mma = warpgroup_mma_wait = None
-    TensorDescriptor = barrier = async_load = reinterpret = None
+    gluon = gl = fence_async_shared = mbarrier = tma = warpgroup_mma = warpgroup_mma_wait = None
+    TensorDescriptor = barrier = async_load = async_store = reinterpret = None
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -36,6 +37,7 @@ __all__ = [
     "HAS_GLUON",
     "TensorDescriptor",
     "async_load",
+    "async_store",
     "barrier",
     "fence_async_shared",
     "gl",
@@ -47,6 +49,7 @@ __all__ = [
     "post",
     "read",
     "reinterpret",
+    "tma",
     "warpgroup_mma",
     "warpgroup_mma_wait",
 ]

@@ -20,21 +20,19 @@ from __future__ import annotations
 import torch
 
 from kernels.dispatch import chained_launch, gdc_launch_dependents, gdc_wait, next_power_of_two
-from kernels.gluon_api import gluon_jit, gluon_jit_for_any, next_stage
-
-try:
-    from triton.experimental import gluon
-    from triton.experimental.gluon import language as gl
-    from triton.experimental.gluon.language.nvidia.hopper import (
-        fence_async_shared,
-        mbarrier,
-        tma,
-        warpgroup_mma,
-        warpgroup_mma_wait,
-    )
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-except ImportError:  # no Triton, or one without Gluon
-    gluon = None
+from kernels.gluon_api import (
+    HAS_GLUON,
+    TensorDescriptor,
+    async_load,
+    fence_async_shared,
+    gl,
+    gluon_jit,
+    gluon_jit_for_any,
+    mbarrier,
+    next_stage,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
 
 _OUT, _DEPTH = 64, 64  # weight rows of a product, inner elements of a stage
 # Between the two the library has tiles that suit the rows better.
@@ -45,7 +43,7 @@ _LEAST_BLOCKS = 128  # to keep the memory busy
 
 def fits_thin_gated_linear(num_rows: int, weight: torch.Tensor) -> bool:
     """Whether `thin_gated_linear` runs here and beats the library's product with `silu_mul`."""
-    if gluon is None or not weight.is_cuda or weight.dtype not in (torch.bfloat16, torch.float16):
+    if not HAS_GLUON or not weight.is_cuda or weight.dtype not in (torch.bfloat16, torch.float16):
         return False
     if torch.cuda.get_device_capability(weight.device)[0] != 9 or weight.shape[1] % _DEPTH:
         return False
@@ -83,8 +81,8 @@ def thin_gated_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 @gluon_jit
 def _copy(
-    gate_desc: tma.tensor_descriptor, up_desc: tma.tensor_descriptor,
-    x_desc: tma.tensor_descriptor, weights: gl.shared_memory_descriptor,
+    gate_desc: gl.tensor, up_desc: gl.tensor,
+    x_desc: gl.tensor, weights: gl.shared_memory_descriptor,
     x_memory: gl.shared_memory_descriptor, full: gl.shared_memory_descriptor,
     empty: gl.shared_memory_descriptor, STEPS: gl.constexpr, STAGES: gl.constexpr,
     OUT: gl.constexpr, DEPTH: gl.constexpr, CHAINED: gl.constexpr,
@@ -96,14 +94,12 @@ def _copy(
         bar = full.index(step)
         mbarrier.expect(bar, BYTES)
         k = step * DEPTH
-        tma.async_copy_global_to_shared(gate_desc, [row, k], bar, weights.index(2 * step))
-        tma.async_copy_global_to_shared(up_desc, [row, k], bar, weights.index(2 * step + 1))
+        async_load(gate_desc, [row, k], bar, weights.index(2 * step))
+        async_load(up_desc, [row, k], bar, weights.index(2 * step + 1))
     if CHAINED:
         gdc_wait()
     for step in gl.static_range(EARLY):
-        tma.async_copy_global_to_shared(
-            x_desc, [0, step * DEPTH], full.index(step), x_memory.index(step)
-        )
+        async_load(x_desc, [0, step * DEPTH], full.index(step), x_memory.index(step))
     stage = 0
     phase = 0
     for step in range(STAGES, STEPS):
@@ -111,9 +107,9 @@ def _copy(
         bar = full.index(stage)
         mbarrier.expect(bar, BYTES)
         k = step * DEPTH
-        tma.async_copy_global_to_shared(gate_desc, [row, k], bar, weights.index(2 * stage))
-        tma.async_copy_global_to_shared(up_desc, [row, k], bar, weights.index(2 * stage + 1))
-        tma.async_copy_global_to_shared(x_desc, [0, k], bar, x_memory.index(stage))
+        async_load(gate_desc, [row, k], bar, weights.index(2 * stage))
+        async_load(up_desc, [row, k], bar, weights.index(2 * stage + 1))
+        async_load(x_desc, [0, k], bar, x_memory.index(stage))
         stage, phase = next_stage(stage, phase, STAGES)
 
 
@@ -155,8 +151,8 @@ def _multiply(
 
 @gluon_jit_for_any("num_rows")
 def _thin_gated_kernel(
-    gate_desc: tma.tensor_descriptor, up_desc: tma.tensor_descriptor,
-    x_desc: tma.tensor_descriptor, out_ptr: gl.tensor, num_rows: gl.tensor,
+    gate_desc: gl.tensor, up_desc: gl.tensor,
+    x_desc: gl.tensor, out_ptr: gl.tensor, num_rows: gl.tensor,
     OUT_SIZE: gl.constexpr, COLUMNS: gl.constexpr, STEPS: gl.constexpr, STAGES: gl.constexpr,
     OUT: gl.constexpr, DEPTH: gl.constexpr, CHAINED: gl.constexpr, num_warps: gl.constexpr,
 ) -> None:  # fmt: skip

@@ -28,21 +28,19 @@ from kernels.dispatch import (
     next_power_of_two,
     num_multiprocessors,
 )
-from kernels.gluon_api import gluon_jit, gluon_jit_for_any, next_stage
-
-try:
-    from triton.experimental import gluon
-    from triton.experimental.gluon import language as gl
-    from triton.experimental.gluon.language.nvidia.hopper import (
-        fence_async_shared,
-        mbarrier,
-        tma,
-        warpgroup_mma,
-        warpgroup_mma_wait,
-    )
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-except ImportError:  # no Triton, or one without Gluon
-    gluon = None
+from kernels.gluon_api import (
+    HAS_GLUON,
+    TensorDescriptor,
+    async_load,
+    fence_async_shared,
+    gl,
+    gluon_jit,
+    gluon_jit_for_any,
+    mbarrier,
+    next_stage,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
 
 _OUT, _DEPTH = 64, 64  # weight rows of a block, inner elements of a stage
 _MOST_ROWS = 48
@@ -52,7 +50,7 @@ _LEAST_BLOCKS = 64  # to keep the memory busy
 
 def fits_thin_linear(num_rows: int, weight: torch.Tensor) -> bool:
     """Whether `thin_linear` runs here and beats the library's product."""
-    if gluon is None or not weight.is_cuda or weight.dtype not in (torch.bfloat16, torch.float16):
+    if not HAS_GLUON or not weight.is_cuda or weight.dtype not in (torch.bfloat16, torch.float16):
         return False
     if torch.cuda.get_device_capability(weight.device)[0] != 9 or weight.shape[1] % _DEPTH:
         return False
@@ -93,7 +91,7 @@ def thin_linear(
 
 @gluon_jit
 def _copy(
-    weight_desc: tma.tensor_descriptor, x_desc: tma.tensor_descriptor,
+    weight_desc: gl.tensor, x_desc: gl.tensor,
     weights: gl.shared_memory_descriptor, x_memory: gl.shared_memory_descriptor,
     full: gl.shared_memory_descriptor, empty: gl.shared_memory_descriptor, STEPS: gl.constexpr,
     STAGES: gl.constexpr, OUT: gl.constexpr, DEPTH: gl.constexpr, CHAINED: gl.constexpr,
@@ -104,13 +102,11 @@ def _copy(
     for step in gl.static_range(EARLY):
         bar = full.index(step)
         mbarrier.expect(bar, BYTES)
-        tma.async_copy_global_to_shared(weight_desc, [row, step * DEPTH], bar, weights.index(step))
+        async_load(weight_desc, [row, step * DEPTH], bar, weights.index(step))
     if CHAINED:
         gdc_wait()
     for step in gl.static_range(EARLY):
-        tma.async_copy_global_to_shared(
-            x_desc, [0, step * DEPTH], full.index(step), x_memory.index(step)
-        )
+        async_load(x_desc, [0, step * DEPTH], full.index(step), x_memory.index(step))
     stage = 0
     phase = 0
     for step in range(STAGES, STEPS):
@@ -118,8 +114,8 @@ def _copy(
         bar = full.index(stage)
         mbarrier.expect(bar, BYTES)
         k = step * DEPTH
-        tma.async_copy_global_to_shared(weight_desc, [row, k], bar, weights.index(stage))
-        tma.async_copy_global_to_shared(x_desc, [0, k], bar, x_memory.index(stage))
+        async_load(weight_desc, [row, k], bar, weights.index(stage))
+        async_load(x_desc, [0, k], bar, x_memory.index(stage))
         stage, phase = next_stage(stage, phase, STAGES)
 
 
@@ -161,7 +157,7 @@ def _multiply(
 
 @gluon_jit_for_any("num_rows")
 def _thin_kernel(
-    weight_desc: tma.tensor_descriptor, x_desc: tma.tensor_descriptor, residual_ptr: gl.tensor,
+    weight_desc: gl.tensor, x_desc: gl.tensor, residual_ptr: gl.tensor,
     out_ptr: gl.tensor, num_rows: gl.tensor, OUT_SIZE: gl.constexpr, COLUMNS: gl.constexpr,
     STEPS: gl.constexpr, STAGES: gl.constexpr, OUT: gl.constexpr, DEPTH: gl.constexpr,
     CHAINED: gl.constexpr, num_warps: gl.constexpr,
