@@ -17,14 +17,10 @@ More rows are `gated_linear`'s and the library's, few rows `skinny_linear`'s.
 
 from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING
 
-from kernels.dispatch import chained_launch, gdc_launch_dependents, gdc_wait, next_power_of_two
+from kernels.dispatch import chained_launch, gdc_launch_dependents, gdc_wait
 from kernels.gluon_api import (
-    HAS_GLUON,
-    TensorDescriptor,
-    async_load,
-    fence_async_shared,
     gl,
     gluon_jit,
     gluon_jit_for_any,
@@ -33,8 +29,11 @@ from kernels.gluon_api import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from kernels.thin_ring import DEPTH, OUT, fill_ring, fits_ring, make_ring, num_columns, tiles_of
 
-_OUT, _DEPTH = 64, 64  # weight rows of a product, inner elements of a stage
+if TYPE_CHECKING:
+    import torch
+
 # Between the two the library has tiles that suit the rows better.
 _SOME_ROWS, _MANY_ROWS, _MOST_ROWS = 64, 112, 128
 _RING_BYTES = 100 << 10  # less than half of what a multiprocessor has
@@ -43,12 +42,10 @@ _LEAST_BLOCKS = 128  # to keep the memory busy
 
 def fits_thin_gated_linear(num_rows: int, weight: torch.Tensor) -> bool:
     """Whether `thin_gated_linear` runs here and beats the library's product with `silu_mul`."""
-    if not HAS_GLUON or not weight.is_cuda or weight.dtype not in (torch.bfloat16, torch.float16):
-        return False
-    if torch.cuda.get_device_capability(weight.device)[0] != 9 or weight.shape[1] % _DEPTH:
+    if not fits_ring(weight):
         return False
     suits = num_rows <= _SOME_ROWS or _MANY_ROWS < num_rows <= _MOST_ROWS
-    return suits and weight.shape[0] >= 2 * _OUT * _LEAST_BLOCKS
+    return suits and weight.shape[0] >= 2 * OUT * _LEAST_BLOCKS
 
 
 def thin_gated_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -65,52 +62,15 @@ def thin_gated_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     num_rows, in_size = x.shape
     out_size = weight.shape[0] // 2
     out = x.new_empty(num_rows, out_size)
-    columns = max(16, next_power_of_two(num_rows))
-    layout = gl.NVMMASharedLayout(128, 16, rank=2)
+    columns = num_columns(num_rows)
     chained = chained_launch(x.device)
-    _thin_gated_kernel[(-(-out_size // _OUT),)](
-        TensorDescriptor.from_tensor(weight[:out_size], [_OUT, _DEPTH], layout),
-        TensorDescriptor.from_tensor(weight[out_size:], [_OUT, _DEPTH], layout),
-        TensorDescriptor.from_tensor(x, [columns, _DEPTH], layout),
-        out, num_rows, OUT_SIZE=out_size, COLUMNS=columns, STEPS=in_size // _DEPTH,
-        STAGES=_RING_BYTES // (2 * _DEPTH * (2 * _OUT + columns)), OUT=_OUT, DEPTH=_DEPTH,
+    _thin_gated_kernel[(-(-out_size // OUT),)](
+        tiles_of(weight[:out_size], OUT), tiles_of(weight[out_size:], OUT), tiles_of(x, columns),
+        out, num_rows, OUT_SIZE=out_size, COLUMNS=columns, STEPS=in_size // DEPTH,
+        STAGES=_RING_BYTES // (2 * DEPTH * (2 * OUT + columns)), OUT=OUT, DEPTH=DEPTH,
         CHAINED=chained, num_warps=4, maxnreg=128, launch_pdl=chained,
     )  # fmt: skip
     return out
-
-
-@gluon_jit
-def _copy(
-    gate_desc: gl.tensor, up_desc: gl.tensor,
-    x_desc: gl.tensor, weights: gl.shared_memory_descriptor,
-    x_memory: gl.shared_memory_descriptor, full: gl.shared_memory_descriptor,
-    empty: gl.shared_memory_descriptor, STEPS: gl.constexpr, STAGES: gl.constexpr,
-    OUT: gl.constexpr, DEPTH: gl.constexpr, CHAINED: gl.constexpr,
-) -> None:  # fmt: skip
-    BYTES: gl.constexpr = 2 * gate_desc.block_type.nbytes + x_desc.block_type.nbytes
-    EARLY: gl.constexpr = min(STEPS, STAGES)
-    row = gl.program_id(0) * OUT
-    for step in gl.static_range(EARLY):
-        bar = full.index(step)
-        mbarrier.expect(bar, BYTES)
-        k = step * DEPTH
-        async_load(gate_desc, [row, k], bar, weights.index(2 * step))
-        async_load(up_desc, [row, k], bar, weights.index(2 * step + 1))
-    if CHAINED:
-        gdc_wait()
-    for step in gl.static_range(EARLY):
-        async_load(x_desc, [0, step * DEPTH], full.index(step), x_memory.index(step))
-    stage = 0
-    phase = 0
-    for step in range(STAGES, STEPS):
-        mbarrier.wait(empty.index(stage), phase)
-        bar = full.index(stage)
-        mbarrier.expect(bar, BYTES)
-        k = step * DEPTH
-        async_load(gate_desc, [row, k], bar, weights.index(2 * stage))
-        async_load(up_desc, [row, k], bar, weights.index(2 * stage + 1))
-        async_load(x_desc, [0, k], bar, x_memory.index(stage))
-        stage, phase = next_stage(stage, phase, STAGES)
 
 
 @gluon_jit
@@ -158,23 +118,13 @@ def _thin_gated_kernel(
 ) -> None:  # fmt: skip
     if CHAINED:
         gdc_launch_dependents()
-    DTYPE: gl.constexpr = x_desc.dtype
-    TILED: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
-    BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
-    weights = gl.allocate_shared_memory(DTYPE, [2 * STAGES, OUT, DEPTH], TILED)
-    x_memory = gl.allocate_shared_memory(DTYPE, [STAGES, COLUMNS, DEPTH], TILED)
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
-    for i in gl.static_range(STAGES):
-        mbarrier.init(full.index(i), count=1)
-        mbarrier.init(empty.index(i), count=1)
-    fence_async_shared()
+    weights, x_memory, full, empty = make_ring(x_desc.dtype, 2, STAGES, OUT, COLUMNS, DEPTH)
     gl.warp_specialize(
         [
             (_multiply, (out_ptr, weights, x_memory, full, empty, num_rows, OUT_SIZE, COLUMNS,
                 STEPS, STAGES, OUT, CHAINED)),
-            (_copy, (gate_desc, up_desc, x_desc, weights, x_memory, full, empty, STEPS, STAGES,
-                OUT, DEPTH, CHAINED)),
+            (fill_ring, (gate_desc, up_desc, x_desc, weights, x_memory, full, empty, STEPS,
+                STAGES, OUT, DEPTH, CHAINED)),
         ],
         [1],
         [24],

@@ -19,20 +19,10 @@ multiplies by warps, with x in registers where it fits, takes 8-bit weights and 
 
 from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING
 
-from kernels.dispatch import (
-    chained_launch,
-    gdc_launch_dependents,
-    gdc_wait,
-    next_power_of_two,
-    num_multiprocessors,
-)
+from kernels.dispatch import chained_launch, gdc_launch_dependents, gdc_wait, num_multiprocessors
 from kernels.gluon_api import (
-    HAS_GLUON,
-    TensorDescriptor,
-    async_load,
-    fence_async_shared,
     gl,
     gluon_jit,
     gluon_jit_for_any,
@@ -41,8 +31,11 @@ from kernels.gluon_api import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from kernels.thin_ring import DEPTH, OUT, fill_ring, fits_ring, make_ring, num_columns, tiles_of
 
-_OUT, _DEPTH = 64, 64  # weight rows of a block, inner elements of a stage
+if TYPE_CHECKING:
+    import torch
+
 _MOST_ROWS = 48
 _RING_BYTES = 200 << 10
 _LEAST_BLOCKS = 64  # to keep the memory busy
@@ -50,11 +43,9 @@ _LEAST_BLOCKS = 64  # to keep the memory busy
 
 def fits_thin_linear(num_rows: int, weight: torch.Tensor) -> bool:
     """Whether `thin_linear` runs here and beats the library's product."""
-    if not HAS_GLUON or not weight.is_cuda or weight.dtype not in (torch.bfloat16, torch.float16):
+    if not fits_ring(weight):
         return False
-    if torch.cuda.get_device_capability(weight.device)[0] != 9 or weight.shape[1] % _DEPTH:
-        return False
-    blocks = -(-weight.shape[0] // _OUT)
+    blocks = -(-weight.shape[0] // OUT)
     return num_rows <= _MOST_ROWS and _LEAST_BLOCKS <= blocks <= num_multiprocessors(weight.device)
 
 
@@ -76,47 +67,15 @@ def thin_linear(
     out_size = weight.shape[0]
     out = x.new_empty(num_rows, out_size) if residual is None else residual
     assert out.is_contiguous()
-    columns = max(16, next_power_of_two(num_rows))
-    layout = gl.NVMMASharedLayout(128, 16, rank=2)
+    columns = num_columns(num_rows)
     chained = chained_launch(x.device)
-    _thin_kernel[(-(-out_size // _OUT),)](
-        TensorDescriptor.from_tensor(weight, [_OUT, _DEPTH], layout),
-        TensorDescriptor.from_tensor(x, [columns, _DEPTH], layout),
-        residual, out, num_rows, OUT_SIZE=out_size, COLUMNS=columns, STEPS=in_size // _DEPTH,
-        STAGES=_RING_BYTES // (2 * _DEPTH * (_OUT + columns)), OUT=_OUT, DEPTH=_DEPTH,
+    _thin_kernel[(-(-out_size // OUT),)](
+        tiles_of(weight, OUT), tiles_of(x, columns),
+        residual, out, num_rows, OUT_SIZE=out_size, COLUMNS=columns, STEPS=in_size // DEPTH,
+        STAGES=_RING_BYTES // (2 * DEPTH * (OUT + columns)), OUT=OUT, DEPTH=DEPTH,
         CHAINED=chained, num_warps=4, maxnreg=128, launch_pdl=chained,
     )  # fmt: skip
     return out
-
-
-@gluon_jit
-def _copy(
-    weight_desc: gl.tensor, x_desc: gl.tensor,
-    weights: gl.shared_memory_descriptor, x_memory: gl.shared_memory_descriptor,
-    full: gl.shared_memory_descriptor, empty: gl.shared_memory_descriptor, STEPS: gl.constexpr,
-    STAGES: gl.constexpr, OUT: gl.constexpr, DEPTH: gl.constexpr, CHAINED: gl.constexpr,
-) -> None:  # fmt: skip
-    BYTES: gl.constexpr = weight_desc.block_type.nbytes + x_desc.block_type.nbytes
-    EARLY: gl.constexpr = min(STEPS, STAGES)
-    row = gl.program_id(0) * OUT
-    for step in gl.static_range(EARLY):
-        bar = full.index(step)
-        mbarrier.expect(bar, BYTES)
-        async_load(weight_desc, [row, step * DEPTH], bar, weights.index(step))
-    if CHAINED:
-        gdc_wait()
-    for step in gl.static_range(EARLY):
-        async_load(x_desc, [0, step * DEPTH], full.index(step), x_memory.index(step))
-    stage = 0
-    phase = 0
-    for step in range(STAGES, STEPS):
-        mbarrier.wait(empty.index(stage), phase)
-        bar = full.index(stage)
-        mbarrier.expect(bar, BYTES)
-        k = step * DEPTH
-        async_load(weight_desc, [row, k], bar, weights.index(stage))
-        async_load(x_desc, [0, k], bar, x_memory.index(stage))
-        stage, phase = next_stage(stage, phase, STAGES)
 
 
 @gluon_jit
@@ -165,23 +124,13 @@ def _thin_kernel(
     """residual_ptr None: there is none, which Triton compiles apart."""
     if CHAINED:
         gdc_launch_dependents()
-    DTYPE: gl.constexpr = x_desc.dtype
-    TILED: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
-    BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
-    weights = gl.allocate_shared_memory(DTYPE, [STAGES, OUT, DEPTH], TILED)
-    x_memory = gl.allocate_shared_memory(DTYPE, [STAGES, COLUMNS, DEPTH], TILED)
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
-    for i in gl.static_range(STAGES):
-        mbarrier.init(full.index(i), count=1)
-        mbarrier.init(empty.index(i), count=1)
-    fence_async_shared()
+    weights, x_memory, full, empty = make_ring(x_desc.dtype, 1, STAGES, OUT, COLUMNS, DEPTH)
     gl.warp_specialize(
         [
             (_multiply, (residual_ptr, out_ptr, weights, x_memory, full, empty, num_rows, OUT_SIZE,
                 COLUMNS, STEPS, STAGES, OUT, CHAINED)),
-            (_copy, (weight_desc, x_desc, weights, x_memory, full, empty, STEPS, STAGES, OUT,
-                DEPTH, CHAINED)),
+            (fill_ring, (weight_desc, None, x_desc, weights, x_memory, full, empty, STEPS, STAGES,
+                OUT, DEPTH, CHAINED)),
         ],
         [1],
         [24],
