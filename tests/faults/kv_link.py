@@ -61,6 +61,9 @@ class Spoil(StrEnum):
     REORDER = "reorder"  # after the next one
 
 
+CUTS = frozenset({Spoil.CUT_BEFORE_HEADER, Spoil.CUT_BEFORE_PAYLOAD, Spoil.CUT_AFTER_PAYLOAD})
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Order:
     """`shots`: how many frames; `skip`: how many are left alone before."""
@@ -224,7 +227,8 @@ class SpoiledEndpoint:
                 self._at_hand = [header, payload]
                 await self._spoil(order, header, payload)
                 self._at_hand = []
-                self._orders.done(order)
+                if order.spoil not in CUTS:
+                    self._orders.done(order)
             self._kept.append(payload.buffer.clone())
             if self._held is not None and (order is None or order.spoil is not Spoil.REORDER):
                 held, self._held = self._held, None
@@ -251,8 +255,8 @@ class SpoiledEndpoint:
                 self._post(header, payload)
                 late = asyncio.create_task(self._again(order.seconds, *copies))
                 self._late.add(late)
-            case Spoil.CUT_BEFORE_HEADER | Spoil.CUT_BEFORE_PAYLOAD | Spoil.CUT_AFTER_PAYLOAD:
-                await self._cut(order.spoil, header, payload)
+            case spoil if spoil in CUTS:
+                await self._cut(order, header, payload)
             case _:
                 spoil_bytes(order.spoil, header, payload, self._kept)
                 self._post(header, payload)
@@ -261,13 +265,14 @@ class SpoiledEndpoint:
         await asyncio.sleep(seconds)
         self._post(*messages)
 
-    async def _cut(self, spoil: Spoil, header: Message, payload: Message) -> None:
-        if spoil is not Spoil.CUT_BEFORE_HEADER:
+    async def _cut(self, order: Order, header: Message, payload: Message) -> None:
+        if order.spoil is not Spoil.CUT_BEFORE_HEADER:
             self._post(header)
             await asyncio.wait([header.ended])
-        if spoil is Spoil.CUT_AFTER_PAYLOAD:
+        if order.spoil is Spoil.CUT_AFTER_PAYLOAD:
             self._post(payload)
             await asyncio.wait([payload.ended])
+        self._orders.done(order)  # who sees the end of the connection may end this task
         await self._inner.close()
         self._on_close()
 

@@ -159,6 +159,30 @@ def test_a_cut_ends_the_connection_and_every_send_on_it(folder: Path, cut: Spoil
     assert shots_done(folder) == 1
 
 
+def test_a_cut_is_told_even_if_the_owner_closes_the_link_while_it_is_cut(folder: Path) -> None:
+    async def scenario() -> None:
+        link = Link(folder)
+        await link.open()
+        inner = link.near._inner  # type: ignore[attr-defined]
+        end = inner.close
+
+        async def end_and_be_closed() -> bool:
+            inner.close = end
+            await end()
+            await link.close()
+            await asyncio.sleep(0)
+            return True
+
+        inner.close = end_and_be_closed
+        Order(spoil=Spoil.CUT_BEFORE_PAYLOAD).write(folder)
+        link.post(0)
+        with pytest.raises(ServingError):
+            await link.receive()
+
+    asyncio.run(scenario())
+    assert shots_done(folder) == 1
+
+
 @pytest.mark.parametrize("spoil", [Spoil.DUPLICATE, Spoil.LATE])
 def test_a_frame_comes_twice(folder: Path, spoil: Spoil) -> None:
     async def scenario() -> None:
