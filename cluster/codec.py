@@ -24,7 +24,7 @@ from cluster.request import (
     TokenLogprobs,
 )
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 
 MAX_ID_CHARS = 256
 MAX_SALT_BYTES = 256

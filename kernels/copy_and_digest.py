@@ -25,12 +25,12 @@ _PROGRAMS_PER_MULTIPROCESSOR = 8
 
 
 def pack_and_digest(
+    out: torch.Tensor,
     pools: Sequence[torch.Tensor],
     layer_start: int,
     num_layers: int,
     block_ids: torch.Tensor,
     num_ids: int,
-    out: torch.Tensor,
     digests: torch.Tensor | None,
 ) -> None:
     """Copies as `pack_blocks` of each part; the digest of `out[l, i]` is added to
@@ -59,7 +59,8 @@ def unpack_and_digest(
     num_ids: int,
     digests: torch.Tensor | None,
 ) -> None:
-    """Copies as `unpack_blocks` to each part; `src` and digests as `out` and digests there."""
+    """Copies as `unpack_blocks` to each part; `src` and digests as `out` and digests there. `src`
+    may be the memory of another GPU, mapped: it is read once."""
     if runs_triton(src) and digests is not None:
         _move(pools, layer_start, num_layers, block_ids, num_ids, src, digests, unpacks=True)
         return

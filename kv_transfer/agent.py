@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from cluster.errors import ServingError
+from kv_transfer.mapped_slots import map_slots
 from kv_transfer.pool import TransferPool
 from kv_transfer.protocol import FrameLimits
 from kv_transfer.quarantine import Quarantine
@@ -119,6 +120,10 @@ class TransferAgent:
         if isinstance(endpoint, PieceEndpoint) and self.pool.has_pieces(digest):
             return endpoint
         return None
+
+    def map_slots(self, description: bytes) -> Sequence[torch.Tensor]:
+        """The slots of a sender, for our device; none where they cannot be mapped. Any thread."""
+        return map_slots(description, self.pool.device) if self.pool.device.type == "cuda" else ()
 
     def _forget(self, endpoint: Endpoint) -> None:
         self._in_use.pop(endpoint, None)

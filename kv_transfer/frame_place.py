@@ -1,25 +1,45 @@
-"""Which units a staging slot holds at its front."""
+"""What a staging slot holds: units, one layer after the other, and behind them their digests."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
+
+from kv_transfer.protocol import DIGEST_BYTES
+
 if TYPE_CHECKING:
     import torch
+    from numpy.typing import NDArray
+
+    from kv_transfer.digests import PlaceSeal
 
 
 class FramePlace(NamedTuple):
-    """`num_layers` layers of these blocks, one after the other."""
+    """The units of one frame: the places that `seal` stands for, in these blocks of a pool."""
 
-    layer_start: int
-    num_layers: int
+    seal: PlaceSeal
     block_ids: tuple[int, ...]
 
     @property
+    def layer_start(self) -> int:
+        return self.seal.layer_start
+
+    @property
+    def num_layers(self) -> int:
+        return self.seal.num_layers
+
+    @property
     def num_units(self) -> int:
-        return self.num_layers * len(self.block_ids)
+        return self.seal.num_units
 
     def units(self, slot: torch.Tensor, unit_bytes: int) -> torch.Tensor:
-        """Of the slot, as `[num_layers, num_blocks, unit_bytes]`."""
+        """Of a slot, as `[num_layers, num_blocks, unit_bytes]`."""
         front = slot[: self.num_units * unit_bytes]
         return front.view(self.num_layers, len(self.block_ids), unit_bytes)
+
+    def digests(self, slot: torch.Tensor, unit_bytes: int) -> NDArray[np.uint64]:
+        """The sealed ones of a slot in host memory, `[num_layers, num_blocks]`; a view."""
+        begin = self.num_units * unit_bytes
+        behind = slot[begin : begin + self.num_units * DIGEST_BYTES].numpy()
+        return behind.view(np.uint64).reshape(self.num_layers, -1)

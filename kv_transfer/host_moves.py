@@ -20,20 +20,21 @@ from kernels.host_digest import digests_of_pieces, has_host_digests, host_digest
 from kv_transfer.digests import DigestKind
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from numpy.typing import NDArray
 
+    from kv_transfer.frame_place import FramePlace
     from kv_transfer.transports.base import Piece
 
 
 class HostMoves:
-    """`pools`: the parts of the pool, one for each rank of the model. `units` below is the front of
-    a slot, uint8 `[num_layers, num_blocks, unit_bytes]`, contiguous."""
+    """`pools`: the parts of the pool, one for each rank of the model."""
 
     def __init__(self, pools: Sequence[torch.Tensor]) -> None:
         self._pools = pools
         num_layers, self._num_blocks, unit_bytes = pools[0].shape
+        self._unit_bytes = unit_bytes * len(pools)
         self._words = _as_words(pools[0]) if len(pools) == 1 else None
         self._units = pools[0].view(num_layers * self._num_blocks, unit_bytes).numpy()
 
@@ -54,66 +55,63 @@ class HostMoves:
         layers = range(first, first + num_layers * step, step)
         return [self._units[layer + block] for layer in layers for block in block_ids]
 
-    def gather(
-        self, units: torch.Tensor, layer_start: int, block_ids: Sequence[int], digest: DigestKind
-    ) -> NDArray[np.uint64]:
-        """Copy blocks into `units`. Returns the digests, `[num_layers, num_blocks]`."""
+    def gather(self, slot: torch.Tensor, frame: FramePlace, digest: DigestKind) -> None:
+        """Copy blocks into `slot`, and write their sealed digests behind them."""
+        units = frame.units(slot, self._unit_bytes)
         if self._words is not None:
-            layers = self._words[layer_start : layer_start + len(units)]
+            layers = self._words[frame.layer_start : frame.layer_start + len(units)]
             packed = _as_words(units)
-            for index, block_id in enumerate(block_ids):
+            for index, block_id in enumerate(frame.block_ids):
                 packed[:, index] = layers[:, block_id]
         else:
-            ids = torch.tensor(block_ids, dtype=torch.int64)
+            ids = torch.tensor(frame.block_ids, dtype=torch.int64)
             for part, pool in enumerate(self._pools):
                 pack_blocks(
-                    pool, layer_start, len(units), ids, units,
+                    pool, frame.layer_start, len(units), ids, units,
                     part=part, num_parts=len(self._pools),
                 )  # fmt: skip
-        return unit_digests(units, digest)
+        behind = frame.digests(slot, self._unit_bytes)
+        behind[:] = frame.seal.seal(unit_digests(units, digest))
 
-    def scatter(
-        self,
-        units: torch.Tensor,
-        layer_start: int,
-        block_ids: Sequence[int],
-        digest: DigestKind,
-        accepts: Callable[[NDArray[np.uint64]], bool],
-    ) -> bool:
-        """Copy `units` into blocks if `accepts` their digests; gives the verdict."""
-        if not accepts(unit_digests(units, digest)):
+    def scatter(self, slot: torch.Tensor, frame: FramePlace, digest: DigestKind) -> bool:
+        """Copy `slot` into blocks if the digests behind it are right; gives the verdict."""
+        units = frame.units(slot, self._unit_bytes)
+        claimed = frame.digests(slot, self._unit_bytes)
+        if not np.array_equal(frame.seal.seal(unit_digests(units, digest)), claimed):
             return False
         if self._words is not None:
-            layers = self._words[layer_start : layer_start + len(units)]
+            layers = self._words[frame.layer_start : frame.layer_start + len(units)]
             packed = _as_words(units)
-            for index, block_id in enumerate(block_ids):
+            for index, block_id in enumerate(frame.block_ids):
                 layers[:, block_id] = packed[:, index]
         else:
-            ids = torch.tensor(block_ids, dtype=torch.int64)
+            ids = torch.tensor(frame.block_ids, dtype=torch.int64)
             for part, pool in enumerate(self._pools):
                 unpack_blocks(
-                    units, pool, layer_start, len(units), ids,
+                    units, pool, frame.layer_start, len(units), ids,
                     part=part, num_parts=len(self._pools),
                 )  # fmt: skip
         return True
 
 
 class ArrivalDigests:
-    """Digests of pieces in the order in which they arrive."""
+    """Digests of `num_units` pieces in the order in which they arrive; what follows is no unit."""
 
-    def __init__(self) -> None:
+    def __init__(self, num_units: int) -> None:
+        self._num_left = num_units
         self._parts: list[NDArray[np.uint64]] = []
 
     def add(self, pieces: Sequence[Piece]) -> None:
-        self._parts.append(piece_digests(pieces, 1))
+        units = pieces[: self._num_left]
+        self._num_left -= len(units)
+        if units:
+            self._parts.append(piece_digests(units, 1))
 
-    def as_array(self, num_layers: int, num_blocks: int) -> NDArray[np.uint64] | None:
+    def as_array(self, num_layers: int) -> NDArray[np.uint64] | None:
         """`[num_layers, num_blocks]`; None when fewer have arrived."""
-        found = np.concatenate([part.reshape(-1) for part in self._parts] or [_NO_DIGESTS])
-        return found.reshape(num_layers, -1) if len(found) == num_layers * num_blocks else None
-
-
-_NO_DIGESTS = np.empty(0, dtype=np.uint64)
+        if self._num_left or not self._parts:
+            return None
+        return np.concatenate([part.reshape(-1) for part in self._parts]).reshape(num_layers, -1)
 
 
 def unit_digests(units: torch.Tensor, digest: DigestKind) -> NDArray[np.uint64]:

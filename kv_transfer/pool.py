@@ -1,7 +1,8 @@
 """The paged pool as bytes, and what moves them to and from staging slots.
 
     pool  uint8 [num_layers, num_blocks, unit_bytes], a view of the KV tensor
-    slot  uint8 [num_layers of the frame, blocks of the frame, unit_bytes], contiguous
+    slot  uint8 [num_layers of the frame, blocks of the frame, unit_bytes], contiguous, then the
+          sealed digests of these units, uint64
 
 A model that several GPUs share has one pool for each, with an equal part of the KV heads. In a
 slot their units are whole again, so nodes with other numbers of GPUs exchange the same bytes. All
@@ -19,7 +20,6 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -27,18 +27,19 @@ import torch
 
 from kv_transfer.device_moves import DeviceMoves
 from kv_transfer.digests import DigestKind
-from kv_transfer.frame_place import FramePlace
 from kv_transfer.host_moves import HostMoves, piece_digests
 from kv_transfer.polling import EventQueue
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
     import numpy as np
     from numpy.typing import NDArray
 
+    from kv_transfer.frame_place import FramePlace
     from kv_transfer.transports.base import Piece
 
 T = TypeVar("T")
-Verdict = Callable[["NDArray[np.uint64]"], bool]
 _INLINE_BYTES = 256 * 1024
 
 
@@ -47,7 +48,7 @@ class TransferPool:
 
     def __init__(self, *shards: torch.Tensor, takes_digests: bool = True) -> None:
         """One pool, or the pools of all ranks in their order, alike in shape. `takes_digests`
-        False, on a device, to measure what they cost: all are 0, and all that arrives is right."""
+        False, on a device, to measure what they cost: all that arrives is right."""
         self._pool = shards[0]
         for each in shards:
             if each.dtype != torch.uint8 or each.dim() != 3 or each.shape != self._pool.shape:
@@ -87,46 +88,37 @@ class TransferPool:
     def begin_gather(
         self,
         slot: torch.Tensor,
+        frame: FramePlace,
         *,
-        layer_start: int,
-        num_layers: int,
-        block_ids: Sequence[int],
         after: torch.Event | None,
         digest: DigestKind = DigestKind.MULTIPLY_SHIFT,
-    ) -> asyncio.Future[NDArray[np.uint64]]:
-        """Copy blocks into the front of `slot` once `after` has happened. Gives their digests,
-        `[num_layers, len(block_ids)]`."""
-        frame = FramePlace(layer_start, num_layers, tuple(block_ids))
+    ) -> asyncio.Future[None]:
+        """Copy blocks into the front of `slot` once `after` has happened, and write their sealed
+        digests behind them."""
         moves = self._moves
         if isinstance(moves, DeviceMoves):
             return moves.gather(slot, frame, after)
-        units = frame.units(slot, self.unit_bytes)
-        work = functools.partial(moves.gather, units, layer_start, block_ids, digest)
-        return self._begin(work, units.numel())
+        work = functools.partial(moves.gather, slot, frame, digest)
+        return self._begin(work, frame.num_units * self.unit_bytes)
 
     def begin_scatter(
         self,
         slot: torch.Tensor,
+        frame: FramePlace,
         *,
-        layer_start: int,
-        num_layers: int,
-        block_ids: Sequence[int],
-        accepts: Verdict,
         digest: DigestKind = DigestKind.MULTIPLY_SHIFT,
     ) -> asyncio.Future[bool]:
-        """Copy the front of `slot` into blocks if `accepts` its digests `[num_layers,
-        len(block_ids)]`; gives the verdict.
+        """Copy the front of `slot` into blocks, if the digests behind it fit it and these places;
+        gives the verdict.
 
         On CUDA the copy is made in the same pass as the digests: the blocks are the transfer's
-        alone until the verdict is known.
+        alone until the verdict is known. There `slot` may be the sender's, mapped.
         """
-        frame = FramePlace(layer_start, num_layers, tuple(block_ids))
         moves = self._moves
         if isinstance(moves, DeviceMoves):
-            return moves.scatter(slot, frame, accepts)
-        units = frame.units(slot, self.unit_bytes)
-        work = functools.partial(moves.scatter, units, layer_start, block_ids, digest, accepts)
-        return self._begin(work, units.numel())
+            return moves.scatter(slot, frame)
+        work = functools.partial(moves.scatter, slot, frame, digest)
+        return self._begin(work, frame.num_units * self.unit_bytes)
 
     # ---- without a slot, in host memory --------------------------------------------------------
 
@@ -141,7 +133,7 @@ class TransferPool:
     def begin_digest(
         self, pieces: Sequence[Piece], num_layers: int
     ) -> asyncio.Future[NDArray[np.uint64]]:
-        """Like `begin_gather`, but the blocks stay where they are."""
+        """The digests of blocks that stay where they are, `[num_layers, num_blocks]`."""
         work = functools.partial(piece_digests, pieces, num_layers)
         return self._begin(work, len(pieces) * self.unit_bytes)
 

@@ -2,15 +2,21 @@
 
 A frame is a header message in host memory, then a payload message, of one transfer.
 
-    header   fixed fields, positions uint32 [num_positions],
-             sealed digests uint64 [num_layers, num_positions]
-    payload  uint8 [num_layers, num_positions, unit_bytes], straight from a staging slot
+    header   fixed fields, positions uint32 [num_positions]
+    payload  uint8 [num_layers, num_positions, unit_bytes], straight from a staging slot, and
+             behind them their sealed digests, uint64 [num_layers, num_positions]
 
 The header says which layers of which block positions the payload holds, so a frame may carry
 any rectangle of them: whole blocks of a chunk today, single layers when they are streamed as
 they finish. Headers of a session travel under the session's tag and arrive in the order they
 were posted; a payload travels under the nonce of its ticket. Both were drawn by the receiver,
 so no other peer can know them.
+
+Digests are made and compared where the units are: on a device they never pass through the host.
+
+A receiver that has the sender's slots mapped reads a payload from there. The header then names the
+slot, and no payload is sent: a message under the session's tag in the other direction says when the
+slot may be used again.
 
 A commit is a message like a header, behind all headers of its transfer: over the control stream it
 would arrive some hundred microseconds later, and a client's second token waits for it.
@@ -36,16 +42,21 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 MAGIC = b"BTKV"
-FRAME_VERSION = 1
+FRAME_VERSION = 2
+DIGEST_BYTES = 8
 TRANSFER_ID_BYTES = 16
 MAX_UNITS_PER_FRAME = 8192
 
 # magic, version, num_layers, layer_start, num_positions, epoch, seq, transfer_id, incarnation,
-# nonce, payload_bytes; then the checksum of all other bytes of the header.
-_FIXED = struct.Struct("<4sHHHHII16sQQQ")
+# nonce, payload_bytes, slot, generation; then the checksum of all other bytes of the header.
+_FIXED = struct.Struct("<4sHHHHII16sQQQIQ")
+_NO_SLOT = 0xFFFFFFFF
 # magic, version, transfer_id, epoch, nonce, num_frames, first_token_id; then the checksum.
 _COMMIT = struct.Struct("<4sH16sIQIQ")
 COMMIT_MAGIC = b"BTKC"
+_SLOT_READ = struct.Struct("<4sIQ")  # magic, slot, generation
+SLOT_READ_BYTES = _SLOT_READ.size
+_SLOT_READ_MAGIC = b"BTKR"
 _CHECKSUM_BYTES = 8
 _PREFIX_BYTES = _FIXED.size + _CHECKSUM_BYTES
 
@@ -60,11 +71,19 @@ class FrameMalformed(TransferFailed):
 
 
 @dataclass(frozen=True, slots=True)
+class SlotName:
+    """A slot of the sender's, while one frame owns it (`staging.py`)."""
+
+    index: int
+    generation: int
+
+
+@dataclass(frozen=True, slots=True)
 class FrameHeader:
     """One frame. `seq` counts the frames of a transfer from 0.
 
-    `digests` is uint64 `[num_layers, len(positions)]`; `positions` are block positions in the
-    prompt, strictly ascending; layers are `layer_start .. layer_start + num_layers`.
+    `positions` are block positions in the prompt, strictly ascending; layers are `layer_start ..
+    layer_start + num_layers`. `slot`: where the payload is to be read; None: it is sent.
     """
 
     transfer_id: bytes
@@ -76,7 +95,11 @@ class FrameHeader:
     num_layers: int
     positions: tuple[int, ...]
     payload_bytes: int
-    digests: NDArray[np.uint64]
+    slot: SlotName | None = None
+
+    @property
+    def num_units(self) -> int:
+        return self.num_layers * len(self.positions)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,20 +115,28 @@ class CommitMessage:
 
 @dataclass(frozen=True, slots=True)
 class FrameLimits:
-    """What both ends know before any frame. `max_payload_bytes` is one staging slot."""
+    """What both ends know before any frame. `slot_bytes`: of units, in one staging slot."""
 
     num_layers: int
     unit_bytes: int
-    max_payload_bytes: int
+    slot_bytes: int
 
     @property
     def max_units(self) -> int:
         """Units (layers of blocks) that one frame may carry."""
-        return min(self.max_payload_bytes // self.unit_bytes, MAX_UNITS_PER_FRAME)
+        return min(self.slot_bytes // self.unit_bytes, MAX_UNITS_PER_FRAME)
+
+    @property
+    def max_payload_bytes(self) -> int:
+        return self.payload_bytes(self.max_units)
 
     @property
     def max_header_bytes(self) -> int:
-        return _PREFIX_BYTES + self.max_units * (4 + 8)
+        return _PREFIX_BYTES + self.max_units * 4
+
+    def payload_bytes(self, num_units: int) -> int:
+        """Of so many units and their digests."""
+        return num_units * (self.unit_bytes + DIGEST_BYTES)
 
 
 @lru_cache(maxsize=256)
@@ -131,14 +162,31 @@ def pack_header(header: FrameHeader, out: memoryview) -> int:
         header.incarnation,
         header.nonce,
         header.payload_bytes,
+        _NO_SLOT if header.slot is None else header.slot.index,
+        0 if header.slot is None else header.slot.generation,
     )
-    arrays = (
-        positions_array(header.positions).astype("<u4").tobytes()
-        + header.digests.astype("<u8", copy=False).tobytes()
-    )
-    message = fixed + _checksum(fixed, arrays) + arrays
+    positions = _packed_positions(header.positions)
+    message = fixed + _checksum(fixed, positions) + positions
     out[: len(message)] = message
     return len(message)
+
+
+@lru_cache(maxsize=256)
+def _packed_positions(positions: tuple[int, ...]) -> bytes:
+    return positions_array(positions).astype("<u4").tobytes()
+
+
+def pack_slot_read(slot: SlotName) -> bytes:
+    """Nobody reads the slot any more."""
+    return _SLOT_READ.pack(_SLOT_READ_MAGIC, slot.index, slot.generation)
+
+
+def parse_slot_read(data: bytes) -> SlotName:
+    """Raises `FrameMalformed`."""
+    magic, index, generation = _SLOT_READ.unpack(data)
+    if magic != _SLOT_READ_MAGIC:
+        raise FrameMalformed("its magic is wrong")
+    return SlotName(index, generation)
 
 
 def pack_commit(commit: CommitMessage) -> bytes:
@@ -189,21 +237,20 @@ def parse_header(data: memoryview, limits: FrameLimits) -> FrameHeader:
     num_units = num_layers * num_positions
     if not 0 < num_units <= limits.max_units:
         raise FrameMalformed("its size is out of range")
-    num_array_bytes = 4 * num_positions + 8 * num_units
-    if len(data) < _PREFIX_BYTES + num_array_bytes:
+    num_bytes = 4 * num_positions
+    if len(data) < _PREFIX_BYTES + num_bytes:
         raise FrameMalformed("it is too short")
-    arrays = bytes(data[_PREFIX_BYTES : _PREFIX_BYTES + num_array_bytes])
-    if bytes(data[_FIXED.size : _PREFIX_BYTES]) != _checksum(fixed, arrays):
+    positions = bytes(data[_PREFIX_BYTES : _PREFIX_BYTES + num_bytes])
+    if bytes(data[_FIXED.size : _PREFIX_BYTES]) != _checksum(fixed, positions):
         raise FrameMalformed("its checksum is wrong")
-    header = _build(fields, arrays)
+    header = _build(fields, positions)
     _check_map(header, limits)
     return header
 
 
-def _build(fields: tuple[int | bytes, ...], arrays: bytes) -> FrameHeader:
-    _, _, num_layers, layer_start, num_positions, epoch, seq, transfer_id = fields[:8]
-    incarnation, nonce, payload_bytes = fields[8:]
-    digests = np.frombuffer(arrays, dtype="<u8", offset=4 * int(num_positions))
+def _build(fields: tuple[int | bytes, ...], positions: bytes) -> FrameHeader:
+    _, _, num_layers, layer_start, _, epoch, seq, transfer_id = fields[:8]
+    incarnation, nonce, payload_bytes, slot, generation = fields[8:]
     return FrameHeader(
         transfer_id=bytes(transfer_id),
         incarnation=int(incarnation),
@@ -212,9 +259,9 @@ def _build(fields: tuple[int | bytes, ...], arrays: bytes) -> FrameHeader:
         seq=int(seq),
         layer_start=int(layer_start),
         num_layers=int(num_layers),
-        positions=_positions(arrays[: 4 * int(num_positions)]),
+        positions=_positions(positions),
         payload_bytes=int(payload_bytes),
-        digests=digests.astype(np.uint64).reshape(int(num_layers), int(num_positions)),
+        slot=None if slot == _NO_SLOT else SlotName(int(slot), int(generation)),
     )
 
 
@@ -231,11 +278,10 @@ def _positions(data: bytes) -> tuple[int, ...]:
 def _check_map(header: FrameHeader, limits: FrameLimits) -> None:
     if header.layer_start + header.num_layers > limits.num_layers:
         raise FrameMalformed("its layers are out of range")
-    num_units = header.num_layers * len(header.positions)
-    if header.payload_bytes != num_units * limits.unit_bytes:
+    if header.payload_bytes != limits.payload_bytes(header.num_units):
         raise FrameMalformed("its payload does not fit its map")
 
 
-def _checksum(fixed: bytes, arrays: bytes) -> bytes:
-    message = fixed + arrays
+def _checksum(fixed: bytes, rest: bytes) -> bytes:
+    message = fixed + rest
     return hashlib.blake2b(message, digest_size=_CHECKSUM_BYTES, person=b"baton-frame").digest()

@@ -19,16 +19,21 @@ from typing import TYPE_CHECKING
 import torch
 
 from cluster.errors import ConfigError
+from kv_transfer.mapped_slots import PROOF_BYTES, describe
+from kv_transfer.protocol import DIGEST_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Hashable
 
     from kv_transfer.protocol import FrameLimits
 
+_ALIGNMENT = 512
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StagingSlot:
-    """`payload` is uint8 `[slot_bytes]` on the pool's device, `header` uint8 in host memory.
+    """`payload` is uint8 on the pool's device, of `slot_bytes` for units and room for their digests
+    behind; `header` uint8 in host memory.
 
     The memory comes back, the object does not: `generation` counts its owners, so that who kept a
     slot too long is told from who has it now."""
@@ -62,7 +67,10 @@ class Staging:
         self.slot_bytes = slot_bytes
         self.num_slots = num_slots
         self.device = device
-        memory = _allocate(num_slots, slot_bytes, device)
+        row_bytes = -(-(slot_bytes + DIGEST_BYTES * limits.max_units) // _ALIGNMENT) * _ALIGNMENT
+        memory, self._proof_at = _allocate(num_slots, row_bytes, device)
+        self._memory = memory
+        self._description: bytes | None = None
         headers = torch.zeros((num_slots, limits.max_header_bytes), dtype=torch.uint8)
         self._free = deque(
             StagingSlot(index, 0, memory[index], headers[index]) for index in range(num_slots)
@@ -81,10 +89,18 @@ class Staging:
         return self._num_owned[owner]
 
     @property
+    def description(self) -> bytes:
+        """How another process on this machine maps the slots; nothing in host memory."""
+        if self._description is None:
+            on_device = self.device.type == "cuda"
+            self._description = describe(self._memory, self._proof_at) if on_device else b""
+        return self._description
+
+    @property
     def scratch(self) -> torch.Tensor:
         """Memory of one slot's size for payloads that nobody wants; shared by all of them."""
         if self._scratch is None:
-            self._scratch = torch.empty(self.slot_bytes, dtype=torch.uint8, device=self.device)
+            self._scratch = torch.empty_like(self._memory[0])
         return self._scratch
 
     async def acquire(self, owner: Hashable) -> StagingSlot:
@@ -141,9 +157,14 @@ class Staging:
             del self._num_owned[owner]
 
 
-def _allocate(num_slots: int, slot_bytes: int, device: torch.device) -> torch.Tensor:
+def _allocate(
+    num_slots: int, slot_bytes: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """All slots, and behind them the place of their proof."""
+    num_bytes = num_slots * slot_bytes
     try:
-        return torch.empty((num_slots, slot_bytes), dtype=torch.uint8, device=device)
+        memory = torch.empty(num_bytes + PROOF_BYTES, dtype=torch.uint8, device=device)
+        return memory[:num_bytes].view(num_slots, slot_bytes), memory[num_bytes:]
     except torch.OutOfMemoryError:
         raise ConfigError(
             f"--num-staging-slots {num_slots} of {slot_bytes >> 20} MiB do not fit on {device} "

@@ -13,7 +13,7 @@ CORRUPT_FRAMES_OF_A_SUSPECT = 3
 class TransferStats:
     """Counters since start, except `num_*` gauges. Labels are few: transports, reasons, peers."""
 
-    bytes_by_transport: Counter[str] = field(default_factory=Counter)  # payload moved
+    bytes_by_transport: Counter[str] = field(default_factory=Counter)  # KV moved
     seconds_by_transport: dict[str, float] = field(default_factory=dict)  # in flight, summed
     frames: int = 0
     transfers_done: int = 0

@@ -16,8 +16,15 @@ from cluster.proto import node_pb2 as pb
 from cluster.request import Handoff, SequenceRequest
 from cluster.rpc import open_channel
 from kv_transfer.digests import PlaceSeal, digest_seed
+from kv_transfer.frame_place import FramePlace
 from kv_transfer.pool import TransferPool
-from kv_transfer.protocol import CommitMessage, FrameHeader, pack_commit, pack_header
+from kv_transfer.protocol import (
+    DIGEST_BYTES,
+    CommitMessage,
+    FrameHeader,
+    pack_commit,
+    pack_header,
+)
 from kv_transfer.sending.kv_session import KvSessionStream, decode_ticket, reserve_frame
 from kv_transfer.transports.loopback import LoopbackEndpoint, LoopbackNetwork, LoopbackTransport
 from tests.kv_twins import COMPATIBLE, NUM_LAYERS, UNIT_BYTES, DecodeSide
@@ -96,21 +103,14 @@ class HandDriven:
         self, ticket: Ticket, seq: int, blocks: dict[int, int], *, salt: bytes = b""
     ) -> tuple[FrameHeader, torch.Tensor]:
         """A right frame of all layers of these blocks (position -> block of our pool)."""
-        slot = torch.zeros(NUM_LAYERS * len(blocks) * UNIT_BYTES, dtype=torch.uint8)
-        mover = TransferPool(self.pool)
-        digests = await mover.end(
-            mover.begin_gather(
-                slot,
-                layer_start=0,
-                num_layers=NUM_LAYERS,
-                block_ids=tuple(blocks.values()),
-                after=None,
-            )
-        )
-        mover.close()
-        seed = digest_seed(ticket.transfer_id, salt)
         positions = tuple(blocks)
-        place = PlaceSeal(seed=seed, layer_start=0, num_layers=NUM_LAYERS, positions=positions)
+        seal = PlaceSeal(digest_seed(ticket.transfer_id, salt), 0, NUM_LAYERS, positions)
+        num_bytes = seal.num_units * (UNIT_BYTES + DIGEST_BYTES)
+        slot = torch.zeros(num_bytes, dtype=torch.uint8)
+        mover = TransferPool(self.pool)
+        place = FramePlace(seal, tuple(blocks.values()))
+        await mover.end(mover.begin_gather(slot, place, after=None))
+        mover.close()
         header = FrameHeader(
             transfer_id=ticket.transfer_id,
             incarnation=ticket.incarnation,
@@ -121,7 +121,6 @@ class HandDriven:
             num_layers=NUM_LAYERS,
             positions=positions,
             payload_bytes=slot.numel(),
-            digests=place.seal(digests),
         )
         return header, slot
 

@@ -369,18 +369,20 @@ class SenderFrame(_message.Message):
     def __init__(self, hello: _Optional[_Union[SenderHello, _Mapping]] = ..., reserve: _Optional[_Union[Reserve, _Mapping]] = ..., abort: _Optional[_Union[SenderAbort, _Mapping]] = ..., abort_ack: _Optional[_Union[AbortAck, _Mapping]] = ..., renew: _Optional[_Union[Renew, _Mapping]] = ...) -> None: ...
 
 class SenderHello(_message.Message):
-    __slots__ = ("name", "incarnation", "protocol_version", "compatibility_hash", "digest_kinds")
+    __slots__ = ("name", "incarnation", "protocol_version", "compatibility_hash", "digest_kinds", "slots")
     NAME_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     COMPATIBILITY_HASH_FIELD_NUMBER: _ClassVar[int]
     DIGEST_KINDS_FIELD_NUMBER: _ClassVar[int]
+    SLOTS_FIELD_NUMBER: _ClassVar[int]
     name: str
     incarnation: int
     protocol_version: int
     compatibility_hash: str
     digest_kinds: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, name: _Optional[str] = ..., incarnation: _Optional[int] = ..., protocol_version: _Optional[int] = ..., compatibility_hash: _Optional[str] = ..., digest_kinds: _Optional[_Iterable[str]] = ...) -> None: ...
+    slots: bytes
+    def __init__(self, name: _Optional[str] = ..., incarnation: _Optional[int] = ..., protocol_version: _Optional[int] = ..., compatibility_hash: _Optional[str] = ..., digest_kinds: _Optional[_Iterable[str]] = ..., slots: _Optional[bytes] = ...) -> None: ...
 
 class Reserve(_message.Message):
     __slots__ = ("transfer_id", "attempt", "sequence", "gateway_id", "kv_load_failure_policy")
@@ -435,7 +437,7 @@ class ReceiverFrame(_message.Message):
     def __init__(self, hello: _Optional[_Union[ReceiverHello, _Mapping]] = ..., refused_hello: _Optional[_Union[Error, _Mapping]] = ..., ticket: _Optional[_Union[Ticket, _Mapping]] = ..., refused: _Optional[_Union[Refused, _Mapping]] = ..., committed: _Optional[_Union[Committed, _Mapping]] = ..., abort: _Optional[_Union[ReceiverAbort, _Mapping]] = ..., renew: _Optional[_Union[Renew, _Mapping]] = ...) -> None: ...
 
 class ReceiverHello(_message.Message):
-    __slots__ = ("name", "incarnation", "data_host", "data_port", "slot_bytes", "session_id", "digest_kind")
+    __slots__ = ("name", "incarnation", "data_host", "data_port", "slot_bytes", "session_id", "digest_kind", "maps_slots")
     NAME_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     DATA_HOST_FIELD_NUMBER: _ClassVar[int]
@@ -443,6 +445,7 @@ class ReceiverHello(_message.Message):
     SLOT_BYTES_FIELD_NUMBER: _ClassVar[int]
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     DIGEST_KIND_FIELD_NUMBER: _ClassVar[int]
+    MAPS_SLOTS_FIELD_NUMBER: _ClassVar[int]
     name: str
     incarnation: int
     data_host: str
@@ -450,7 +453,8 @@ class ReceiverHello(_message.Message):
     slot_bytes: int
     session_id: int
     digest_kind: str
-    def __init__(self, name: _Optional[str] = ..., incarnation: _Optional[int] = ..., data_host: _Optional[str] = ..., data_port: _Optional[int] = ..., slot_bytes: _Optional[int] = ..., session_id: _Optional[int] = ..., digest_kind: _Optional[str] = ...) -> None: ...
+    maps_slots: bool
+    def __init__(self, name: _Optional[str] = ..., incarnation: _Optional[int] = ..., data_host: _Optional[str] = ..., data_port: _Optional[int] = ..., slot_bytes: _Optional[int] = ..., session_id: _Optional[int] = ..., digest_kind: _Optional[str] = ..., maps_slots: _Optional[bool] = ...) -> None: ...
 
 class Ticket(_message.Message):
     __slots__ = ("transfer_id", "incarnation", "epoch", "nonce", "expires_in_seconds", "missing_positions")

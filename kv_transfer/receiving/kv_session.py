@@ -58,7 +58,7 @@ class KvReceiverService(rpc.KvReceiverServicer):
         timeout = self._receiver.agent.config.pairing_seconds
         try:
             first = await asyncio.wait_for(anext(request_iterator), timeout)
-            session = self._greet(first)
+            session = await self._greet(first)
         except (StopAsyncIteration, TimeoutError):
             return
         except ServingError as error:
@@ -73,14 +73,17 @@ class KvReceiverService(rpc.KvReceiverServicer):
             reading.cancel()
             self._receiver.close_session(session)
 
-    def _greet(self, frame: pb.SenderFrame) -> ReceiverSession:
+    async def _greet(self, frame: pb.SenderFrame) -> ReceiverSession:
         if frame.WhichOneof("frame") != "hello":
             raise InvalidRequest("The first frame of a KV session must be hello.")
         hello = frame.hello
         theirs = Compatibility(hello.protocol_version, hello.compatibility_hash)
         peer = NodeId(NodeName(hello.name), Incarnation(hello.incarnation))
+        agent = self._receiver.agent
+        slots = await asyncio.to_thread(agent.map_slots, hello.slots) if hello.slots else ()
         session = self._receiver.open_session(peer, theirs)
-        ours = self._receiver.agent.pool.digest_kinds
+        session.sender_slots = slots
+        ours = agent.pool.digest_kinds
         session.digest_kind = agreed_kind(ours, hello.digest_kinds)
         return session
 
@@ -91,9 +94,10 @@ class KvReceiverService(rpc.KvReceiverServicer):
             incarnation=receiver.node_id.incarnation,
             data_host=receiver.agent.config.kv_host,
             data_port=receiver.data_port,
-            slot_bytes=receiver.agent.limits.max_payload_bytes,
+            slot_bytes=receiver.agent.limits.slot_bytes,
             session_id=session.id,
             digest_kind=session.digest_kind,
+            maps_slots=bool(session.sender_slots),
         )
 
     async def _read(self, session: ReceiverSession, frames: AsyncIterator[pb.SenderFrame]) -> None:

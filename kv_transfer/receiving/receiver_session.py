@@ -3,9 +3,9 @@
 Life of a session
     1. Opened by a hello that fits; its id is told to the peer.
     2. The peer connects its data endpoint with that id: headers are received one by one, each
-       payload into a slot, or into scratch memory when it is not wanted.
-    3. Ended by either side: `revoke` cuts the data endpoint and waits until every receive and
-       every scatter of the session is over.
+       payload by one of the ways of `arrivals.py`, or into scratch memory when it is not wanted.
+    3. Ended by either side: `revoke` cuts the data endpoint and waits until everything that
+       receives, reads or writes for the session is over.
 """
 
 from __future__ import annotations
@@ -17,25 +17,26 @@ from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-import numpy as np
 import torch
 
 from cluster.errors import ServingError
 from cluster.failpoints import failpoint
 from kv_transfer.digests import DigestKind, PlaceSeal
 from kv_transfer.failures import FailureReason, failure
-from kv_transfer.host_moves import ArrivalDigests
+from kv_transfer.frame_place import FramePlace
 from kv_transfer.protocol import CommitMessage, FrameHeader, FrameMalformed, parse_message
+from kv_transfer.receiving.arrivals import PiecesArrival, ReadArrival, SlotArrival
 from kv_transfer.receiving.intake_instructions import Dropping, Landing
+from kv_transfer.receiving.slot_reader import SlotReader
 from kv_transfer.trace import TRACE
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
+    from collections.abc import Sequence
 
     from cluster.node import NodeId
     from kv_transfer.agent import TransferAgent
+    from kv_transfer.receiving.arrivals import Arrival
     from kv_transfer.receiving.intake_instructions import Instruction
-    from kv_transfer.staging import StagingSlot
     from kv_transfer.transports.base import Endpoint, PieceEndpoint
 
 logger = logging.getLogger(__name__)
@@ -62,11 +63,9 @@ class _Frame:
     """A wanted frame on its way into blocks. `ended` is done when nothing of it writes."""
 
     header: FrameHeader
-    landing: Landing
-    slot: StagingSlot
+    arrival: Arrival
     began: float
     ended: asyncio.Future[None]
-    digests: ArrivalDigests | None = None  # if it is received straight into its blocks
 
     def mark(self, point: str) -> None:
         TRACE.mark(point, self.header.layer_start, self.header.positions[0])
@@ -79,6 +78,7 @@ class ReceiverSession:
         self.id = session_id
         self.peer = peer
         self.digest_kind = DigestKind.MULTIPLY_SHIFT  # until the hellos agree on another
+        self.sender_slots: Sequence[torch.Tensor] = ()  # if they are mapped here
         self.outbox: asyncio.Queue[Instruction | None] = asyncio.Queue()
         self._agent = agent
         self._events = events
@@ -126,6 +126,7 @@ class ReceiverSession:
     async def _receive(self, endpoint: Endpoint) -> None:
         """Receive headers and commits, in order, until the connection ends."""
         limits = self._agent.limits
+        reader = SlotReader(self.sender_slots, endpoint, self.id)
         posted = deque(
             self._post_header(endpoint, torch.zeros(limits.max_header_bytes, dtype=torch.uint8))
             for _ in range(_HEADERS_AHEAD)
@@ -139,7 +140,7 @@ class ReceiverSession:
                 if isinstance(message, CommitMessage):
                     self._events.commit_arrived(self.id, message)
                 else:
-                    await self._take(endpoint, message)
+                    await self._take(endpoint, reader, message)
         except FrameMalformed as error:
             logger.warning("frames of %s cannot be read: %s", self.peer.name, error.message)
             self._events.link_lost(self.id, FailureReason.FRAME_MALFORMED)
@@ -154,50 +155,67 @@ class ReceiverSession:
         received.add_done_callback(_look_at)  # of those behind a broken one, nobody else does
         return buffer, received
 
-    async def _take(self, endpoint: Endpoint, header: FrameHeader) -> None:
-        """Post the receive of one payload; payloads are posted in the order of their headers."""
+    async def _take(self, endpoint: Endpoint, reader: SlotReader, header: FrameHeader) -> None:
+        """Take one payload; payloads are received in the order of their headers."""
         failpoint("decode.on_frame")
         if TRACE.is_on:
             TRACE.mark("r.header", header.layer_start, header.positions[0])
+        if header.slot is not None:
+            reader.check(header.slot, header.payload_bytes)
         fate = self._events.frame_arrived(self.id, header)
         if isinstance(fate, Dropping):
             self._agent.stats.frames_dropped[fate.reason.value] += 1
-            received = endpoint.recv(
-                self._agent.staging.scratch[: header.payload_bytes], header.nonce
-            )
-            self._spawn(self._drop(fate, received))
+            self._drop(fate, header, endpoint, reader)
+            return
+        seal = PlaceSeal(fate.digest_seed, header.layer_start, header.num_layers, header.positions)
+        place = FramePlace(seal, fate.block_ids)
+        if header.slot is not None:
+            self._land(header, ReadArrival(self._agent, reader, header.slot, place))
             return
         try:
             slot = await self._agent.staging.acquire(self.id)
         except asyncio.CancelledError:
             self._events.frame_ended(header.transfer_id, failure(FailureReason.LINK_LOST), None)
             raise
-        self._land(header, fate, slot, endpoint)
+        if self._pieces is not None:
+            self._land(header, PiecesArrival(self._agent, self._pieces, slot, header, place))
+        else:
+            kind = self.digest_kind
+            self._land(header, SlotArrival(self._agent, endpoint, slot, header, place, kind))
 
-    async def _drop(self, fate: Dropping, received: asyncio.Future[None]) -> None:
+    def _drop(
+        self, fate: Dropping, header: FrameHeader, endpoint: Endpoint, reader: SlotReader
+    ) -> None:
+        """Nobody wants it. What was sent is received all the same."""
+        if header.slot is not None:
+            reader.done(header.slot)
+            self._dropped(fate)
+            return
+        scratch = self._agent.staging.scratch[: header.payload_bytes]
+        self._spawn(self._drain(fate, endpoint.recv(scratch, header.nonce)))
+
+    async def _drain(self, fate: Dropping, received: asyncio.Future[None]) -> None:
         await asyncio.wait([received])
         received.exception()  # looked at, so that it is not reported as lost
+        self._dropped(fate)
+
+    def _dropped(self, fate: Dropping) -> None:
         if fate.is_counted:
             self._events.frame_ended(fate.transfer_id, failure(fate.reason), None)
 
-    def _land(
-        self, header: FrameHeader, landing: Landing, slot: StagingSlot, endpoint: Endpoint
-    ) -> None:
+    def _land(self, header: FrameHeader, arrival: Arrival) -> None:
         """Receive a payload; what follows is driven by callbacks, as a task for each frame would
         take longer than the wire."""
         ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        digests = ArrivalDigests() if self._pieces is not None else None
-        frame = _Frame(header, landing, slot, time.perf_counter(), ended, digests)
+        frame = _Frame(header, arrival, time.perf_counter(), ended)
         self._frames.add(ended)
-        if self._pieces is not None and digests is not None:
-            pool, ids = self._agent.pool, landing.block_ids
-            pieces = pool.pieces(header.layer_start, header.num_layers, ids)
-            received = self._pieces.recv_pieces(pieces, header.nonce, digests.add)
-        else:
-            received = endpoint.recv(slot.payload[: header.payload_bytes], header.nonce)
+        received = arrival.receive()
         if TRACE.is_on:
             frame.mark("r.posted")
-        received.add_done_callback(lambda done: self._landed(frame, done))
+        if received is None:
+            self._place(frame)
+        else:
+            received.add_done_callback(lambda done: self._landed(frame, done))
 
     def _landed(self, frame: _Frame, received: asyncio.Future[None]) -> None:
         """Put it into its blocks, if it is still wanted."""
@@ -206,52 +224,20 @@ class ReceiverSession:
         broken = received.exception()
         if broken is not None:
             self._spawn(self._end_broken(frame, broken))
-        elif not self._is_wanted(frame):
+        elif not (frame.arrival.is_ours and self._events.may_scatter(frame.header.transfer_id)):
             self._end(frame, failure(FailureReason.ABORTED))
         else:
-            self._scatter(frame)
+            self._place(frame)
 
-    def _is_wanted(self, frame: _Frame) -> bool:
-        is_ours = self._agent.staging.owns(frame.slot)
-        return is_ours and self._events.may_scatter(frame.header.transfer_id)
-
-    def _scatter(self, frame: _Frame) -> None:
-        header = frame.header
-        seal = PlaceSeal(
-            seed=frame.landing.digest_seed,
-            layer_start=header.layer_start,
-            num_layers=header.num_layers,
-            positions=header.positions,
-        )
+    def _place(self, frame: _Frame) -> None:
         try:
-            scattering = self._begin_scatter(frame, seal)
+            placing = frame.arrival.place()
         except Exception as error:
             self._spawn(self._end_broken(frame, error))
             return
         if TRACE.is_on:
             frame.mark("r.scatter_queued")
-        scattering.add_done_callback(lambda done: self._scattered(frame, done))
-        seal.prepare()
-
-    def _begin_scatter(self, frame: _Frame, seal: PlaceSeal) -> asyncio.Future[bool]:
-        header, block_ids = frame.header, frame.landing.block_ids
-
-        def accepts(digests: NDArray[np.uint64]) -> bool:
-            return np.array_equal(seal.seal(digests), header.digests)
-
-        if frame.digests is not None:
-            found = frame.digests.as_array(header.num_layers, len(block_ids))
-            done: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
-            done.set_result(found is not None and accepts(found))
-            return done
-        return self._agent.pool.begin_scatter(
-            frame.slot.payload,
-            layer_start=header.layer_start,
-            num_layers=header.num_layers,
-            block_ids=block_ids,
-            accepts=accepts,
-            digest=self.digest_kind,
-        )
+        placing.add_done_callback(lambda done: self._scattered(frame, done))
 
     def _scattered(self, frame: _Frame, scattering: asyncio.Future[bool]) -> None:
         if TRACE.is_on:
@@ -280,10 +266,11 @@ class ReceiverSession:
 
     def _end(self, frame: _Frame, error: ServingError | None) -> None:
         header = frame.header
-        self._agent.staging.release(frame.slot)
+        frame.arrival.finish()
         if error is None:
             spent = time.perf_counter() - frame.began
-            self._agent.stats.moved(self._transport_name, header.payload_bytes, spent)
+            kv_bytes = header.num_units * self._agent.limits.unit_bytes
+            self._agent.stats.moved(self._transport_name, kv_bytes, spent)
         self._events.frame_ended(header.transfer_id, error, header if error is None else None)
         self._frames.discard(frame.ended)
         frame.ended.set_result(None)

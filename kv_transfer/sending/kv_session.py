@@ -52,9 +52,11 @@ class KvSessionStream:
         ours: Compatibility,
         expected: NodeId,
         digest_kinds: Sequence[DigestKind] = (),
+        slots: bytes = b"",
     ) -> KvSessionStream:
-        """Raises `HandshakeMismatch` when the pair does not fit, `TransferFailed` when the
-        peer cannot be reached or is another process than `expected`."""
+        """`slots`: as `mapped_slots.describe` has them. Raises `HandshakeMismatch` when the pair
+        does not fit, `TransferFailed` when the peer cannot be reached or is another process than
+        `expected`."""
         call = rpc.KvReceiverStub(channel).KvSession()  # type: ignore[no-untyped-call]
         stream = cls(call)
         hello = pb.SenderHello(
@@ -63,6 +65,7 @@ class KvSessionStream:
             protocol_version=ours.protocol_version,
             compatibility_hash=ours.compatibility_hash,
             digest_kinds=digest_kinds,
+            slots=slots,
         )
         try:
             await call.write(pb.SenderFrame(hello=hello))

@@ -82,6 +82,10 @@ class FramePlan:
     block_ids: tuple[int, ...]
     after: Any
 
+    @property
+    def num_units(self) -> int:
+        return self.num_layers * len(self.positions)
+
 
 @dataclass(frozen=True, slots=True)
 class _Part:

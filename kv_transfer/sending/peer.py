@@ -19,8 +19,9 @@ from cluster.errors import InternalError, ServingError
 from kv_transfer.digests import agreed_kind
 from kv_transfer.failures import FailureReason, failure
 from kv_transfer.protocol import FrameLimits
+from kv_transfer.sending.data_link import DataLink
 from kv_transfer.sending.kv_session import KvSessionStream
-from kv_transfer.sending.shipping import DataLink, Shipping
+from kv_transfer.sending.shipping import Shipping
 
 if TYPE_CHECKING:
     import grpc
@@ -106,7 +107,7 @@ class Peer:
         try:
             async with asyncio.timeout(self._agent.config.pairing_seconds):
                 stream, link = await self._pair()
-            self._shipping = Shipping(self._agent, link, self)
+            self._shipping = Shipping(self._agent, link, self, self.cut)
             link.endpoint.on_close(stream.cancel)
             self.is_ready = True
             self._events.paired(self)
@@ -129,11 +130,12 @@ class Peer:
             ours=self._ours,
             expected=self.node_id,
             digest_kinds=self._agent.pool.digest_kinds,
+            slots=self._agent.staging.description,
         )
         self._stream = stream
         hello = stream.hello
         mine = self._agent.limits
-        slot_bytes = min(mine.max_payload_bytes, hello.slot_bytes)
+        slot_bytes = min(mine.slot_bytes, hello.slot_bytes)
         if slot_bytes < mine.unit_bytes:
             raise failure(FailureReason.LAYOUT_MISMATCH)
         limits = FrameLimits(mine.num_layers, mine.unit_bytes, slot_bytes)
@@ -146,9 +148,15 @@ class Peer:
         self._agent.stats.pairings += 1
         logger.info("paired with decode node %s over %s", self.node_id.name, self.transport_name)
         digest = agreed_kind(self._agent.pool.digest_kinds, (hello.digest_kind,))
-        pieces = self._agent.pieces_of(endpoint, digest)
-        name = self.transport_name
-        return stream, DataLink(endpoint, hello.session_id, name, limits, digest, pieces)
+        return stream, DataLink(
+            endpoint=endpoint,
+            session_id=hello.session_id,
+            transport_name=self.transport_name,
+            limits=limits,
+            digest=digest,
+            pieces=self._agent.pieces_of(endpoint, digest),
+            is_mapped=hello.maps_slots and self.transport_name == "cuda_ipc",
+        )
 
     async def _lose(self, error: ServingError) -> None:
         """Tell first, so that no frame is posted any more; then end what was."""

@@ -2,9 +2,10 @@
 
 Life of a frame
     1. There is a slot for it, so the oldest transfer that has something to ship plans it.
-    2. It is packed into the slot; when that has ended, its digests are sealed.
+    2. It is packed, with its digests (`payloads.py` has the ways).
     3. If its transfer may still post: header and payload go out. Else it is dropped.
-    4. Both sends have ended, well or not: the slot is free, the transfer is told.
+    4. Nobody reads header, slot or blocks any more, for good reasons or bad: the slot is free, the
+       transfer is told.
 
 Frames are driven by callbacks of the moves and sends themselves: a task for each would take longer
 than the wire does.
@@ -23,26 +24,23 @@ import torch
 
 from cluster.errors import ServingError
 from cluster.failpoints import failpoint
-from kv_transfer.digests import DigestKind, PlaceSeal
+from kv_transfer.digests import PlaceSeal
 from kv_transfer.failures import FailureReason, failure
-from kv_transfer.protocol import (
-    CommitMessage,
-    FrameHeader,
-    FrameLimits,
-    pack_commit,
-    pack_header,
-)
+from kv_transfer.frame_place import FramePlace
+from kv_transfer.protocol import CommitMessage, FrameHeader, pack_commit, pack_header
+from kv_transfer.sending.payloads import PiecesPayload, ReadPayload, SlotPayload
+from kv_transfer.sending.slot_reads import SlotReads
 from kv_transfer.trace import TRACE
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from numpy.typing import NDArray
+    from collections.abc import Callable
 
     from kv_transfer.agent import TransferAgent
+    from kv_transfer.protocol import FrameLimits
+    from kv_transfer.sending.data_link import DataLink
     from kv_transfer.sending.outgoing import FramePlan, Instruction
+    from kv_transfer.sending.payloads import Payload
     from kv_transfer.staging import StagingSlot
-    from kv_transfer.transports.base import Endpoint, Piece, PieceEndpoint
 
 logger = logging.getLogger(__name__)
 
@@ -58,25 +56,11 @@ class Shipper(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class DataLink:
-    """Where frames go: `session_id` tags headers, `limits` are those of both ends. `pieces`: the
-    endpoint again, if blocks are sent from where they are."""
-
-    endpoint: Endpoint
-    session_id: int
-    transport_name: str
-    limits: FrameLimits
-    digest: DigestKind
-    pieces: PieceEndpoint | None = None
-
-
-@dataclass(frozen=True, slots=True)
 class _Frame:
     shipment: Any
     plan: FramePlan
     slot: StagingSlot
-    seal: PlaceSeal
-    pieces: Sequence[Piece] | None  # its blocks, if they are sent from where they are
+    payload: Payload
 
     def mark(self, point: str) -> None:
         TRACE.mark(point, self.plan.layer_start, self.plan.positions[0])
@@ -85,12 +69,16 @@ class _Frame:
 class Shipping:
     """One per pairing."""
 
-    def __init__(self, agent: TransferAgent, link: DataLink, shipper: Shipper) -> None:
+    def __init__(
+        self, agent: TransferAgent, link: DataLink, shipper: Shipper, cut: Callable[[], None]
+    ) -> None:
+        """`cut` ends the connection."""
         self._agent = agent
         self._link = link
         self._shipper = shipper
         self._has_work = asyncio.Event()
-        self._packing: set[asyncio.Future[NDArray[np.uint64]]] = set()
+        self._packing: set[asyncio.Future[Any]] = set()
+        self._reads = SlotReads(link.endpoint, link.session_id, cut) if link.is_mapped else None
         self._pumping = asyncio.create_task(self._pump())
 
     def wake(self) -> None:
@@ -124,74 +112,56 @@ class Shipping:
             self._pack(shipment, plan, slot)
 
     def _pack(self, shipment: Any, plan: FramePlan, slot: StagingSlot) -> None:
-        seal = PlaceSeal(
-            seed=shipment.digest_seed,
-            layer_start=plan.layer_start,
-            num_layers=plan.num_layers,
-            positions=plan.positions,
-        )
-        frame = _Frame(shipment, plan, slot, seal, self._pieces_of(plan))
         if TRACE.is_on:
-            frame.mark("s.slot")
+            TRACE.mark("s.slot", plan.layer_start, plan.positions[0])
         try:
-            gathering = self._gather(frame)
+            payload = self._begin(shipment, plan, slot)
         except Exception:
             logger.exception("blocks could not be packed")
-            self._drop(frame, failure(FailureReason.INTERNAL))
+            self._drop(shipment, slot, failure(FailureReason.INTERNAL))
             return
+        frame = _Frame(shipment, plan, slot, payload)
         if TRACE.is_on:
             frame.mark("s.gather_queued")
-        self._packing.add(gathering)
-        gathering.add_done_callback(lambda done: self._packed(frame, done))
-        seal.prepare()
+        self._packing.add(payload.packed)
+        payload.packed.add_done_callback(lambda done: self._packed(frame, done))
 
-    def _pieces_of(self, plan: FramePlan) -> Sequence[Piece] | None:
-        if self._link.pieces is None:
-            return None
-        return self._agent.pool.pieces(plan.layer_start, plan.num_layers, plan.block_ids)
+    def _begin(self, shipment: Any, plan: FramePlan, slot: StagingSlot) -> Payload:
+        link = self._link
+        seal = PlaceSeal(shipment.digest_seed, plan.layer_start, plan.num_layers, plan.positions)
+        frame = FramePlace(seal, plan.block_ids)
+        if link.pieces is not None:
+            return PiecesPayload(self._agent, link.pieces, frame)
+        if self._reads is not None:
+            return ReadPayload(self._agent, link, self._reads, slot, frame, plan.after)
+        return SlotPayload(self._agent, link, slot, frame, plan.after)
 
-    def _gather(self, frame: _Frame) -> asyncio.Future[NDArray[np.uint64]]:
-        """Pieces stay where they are: only their digests are needed."""
-        plan, pool = frame.plan, self._agent.pool
-        if frame.pieces is not None:
-            return pool.begin_digest(frame.pieces, plan.num_layers)
-        return pool.begin_gather(
-            frame.slot.payload,
-            layer_start=plan.layer_start,
-            num_layers=plan.num_layers,
-            block_ids=plan.block_ids,
-            after=plan.after,
-            digest=self._link.digest,
-        )
-
-    def _packed(self, frame: _Frame, gathering: asyncio.Future[NDArray[np.uint64]]) -> None:
-        self._packing.discard(gathering)
+    def _packed(self, frame: _Frame, packing: asyncio.Future[Any]) -> None:
+        self._packing.discard(packing)
         if TRACE.is_on:
             frame.mark("s.gathered")
-        error = gathering.exception()
+        error = packing.exception()
         if error is not None:
             logger.error("blocks could not be packed", exc_info=error)
-            self._drop(frame, failure(FailureReason.INTERNAL))
+            self._drop(frame.shipment, frame.slot, failure(FailureReason.INTERNAL))
         elif not self._shipper.may_post(frame.shipment):
-            self._drop(frame)
+            self._drop(frame.shipment, frame.slot)
         else:
-            self._post(frame, frame.seal.seal(gathering.result()))
+            self._post(frame)
 
-    def _drop(self, frame: _Frame, error: ServingError | None = None) -> None:
-        self._agent.staging.release(frame.slot)
-        self._shipper.did(frame.shipment, frame.shipment.machine.dropped(error))
+    def _drop(self, shipment: Any, slot: StagingSlot, error: ServingError | None = None) -> None:
+        self._agent.staging.release(slot)
+        self._shipper.did(shipment, shipment.machine.dropped(error))
 
-    def _post(self, frame: _Frame, digests: NDArray[np.uint64]) -> None:
-        """`digests` are sealed."""
+    def _post(self, frame: _Frame) -> None:
         endpoint, slot = self._link.endpoint, frame.slot
         seq, instructions = frame.shipment.machine.posted()
-        payload_bytes = digests.size * self._link.limits.unit_bytes
-        header = _header_of(frame, seq, payload_bytes, digests)
+        header = _header_of(frame, seq, self._link.limits)
         header_bytes = pack_header(header, slot.header.numpy().data)
         began = time.perf_counter()
         sends = (
             endpoint.send(slot.header[:header_bytes], self._link.session_id),
-            self._send_payload(frame, payload_bytes, header.nonce),
+            frame.payload.send(header.payload_bytes, header.nonce),
         )
         num_left = len(sends)
 
@@ -200,7 +170,7 @@ class Shipping:
             num_left -= 1
             if num_left == 0:
                 errors = [send.exception() for send in sends]
-                self._sent(frame, next(filter(None, errors), None), payload_bytes, began)
+                self._sent(frame, next(filter(None, errors), None), began)
 
         for send in sends:
             send.add_done_callback(ended)
@@ -209,14 +179,7 @@ class Shipping:
         self._shipper.did(frame.shipment, instructions)
         failpoint("prefill.after_frame")
 
-    def _send_payload(self, frame: _Frame, num_bytes: int, nonce: int) -> asyncio.Future[None]:
-        if self._link.pieces is not None and frame.pieces is not None:
-            return self._link.pieces.send_pieces(frame.pieces, nonce)
-        return self._link.endpoint.send(frame.slot.payload[:num_bytes], nonce)
-
-    def _sent(
-        self, frame: _Frame, broken: BaseException | None, payload_bytes: int, began: float
-    ) -> None:
+    def _sent(self, frame: _Frame, broken: BaseException | None, began: float) -> None:
         if TRACE.is_on:
             frame.mark("s.sent")
         self._agent.staging.release(frame.slot)
@@ -226,13 +189,12 @@ class Shipping:
             error = error or failure(FailureReason.LINK_LOST)
         else:
             spent = time.perf_counter() - began
-            self._agent.stats.moved(self._link.transport_name, payload_bytes, spent)
+            kv_bytes = frame.plan.num_units * self._link.limits.unit_bytes
+            self._agent.stats.moved(self._link.transport_name, kv_bytes, spent)
         self._shipper.did(frame.shipment, frame.shipment.machine.settled(error))
 
 
-def _header_of(
-    frame: _Frame, seq: int, payload_bytes: int, digests: NDArray[np.uint64]
-) -> FrameHeader:
+def _header_of(frame: _Frame, seq: int, limits: FrameLimits) -> FrameHeader:
     plan, ticket = frame.plan, frame.shipment.machine.ticket
     return FrameHeader(
         transfer_id=frame.shipment.transfer_id,
@@ -243,6 +205,6 @@ def _header_of(
         layer_start=plan.layer_start,
         num_layers=plan.num_layers,
         positions=plan.positions,
-        payload_bytes=payload_bytes,
-        digests=digests,
+        payload_bytes=limits.payload_bytes(plan.num_units),
+        slot=frame.payload.read_from,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import sys
 from typing import TYPE_CHECKING
@@ -36,14 +37,15 @@ def spoil_links(folder: str) -> None:
 
 
 def accept_any_digest() -> None:
-    from kv_transfer.receiving import receiver_session
+    """Of nodes in host memory."""
+    from kv_transfer.receiving.arrivals import PiecesArrival
 
-    class Blind:
-        @staticmethod
-        def array_equal(_: object, __: object) -> bool:
-            return True
+    def accept(_: PiecesArrival) -> asyncio.Future[bool]:
+        verdict: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        verdict.set_result(True)
+        return verdict
 
-    receiver_session.np = Blind  # type: ignore[attr-defined, assignment]
+    PiecesArrival.place = accept  # type: ignore[assignment, method-assign]
 
 
 def main() -> int:

@@ -26,6 +26,7 @@ import torch
 from kv_transfer.failures import FailureReason, failure
 from kv_transfer.protocol import (
     COMMIT_MAGIC,
+    DIGEST_BYTES,
     MAX_UNITS_PER_FRAME,
     FrameLimits,
     pack_header,
@@ -330,7 +331,7 @@ def spoil_bytes(spoil: Spoil, header: Message, payload: Message, kept: deque[tor
 def lying(message: torch.Tensor, payload_bytes: int) -> torch.Tensor:
     """The same header with a payload of a terabyte, and a right checksum over it."""
     num_layers, _, num_positions = np.frombuffer(message.numpy().tobytes()[6:12], "<u2").tolist()
-    unit_bytes = payload_bytes // (num_layers * num_positions)
+    unit_bytes = payload_bytes // (num_layers * num_positions) - DIGEST_BYTES
     limits = FrameLimits(1 << 15, unit_bytes, MAX_UNITS_PER_FRAME * unit_bytes)
     header = parse_header(message.numpy().data, limits)
     out = np.zeros(message.numel(), dtype=np.uint8)

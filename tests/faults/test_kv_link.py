@@ -63,7 +63,8 @@ class Link:
 
 
 def frame_of(seq: int) -> tuple[torch.Tensor, torch.Tensor]:
-    payload = torch.arange(UNIT_BYTES * NUM_UNITS, dtype=torch.uint8) + 31 * seq
+    payload = torch.arange(LIMITS.max_payload_bytes, dtype=torch.int64) + 31 * seq
+    payload = payload.to(torch.uint8)
     header = FrameHeader(
         transfer_id=bytes(16),
         incarnation=1,
@@ -74,7 +75,6 @@ def frame_of(seq: int) -> tuple[torch.Tensor, torch.Tensor]:
         num_layers=NUM_UNITS,
         positions=(0,),
         payload_bytes=payload.numel(),
-        digests=np.zeros((NUM_UNITS, 1), dtype=np.uint64),
     )
     out = np.zeros(LIMITS.max_header_bytes, dtype=np.uint8)
     length = pack_header(header, out.data)

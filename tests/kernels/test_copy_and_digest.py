@@ -30,7 +30,7 @@ def test_packing(device: torch.device, num_parts: int, unit_bytes: int) -> None:
     out, digests = expected.clone(), torch.zeros(6, dtype=torch.int64, device=device)
     for part, pool in enumerate(pools):
         pack_blocks(pool, 2, 2, ids, expected, part=part, num_parts=num_parts)
-    pack_and_digest(pools, 2, 2, ids, 3, out, digests)
+    pack_and_digest(out, pools, 2, 2, ids, 3, digests)
     assert torch.equal(out, expected)
     assert torch.equal(digests, block_digests(expected, 6))
 
@@ -54,7 +54,7 @@ def test_many_units_for_each_program(device: torch.device) -> None:
     ids = torch.randperm(100)[:77].to(device)
     out = torch.empty(3, 77, 128, dtype=torch.uint8, device=device)
     digests = torch.zeros(3 * 77, dtype=torch.int64, device=device)
-    pack_and_digest(pools, 0, 3, ids, 77, out, digests)
+    pack_and_digest(out, pools, 0, 3, ids, 77, digests)
     assert torch.equal(out, pools[0][:, ids])
     assert torch.equal(digests, block_digests(out, 3 * 77))
 
@@ -64,7 +64,7 @@ def test_no_blocks(device: torch.device) -> None:
     nothing = torch.empty(2, 0, 64, dtype=torch.uint8, device=device)
     no_ids = torch.empty(0, dtype=torch.int64, device=device)
     digests = torch.zeros(0, dtype=torch.int64, device=device)
-    pack_and_digest(pools, 0, 2, no_ids, 0, nothing, digests)
+    pack_and_digest(nothing, pools, 0, 2, no_ids, 0, digests)
     unpack_and_digest(nothing, pools, 0, 2, no_ids, 0, digests)
 
 
@@ -74,7 +74,7 @@ def test_what_lies_behind_the_front_is_left_alone(device: torch.device) -> None:
     ids = torch.tensor([6, 0, 3, 5], device=device)
     slot = torch.full((2 * 3 * 64 + 100,), 0xA5, dtype=torch.uint8, device=device)
     digests = torch.zeros(9, dtype=torch.int64, device=device)
-    pack_and_digest(pools, 1, 2, ids, 3, slot, digests)
+    pack_and_digest(slot, pools, 1, 2, ids, 3, digests)
     front = slot[: 2 * 3 * 64].view(2, 3, 64)
     assert torch.equal(front, pools[0][1:3][:, ids[:3]])
     assert (slot[2 * 3 * 64 :] == 0xA5).all()

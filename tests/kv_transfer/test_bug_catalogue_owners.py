@@ -98,7 +98,7 @@ def test_who_kept_a_staging_slot_too_long_is_told_from_its_next_owner() -> None:
     """mc#850, for slots."""
 
     async def scenario() -> None:
-        limits = FrameLimits(num_layers=1, unit_bytes=UNIT_BYTES, max_payload_bytes=4096)
+        limits = FrameLimits(num_layers=1, unit_bytes=UNIT_BYTES, slot_bytes=4096)
         device = torch.device("cpu")
         staging = Staging(slot_bytes=4096, num_slots=1, limits=limits, device=device)
         kept = await staging.acquire("first")

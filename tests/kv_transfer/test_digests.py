@@ -12,7 +12,7 @@ from kv_transfer.digests import PlaceSeal, digest_seed
 UNITS = np.arange(6, dtype=np.uint64).reshape(2, 3)
 SEED = digest_seed(b"t" * 16, b"tenant")
 SEED_ON_THE_WIRE = 0x5414E1F16AB83C0B
-SEALED_ON_THE_WIRE = 0xA5F271FEC3C8DE78
+SEALED_ON_THE_WIRE = 0x79C7CEBB74511635
 
 
 def seal(units: np.ndarray = UNITS, **changes: object) -> np.ndarray:
@@ -54,7 +54,7 @@ def test_two_blocks_swapped_are_seen() -> None:
 
 def test_places_of_a_long_prompt_all_differ() -> None:
     units = np.zeros((64, 4096), dtype=np.uint64)
-    sealed = seal(units, positions=range(4096))
+    sealed = seal(units, positions=tuple(range(4096)))
     assert len(np.unique(sealed)) == sealed.size
 
 

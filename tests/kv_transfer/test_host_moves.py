@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -9,8 +11,12 @@ import torch
 from kernels.block_digest import block_digests
 from kernels.host_digest import has_host_digests
 from kv_transfer import host_moves
-from kv_transfer.digests import DigestKind, agreed_kind
+from kv_transfer.digests import DigestKind, PlaceSeal, agreed_kind, digest_seed
+from kv_transfer.frame_place import FramePlace
 from kv_transfer.host_moves import HostMoves
+from kv_transfer.protocol import DIGEST_BYTES
+
+SEED = digest_seed(bytes(16), b"")
 
 KINDS = [
     DigestKind.MULTIPLY_SHIFT,
@@ -33,12 +39,12 @@ def test_what_is_gathered_and_scattered_is_the_same_with_the_same_digests(
 ) -> None:
     source, target = make_pool(unit_bytes, 1), make_pool(unit_bytes, 2)
     before = target.clone()
-    units = torch.zeros((2, 3, unit_bytes), dtype=torch.uint8)
-    digests = HostMoves([source]).gather(units, 1, (7, 0, 3), kind)
+    seal = PlaceSeal(SEED, 1, 2, (0, 1, 5))
+    slot = torch.zeros(6 * (unit_bytes + DIGEST_BYTES), dtype=torch.uint8)
+    HostMoves([source]).gather(slot, FramePlace(seal, (7, 0, 3)), kind)
+    units = slot[: 6 * unit_bytes].view(2, 3, unit_bytes)
     assert torch.equal(units, source[1:3][:, [7, 0, 3]])
-    assert HostMoves([target]).scatter(
-        units, 1, (2, 9, 4), kind, lambda found: np.array_equal(found, digests)
-    )
+    assert HostMoves([target]).scatter(slot, FramePlace(seal, (2, 9, 4)), kind)
     assert torch.equal(target[1:3][:, [2, 9, 4]], units)
     before[1:3, [2, 9, 4]] = units
     assert torch.equal(target, before), "other blocks and layers are left alone"
@@ -48,19 +54,35 @@ def test_the_parts_of_ranks_give_the_units_of_one_pool() -> None:
     whole = make_pool(64, 1)
     halves = whole.view(3, 10, 2, 2, 16)
     parts = [halves[:, :, :, rank].reshape(3, 10, 32).contiguous() for rank in range(2)]
-    units, same = (torch.zeros((3, 2, 64), dtype=torch.uint8) for _ in range(2))
+    slot, same = (torch.zeros(6 * (64 + DIGEST_BYTES), dtype=torch.uint8) for _ in range(2))
     kind = DigestKind.MULTIPLY_SHIFT
-    digests = HostMoves(parts).gather(units, 0, (4, 1), kind)
-    assert np.array_equal(digests, HostMoves([whole]).gather(same, 0, (4, 1), kind))
-    assert torch.equal(units, same)
+    frame = FramePlace(PlaceSeal(SEED, 0, 3, (0, 1)), (4, 1))
+    HostMoves(parts).gather(slot, frame, kind)
+    HostMoves([whole]).gather(same, frame, kind)
+    assert slot.any()
+    assert torch.equal(slot, same)
 
 
-def test_refused_units_are_not_written() -> None:
-    target = make_pool(64, 2)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("what", ["a byte", "a digest", "another position", "another transfer"])
+def test_what_does_not_fit_its_digests_or_its_place_is_not_written(
+    what: str, kind: DigestKind
+) -> None:
+    source, target = make_pool(64, 1), make_pool(64, 2)
     before = target.clone()
-    units = torch.zeros((1, 1, 64), dtype=torch.uint8)
-    kind = DigestKind.MULTIPLY_SHIFT
-    assert not HostMoves([target]).scatter(units, 0, (0,), kind, lambda _: False)
+    seal = PlaceSeal(SEED, 0, 2, (3,))
+    slot = torch.zeros(2 * (64 + DIGEST_BYTES), dtype=torch.uint8)
+    HostMoves([source]).gather(slot, FramePlace(seal, (7,)), kind)
+    match what:
+        case "a byte":
+            slot[70] ^= 1
+        case "a digest":
+            slot[-1] ^= 1
+        case "another position":
+            seal = replace(seal, positions=(4,))
+        case "another transfer":
+            seal = replace(seal, seed=SEED + 1)
+    assert not HostMoves([target]).scatter(slot, FramePlace(seal, (0,)), kind)
     assert torch.equal(target, before)
 
 

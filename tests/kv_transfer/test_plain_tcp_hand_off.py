@@ -102,12 +102,12 @@ def test_digests_of_what_arrives_are_those_of_the_pieces_and_lack_what_did_not()
     pieces = moves.pieces(1, 2, (7, 0, 3))
     assert moves.has_pieces(DigestKind.XXH3)
     assert not moves.has_pieces(DigestKind.MULTIPLY_SHIFT)
-    arrived = ArrivalDigests()
-    assert arrived.as_array(2, 3) is None
-    for start, end in ((0, 1), (1, 5), (5, 6)):
-        assert arrived.as_array(2, 3) is None
-        arrived.add(pieces[start:end])
-    found = arrived.as_array(2, 3)
+    arrived = ArrivalDigests(6)
+    message = [*pieces, np.zeros(48, dtype=np.uint8)]  # their digests follow, which are no unit
+    for start, end in ((0, 1), (1, 5), (5, 7)):
+        assert arrived.as_array(2) is None
+        arrived.add(message[start:end])
+    found = arrived.as_array(2)
     assert found is not None
     assert np.array_equal(found, piece_digests(pieces, 2))
 

@@ -13,7 +13,7 @@ from kv_transfer.staging import Staging
 
 
 def make_staging(num_slots: int = 4, slot_bytes: int = 256) -> Staging:
-    limits = FrameLimits(num_layers=2, unit_bytes=64, max_payload_bytes=slot_bytes)
+    limits = FrameLimits(num_layers=2, unit_bytes=64, slot_bytes=slot_bytes)
     return Staging(
         slot_bytes=slot_bytes, num_slots=num_slots, limits=limits, device=torch.device("cpu")
     )

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
+from kv_transfer.digests import PlaceSeal, digest_seed
+from kv_transfer.frame_place import FramePlace
 from kv_transfer.pool import TransferPool
 from tests.engine.test_cuda import SHAPE, close, decode_log
 
@@ -75,13 +77,13 @@ def test_blocks_move_between_engines_of_one_and_two_gpus(
 async def _gathered(engine: Engine) -> torch.Tensor:
     """The KV of the first two blocks, and back into two others, from where it is read again."""
     pool = TransferPool(*engine.kv_pools)
-    layers: dict[str, Any] = {"layer_start": 0, "num_layers": pool.num_layers}
-    slots = torch.zeros(2, 2 * pool.num_layers * pool.unit_bytes, dtype=torch.uint8).cuda()
-    await pool.end(pool.begin_gather(slots[0], **layers, block_ids=(0, 1), after=None))
-    assert await pool.end(
-        pool.begin_scatter(slots[0], **layers, block_ids=(300, 200), accepts=lambda _: True)
-    )
-    await pool.end(pool.begin_gather(slots[1], **layers, block_ids=(300, 200), after=None))
+    seal = PlaceSeal(digest_seed(b"", b""), 0, pool.num_layers, (0, 1))
+    here, there = FramePlace(seal, (0, 1)), FramePlace(seal, (300, 200))
+    units_bytes = 2 * pool.num_layers * pool.unit_bytes
+    slots = torch.zeros(2, units_bytes + 8 * seal.num_units, dtype=torch.uint8).cuda()
+    await pool.end(pool.begin_gather(slots[0], here, after=None))
+    assert await pool.end(pool.begin_scatter(slots[0], there))
+    await pool.end(pool.begin_gather(slots[1], there, after=None))
     pool.close()
     assert torch.equal(*slots)
-    return slots[0].view(engine.kv_layout.dtype)
+    return slots[0][:units_bytes].view(engine.kv_layout.dtype)

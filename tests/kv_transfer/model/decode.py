@@ -34,15 +34,22 @@ from kv_transfer.receiving.intake_instructions import (
 from kv_transfer.receiving.succession import Succession
 from kv_transfer.sending.outgoing import SendAbort as SenderAbort
 from kv_transfer.sending.outgoing import SendAbortAck, SendCommit
-from tests.kv_transfer.model.memory import BLOCK_SIZE, LIMITS, NUM_LAYERS, Pool, Slots, units_of
+from tests.kv_transfer.model.memory import (
+    BLOCK_SIZE,
+    LIMITS,
+    NUM_LAYERS,
+    Pool,
+    Slots,
+    payload_of,
+    sealed_of,
+    units_of,
+)
 from tests.kv_transfer.model.prefill import DRAIN_SECONDS, LEASE_SECONDS, STALL_SECONDS
 from tests.sequences import make_sequence
 
 if TYPE_CHECKING:
     import asyncio
     from collections.abc import Iterator
-
-    from numpy.typing import NDArray
 
     from engine.reservation import Reservation
     from engine.sequence import Sequence
@@ -158,11 +165,10 @@ class ModelDecode:
         header, fate, slot = arrival.header, arrival.fate, arrival.slot
         error: ServingError | None = failure(FailureReason.ABORTED)
         if isinstance(fate, Landing) and slot is not None:
-            units = units_of(slot, header.num_layers, len(header.positions))
             assert self.slots.staging.owns(slot), "a write into a slot of somebody else"
-            units[:] = arrival.frame.payload
+            payload_of(slot, header.num_units)[:] = arrival.frame.payload
             if self.intake.may_scatter(header.transfer_id):
-                error = self._scatter(header, fate, units)
+                error = self._scatter(header, fate, slot)
         self._end(arrival, error, header if error is None else None, now)
         arrival.frame.end(None)
 
@@ -170,15 +176,17 @@ class ModelDecode:
         self,
         header: FrameHeader,
         fate: Landing,
-        units: NDArray[np.uint64],
+        slot: StagingSlot,
     ) -> ServingError | None:
+        units = units_of(slot, header.num_layers, len(header.positions))
+        claimed = sealed_of(slot, header.num_layers, len(header.positions))
         seal = PlaceSeal(
             seed=fate.digest_seed,
             layer_start=header.layer_start,
             num_layers=header.num_layers,
             positions=header.positions,
         )
-        if not np.array_equal(seal.seal(units.copy()), header.digests):
+        if not np.array_equal(seal.seal(units), claimed):
             return failure(FailureReason.DIGEST_MISMATCH)
         assert header.transfer_id in self.reservations, "a write into blocks that were given back"
         _, reservation = self.reservations[header.transfer_id]

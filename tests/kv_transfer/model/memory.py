@@ -57,7 +57,7 @@ class Slots:
     def __init__(self, num_slots: int, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
         self.staging = Staging(
-            slot_bytes=LIMITS.max_payload_bytes,
+            slot_bytes=LIMITS.slot_bytes,
             num_slots=num_slots,
             limits=LIMITS,
             device=torch.device("cpu"),
@@ -77,5 +77,16 @@ class Slots:
 
 def units_of(slot: StagingSlot, num_layers: int, num_blocks: int) -> NDArray[np.uint64]:
     """The front of a slot, `[num_layers, num_blocks]`; a view."""
-    front = slot.payload[: num_layers * num_blocks * UNIT_BYTES].numpy()
-    return front.view(np.uint64).reshape(num_layers, num_blocks)
+    front, _ = np.split(payload_of(slot, num_layers * num_blocks), 2)
+    return front.reshape(num_layers, num_blocks)
+
+
+def sealed_of(slot: StagingSlot, num_layers: int, num_blocks: int) -> NDArray[np.uint64]:
+    """The digests behind them; a view."""
+    _, behind = np.split(payload_of(slot, num_layers * num_blocks), 2)
+    return behind.reshape(num_layers, num_blocks)
+
+
+def payload_of(slot: StagingSlot, num_units: int) -> NDArray[np.uint64]:
+    """Units and digests, each of 8 bytes; a view."""
+    return slot.payload[: LIMITS.payload_bytes(num_units)].numpy().view(np.uint64)

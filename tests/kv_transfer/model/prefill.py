@@ -32,13 +32,19 @@ from kv_transfer.sending.outgoing import (
     SendCommit,
 )
 from tests.kv_transfer.model.link import Frame, Link
-from tests.kv_transfer.model.memory import BLOCK_SIZE, NUM_LAYERS, UNIT_BYTES, Pool, Slots, units_of
+from tests.kv_transfer.model.memory import (
+    BLOCK_SIZE,
+    LIMITS,
+    NUM_LAYERS,
+    Pool,
+    Slots,
+    payload_of,
+    sealed_of,
+    units_of,
+)
 
 if TYPE_CHECKING:
     import asyncio
-
-    import numpy as np
-    from numpy.typing import NDArray
 
     from cluster.errors import ServingError
     from engine.reservation import Hold
@@ -143,6 +149,8 @@ class ModelPrefill:
         units = units_of(slot, plan.num_layers, len(plan.positions))
         layers = slice(plan.layer_start, plan.layer_start + plan.num_layers)
         units[:] = self.pool.units[layers][:, list(plan.block_ids)]
+        sealed = sealed_of(slot, plan.num_layers, len(plan.positions))
+        sealed[:] = _seal_of(sending, plan).seal(units)
         table = dict(zip(plan.positions, plan.block_ids, strict=True))
         for position in plan.positions:
             tokens = sending.sequence.token_ids
@@ -161,8 +169,8 @@ class ModelPrefill:
             return True
         seq, instructions = sending.machine.posted()
         sending.num_in_flight += 1
-        units = units_of(slot, plan.num_layers, len(plan.positions))
-        frame = Frame.of(self._header(sending, plan, seq, units), units)
+        header = self._header(sending, plan, seq)
+        frame = Frame.of(header, payload_of(slot, header.num_units))
 
         def settle(error: ServingError | None) -> None:
             assert self.slots.staging.owns(slot), "a slot was given away while it was sent"
@@ -194,17 +202,9 @@ class ModelPrefill:
         sending: Sending,
         plan: FramePlan,
         seq: int,
-        units: NDArray[np.uint64],
     ) -> FrameHeader:
         ticket = sending.machine.ticket
         assert ticket is not None
-        request = sending.incoming.request
-        seal = PlaceSeal(
-            seed=digest_seed(sending.id, request.cache_salt),
-            layer_start=plan.layer_start,
-            num_layers=plan.num_layers,
-            positions=plan.positions,
-        )
         return FrameHeader(
             transfer_id=sending.id,
             incarnation=ticket.incarnation,
@@ -214,8 +214,7 @@ class ModelPrefill:
             layer_start=plan.layer_start,
             num_layers=plan.num_layers,
             positions=plan.positions,
-            payload_bytes=units.size * UNIT_BYTES,
-            digests=seal.seal(units.copy()),
+            payload_bytes=LIMITS.payload_bytes(plan.num_layers * len(plan.positions)),
         )
 
     # ---- messages and time --------------------------------------------------------------------
@@ -309,3 +308,8 @@ class ModelPrefill:
 
 def _one(position: int) -> range:
     return range(position, position + 1)
+
+
+def _seal_of(sending: Sending, plan: FramePlan) -> PlaceSeal:
+    seed = digest_seed(sending.id, sending.incoming.request.cache_salt)
+    return PlaceSeal(seed, plan.layer_start, plan.num_layers, plan.positions)

@@ -380,7 +380,7 @@ def test_a_link_that_flips_bits_fails_that_hand_off_typed_on_both_sides() -> Non
         tampered: list[int] = []
 
         def flip(message: torch.Tensor, tag: int) -> None:
-            if message.numel() == 3 * 8 * 64 and not tampered:  # the payload
+            if message.numel() == 3 * 8 * (64 + 8) and not tampered:  # the payload
                 message[1000] ^= 4
                 tampered.append(tag)
 

@@ -1,0 +1,160 @@
+"""Seals the digests of units for their places, and compares them, where the units are.
+
+    place   64 bits of (seed, layer, position): m(m(seed ^ layer * L) ^ position * P), m the
+            finalizer of splitmix64 (Steele, Lea, Flood 2014), L and P odd
+    sealed  the unit's digest plus its place, mod 2^64
+
+Both are part of the wire format. For a fixed place sealing is a bijection; for fixed bytes another
+place gives another value but for a probability of 2^-64. Sealed digests lie behind the units of a
+slot, and travel with them, so that no digest passes through the host on a device.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from kernels.dispatch import jit, jit_for_any, runs_triton, tl
+
+if TYPE_CHECKING:
+    import torch
+    from numpy.typing import NDArray
+
+_BLOCK = 256
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_LAYER = np.uint64(0xA0761D6478BD642F)
+_POSITION = np.uint64(0xD6E8FEB86659FD93)
+_SHIFTS = (np.uint64(30), np.uint64(27), np.uint64(31))
+_FACTORS = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
+
+
+def places_of(
+    seed: int, layers: NDArray[np.uint64], positions: NDArray[np.uint64]
+) -> NDArray[np.uint64]:
+    """The 64 bits of each place; `layers` and `positions` broadcast."""
+    return _mix(_mix(np.uint64(seed) ^ (layers * _LAYER)) ^ (positions * _POSITION))
+
+
+def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Bijective on 64 bits."""
+    x = x + _GOLDEN
+    x ^= x >> _SHIFTS[0]
+    x *= _FACTORS[0]
+    x ^= x >> _SHIFTS[1]
+    x *= _FACTORS[1]
+    x ^= x >> _SHIFTS[2]
+    return x
+
+
+class Places(NamedTuple):
+    """Of a frame's units, layer by layer. `seed`: 63 bits. `positions`: int64, the first
+    `num_positions` count, on the device of the digests."""
+
+    seed: int
+    layer_start: int
+    num_layers: int
+    positions: torch.Tensor
+    num_positions: int
+
+    @property
+    def num_units(self) -> int:
+        return self.num_layers * self.num_positions
+
+
+def seal_digests(
+    digests: torch.Tensor, places: Places, slot: torch.Tensor, units_bytes: int
+) -> None:
+    """Write the sealed digests of units behind them in their slot; `digests` are 0 after.
+
+    digests: int64, the first are those of the units. slot: uint8; its units take `units_bytes`, a
+    multiple of 8.
+    """
+    _run(digests, places, slot, units_bytes, None)
+
+
+def check_digests(
+    digests: torch.Tensor,
+    places: Places,
+    slot: torch.Tensor,
+    units_bytes: int,
+    wrong: torch.Tensor,
+) -> None:
+    """Set `wrong` (int32 `[1]`, on the device or pinned) to 1 if any sealed digest differs from
+    the one behind the units of `slot`. The rest as for `seal_digests`."""
+    _run(digests, places, slot, units_bytes, wrong)
+
+
+def _run(
+    digests: torch.Tensor,
+    places: Places,
+    slot: torch.Tensor,
+    units_bytes: int,
+    wrong: torch.Tensor | None,
+) -> None:
+    num_units = places.num_units
+    assert units_bytes % 8 == 0
+    assert num_units <= digests.numel()
+    assert units_bytes + 8 * num_units <= slot.numel()
+    if num_units == 0:
+        return
+    if not runs_triton(slot):
+        _run_reference(digests, places, slot, units_bytes, wrong)
+        return
+    _seal_kernel[(-(-num_units // _BLOCK),)](
+        digests, slot, slot if wrong is None else wrong, places.positions,
+        places.seed, places.layer_start, places.num_positions, num_units, units_bytes // 8,
+        CHECKS=wrong is not None, BLOCK=_BLOCK, num_warps=4,
+    )  # fmt: skip
+
+
+def _run_reference(
+    digests: torch.Tensor,
+    places: Places,
+    slot: torch.Tensor,
+    units_bytes: int,
+    wrong: torch.Tensor | None,
+) -> None:
+    layers = np.arange(places.layer_start, places.layer_start + places.num_layers, dtype=np.uint64)
+    positions = places.positions[: places.num_positions].numpy().view(np.uint64)
+    found = digests.numpy()[: places.num_units]
+    added = places_of(places.seed, layers[:, None], positions).reshape(-1)
+    sealed = (found.view(np.uint64) + added).view(np.uint8)
+    found[:] = 0
+    behind = slot.numpy()[units_bytes : units_bytes + sealed.nbytes]
+    if wrong is None:
+        behind[:] = sealed
+    elif not np.array_equal(behind, sealed):
+        wrong[0] = 1
+
+
+@jit
+def _mixed(x: Any) -> Any:
+    x = x + 0x9E3779B97F4A7C15
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB
+    return x ^ (x >> 31)
+
+
+@jit_for_any("seed", "layer_start", "num_positions", "num_units", "begin")
+def _seal_kernel(
+    digests_ptr: tl.tensor, slot_ptr: tl.tensor, wrong_ptr: tl.tensor, positions_ptr: tl.tensor,
+    seed: tl.tensor, layer_start: tl.tensor, num_positions: tl.tensor, num_units: tl.tensor,
+    begin: tl.tensor, CHECKS: tl.constexpr, BLOCK: tl.constexpr,
+) -> None:  # fmt: skip
+    unit = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = unit < num_units
+    layer = (layer_start + unit // num_positions).to(tl.uint64)
+    position = tl.load(positions_ptr + unit % num_positions, mask=mask, other=0).to(tl.uint64)
+    place = _mixed(_mixed(seed.to(tl.uint64) ^ (layer * 0xA0761D6478BD642F))
+                   ^ (position * 0xD6E8FEB86659FD93))  # fmt: skip
+    digest = tl.load(digests_ptr + unit, mask=mask, other=0).to(tl.uint64)
+    sealed = (digest + place).to(tl.int64, bitcast=True)
+    tl.store(digests_ptr + unit, tl.zeros_like(sealed), mask=mask)
+    behind = slot_ptr.to(tl.pointer_type(tl.int64)) + begin + unit
+    if CHECKS:
+        claimed = tl.load(behind, mask=mask, other=0)
+        num_wrong = tl.sum(((claimed != sealed) & mask).to(tl.int32), axis=0)
+        tl.store(wrong_ptr, 1, mask=num_wrong > 0)
+    else:
+        tl.store(behind, sealed, mask=mask)

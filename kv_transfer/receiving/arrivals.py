@@ -1,0 +1,133 @@
+"""The three ways of a frame's payload into a pool; `sending/payloads.py` has the other ends.
+
+    SlotArrival     received into a slot of our own, placed from there
+    ReadArrival     placed from the sender's slot, which is mapped here
+    PiecesArrival   received into the blocks themselves (host memory, plain TCP)
+
+Life of an arrival
+    1. `receive`: done when the payload has come; None when there is nothing to wait for.
+    2. `place`, if it is still wanted: done when nothing of it writes any more, with the verdict on
+       its digests. Until then the blocks are the transfer's alone.
+    3. `finish`, once, however it ended: slots go back to who owns them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from kv_transfer.host_moves import ArrivalDigests
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from kv_transfer.agent import TransferAgent
+    from kv_transfer.digests import DigestKind
+    from kv_transfer.frame_place import FramePlace
+    from kv_transfer.protocol import FrameHeader, SlotName
+    from kv_transfer.receiving.slot_reader import SlotReader
+    from kv_transfer.staging import StagingSlot
+    from kv_transfer.transports.base import Endpoint, Piece, PieceEndpoint
+
+
+class Arrival(Protocol):
+    @property
+    def is_ours(self) -> bool:
+        """The memory it came to is still its own."""
+
+    def receive(self) -> asyncio.Future[None] | None: ...
+    def place(self) -> asyncio.Future[bool]: ...
+    def finish(self) -> None: ...
+
+
+class _InSlot:
+    """What owns a slot of ours."""
+
+    def __init__(self, agent: TransferAgent, slot: StagingSlot) -> None:
+        self._agent, self._slot = agent, slot
+
+    @property
+    def is_ours(self) -> bool:
+        return self._agent.staging.owns(self._slot)
+
+    def finish(self) -> None:
+        self._agent.staging.release(self._slot)
+
+
+class SlotArrival(_InSlot):
+    def __init__(
+        self,
+        agent: TransferAgent,
+        endpoint: Endpoint,
+        slot: StagingSlot,
+        header: FrameHeader,
+        place: FramePlace,
+        digest: DigestKind,
+    ) -> None:
+        super().__init__(agent, slot)
+        self._endpoint, self._header = endpoint, header
+        self._place, self._digest = place, digest
+
+    def receive(self) -> asyncio.Future[None]:
+        payload = self._slot.payload[: self._header.payload_bytes]
+        return self._endpoint.recv(payload, self._header.nonce)
+
+    def place(self) -> asyncio.Future[bool]:
+        return self._agent.pool.begin_scatter(self._slot.payload, self._place, digest=self._digest)
+
+
+class ReadArrival:
+    def __init__(
+        self, agent: TransferAgent, reader: SlotReader, name: SlotName, place: FramePlace
+    ) -> None:
+        self._agent, self._reader, self._name, self._place = agent, reader, name, place
+
+    @property
+    def is_ours(self) -> bool:
+        return True  # whatever else has come to stand there has other digests
+
+    def receive(self) -> None:
+        return None
+
+    def place(self) -> asyncio.Future[bool]:
+        return self._agent.pool.begin_scatter(self._reader.slot(self._name), self._place)
+
+    def finish(self) -> None:
+        self._reader.done(self._name)
+
+
+class PiecesArrival(_InSlot):
+    """The slot stays empty: it bounds how much is on its way."""
+
+    def __init__(
+        self,
+        agent: TransferAgent,
+        endpoint: PieceEndpoint,
+        slot: StagingSlot,
+        header: FrameHeader,
+        place: FramePlace,
+    ) -> None:
+        super().__init__(agent, slot)
+        self._endpoint, self._header, self._place = endpoint, header, place
+        self._found = ArrivalDigests(place.num_units)
+        self._claimed: NDArray[np.uint64] = np.zeros(place.num_units, dtype=np.uint64)
+
+    def receive(self) -> asyncio.Future[None]:
+        place = self._place
+        pieces: list[Piece] = self._agent.pool.pieces(
+            place.layer_start, place.num_layers, place.block_ids
+        )
+        pieces.append(self._claimed.view(np.uint8))
+        return self._endpoint.recv_pieces(pieces, self._header.nonce, self._found.add)
+
+    def place(self) -> asyncio.Future[bool]:
+        """It is where it belongs already."""
+        found = self._found.as_array(self._place.num_layers)
+        is_right = found is not None and np.array_equal(
+            self._place.seal.seal(found).reshape(-1), self._claimed
+        )
+        done: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        done.set_result(is_right)
+        return done
