@@ -14,6 +14,8 @@ from tests.kv_twins import DecodeSide, PrefillSide, decode_side, make_pool, pref
 if TYPE_CHECKING:
     import torch
 
+    from kv_transfer.frame_place import FramePlace
+
 TABLE = [5, 1, 30, 7, 9, 2, 11, 12]  # blocks of a prompt of 29 to 32 tokens
 PairScenario = Callable[[PrefillSide, DecodeSide], Awaitable[None]]
 PeerScenario = Callable[[HandDriven, DecodeSide], Awaitable[None]]
@@ -76,9 +78,11 @@ class Gate:
     opened: asyncio.Event = field(default_factory=asyncio.Event)
 
     def around(self, begin: Callable[..., Awaitable[Any]]) -> Callable[..., asyncio.Future[Any]]:
-        def begin_gated(slot: torch.Tensor, **options: Any) -> asyncio.Future[Any]:
-            self.begun.append(options)
-            return asyncio.ensure_future(self._after(begin(slot, **options)))
+        def begin_gated(
+            slot: torch.Tensor, frame: FramePlace, **options: Any
+        ) -> asyncio.Future[Any]:
+            self.begun.append({"frame": frame, **options})
+            return asyncio.ensure_future(self._after(begin(slot, frame, **options)))
 
         return begin_gated
 

@@ -38,7 +38,14 @@ from tests.kv_transfer.receiving.intake_world import (
     reserved_world,
 )
 from tests.kv_transfer.sending.test_outgoing import NUM_LAYERS, make_ticket, ship_all
-from tests.kv_twins import BLOCK_SIZE, DecodeSide, PrefillSide, make_request, until
+from tests.kv_twins import (
+    BLOCK_SIZE,
+    UNIT_BYTES,
+    DecodeSide,
+    PrefillSide,
+    make_request,
+    until,
+)
 
 
 def posted_machine(num_frames: int) -> OutgoingTransfer:
@@ -252,8 +259,10 @@ def test_a_source_block_that_another_prompt_has_overwritten_is_refused() -> None
     async def scenario(peer: HandDriven, decode: DecodeSide) -> None:
         request = make_request(2 * BLOCK_SIZE)
         ticket, frames = await two_frames(peer, request)
-        _, overwritten = await peer.header(ticket, 0, {0: 20})
-        await peer.post(frames[0][0], overwritten)
+        _, other = await peer.header(ticket, 0, {0: 20})
+        header, overwritten = frames[0]
+        overwritten[: NUM_LAYERS * UNIT_BYTES] = other[: NUM_LAYERS * UNIT_BYTES]
+        await peer.post(header, overwritten)
         await peer.post(*frames[1])
         peer.commit(ticket, num_frames=2)
         abort = (await peer.next("abort")).abort
