@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from cluster.errors import ConfigError
+from cluster.version import VERSION
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -57,9 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(usage())
         return 0 if arguments else EXIT_USAGE
     if arguments[0] in ("-V", "--version"):
-        from importlib.metadata import version
-
-        print(f"baton {version('baton-serve')}")
+        print(f"baton {VERSION}")
         return 0
     program = next((p for p in PROGRAMS if p.name == arguments[0]), None)
     if program is None:

@@ -28,7 +28,7 @@ from rich.table import Table
 
 from baton.doctor_pairs import MeasuredPair, measure_machine, measure_pairs, pair_table
 from baton.embedded_redis import find_redis_server
-from baton.pair_probe import Plan, serve
+from baton.pair_plan import Plan
 from cluster.errors import ConfigError, ServingError
 from loadtest.metadata import collect_metadata
 
@@ -90,6 +90,8 @@ def main(argv: Sequence[str]) -> int:
 
 
 def listen(address: str, device: str) -> int:
+    from baton.pair_probe import serve  # which needs torch; a gateway's machine may have none
+
     host, _, port = address.rpartition(":")
     try:
         serve(Plan(device, device, None, host or "0.0.0.0", int(port)))

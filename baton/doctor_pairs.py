@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from rich.markup import escape
 from rich.table import Table
 
-from baton.pair_probe import Plan, measure_to
+from baton.pair_plan import Plan
 from cluster.errors import ServingError
 
 if TYPE_CHECKING:
@@ -64,6 +64,8 @@ def measure_pairs() -> list[MeasuredPair]:
 
 def measure_machine(address: str, device: str) -> MeasuredPair:
     """From this machine to one where `baton doctor --listen` runs. Never raises."""
+    from baton.pair_probe import measure_to  # which needs torch; a gateway's machine may have none
+
     pair = Pair(f"this machine to {address}", device, device, "all")
     host, _, port = address.rpartition(":")
     if not (host and port.isdigit()):
@@ -99,7 +101,7 @@ def all_pairs(num_gpus: int) -> Iterator[Pair]:
 def measure_pair(pair: Pair) -> MeasuredPair:
     """Never raises: a probe that fails is a row that says how."""
     try:
-        done = _run_probe(pair.source, pair.target, pair.tls)
+        done = _run_probe("baton.pair_probe", pair.source, pair.target, pair.tls)
     except subprocess.TimeoutExpired:
         return _failed(pair, f"no answer within {PAIR_SECONDS:.0f} s")
     if done.returncode != 0:
@@ -161,8 +163,8 @@ def pair_table(pairs: Sequence[MeasuredPair]) -> Table:
     return table
 
 
-def _run_probe(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "baton.pair_probe", *arguments]
+def _run_probe(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", program, *arguments]
     return subprocess.run(
         command, capture_output=True, text=True, timeout=PAIR_SECONDS, check=False
     )
@@ -171,7 +173,7 @@ def _run_probe(*arguments: str) -> subprocess.CompletedProcess[str]:
 def _count_gpus() -> int:
     """As torch sees them, asked in a process of its own."""
     try:
-        return int(_run_probe().stdout.splitlines()[-1])
+        return int(_run_probe("baton.doctor_probe", "gpus").stdout.splitlines()[-1])
     except (ValueError, IndexError, subprocess.TimeoutExpired):
         return 0
 

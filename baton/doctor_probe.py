@@ -1,6 +1,6 @@
 """Checks that load torch or UCX. Run by `baton doctor` in a process of their own.
 
-Prints one JSON line: a list of [subject, verdict, detail].
+Prints one JSON line: a list of [subject, verdict, detail]; asked for `gpus`, their number.
 """
 
 from __future__ import annotations
@@ -10,15 +10,42 @@ import json
 import os
 import sys
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+import numpy
+
+from kv_transfer.transports.ucx_lanes import RDMA, resources_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 Row = tuple[str, str, str]
 PROBE_BYTES = 1 << 20
 
 
-def probe_torch() -> list[Row]:
+def _torch() -> Any:
+    """None where it is not installed: a gateway needs none. A probe loads only what it is about,
+    since loading may be what fails."""
     try:
         import torch
     except ImportError:
+        return None
+    return torch
+
+
+def _ucx() -> tuple[Any, Any] | None:
+    """ucxx and the bindings in it; None where they are not installed."""
+    try:
+        import ucxx
+        from ucxx._lib import libucxx
+    except ImportError:
+        return None
+    return ucxx, libucxx
+
+
+def probe_torch() -> list[Row]:
+    torch = _torch()
+    if torch is None:
         return [("torch", "warning", "not installed; this machine can run a gateway only")]
     rows: list[Row] = [("torch", "ok", torch.__version__)]
     if not torch.cuda.is_available():
@@ -38,23 +65,19 @@ def probe_torch() -> list[Row]:
 
 def probe_ucx() -> list[Row]:
     os.environ.setdefault("UCX_WARN_UNUSED_ENV_VARS", "n")
-    try:
-        import ucxx
-    except ImportError:
+    found = _ucx()
+    if found is None:
         return [("UCX", "problem", "ucxx is not installed: `pip install 'baton-serve[cuda13]'`")]
+    ucxx, libucxx = found
     release = next((v for v in map(_version, ("ucxx-cu13", "ucxx-cu12")) if v), "")
     detail = f"ucxx {release}, UCX {'.'.join(str(n) for n in ucxx.get_ucx_version())}"
-    asyncio.run(_round_trip())
+    asyncio.run(_round_trip(ucxx))
     rows: list[Row] = [("UCX", "ok", f"{detail}; a message to itself came back right")]
-    return [*rows, _transports_found()]
+    return [*rows, _transports_found(libucxx)]
 
 
-def _transports_found() -> Row:
+def _transports_found(libucxx: Any) -> Row:
     """What UCX can use here, and what one would expect beside it."""
-    from ucxx._lib import libucxx
-
-    from kv_transfer.transports.ucx_lanes import RDMA, resources_of
-
     context = libucxx.UCXContext({}, feature_flags=(libucxx.Feature.TAG,))
     found = [name for name in resources_of(context.info) if name != "self"]
     detail = ", ".join(found)
@@ -66,27 +89,27 @@ def _transports_found() -> Row:
     return ("UCX transports", "ok", detail)
 
 
+def count_gpus() -> int:
+    """As torch sees them; 0 without torch."""
+    torch = _torch()
+    return 0 if torch is None else int(torch.cuda.device_count())
+
+
 def _has_gpus() -> bool:
-    try:
-        import torch
-    except ImportError:
-        return False
-    return torch.cuda.is_available()
+    torch = _torch()
+    return torch is not None and bool(torch.cuda.is_available())
 
 
-async def _round_trip() -> None:
+async def _round_trip(ucxx: Any) -> None:
     """One message through a listener and an endpoint of this process. Raises when it differs."""
-    import numpy
-    import ucxx
-
     ucxx.init(progress_mode="blocking")
     sent = numpy.random.default_rng(0).integers(0, 256, PROBE_BYTES, dtype=numpy.uint8)
     received = numpy.empty_like(sent)
     arrived = asyncio.Event()
 
-    async def receive(endpoint: object) -> None:
-        await endpoint.recv(received)  # type: ignore[attr-defined]
-        await endpoint.close()  # type: ignore[attr-defined]
+    async def receive(endpoint: Any) -> None:
+        await endpoint.recv(received)
+        await endpoint.close()
         arrived.set()
 
     listener = ucxx.create_listener(receive, 0)
@@ -105,7 +128,11 @@ def _version(package: str) -> str | None:
         return None
 
 
-PROBES = {"torch": probe_torch, "ucx": probe_ucx}
+PROBES: dict[str, Callable[[], object]] = {
+    "torch": probe_torch,
+    "ucx": probe_ucx,
+    "gpus": count_gpus,
+}
 
 if __name__ == "__main__":
     print(json.dumps(PROBES[sys.argv[1]]()))

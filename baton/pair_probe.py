@@ -11,8 +11,6 @@ Life of a probe
 
 Between two machines one runs `serve`, the other `measure_to`: the plain copy is then a socket's, to
 a process whose port comes with the last answer.
-
-Without arguments it prints the number of GPUs.
 """
 
 from __future__ import annotations
@@ -29,20 +27,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
-from baton.raw_copy import (
-    COPY_BYTES,
-    PLAIN,
-    RawReceiver,
-    memory_rate,
-    peer_rate,
-    socket_rate,
-)
+from baton.pair_plan import Plan
+from baton.raw_copy import COPY_BYTES, PLAIN, REPEATS, RawReceiver, memory_rate, socket_rate
+from cluster.errors import ServingError
+from kv_transfer.config import KVTransferConfig
+from kv_transfer.transports.choice import open_transport
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
-
-    import torch
 
     from kv_transfer.transports.base import Endpoint, Transport
 
@@ -50,6 +44,7 @@ CONNECT_SECONDS = 20.0
 ROUND_SECONDS = 20.0
 NUM_ROUNDS = 6  # the first warms up
 NUM_IN_FLIGHT = 4
+PEER_BYTES = 1 << 30
 _DATA, _ACK = 1, 2
 _PORT = struct.Struct("<I")
 
@@ -63,24 +58,6 @@ class PairRate:
     rate: float
     reference: str
     reference_rate: float
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    source: str
-    target: str
-    tls: str | None
-    host: str = "127.0.0.1"
-    port: int = 0
-
-    @property
-    def message_bytes(self) -> int:
-        """As large as the staging slots of nodes are by default."""
-        return (8 << 20) if self.source == "cpu" else (128 << 20)
-
-    @property
-    def num_messages(self) -> int:
-        return 16 if self.source == "cpu" else 32
 
 
 def measure(plan: Plan) -> PairRate:
@@ -119,11 +96,6 @@ def _reference(plan: Plan, transport: str) -> tuple[str, float]:
 
 def _open(device: str, tls: str | None) -> Transport:
     """As a node does whose KV is there."""
-    import torch
-
-    from kv_transfer.config import KVTransferConfig
-    from kv_transfer.transports.choice import open_transport
-
     torch.set_num_threads(1)
     if device != "cpu":
         torch.cuda.set_device(device)
@@ -140,8 +112,6 @@ async def _send_all(plan: Plan, where: Connection) -> tuple[str, tuple[str, ...]
 
 async def _send_rounds(plan: Plan, port: int) -> tuple[str, tuple[str, ...], float, int]:
     """Transport, lanes, rate, and the port of the plain socket's receiver, if there is one."""
-    import torch
-
     transport = _open(plan.source, plan.tls)
     endpoint = await transport.connect(plan.host, port, 1)
     try:
@@ -196,10 +166,6 @@ async def _serve(plan: Plan) -> None:
 
 async def _take(plan: Plan, endpoint: Endpoint, raw_port: int) -> None:
     """All rounds of one probe. A peer that breaks off ends them; it says why."""
-    import torch
-
-    from cluster.errors import ServingError
-
     slots = torch.empty((NUM_IN_FLIGHT, plan.message_bytes), dtype=torch.uint8).to(plan.target)
     answer = np.frombuffer(_PORT.pack(raw_port), dtype=np.uint8).copy()
     ack = torch.from_numpy(answer)
@@ -226,18 +192,23 @@ async def _stream(plan: Plan, endpoint: Endpoint, slots: torch.Tensor, *, sends:
     await asyncio.gather(*posted)
 
 
-def count_gpus() -> int:
-    try:
-        import torch
-    except ImportError:
-        return 0
-    return torch.cuda.device_count()
+def peer_rate(source: str, target: str) -> float:
+    """Bytes per second of one copy from a GPU to another, as the driver makes it."""
+    one = torch.empty(PEER_BYTES, dtype=torch.uint8, device=source)
+    other = torch.empty(PEER_BYTES, dtype=torch.uint8, device=target)
+    seconds = []
+    for _ in range(REPEATS):
+        torch.cuda.synchronize(source)
+        torch.cuda.synchronize(target)
+        began = time.perf_counter()
+        other.copy_(one, non_blocking=True)
+        torch.cuda.synchronize(source)
+        torch.cuda.synchronize(target)
+        seconds.append(time.perf_counter() - began)
+    return PEER_BYTES / statistics.median(seconds)
 
 
 def main(arguments: list[str]) -> None:
-    if not arguments:
-        print(count_gpus())
-        return
     source, target, tls = arguments
     plan = Plan(source, target, None if tls == "all" else tls)
     print(json.dumps(dataclasses.asdict(measure(plan))))

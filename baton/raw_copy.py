@@ -2,7 +2,6 @@
 
 RawSockets    one buffer to another process over TCP on loopback
 memory_rate   one buffer to another in host memory
-peer_rate     one buffer to another between two GPUs
 """
 
 from __future__ import annotations
@@ -22,7 +21,6 @@ if TYPE_CHECKING:
     from multiprocessing.connection import Connection
 
 COPY_BYTES = 64 << 20
-PEER_BYTES = 1 << 30
 REPEATS = 8
 ANSWER_SECONDS = 30.0
 
@@ -145,21 +143,3 @@ def memory_rate() -> float:
         np.copyto(target, source)
         seconds.append(time.perf_counter() - began)
     return COPY_BYTES / statistics.median(seconds)
-
-
-def peer_rate(source: str, target: str) -> float:
-    """Bytes per second of one copy from a GPU to another, as the driver makes it."""
-    import torch
-
-    one = torch.empty(PEER_BYTES, dtype=torch.uint8, device=source)
-    other = torch.empty(PEER_BYTES, dtype=torch.uint8, device=target)
-    seconds = []
-    for _ in range(REPEATS):
-        torch.cuda.synchronize(source)
-        torch.cuda.synchronize(target)
-        began = time.perf_counter()
-        other.copy_(one, non_blocking=True)
-        torch.cuda.synchronize(source)
-        torch.cuda.synchronize(target)
-        seconds.append(time.perf_counter() - began)
-    return PEER_BYTES / statistics.median(seconds)

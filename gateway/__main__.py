@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 from typing import TYPE_CHECKING
@@ -14,7 +15,7 @@ from cluster.startup import StartupReport
 from gateway.config import GatewayConfig
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
 
 def main(argv: Sequence[str]) -> int:
@@ -34,14 +35,12 @@ def main(argv: Sequence[str]) -> int:
     config = loaded[GatewayConfig]
     setup_logging(config.log_level, log_format=config.log_format, role="gateway")
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # a peer that leaves is our news, not its
-    # Imported late so that help and --show-config answer at once.
-    import uvloop
-
-    from gateway.server import run
-
+    # By name, and late: help and --show-config answer at once.
+    serve: Callable[[GatewayConfig, StartupReport], None]
+    serve = importlib.import_module("gateway.server").serve
     report = StartupReport()
     try:
-        uvloop.run(run(config, report))
+        serve(config, report)
     except ConfigError as error:
         report.failed(error.message)
         raise

@@ -22,6 +22,8 @@ import signal
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import uvloop
+
 from cluster import clock as clocks
 from cluster.errors import NodeUnavailable
 from cluster.loop_watch import LoopWatch
@@ -69,6 +71,11 @@ class Parts:
     watcher: MembershipWatcher
     servers: list[HttpServer]
     stores: list[Store]
+
+
+def serve(config: GatewayConfig, report: StartupReport) -> None:
+    """The whole life of the process. Raises `ConfigError` when it cannot start."""
+    uvloop.run(run(config, report))
 
 
 async def run(
