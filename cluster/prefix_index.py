@@ -104,6 +104,7 @@ class PrefixIndex:
         try:
             await self._store.call(narrow, timeout_seconds=self._lookup_timeout_seconds)
         except StoreUnavailable:
+            search.give_up()
             return {}
         self._store.metrics.lookup_seconds.observe(self._clock() - began)
         return search.runs()
@@ -134,12 +135,14 @@ class PrefixSearch:
         # Per node: positions below the first are present, from the second on absent.
         self._bounds = dict.fromkeys(names, (0, num_blocks))
         self._probes: list[tuple[NodeName, int]] = []
+        self._is_given_up = False
 
     def next_probes(self) -> list[tuple[NodeName, int]]:
         self._probes = [
             (name, position)
             for name, (low, high) in self._bounds.items()
             for position in self._sample(low, high)
+            if not self._is_given_up
         ]
         return self._probes
 
@@ -154,6 +157,10 @@ class PrefixSearch:
             else:
                 self._bounds[name] = (low, position)
                 closed.add(name)
+
+    def give_up(self) -> None:
+        """Nobody waits for the answer: there are no more probes."""
+        self._is_given_up = True
 
     def runs(self) -> dict[NodeName, int]:
         """Known present leading blocks; nodes without any are left out."""

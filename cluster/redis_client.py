@@ -4,20 +4,21 @@
 2. Several failures in a row open the breaker: calls are refused at once, without waiting.
 3. After a pause one call is let through as a probe. Its success closes the breaker, its
    failure starts the next, longer pause.
-4. A call with a short timeout of its own that ran out leaves behind a task that connects in its
-   place, with the store's full timeout: else a slow handshake would cost every such call.
+4. A call with a short timeout of its own that ran out goes on alone, up to the store's timeout: its
+   late reply is read and thrown away, and its connection serves the next call. Else every late
+   reply, and every slow handshake, would cost a connection, and the next call the time for
+   another. Beyond `MAX_LATE` of them it ends like any other.
 
 Every failure is a `StoreUnavailable`; what to do without the answer is the caller's decision.
-A cancelled or timed-out call drops its connection, so that its late reply is never taken for
-the reply to another call.
+A call that is cancelled, or ends with the store's timeout, drops its connection, so that its late
+reply is never taken for the reply to another call.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
 import redis.asyncio as aioredis
@@ -41,6 +42,7 @@ T = TypeVar("T")
 DEFAULT_TIMEOUT_SECONDS = 1.0
 CONNECT_TIMEOUT_SECONDS = 1.0
 MAX_CONNECTIONS = 32
+MAX_LATE = 8  # calls that go on after their time; each has a connection of its own
 
 
 class StoreUnavailable(InternalError):
@@ -120,7 +122,7 @@ class Store:
         self._breaker = Breaker() if breaker is None else breaker
         self._clock = clock
         self._client = _connect_lazily(url)
-        self._warming: asyncio.Task[None] | None = None
+        self._late: set[asyncio.Task[Any]] = set()
         self.metrics.is_up.labels(name).set(1)
 
     @property
@@ -139,12 +141,12 @@ class Store:
             raise StoreUnavailable("The store is not answering; it is tried again soon.")
         limit = self._timeout_seconds if timeout_seconds is None else timeout_seconds
         try:
-            async with asyncio.timeout(limit):
-                result = await operation(self._client)
+            if limit < self._timeout_seconds:
+                result = await self._early(operation, limit)
+            else:
+                result = await self._run(operation, limit)
         except TimeoutError as error:
             self._failed("timeout", f"no answer within {limit} s")
-            if limit < self._timeout_seconds:
-                self._warm_up()
             raise StoreUnavailable("The store did not answer in time.") from error
         except (RedisError, OSError) as error:
             self._failed("error", type(error).__name__)
@@ -156,20 +158,41 @@ class Store:
         return result
 
     async def close(self) -> None:
-        if self._warming is not None:
-            self._warming.cancel()
-            await asyncio.gather(self._warming, return_exceptions=True)
+        for task in self._late:
+            task.cancel()
+        await asyncio.gather(*self._late, return_exceptions=True)
         await self._client.aclose()
 
-    def _warm_up(self) -> None:
-        if self._warming is None or self._warming.done():
-            self._warming = asyncio.create_task(self._connect(), name=f"connect {self.name}")
+    async def _run(
+        self, operation: Callable[[aioredis.Redis], Awaitable[T]], limit_seconds: float
+    ) -> T:
+        async with asyncio.timeout(limit_seconds):
+            return await operation(self._client)
 
-    async def _connect(self) -> None:
-        """Leaves a connection in the pool. Its failure is no news: the next call meets it too."""
-        with contextlib.suppress(TimeoutError, RedisError, OSError):
-            async with asyncio.timeout(self._timeout_seconds):
-                await self._client.ping()
+    async def _early(
+        self, operation: Callable[[aioredis.Redis], Awaitable[T]], limit_seconds: float
+    ) -> T:
+        """`TimeoutError` after `limit_seconds`, while the operation goes on."""
+        running = asyncio.create_task(self._run(operation, self._timeout_seconds))
+        try:
+            await asyncio.wait({running}, timeout=limit_seconds)
+        except asyncio.CancelledError:
+            running.cancel()
+            await asyncio.gather(running, return_exceptions=True)
+            raise
+        if running.done():
+            return running.result()
+        if len(self._late) >= MAX_LATE:
+            running.cancel()
+        self._late.add(running)
+        running.add_done_callback(self._late_ended)
+        raise TimeoutError
+
+    def _late_ended(self, task: asyncio.Task[Any]) -> None:
+        """Its failure is no news: it was counted, and the next call meets it too."""
+        self._late.discard(task)
+        if not task.cancelled():
+            task.exception()
 
     def _succeeded(self) -> None:
         if self._breaker.is_open:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,7 @@ from cluster.prefix_index import (
     PrefixSearch,
     node_tag,
 )
-from cluster.redis_client import Breaker, Store
+from cluster.redis_client import MAX_LATE, Breaker, Store
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -202,8 +203,7 @@ def test_a_slow_handshake_does_not_cost_every_lookup(redis_url: str, tmp_path: P
         store = Store(redis_url.replace(real.path, str(slow)), name="prefix_index")
         index = PrefixIndex(store, lookup_timeout_seconds=0.2)
         assert await index.match(hashes, BOTH) == {}
-        assert store._warming is not None
-        await store._warming
+        await asyncio.gather(*store._late)
         assert await index.match(hashes, BOTH) == {"d0": 3}
         assert store.is_up
         await store.close()
@@ -211,6 +211,120 @@ def test_a_slow_handshake_does_not_cost_every_lookup(redis_url: str, tmp_path: P
         await asyncio.gather(*connections, return_exceptions=True)
 
     asyncio.run(scenario())
+
+
+class Gated:
+    """A relay to the real server that holds replies back while it is shut."""
+
+    def __init__(self, real_path: str) -> None:
+        self._real_path = real_path
+        self.is_open = asyncio.Event()
+        self.is_open.set()
+        self.num_connections = 0
+        self.num_asked = 0
+        self._relays: list[asyncio.Task[None]] = []
+        self._writers: list[asyncio.StreamWriter] = []
+
+    async def accept(self, near: asyncio.StreamReader, out: asyncio.StreamWriter) -> None:
+        self.num_connections += 1
+        far, into = await asyncio.open_unix_connection(self._real_path)
+        self._writers += [into, out]
+        self._relays.append(asyncio.create_task(self._requests(near, into)))
+        self._relays.append(asyncio.create_task(self._replies(far, out)))
+
+    async def _requests(self, near: asyncio.StreamReader, into: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(ConnectionError):
+            while data := await near.read(65536):
+                self.num_asked += data.count(b"MGET")
+                into.write(data)
+        into.close()
+
+    async def _replies(self, far: asyncio.StreamReader, out: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(ConnectionError):
+            while data := await far.read(65536):
+                await self.is_open.wait()
+                out.write(data)
+        out.close()
+
+    async def end(self) -> None:
+        """The clients have left."""
+        self.is_open.set()
+        await asyncio.gather(*self._relays)
+        closing = (writer.wait_closed() for writer in self._writers)
+        await asyncio.gather(*closing, return_exceptions=True)
+
+
+@pytest.fixture
+def with_gate(
+    redis_url: str, tmp_path: Path
+) -> Callable[[Callable[[Gated, Store], Awaitable[None]]], None]:
+    """Runs a scenario with a store behind a relay."""
+
+    def run(scenario: Callable[[Gated, Store], Awaitable[None]]) -> None:
+        async def main() -> None:
+            real = urlsplit(redis_url).path
+            gate, path = Gated(real), tmp_path / "gated.sock"
+            server = await asyncio.start_unix_server(gate.accept, path)
+            url = redis_url.replace(real, str(path))
+            store = Store(url, name="prefix_index", breaker=Breaker(threshold=10**6))
+            try:
+                await scenario(gate, store)
+            finally:
+                await store.close()
+                server.close()
+                await gate.end()
+
+        asyncio.run(main())
+
+    return run
+
+
+def test_a_late_reply_costs_neither_a_connection_nor_a_wrong_answer(with_gate: Any) -> None:
+    hashes = chain(100)
+
+    async def scenario(gate: Gated, store: Store) -> None:
+        patient = PrefixIndex(store, lookup_timeout_seconds=10.0)
+        hasty = PrefixIndex(store, lookup_timeout_seconds=0.01)
+        await patient.publish(D0, hashes[:70], [])
+        assert gate.num_connections == 1
+        for num_blocks in (10, 20, 30):
+            gate.is_open.clear()
+            assert await hasty.match(hashes[:num_blocks], BOTH) == {}
+            (late,) = store._late
+            gate.is_open.set()
+            await asyncio.gather(late)
+            assert await patient.match(hashes, BOTH) == {"d0": 70}
+        assert gate.num_connections == 1
+
+    with_gate(scenario)
+
+
+def test_a_look_up_that_nobody_waits_for_asks_no_more(with_gate: Any) -> None:
+    hashes = chain(1000)
+
+    async def scenario(gate: Gated, store: Store) -> None:
+        index = PrefixIndex(store, lookup_timeout_seconds=0.01)
+        await index.publish(D0, hashes[:500], [])
+        gate.is_open.clear()
+        assert await index.match(hashes, BOTH) == {}
+        gate.is_open.set()
+        await asyncio.gather(*store._late)
+        assert gate.num_asked == 1
+
+    with_gate(scenario)
+
+
+def test_a_store_that_answers_nobody_keeps_few_late_calls(with_gate: Any) -> None:
+    async def scenario(gate: Gated, store: Store) -> None:
+        index = PrefixIndex(store, lookup_timeout_seconds=0.01)
+        await index.publish(D0, chain(3), [])
+        gate.is_open.clear()
+        for _ in range(MAX_LATE + 4):
+            assert await index.match(chain(3), BOTH) == {}
+        assert sum(not task.cancelling() for task in store._late) == MAX_LATE
+        gate.is_open.set()
+
+    with_gate(scenario)
 
 
 def test_the_tags_of_two_nodes_never_mix() -> None:
