@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from cluster.metric_families import counter_by, counters, gauge_by, gauges
 from engine.facts import engine_choices
 
 if TYPE_CHECKING:
@@ -49,54 +50,60 @@ class EngineCollector(Collector):
         self._host = host
 
     def collect(self) -> Iterator[Metric]:
-        load, stats = self._load(), self._stats
-        blocks = GaugeMetricFamily("baton_kv_blocks", "KV blocks by state.", labels=["state"])
-        blocks.add_metric(["free"], load.num_free_blocks - load.num_cached_blocks)
-        blocks.add_metric(["cached"], load.num_cached_blocks)
-        num_used = load.num_blocks - load.num_free_blocks - load.num_quarantined_blocks
-        blocks.add_metric(["used"], max(0, num_used))  # the two counts are a moment apart
-        blocks.add_metric(["quarantined"], load.num_quarantined_blocks)
-        yield blocks
+        load = self._load()
+        yield self._blocks(load)
         if self._choices:
-            info = GaugeMetricFamily(
+            yield gauge_by(
+                list(self._choices),
                 "baton_engine_info",
                 "1, with what the engine decided at start.",
-                labels=list(self._choices),
+                {tuple(self._choices.values()): 1},
             )
-            info.add_metric(list(self._choices.values()), 1)
-            yield info
         yield self._prefix_hits()
-        gauges: tuple[tuple[str, str, float], ...] = (
-            ("baton_sequences_running", "Sequences that run.", load.num_running),
-            ("baton_sequences_waiting", "Sequences that wait.", load.num_waiting),
-            ("baton_queued_tokens", "Tokens still to be computed.", load.queued_tokens),
-            ("baton_kv_transfers_in_flight", "Transfers in flight.", load.num_transfers),
+        yield from gauges(
+            (
+                ("baton_sequences_running", "Sequences that run.", load.num_running),
+                ("baton_sequences_waiting", "Sequences that wait.", load.num_waiting),
+                ("baton_queued_tokens", "Tokens still to be computed.", load.queued_tokens),
+                ("baton_kv_transfers_in_flight", "Transfers in flight.", load.num_transfers),
+            )
         )
-        for name, text, value in gauges:
-            yield GaugeMetricFamily(name, text, value=value)
-        counters: tuple[tuple[str, str, float], ...] = (
-            ("baton_engine_steps", "Steps run.", stats.num_steps),
-            ("baton_engine_step_seconds", "Time inside steps.", stats.step_seconds),
-            ("baton_engine_failed_steps", "Steps that raised.", stats.num_failed_steps),
-            ("baton_computed_tokens", "Tokens computed.", stats.num_computed_tokens),
-            ("baton_sampled_tokens", "Tokens drawn.", stats.num_sampled_tokens),
-            ("baton_cached_tokens", "Prompt tokens found in the cache.", stats.num_cached_tokens),
-            ("baton_preemptions", "Sequences that lost their blocks.", stats.num_preemptions),
+        yield from self._steps()
+
+    def _blocks(self, load: NodeLoad) -> Metric:
+        num_used = load.num_blocks - load.num_free_blocks - load.num_quarantined_blocks
+        states = {
+            "free": load.num_free_blocks - load.num_cached_blocks,
+            "cached": load.num_cached_blocks,
+            "used": max(0, num_used),  # the two counts are a moment apart
+            "quarantined": load.num_quarantined_blocks,
+        }
+        return gauge_by(["state"], "baton_kv_blocks", "KV blocks by state.", states)
+
+    def _steps(self) -> Iterator[Metric]:
+        stats, cached = self._stats, "Prompt tokens found in the cache."
+        return counters(
+            (
+                ("baton_engine_steps", "Steps run.", stats.num_steps),
+                ("baton_engine_step_seconds", "Time inside steps.", stats.step_seconds),
+                ("baton_engine_failed_steps", "Steps that raised.", stats.num_failed_steps),
+                ("baton_computed_tokens", "Tokens computed.", stats.num_computed_tokens),
+                ("baton_sampled_tokens", "Tokens drawn.", stats.num_sampled_tokens),
+                ("baton_cached_tokens", cached, stats.num_cached_tokens),
+                ("baton_preemptions", "Sequences that lost their blocks.", stats.num_preemptions),
+            )
         )
-        for name, text, value in counters:
-            yield CounterMetricFamily(name, text, value=value)
 
     def _prefix_hits(self) -> Metric:
         """The tiers are counted a moment apart: from the load on, and with the first token."""
-        hits = CounterMetricFamily(
+        num_host_tokens = 0 if self._host is None else self._host.stats.num_hit_tokens
+        num_device_tokens = max(0, self._stats.num_cached_tokens - num_host_tokens)
+        return counter_by(
+            ["tier"],
             "baton_prefix_hit_tokens",
             "Prompt tokens found in the cache, by the tier that had them.",
-            labels=["tier"],
+            {"device": num_device_tokens, "host": num_host_tokens},
         )
-        num_host_tokens = 0 if self._host is None else self._host.stats.num_hit_tokens
-        hits.add_metric(["device"], max(0, self._stats.num_cached_tokens - num_host_tokens))
-        hits.add_metric(["host"], num_host_tokens)
-        return hits
 
 
 class HostTierCollector(Collector):
@@ -107,34 +114,38 @@ class HostTierCollector(Collector):
         self._copier = copier
 
     def collect(self) -> Iterator[Metric]:
-        tier, stats = self._host.tier, self._host.stats
-        blocks = GaugeMetricFamily(
-            "baton_host_kv_blocks", "KV blocks of host memory by state.", labels=["state"]
+        stats = self._host.stats
+        yield self._blocks()
+        copied = self._copier.stats
+        yield counter_by(
+            ["direction"],
+            "baton_host_kv_bytes",
+            "Bytes of KV copied to (save) and from (load) host memory.",
+            {kind.value: done.num_bytes for kind, done in copied.items()},
         )
-        num_moving, num_available = tier.num_moving, tier.num_available
-        num_cached = min(tier.num_ready, num_available)  # the counts are a moment apart
-        blocks.add_metric(["free"], num_available - num_cached)
-        blocks.add_metric(["cached"], num_cached)
-        blocks.add_metric(["moving"], num_moving)
-        yield blocks
-        names = (("bytes", "Bytes of KV copied to (save) and from (load) host memory."),
-                 ("seconds", "Time that copies took, from their turn to their end."))  # fmt: skip
-        for name, text in names:
-            copied = CounterMetricFamily(f"baton_host_kv_{name}", text, labels=["direction"])
-            for kind, done in self._copier.stats.items():
-                value = done.num_bytes if name == "bytes" else done.seconds
-                copied.add_metric([kind.value], value)
-            yield copied
-        failures = CounterMetricFamily(
+        yield counter_by(
+            ["direction"],
+            "baton_host_kv_seconds",
+            "Time that copies took, from their turn to their end.",
+            {kind.value: done.seconds for kind, done in copied.items()},
+        )
+        yield counter_by(
+            ["reason"],
             "baton_host_kv_failures",
             "Blocks that came back with another digest, copies that failed.",
-            labels=["reason"],
+            {"digest": stats.num_bad_blocks, "copy": stats.num_failed_copies},
         )
-        failures.add_metric(["digest"], stats.num_bad_blocks)
-        failures.add_metric(["copy"], stats.num_failed_copies)
-        yield failures
         yield CounterMetricFamily(
             "baton_host_kv_lost_blocks",
             "Cached blocks that were evicted before they were saved.",
             value=stats.num_lost_blocks,
+        )
+
+    def _blocks(self) -> Metric:
+        tier = self._host.tier
+        num_moving, num_available = tier.num_moving, tier.num_available
+        num_cached = min(tier.num_ready, num_available)  # the counts are a moment apart
+        states = {"free": num_available - num_cached, "cached": num_cached, "moving": num_moving}
+        return gauge_by(
+            ["state"], "baton_host_kv_blocks", "KV blocks of host memory by state.", states
         )

@@ -8,21 +8,20 @@ gateway exports them, so sums over a cluster never count twice.
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
-from prometheus_client.core import (
-    CounterMetricFamily,
-    GaugeMetricFamily,
-    HistogramMetricFamily,
-    Metric,
-)
+from prometheus_client.core import GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from cluster.metric_families import counter_by, counters, gauge_by
+
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
 
     from gateway.measures import Distribution, Measures
     from gateway.nodes import NodeEntry, Nodes
+
+Key = TypeVar("Key", str, tuple[str, str])
 
 _ALIAS_LABELS = ["model_name", "engine"]
 _ENGINE = "0"
@@ -71,58 +70,68 @@ class GatewayCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         yield from self._requests()
+        yield from self._endings()
         yield from self._latencies()
         yield from self._node_gauges()
         yield from self._aliases()
 
     def _requests(self) -> Iterator[Metric]:
         measures = self._measures
-        requests = CounterMetricFamily(
-            "baton_requests", "Requests by route and HTTP status.", labels=["route", "status"]
+        yield counter_by(
+            ["route", "status"],
+            "baton_requests",
+            "Requests by route and HTTP status.",
+            {(route, str(status)): n for (route, status), n in sorted(measures.requests.items())},
         )
-        for (route, status), count in sorted(measures.requests.items()):
-            requests.add_metric([route, str(status)], count)
-        yield requests
-        errors = CounterMetricFamily(
-            "baton_request_errors",
-            "Requests that ended in an error, by its code and cause.",
-            labels=["code", "reason"],
-        )
-        for labels, count in sorted(measures.errors.items()):
-            errors.add_metric(list(labels), count)
-        yield errors
-        in_flight = GaugeMetricFamily(
+        yield gauge_by(
+            ["state"],
             "baton_sequences_in_flight",
             "Sequences that wait for their first token, or have it and run.",
-            labels=["state"],
+            {"waiting": measures.num_waiting, "running": measures.num_running},
         )
-        in_flight.add_metric(["waiting"], measures.num_waiting)
-        in_flight.add_metric(["running"], measures.num_running)
-        yield in_flight
         yield GaugeMetricFamily(
             "baton_queued_prompt_tokens",
             "Prompt tokens of sequences that wait for their first token.",
             value=self._tokens_queued(),
         )
-        yield _by_reason("baton_sequence_endings", "Sequences by how they ended.", measures.endings)
-        yield _by_reason(
-            "baton_admission_rejections", "Requests refused as overload.", measures.rejections
+        yield from counters(
+            (
+                ("baton_disconnected_clients", "Clients that left early.",
+                 measures.num_disconnected),
+                ("baton_prompt_tokens", "Prompt tokens taken in.", measures.num_prompt_tokens),
+                ("baton_cached_prompt_tokens", "Prompt tokens not recomputed.",
+                 measures.num_cached_tokens),
+                ("baton_generation_tokens", "Tokens generated.", measures.num_generated_tokens),
+            )
+        )  # fmt: skip
+
+    def _endings(self) -> Iterator[Metric]:
+        """How requests, sequences and attempts ended otherwise than hoped."""
+        measures = self._measures
+        yield counter_by(
+            ["code", "reason"],
+            "baton_request_errors",
+            "Requests that ended in an error, by its code and cause.",
+            _sorted(measures.errors),
         )
-        retries = CounterMetricFamily(
+        yield counter_by(
+            ["reason"],
+            "baton_sequence_endings",
+            "Sequences by how they ended.",
+            _sorted(measures.endings),
+        )
+        yield counter_by(
+            ["reason"],
+            "baton_admission_rejections",
+            "Requests refused as overload.",
+            _sorted(measures.rejections),
+        )
+        yield counter_by(
+            ["kind", "reason"],
             "baton_retries",
             "Attempts on other nodes, by kind and cause.",
-            labels=["kind", "reason"],
+            _sorted(measures.retries),
         )
-        for kind, count in sorted(measures.retries.items()):
-            retries.add_metric(list(kind), count)
-        yield retries
-        for name, text, count in (
-            ("disconnected_clients", "Clients that left early.", measures.num_disconnected),
-            ("prompt_tokens", "Prompt tokens taken in.", measures.num_prompt_tokens),
-            ("cached_prompt_tokens", "Prompt tokens not recomputed.", measures.num_cached_tokens),
-            ("generation_tokens", "Tokens generated.", measures.num_generated_tokens),
-        ):
-            yield CounterMetricFamily(f"baton_{name}", text, value=count)
 
     def _latencies(self) -> Iterator[Metric]:
         measures = self._measures
@@ -159,48 +168,41 @@ class GatewayCollector(Collector):
     def _node_gauges(self) -> Iterator[Metric]:
         entries = list(self._nodes)
         states = Counter((e.info.role.value, e.info.state.value) for e in entries)
-        nodes = GaugeMetricFamily(
-            "baton_nodes", "Nodes by role and state.", labels=["role", "state"]
+        yield gauge_by(
+            ["role", "state"], "baton_nodes", "Nodes by role and state.", _sorted(states)
         )
-        for (role, state), count in sorted(states.items()):
-            nodes.add_metric([role, state], count)
-        yield nodes
         for name, text, read in _NODE_GAUGES:
-            family = GaugeMetricFamily(f"baton_node_{name}", text, labels=_NODE_LABELS)
-            for entry in entries:
-                family.add_metric(_node_labels(entry), read(entry))
-            yield family
+            values = {_node_labels(entry): read(entry) for entry in entries}
+            yield gauge_by(_NODE_LABELS, f"baton_node_{name}", text, values)
         yield from self._block_gauges(entries)
 
     def _block_gauges(self, entries: list[NodeEntry]) -> Iterator[Metric]:
-        blocks = GaugeMetricFamily(
-            "baton_node_kv_blocks",
-            "KV blocks by state, as the node last said.",
-            labels=[*_NODE_LABELS, "state"],
-        )
-        transports = GaugeMetricFamily(
-            "baton_kv_transport_info",
-            "1 for each transport that carries a node's KV.",
-            labels=[*_NODE_LABELS, "transport"],
-        )
+        blocks: dict[tuple[str, ...], int] = {}
+        transports: dict[tuple[str, ...], int] = {}
         for entry in entries:
             labels, load = _node_labels(entry), entry.info.load
-            for state, count in (
-                ("free", load.num_free_blocks - load.num_cached_blocks),
-                ("cached", load.num_cached_blocks),
-                ("used", load.num_blocks - load.num_free_blocks),
-                ("quarantined", load.num_quarantined_blocks),
-            ):
-                blocks.add_metric([*labels, state], count)
-            for transport in entry.info.transports:
-                transports.add_metric([*labels, transport], 1)
-        yield blocks
-        if transports.samples:  # nothing is known before the first pair of nodes has met
-            yield transports
+            blocks[*labels, "free"] = load.num_free_blocks - load.num_cached_blocks
+            blocks[*labels, "cached"] = load.num_cached_blocks
+            blocks[*labels, "used"] = load.num_blocks - load.num_free_blocks
+            blocks[*labels, "quarantined"] = load.num_quarantined_blocks
+            transports |= {(*labels, transport): 1 for transport in entry.info.transports}
+        yield gauge_by(
+            [*_NODE_LABELS, "state"],
+            "baton_node_kv_blocks",
+            "KV blocks by state, as the node last said.",
+            blocks,
+        )
+        if transports:  # nothing is known before the first pair of nodes has met
+            yield gauge_by(
+                [*_NODE_LABELS, "transport"],
+                "baton_kv_transport_info",
+                "1 for each transport that carries a node's KV.",
+                transports,
+            )
 
     def _aliases(self) -> Iterator[Metric]:
         measures = self._measures
-        labels = [self._model_name, _ENGINE]
+        labels = (self._model_name, _ENGINE)
         load = self._nodes.decode_load()
         used = (load.num_blocks - load.num_free_blocks) / load.num_blocks if load.num_blocks else 0
         for name, text, value in (
@@ -208,9 +210,7 @@ class GatewayCollector(Collector):
             ("num_requests_waiting", "Sequences without one.", measures.num_waiting),
             ("kv_cache_usage_perc", "Used KV blocks of decode nodes, 0 to 1.", used),
         ):
-            gauge = GaugeMetricFamily(f"vllm:{name}", text, labels=_ALIAS_LABELS)
-            gauge.add_metric(labels, value)
-            yield gauge
+            yield gauge_by(_ALIAS_LABELS, f"vllm:{name}", text, {labels: value})
         for name, text, count in (
             ("prompt_tokens", "Prompt tokens.", measures.num_prompt_tokens),
             ("prompt_tokens_cached", "Cached prompt tokens.", measures.num_cached_tokens),
@@ -218,20 +218,19 @@ class GatewayCollector(Collector):
             ("prefix_cache_queries", "Prompt tokens looked up.", measures.num_prompt_tokens),
             ("prefix_cache_hits", "Prompt tokens found cached.", measures.num_cached_tokens),
         ):
-            counter = CounterMetricFamily(f"vllm:{name}", text, labels=_ALIAS_LABELS)
-            counter.add_metric(labels, count)
-            yield counter
-        success = CounterMetricFamily(
+            yield counter_by(_ALIAS_LABELS, f"vllm:{name}", text, {labels: count})
+        yield counter_by(
+            [*_ALIAS_LABELS, "finished_reason"],
             "vllm:request_success",
             "Sequences by finished reason.",
-            labels=[*_ALIAS_LABELS, "finished_reason"],
+            {
+                (*labels, reason): measures.endings[reason]
+                for reason in ("stop", "length", "abort", "error")
+            },
         )
-        for reason in ("stop", "length", "abort", "error"):
-            success.add_metric([*labels, reason], measures.endings[reason])
-        yield success
         yield from self._alias_histograms(labels)
 
-    def _alias_histograms(self, labels: list[str]) -> Iterator[Metric]:
+    def _alias_histograms(self, labels: tuple[str, str]) -> Iterator[Metric]:
         measures = self._measures
         for name, text, distribution in (
             ("time_to_first_token_seconds", "TTFT.", measures.time_to_first_token),
@@ -245,18 +244,15 @@ class GatewayCollector(Collector):
             ("request_prompt_tokens", "Prompt lengths.", measures.prompt_tokens),
             ("request_generation_tokens", "Output lengths.", measures.generation_tokens),
         ):
-            yield _histogram(f"vllm:{name}", text, distribution, _ALIAS_LABELS, labels)
+            yield _histogram(f"vllm:{name}", text, distribution, _ALIAS_LABELS, list(labels))
 
 
-def _node_labels(entry: NodeEntry) -> list[str]:
-    return [entry.info.id.name, entry.info.role.value]
+def _node_labels(entry: NodeEntry) -> tuple[str, str]:
+    return entry.info.id.name, entry.info.role.value
 
 
-def _by_reason(name: str, text: str, counts: Counter[str]) -> CounterMetricFamily:
-    family = CounterMetricFamily(name, text, labels=["reason"])
-    for reason, count in sorted(counts.items()):
-        family.add_metric([reason], count)
-    return family
+def _sorted(counts: Mapping[Key, int]) -> dict[Key, int]:
+    return dict(sorted(counts.items()))
 
 
 def _histogram(

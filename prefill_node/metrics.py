@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 from prometheus_client.core import CounterMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from cluster.metric_families import counter_by
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -19,14 +21,12 @@ class FetchCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         stats = self._stats
-        fetches = CounterMetricFamily(
+        yield counter_by(
+            ["outcome"],
             "baton_prefix_fetches",
             "Prefixes that other nodes were asked for; what failed was computed.",
-            labels=["outcome"],
+            {"failed": stats.num_failed, "done": stats.num_done},
         )
-        fetches.add_metric(["failed"], stats.num_failed)
-        fetches.add_metric(["done"], stats.num_done)
-        yield fetches
         yield CounterMetricFamily(
             "baton_prefix_fetched_tokens",
             "Prompt tokens whose KV came from another node's cache.",
