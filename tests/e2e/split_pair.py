@@ -148,6 +148,7 @@ class SplitPair:
     decode: ServedNode
     answers: dict[str, Answer]
     heard: asyncio.Condition
+    failures: list[BaseException]  # fatal ones, of either node
 
     async def split(
         self, requests: Sequence[SequenceRequest], *, num_tokens_held: int = 0
@@ -231,7 +232,7 @@ async def split_pair(
             hear = _Hearing(answers, heard, part)
             served.append(await stack.enter_async_context(_serve(node, agent, hear)))
         decode, prefill = served
-        pair = SplitPair(prefill, decode, answers, heard)
+        pair = SplitPair(prefill, decode, answers, heard, failures)
         yield pair
         await pair.check_nothing_held()
     assert failures == []

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from cluster.errors import InternalError
 from cluster.proto import node_pb2 as pb
 from cluster.request import SamplingParams
 from cluster.startup import StartupReport
@@ -129,6 +130,20 @@ def test_after_200_cancels_of_long_prompts_the_next_answers_are_right_and_nothin
         assert [a.token_ids for a in answers] == [a.token_ids for a in undisturbed]
 
     run(scenario, max_num_batched_tokens=64)
+
+
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+def test_a_node_that_cannot_have_its_memory_back_ends_itself(role: str) -> None:
+    """pegaflow#403, trt#14565: only a new process has it back for sure."""
+
+    async def scenario(pair: SplitPair) -> None:
+        node = pair.prefill if role == "prefill" else pair.decode
+        node.agent.quarantine.keep(num_blocks=0, num_slots=1, peer="a broken link")
+        [fatal] = pair.failures
+        assert isinstance(fatal, InternalError)
+        pair.failures.clear()
+
+    run(scenario)
 
 
 async def cancel(pair: SplitPair, request: SequenceRequest, moments: random.Random) -> None:

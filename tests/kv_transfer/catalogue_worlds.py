@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from kv_transfer.failures import FailureReason, failure
 from kv_transfer.transports.loopback import LoopbackEndpoint, LoopbackNetwork, LoopbackTransport
 from tests.kv_faults import HandDriven, hand_driven
 from tests.kv_twins import DecodeSide, PrefillSide, decode_side, make_pool, prefill_side, twins
@@ -45,15 +46,17 @@ def with_peer(scenario: PeerScenario, **options: Any) -> None:
     asyncio.run(main())
 
 
-def with_hanging_link(scenario: PairScenario, **options: Any) -> None:
+def with_hanging_link(
+    scenario: PairScenario, link: type[LoopbackTransport] | None = None, **options: Any
+) -> None:
     """The prefill node's sends do not end while the connection stands: a peer that lives, but
-    takes nothing."""
+    takes nothing. `link`: another one that hangs."""
 
     async def main() -> None:
         network = LoopbackNetwork()
         async with (
             decode_side(LoopbackTransport(network), **options) as decode,
-            prefill_side(HangingTransport(network), **options) as prefill,
+            prefill_side((link or HangingTransport)(network), **options) as prefill,
         ):
             await scenario(prefill, decode)
 
@@ -68,6 +71,34 @@ class HangingTransport(LoopbackTransport):
         send = endpoint.send
         endpoint.send = lambda buffer, tag: send(buffer, tag ^ 1)  # type: ignore[method-assign]
         return endpoint
+
+
+class StuckTransport(LoopbackTransport):
+    """Its sends do not even end with the connection, as when a driver hangs, before `let_go`."""
+
+    def __init__(self, network: LoopbackNetwork) -> None:
+        super().__init__(network)
+        self._stuck: list[asyncio.Future[None]] = []
+
+    async def connect(self, host: str, port: int, session_id: int) -> LoopbackEndpoint:
+        endpoint = await super().connect(host, port, session_id)
+        end = endpoint.close
+
+        def send(buffer: torch.Tensor, tag: int) -> asyncio.Future[None]:
+            self._stuck.append(asyncio.get_running_loop().create_future())
+            return self._stuck[-1]
+
+        async def close() -> bool:
+            await end()
+            return not self._stuck
+
+        endpoint.send, endpoint.close = send, close  # type: ignore[method-assign]
+        return endpoint
+
+    def let_go(self) -> None:
+        for sent in self._stuck:
+            sent.set_exception(failure(FailureReason.LINK_LOST))
+        self._stuck.clear()
 
 
 @dataclass

@@ -24,6 +24,7 @@ from tests.kv_faults import HandDriven, two_frames
 from tests.kv_transfer.catalogue_worlds import (
     TABLE,
     Gate,
+    StuckTransport,
     stop_timers,
     with_hanging_link,
     with_pair,
@@ -303,6 +304,31 @@ def test_what_a_broken_connection_does_not_give_back_stays_out_of_use_and_is_cou
         await cut()
 
     with_peer(scenario)
+
+
+def test_sources_of_sends_that_do_not_end_with_their_connection_stay_held_and_are_counted() -> None:
+    """pegaflow#403, at the sender: whoever gets such a block next would be sent in its place."""
+
+    async def scenario(prefill: PrefillSide, decode: DecodeSide) -> None:
+        request = make_request(30)
+        name, agent, full = request.sequence_id, prefill.sender.agent, asyncio.Event()
+        agent.quarantine.watch(full.set)
+        prefill.hand_off(decode, request)
+        prefill.compute(request, TABLE)
+        await until(lambda: prefill.sender._sendings[name].machine.num_posted == 1)
+        prefill.sender.abort(name)
+        prefill.clock.advance(DRAIN_SECONDS)
+        await until(full.is_set)  # a quarter of 32 blocks
+        kept = agent.quarantine.num_kept_blocks, agent.quarantine.num_kept_slots
+        assert kept == (len(TABLE), 1)
+        assert prefill.owner.of(name) == []
+        assert prefill.sender.num_quarantined_blocks == len(TABLE)
+        assert agent.staging.num_free == agent.staging.num_slots - 1
+        assert isinstance(agent.transport, StuckTransport)
+        agent.transport.let_go()
+        await until(lambda: prefill.owner.of(name) == ["free"])
+
+    with_hanging_link(scenario, StuckTransport)
 
 
 def test_a_staging_slot_is_not_given_to_others_while_a_send_reads_it() -> None:

@@ -57,6 +57,9 @@ def main() -> int:
     options = _options()
     rows = [row for row in ROWS if _has_word(row, options.only)]
     mutations = [mutation for row in rows for mutation in row.mutations]
+    if not mutations:
+        print(f"No row has the word {options.only!r}.")
+        return 1
     for mutation in mutations:
         mutation.applied_to((ROOT / mutation.file).read_text())
     with tempfile.TemporaryDirectory(prefix="baton-mutations-") as name:

@@ -14,6 +14,7 @@ SESSION = "kv_transfer/receiving/receiver_session.py"
 RECEIVER = "kv_transfer/receiving/receiver.py"
 OUTGOING = "kv_transfer/sending/outgoing.py"
 SENDER = "kv_transfer/sending/sender.py"
+STUCK_SENDS = "sources_of_sends_that_do_not_end_with_their_connection_stay_held_and_are_counted"
 
 TRANSFER_ROWS = (
     Row(
@@ -208,6 +209,28 @@ TRANSFER_ROWS = (
                 "        self._agent.staging.release(frame.slot)\n"
                 "        self._shipper.did(frame.shipment, instructions)\n        failpoint(",
                 CATALOGUE + "a_staging_slot_is_not_given_to_others_while_a_send_reads_it",
+            ),
+            Mutation(
+                "kv_transfer/sending/peer.py",
+                "if self._endpoint is not None and not await self._endpoint.close():",
+                "if self._endpoint is not None and await self._endpoint.close() is None:",
+                CATALOGUE + STUCK_SENDS,
+            ),
+            Mutation(
+                SENDER,
+                "return sum(sending.machine.num_blocks for sending in self._of(peer))",
+                "return 0",
+                CATALOGUE + STUCK_SENDS,
+            ),
+            *(
+                Mutation(
+                    f"{role}_node/node.py",
+                    "agent.quarantine.watch(",
+                    "bool(",
+                    "tests/e2e/test_digest_scenarios.py::"
+                    f"test_a_node_that_cannot_have_its_memory_back_ends_itself[{role}]",
+                )
+                for role in ("prefill", "decode")
             ),
         ),
     ),
