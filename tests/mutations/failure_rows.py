@@ -54,8 +54,8 @@ FAILURE_ROWS = (
         (
             Mutation(
                 SHIPPING,
-                "self._shipper.did(frame.shipment, frame.shipment.machine.dropped(error))",
-                "self._shipper.did(frame.shipment, frame.shipment.machine.dropped())",
+                "self._shipper.did(shipment, shipment.machine.dropped(error))",
+                "self._shipper.did(shipment, shipment.machine.dropped())",
                 CATALOGUE + "blocks_that_cannot_be_packed_fail_the_transfer_at_both_ends",
             ),
             Mutation(
@@ -90,7 +90,7 @@ FAILURE_ROWS = (
         (
             Mutation(
                 SESSION,
-                "scattering.add_done_callback(lambda done: self._scattered(frame, done))",
+                "placing.add_done_callback(lambda done: self._scattered(frame, done))",
                 "self._end(frame, None)",
                 CATALOGUE + "nothing_starts_before_the_copy_into_its_blocks_has_ended",
             ),
@@ -144,8 +144,8 @@ FAILURE_ROWS = (
         (
             Mutation(
                 SESSION,
-                "header, block_ids = frame.header, frame.landing.block_ids\n",
-                "header, block_ids = frame.header, frame.landing.block_ids[::-1]\n",
+                "place = FramePlace(seal, fate.block_ids)\n",
+                "place = FramePlace(seal, fate.block_ids[::-1])\n",
                 "tests/e2e/test_split_equality.py::"
                 "test_greedy_tokens_of_the_split_pools_are_those_of_one_node_and_of_the_reference"
                 "[llama3-512-1]",
