@@ -53,8 +53,9 @@ def map_slots(description: bytes, device: torch.device) -> Sequence[torch.Tensor
         return ()
     try:
         facts = json.loads(description)
-        memory = open_peer(facts["slots"], device)
-        found = open_peer(facts["proof_at"], device).cpu().numpy().tobytes()
+        with torch.cuda.device(device):
+            memory = open_peer(facts["slots"], device)
+            found = open_peer(facts["proof_at"], device).cpu().numpy().tobytes()
         return _slots(memory, found, facts)
     except PeerMemoryUnreachable as error:
         logger.info("slots of a prefill node are not mapped: %s", error)
