@@ -11,7 +11,7 @@ slot, and travel with them, so that no digest passes through the host on a devic
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -129,7 +129,7 @@ def _run_reference(
 
 
 @jit
-def _mixed(x: Any) -> Any:
+def _mixed(x: tl.tensor) -> tl.tensor:
     x = x + 0x9E3779B97F4A7C15
     x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
     x = (x ^ (x >> 27)) * 0x94D049BB133111EB
