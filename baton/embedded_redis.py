@@ -108,13 +108,12 @@ class EmbeddedRedis:
         """Returns once the server answers. `ConfigError` when none is found or it does not."""
         binary = find_redis_server()
         self._folder = _private_folder()
-        try:
+        with contextlib.ExitStack() as undo:
+            undo.callback(self.stop)
             self._start_watchdog()
             self._start_server(binary)
             self._wait_until_ready()
-        except BaseException:
-            self.stop()
-            raise
+            undo.pop_all()
 
     def revive(self) -> None:
         """Start a server that died again. Nothing while it runs, or after `stop`. Raises

@@ -177,7 +177,7 @@ class Member:
                     return
             except StoreUnavailable as error:
                 logger.debug("the registry does not answer: %s", error.message)
-            except Exception:
+            except Exception:  # the next one may not: a node without heartbeats is forgotten
                 logger.exception("a heartbeat failed")
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(HEARTBEAT_SECONDS):
@@ -199,7 +199,7 @@ class Member:
         while True:
             try:
                 await self._publish_cache_changes()
-            except Exception:
+            except Exception:  # costs hits, and is told anew
                 logger.exception("the prefix index could not be told of the cache")
             await asyncio.sleep(HEARTBEAT_SECONDS)
 

@@ -159,15 +159,8 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
 
 def _translating_unary(behavior: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
     async def call(request: Any, context: grpc.aio.ServicerContext) -> Any:
-        try:
+        async with _translating(context, "The node failed to answer this call."):
             return await behavior(request, context)
-        except ServingError as error:
-            await abort(context, error)
-        except grpc.aio.AbortError:
-            raise
-        except Exception:
-            logger.exception("a call failed")
-            await abort(context, InternalError("The node failed to answer this call."))
 
     return call
 
@@ -176,20 +169,29 @@ def _translating_stream(
     behavior: Callable[..., AsyncGenerator[Any]],
 ) -> Callable[..., AsyncGenerator[Any]]:
     async def call(request: Any, context: grpc.aio.ServicerContext) -> AsyncGenerator[Any]:
-        try:
+        async with (
+            _translating(context, "The node failed to serve this stream."),
             # Closed here and now: the clean-up of a stream must not wait for the collector.
-            async with contextlib.aclosing(behavior(request, context)) as messages:
-                async for message in messages:
-                    yield message
-        except ServingError as error:
-            await abort(context, error)
-        except grpc.aio.AbortError:
-            raise
-        except Exception:
-            logger.exception("a stream failed")
-            await abort(context, InternalError("The node failed to serve this stream."))
+            contextlib.aclosing(behavior(request, context)) as messages,
+        ):
+            async for message in messages:
+                yield message
 
     return call
+
+
+@contextlib.asynccontextmanager
+async def _translating(context: grpc.aio.ServicerContext, apology: str) -> AsyncGenerator[None]:
+    """The top of a call: whatever its handler raises ends it with a typed error."""
+    try:
+        yield
+    except ServingError as error:
+        await abort(context, error)
+    except grpc.aio.AbortError:
+        raise
+    except Exception:
+        logger.exception("a call failed: %s", apology)
+        await abort(context, InternalError(apology))
 
 
 async def abort(context: grpc.aio.ServicerContext, error: ServingError) -> None:

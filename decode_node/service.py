@@ -21,6 +21,7 @@ import asyncio
 import logging
 import time
 from collections import OrderedDict
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -191,16 +192,14 @@ class DecodeHandler:
             raise NodeUnavailable("This decode node takes no hand-offs.", reason="not_ready")
         sequence = self._accept(request, gateway_id)
         stream = self._open(Stream(request, gateway_id))
-        try:
+        with ExitStack() as undo:
+            undo.callback(self._refuse, stream)
             asking = await asyncio.wrap_future(
                 self._loop.call(lambda: self._reservations.ask(sequence))
             )
-            return await asyncio.wrap_future(asking)
-        except BaseException:
-            if self._streams.get(request.sequence_id) is stream:
-                self._end_refused(stream)
-            self.release(request.sequence_id)
-            raise
+            blocks = await asyncio.wrap_future(asking)
+            undo.pop_all()
+        return blocks
 
     async def start(self, sequence_id: str, first_token_id: int) -> None:
         """The KV is verified and in place: run. Raises `ServingError` when it was cancelled."""
@@ -344,9 +343,14 @@ class DecodeHandler:
         self._fail(stream.request.sequence_id, DeadlineExceeded("The request's deadline passed."))
         self._stop(stream)
 
-    def _end_refused(self, stream: Stream) -> None:
+    def _refuse(self, stream: Stream) -> None:
         """No blocks for it. Its prefill node is told so and tells the gateway, if it still can."""
         sequence_id = stream.request.sequence_id
+        if self._streams.get(sequence_id) is stream:
+            self._end_refused(stream, sequence_id)
+        self.release(sequence_id)
+
+    def _end_refused(self, stream: Stream, sequence_id: str) -> None:
         self._close(sequence_id)
         if stream.is_orphaned:
             self._publish_error(stream.gateway_id, sequence_id, orphan_error())

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -167,11 +167,11 @@ class Engine:
         Shard(0, config.tensor_parallel_size).fitted(model_config)
         limits = resolve(config, model_config, Machine.here())
         crew = Crew.start(config, on_gpu=limits.on_gpu)
-        try:
-            return cls._build(config, progress, crew.seat, crew)
-        except BaseException:
-            crew.close()
-            raise
+        with ExitStack() as undo:
+            undo.callback(crew.close)
+            engine = cls._build(config, progress, crew.seat, crew)
+            undo.pop_all()
+        return engine
 
     @classmethod
     def _build(

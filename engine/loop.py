@@ -265,19 +265,12 @@ class EngineLoop:
         self._flight = None
         decision = self._scheduler.schedule_ahead() if flight.step.can_be_followed else None
         self._start_copies()
-        behind = error = None
-        if decision is not None:
-            try:
-                behind = self._launch(decision)
-            except RankLost:  # no step can run any more
-                raise
-            except Exception as reason:  # one bad step must not end the node
-                error = reason
-        if not self._settle(flight, decision):
+        if decision is None:
+            self._settle(flight)
             return
-        if decision is not None and error is not None:
-            self._fail_step(decision, error)
-        self._flight = behind
+        behind = self._launch(decision)
+        if self._settle(flight, decision):
+            self._flight = self._launched(decision, behind)
 
     def _launch_next(self) -> _Flight | None:
         decision = self._scheduler.schedule()
@@ -287,19 +280,25 @@ class EngineLoop:
         if not decision.chunks:
             self._wait_for_blocks()
             return None
-        try:
-            return self._launch(decision)
-        except RankLost:
-            raise
-        except Exception as error:
-            self._fail_step(decision, error)
-            return None
+        return self._launched(decision, self._launch(decision))
 
-    def _launch(self, decision: ScheduleDecision) -> _Flight:
-        self._observer.before_step(decision)
-        on_layer = None if self._layer_hook is None else self._layer_hook(decision)
-        step = self._engine.launch(decision, on_layer=on_layer)
-        return _Flight(decision, step, time.perf_counter())
+    def _launch(self, decision: ScheduleDecision) -> _Flight | Exception:
+        """The step, or why there is none, which `_launched` says when it is its turn."""
+        try:
+            self._observer.before_step(decision)
+            on_layer = None if self._layer_hook is None else self._layer_hook(decision)
+            step = self._engine.launch(decision, on_layer=on_layer)
+            return _Flight(decision, step, time.perf_counter())
+        except RankLost:  # no step can run any more
+            raise
+        except Exception as error:  # one bad step must not end the node
+            return error
+
+    def _launched(self, decision: ScheduleDecision, launch: _Flight | Exception) -> _Flight | None:
+        if isinstance(launch, Exception):
+            self._fail_step(decision, launch)
+            return None
+        return launch
 
     def _settle(self, flight: _Flight, behind: ScheduleDecision | None = None) -> bool:
         """Collect a step and tell everybody. False if it failed, and with it the one behind."""

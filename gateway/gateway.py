@@ -10,6 +10,7 @@ from __future__ import annotations
 import fnmatch
 import itertools
 import secrets
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from cluster.errors import ModelNotFound, NodeUnavailable, Overloaded, ServingError
@@ -115,15 +116,14 @@ class Gateway:
             clock=self.clock,
             new_id=self._new_id,
         )
-        try:
-            await self._submit(generation)
-        except ServingError as error:
-            generation.fail(error)
-            generation.close()
-            raise
-        except BaseException:
-            generation.close()
-            raise
+        with ExitStack() as undo:
+            undo.callback(generation.close)
+            try:
+                await self._submit(generation)
+            except ServingError as error:
+                generation.fail(error)
+                raise
+            undo.pop_all()
         return generation
 
     async def _submit(self, generation: Generation) -> None:

@@ -150,7 +150,7 @@ class PrefixFetches:
             logger.warning("a prefix on %s is computed here: %r", holder.node.name, error)
             self.stats.num_failed += 1
             self._estimate.failed(holder.node, self._clock())
-        except Exception:
+        except Exception:  # the top of the task: the prefix is computed here
             logger.exception("a prefix could not be fetched from %s", holder.node.name)
             self.stats.num_failed += 1
             self._estimate.failed(holder.node, self._clock())

@@ -293,7 +293,7 @@ class KVReceiver:
             instructions = self._intake.reserve_failed(transfer_id, error, self._clock())
         except ServingError as refused:
             instructions = self._intake.reserve_failed(transfer_id, refused, self._clock())
-        except Exception:
+        except Exception:  # the top of the task: the sender must hear of it
             logger.exception("blocks could not be reserved")
             error = InternalError("The decode node could not reserve blocks.")
             instructions = self._intake.reserve_failed(transfer_id, error, self._clock())
@@ -312,7 +312,7 @@ class KVReceiver:
             await self._source.start(sequence.sequence_id, first_token_id)
         except ServingError as error:
             instructions = self._intake.start_failed(transfer_id, error, self._clock())
-        except Exception:
+        except Exception:  # the top of the task: the sender must hear of it
             logger.exception("a sequence could not be started")
             failed = InternalError("The decode node could not start the sequence.")
             instructions = self._intake.start_failed(transfer_id, failed, self._clock())

@@ -117,7 +117,7 @@ class Peer:
             error = problem
         except TimeoutError:
             logger.warning("decode node %s did not answer in time", self.node_id.name)
-        except Exception:
+        except Exception:  # the top of the task: its transfers end with the session
             logger.exception("the session with decode node %s broke", self.node_id.name)
             error = InternalError("The KV session broke inside the prefill node.")
         finally:

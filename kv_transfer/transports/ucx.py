@@ -162,8 +162,8 @@ class UcxEndpoint:
             if self._is_closed:
                 raise failure(FailureReason.LINK_LOST)
             request = post()
-        except Exception as error:
-            logger.debug("UCX refused an operation: %s", error)
+        except Exception:  # one of ucxx's many: for the caller, the link is gone
+            logger.debug("UCX refused an operation", exc_info=True)
             refused: asyncio.Future[None] = self._loop.create_future()
             refused.set_exception(failure(FailureReason.LINK_LOST))
             return refused
