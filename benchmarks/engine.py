@@ -5,8 +5,8 @@
     2. Measure the copy bandwidth of this GPU and its rate at a large matrix product: the limits.
     3. Time to first token of lone prompts; longer ones run in chunks, as on a node.
     4. Decode alone: the time from one step's tokens to the next's, of n sequences.
-    5. Each figure stands beside its floor, (weights + KV read) / copy rate or FLOP / product rate,
-       and beside the peer's where one was measured on the same hardware and shape.
+    5. Each figure stands beside its floors (`floors.py`), and beside the peer's where one was
+       measured on the same hardware and shape.
 
 The engine is driven by its loop and a scheduler: sampling and host work are part of every time.
 `--write` puts the table and the run's metadata into benchmarks/RESULTS.md.
@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from benchmarks.engine_run import EngineRun
+from benchmarks.floors import Floors
 from benchmarks.kernels.ceilings import Ceilings, measure_ceilings, pinned_copy_rate
 from benchmarks.model_shapes import SHAPES
 from benchmarks.results_file import machine_facts, write_section
@@ -46,20 +47,29 @@ PEERS = {
 }
 COLUMNS = (
     *("figure", "median (ms)", "p99 (ms)", "floor (ms)", "over the floor"),
-    *("peer (ms)", "of the peer", "GPU idle"),
+    *("floor by product (ms)", "over it", "peer (ms)", "of the peer", "GPU idle"),
+)
+FLOORS = (
+    "floor: of a prompt its FLOP at the rate of the product, of a decode step all weights and KV "
+    "at that of the copy",
+    "floor by product: of a decode step, for each product the larger of its weights at the rate "
+    "of the copy and its FLOP at that of the product, which binds larger batches; and the KV as "
+    "before. None for weights of float8: the rate was measured in bfloat16",
 )
 HEAD = f"| {' | '.join(COLUMNS)} |\n|---|{'---:|' * (len(COLUMNS) - 1)}"
 
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """Milliseconds. floor_ms: the least the limits allow. peer_ms: 0 where none was measured.
+    """Milliseconds. floor_ms: the least the limits allow, product_floor_ms: for each product, see
+    `floors.py`. peer_ms, product_floor_ms: 0 where there is none.
     idle_share: of a decode step, in which the GPU waits for the host."""
 
     name: str
     median_ms: float
     p99_ms: float
     floor_ms: float
+    product_floor_ms: float
     peer_ms: float
     idle_share: float | None
 
@@ -70,11 +80,16 @@ class Figure:
             f"{self.p99_ms:.2f}",
             f"{self.floor_ms:.2f}",
             f"{self.median_ms / self.floor_ms:.2f}x",
-            f"{self.peer_ms:.2f}" if self.peer_ms else "",
-            f"{self.median_ms / self.peer_ms:.2f}x" if self.peer_ms else "",
+            *self._beside(self.product_floor_ms),
+            *self._beside(self.peer_ms),
             f"{self.idle_share:.1%}" if self.idle_share is not None else "",
         ]
         return "| " + " | ".join(cells) + " |"
+
+    def _beside(self, other_ms: float) -> tuple[str, str]:
+        if not other_ms:
+            return "", ""
+        return f"{other_ms:.2f}", f"{self.median_ms / other_ms:.2f}x"
 
 
 class Measurement:
@@ -91,7 +106,7 @@ class Measurement:
         self.contexts: dict[str, int] = {}  # of decode: the mean of what the steps attended to
         self._run = run
         self._fetch_seconds = fetch_seconds
-        self._ceilings = ceilings
+        self._floors = Floors.of(run.engine, ceilings)
         self._arguments = arguments
         # Peers were measured in bfloat16, without offload, on one GPU.
         self._has_peers = not any(
@@ -101,26 +116,27 @@ class Measurement:
     def prefill(self, num_tokens: int) -> Figure:
         repeats = self._arguments.repeats
         times = [self._run.first_token_seconds(num_tokens) for _ in range(repeats + 2)][2:]
-        floor = prefill_flops(self._run.engine, num_tokens) / self._ceilings.matmul
         num_steps = -(-num_tokens // self._arguments.chunk)
-        floor = max(floor, num_steps * self._fetch_seconds)
+        floor = max(self._floors.prefill(num_tokens), num_steps * self._fetch_seconds)
         return self._figure(f"prefill {num_tokens}", times, floor)
 
     def decode(self, num_seqs: int, context: int) -> Figure:
         steps = self._arguments.steps
         times = self._run.decode(num_seqs, context, steps)
         # The first prompts decode while the last are prefilled: contexts are longer than asked.
-        read = decode_bytes(self._run.engine, num_seqs, times.context)
-        floor = max(read / self._ceilings.copy, self._fetch_seconds)
+        floor = max(self._floors.decode_by_bytes(num_seqs, times.context), self._fetch_seconds)
+        by_product = self._floors.decode_by_product(num_seqs, times.context)
+        product_floor = None if by_product is None else max(by_product, self._fetch_seconds)
         name = f"decode {num_seqs} x {context}"
         self.contexts[name] = round(times.context)
-        return self._figure(name, times.steps, floor, times.idle_share)
+        return self._figure(name, times.steps, floor, product_floor, times.idle_share)
 
     def _figure(
         self,
         name: str,
         seconds: Sequence[float],
         floor_seconds: float,
+        product_floor_seconds: float | None = None,
         idle_share: float | None = None,
     ) -> Figure:
         ordered = sorted(1e3 * each for each in seconds)
@@ -129,33 +145,12 @@ class Measurement:
             median_ms=statistics.median(ordered),
             p99_ms=ordered[min(len(ordered) - 1, int(0.99 * len(ordered)))],
             floor_ms=1e3 * floor_seconds,
+            product_floor_ms=1e3 * (product_floor_seconds or 0.0),
             peer_ms=PEERS.get((self._arguments.shape, name), 0.0) if self._has_peers else 0.0,
             idle_share=idle_share,
         )
         print(figure.line(), flush=True)
         return figure
-
-
-def prefill_flops(engine: Engine, num_tokens: int) -> int:
-    """Of the layers' products and of causal attention; the output matrix serves one token."""
-    model = engine.model_config
-    embeddings = model.vocab_size * model.hidden_size * (1 if model.tie_word_embeddings else 2)
-    matrices = 2 * (model.num_parameters - embeddings) * num_tokens
-    return matrices + 2 * num_tokens**2 * model.num_heads * model.head_size * model.num_layers
-
-
-def decode_bytes(engine: Engine, num_seqs: int, context: float) -> float:
-    """All weights but the input embedding, of which a step reads one row per sequence; all KV."""
-    model, layout = engine.model_config, engine.kv_layout
-    unread = 0 if model.tie_word_embeddings else model.vocab_size * model.hidden_size
-    embeddings = model.vocab_size * model.hidden_size
-    layers = model.num_parameters - unread - embeddings
-    quantization = model.quantization
-    layer_bytes: float = engine.limits.dtype.itemsize
-    if quantization is not None:
-        layer_bytes = 1 if quantization.is_float8 else 0.5
-    weights = layers * layer_bytes + embeddings * engine.limits.dtype.itemsize
-    return weights + num_seqs * context * layout.block_bytes / layout.block_size
 
 
 def open_engine(arguments: argparse.Namespace, folder: Path) -> Engine:
@@ -219,7 +214,7 @@ def measure(
         for context in arguments.context:
             figures += [measurement.decode(num_seqs, context) for num_seqs in arguments.batch]
         means = ", ".join(f"{name}: {mean}" for name, mean in measurement.contexts.items())
-        facts.append(f"mean context of the timed steps, which the floor counts: {means}")
+        facts.append(f"mean context of the timed steps, which the floors count: {means}")
     return figures, facts
 
 
@@ -231,6 +226,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = f"python -m benchmarks.engine {' '.join(argv if argv is not None else sys.argv[1:])}"
     facts = [f"command: `{command.strip()}`", f"limits: {ceilings.line()}", *facts]
     facts.append(f"peer: {PEER}, one H200, bfloat16, measured on another day")
+    facts += FLOORS
     facts.append("GPU idle: share of a step beyond what its graphs take alone, run back to back")
     table = [HEAD, *(figure.line() for figure in figures), ""]
     text = "\n".join([*table, *(f"- {each}" for each in facts + machine_facts())])

@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from benchmarks.engine import decode_bytes, prefill_flops
 from benchmarks.engine_run import EngineRun
+from benchmarks.floors import Floors
 from benchmarks.kernels.ceilings import Ceilings, measure_ceilings
 from benchmarks.model_shapes import SHAPES
 from benchmarks.results_file import machine_facts, write_section
@@ -66,7 +66,7 @@ def open_engine(arguments: argparse.Namespace, folder: Path, num_ranks: int) -> 
 def measure(
     arguments: argparse.Namespace, folder: Path, num_ranks: int, ceilings: Ceilings
 ) -> list[Figure]:
-    copy, matmul = ceilings.copy * num_ranks, ceilings.matmul * num_ranks
+    together = Ceilings(ceilings.copy * num_ranks, ceilings.matmul * num_ranks)
     figures = []
 
     def add(name: str, seconds: Sequence[float], floor_seconds: float) -> None:
@@ -74,14 +74,15 @@ def measure(
         print(f"{num_ranks} ranks, {figures[-1]}", flush=True)
 
     with closing(open_engine(arguments, folder, num_ranks)) as engine, EngineRun(engine, 0) as run:
+        floors = Floors.of(engine, together)
         print(run.check_is_realistic(min(32, engine.max_num_seqs)), flush=True)
         for num_seqs in arguments.batch:
             times = run.decode_seconds(num_seqs, arguments.context, arguments.steps)
-            read = decode_bytes(engine, num_seqs, arguments.context + arguments.steps // 2)
-            add(f"decode {num_seqs} x {arguments.context}", times, read / copy)
+            floor = floors.decode_by_bytes(num_seqs, arguments.context + arguments.steps // 2)
+            add(f"decode {num_seqs} x {arguments.context}", times, floor)
         for length in arguments.prefill:
             times = [run.first_token_seconds(length) for _ in range(arguments.repeats + 2)][2:]
-            add(f"prefill {length}", times, prefill_flops(engine, length) / matmul)
+            add(f"prefill {length}", times, floors.prefill(length))
     del engine, run
     gc.collect()
     torch.cuda.empty_cache()

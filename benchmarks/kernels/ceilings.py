@@ -25,7 +25,7 @@ class Ceilings:
     copy: float
     matmul: float
 
-    def floor_seconds(self, num_bytes: int, num_flops: int) -> float:
+    def floor_seconds(self, num_bytes: float, num_flops: int) -> float:
         return max(num_bytes / self.copy, num_flops / self.matmul)
 
     def line(self) -> str:
