@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING
 
 from cluster.errors import ConfigError, ServingError
 from kv_transfer.failures import FailureReason, failure
+from kv_transfer.transports.tcp_options import hand_to_threads, open_socket
 from kv_transfer.transports.tcp_threads import Posted, Receiving, Sending
 
 if TYPE_CHECKING:
@@ -42,8 +43,6 @@ _HELLO = struct.Struct("<8sQ")
 _MAGIC = b"BATONTCP"
 _BACKLOG = 128
 _CLOSE_SECONDS = 2.0
-_RESET_ON_CLOSE = struct.pack("ii", 1, 0)  # SO_LINGER: what is still to be sent is for nobody
-_KEEPALIVE = ((socket.TCP_KEEPIDLE, 5), (socket.TCP_KEEPINTVL, 5), (socket.TCP_KEEPCNT, 3))
 
 
 class TcpEndpoint:
@@ -55,12 +54,7 @@ class TcpEndpoint:
         self._socket = connection
         self._callbacks: list[Callable[[], None]] = []
         self._is_closed = False
-        connection.setblocking(True)
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
-        for name, value in _KEEPALIVE:
-            connection.setsockopt(socket.IPPROTO_TCP, name, value)
+        hand_to_threads(connection)
         self._sending = Sending(connection, self._on_broken)
         self._receiving = Receiving(connection, self._on_broken)
 
@@ -164,9 +158,9 @@ class TcpTransport:
         try:
             async with asyncio.timeout(self._connect_seconds):
                 found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-                connection = socket.socket(found[0][0], socket.SOCK_STREAM)
-                connection.setblocking(False)
-                await loop.sock_connect(connection, found[0][4])
+                family, _, _, _, address = found[0]
+                connection = open_socket(family, address)
+                await loop.sock_connect(connection, address)
                 answer = await _ask(connection, session_id)
         except (OSError, TimeoutError) as error:
             _close(connection)

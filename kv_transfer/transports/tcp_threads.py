@@ -1,5 +1,8 @@
 """The two threads of a TCP connection: one sends, one receives, mostly inside the kernel.
 
+A call moves as much as the processor's second-level cache holds: who examines the bytes, before
+they are sent or after they came, reads them from there, not from memory.
+
 A thread ends when the socket breaks or is shut down, or when it is told to stop. What it was
 doing and all that was posted to it then fails, from that thread: so whoever sees the failure
 knows that nothing touches the memory any more.
@@ -14,7 +17,7 @@ import socket
 import struct
 import threading
 from collections import defaultdict, deque
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -22,7 +25,7 @@ from kv_transfer.failures import FailureReason, failure
 
 if TYPE_CHECKING:
     import asyncio
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from kv_transfer.transports.base import Examine, Piece
 
@@ -30,14 +33,15 @@ logger = logging.getLogger(__name__)
 
 _ENVELOPE = struct.Struct("<QQ")  # tag, length
 _LOOK_SECONDS = 0.1
-_EXAMINED_BYTES = 512 * 1024  # at a time: they stay in the second-level cache
+_BATCH_BYTES = 512 * 1024  # of one call: examined, they are in the second-level cache
 _MAX_PIECES = 1024  # IOV_MAX: of one call
+_SMALL_BYTES = 64 * 1024  # a message that may pass a larger one
 
 
 class Posted:
     """An operation: where its bytes are, and the future that the loop's thread waits for."""
 
-    __slots__ = ("_loop", "done", "examine", "num_bytes", "pieces", "tag")
+    __slots__ = ("_loop", "done", "examine", "num_bytes", "pieces", "tag", "was_passed")
 
     def __init__(
         self,
@@ -52,6 +56,7 @@ class Posted:
         self.pieces = pieces
         self.examine = examine
         self.num_bytes = sum([piece.nbytes for piece in pieces])
+        self.was_passed = False
 
     def end(self, reason: FailureReason | None = None) -> None:
         """From any thread."""
@@ -135,21 +140,45 @@ class Sending(_Worker):
         return taken
 
     def _move_one(self) -> bool:
-        with self._changed:
-            while not self._queue and not self._is_stopped:
-                self._changed.wait()
-            if self._is_stopped:
-                return False
-            posted = self._queue[0]  # stays there until its bytes have left
+        posted = self._next()
+        if posted is None:
+            return False
         envelope = np.frombuffer(_ENVELOPE.pack(posted.tag, posted.num_bytes), dtype=np.uint8)
-        left = deque((envelope, *posted.pieces))
-        while left:
-            calls: list[Any] = [left[index] for index in range(min(len(left), _MAX_PIECES))]
-            _advance(left, self._socket.sendmsg(calls))
+        self._write([envelope], socket.MSG_MORE if posted.num_bytes else 0)
+        for batch in _batches(posted.pieces, posted.num_bytes):
+            if posted.examine is not None:
+                posted.examine(batch)
+            self._write(batch)
         with self._changed:
             self._queue.popleft()
         posted.end()
         return True
+
+    def _next(self) -> Posted | None:
+        """The front of the queue; it stays there until its bytes have left."""
+        with self._changed:
+            while not self._queue and not self._is_stopped:
+                self._changed.wait()
+            if self._is_stopped:
+                return None
+            self._let_pass()
+            return self._queue[0]
+
+    def _let_pass(self) -> None:
+        """One header may pass the payload in front of it: the receiver gets the next payload ready
+        while it takes this one. No more than one, as few receives of headers are posted."""
+        if len(self._queue) < 2:
+            return
+        first, second = self._queue[0], self._queue[1]
+        if first.was_passed or first.tag == second.tag:
+            return
+        if second.num_bytes <= _SMALL_BYTES < first.num_bytes:
+            first.was_passed = True
+            self._queue[0], self._queue[1] = second, first
+
+    def _write(self, pieces: list[Piece], flags: int = 0) -> None:
+        while pieces:
+            pieces = _behind(pieces, self._socket.sendmsg(pieces, (), flags))
 
 
 class Receiving(_Worker):
@@ -203,24 +232,19 @@ class Receiving(_Worker):
         self, pieces: Sequence[Piece], num_bytes: int, examine: Examine | None = None
     ) -> bool:
         """The next `num_bytes` of the stream, into the front of `pieces`; False at its end."""
-        whole = deque(pieces)
-        last = _cut_to(whole, num_bytes)
-        while whole:
-            batch = _take(whole, _EXAMINED_BYTES if examine is not None else num_bytes)
+        for batch in _batches(pieces, num_bytes):
             if not self._read(batch):
                 return False
             if examine is not None:
                 examine(batch)
-        return last is None or self._read([last])
+        return True
 
-    def _read(self, pieces: Sequence[Piece]) -> bool:
-        left = deque(pieces)
-        while left:
-            calls: list[Any] = [left[index] for index in range(min(len(left), _MAX_PIECES))]
-            received, *_ = self._socket.recvmsg_into(calls, 0, socket.MSG_WAITALL)
+    def _read(self, pieces: list[Piece]) -> bool:
+        while pieces:
+            received, *_ = self._socket.recvmsg_into(pieces, 0, socket.MSG_WAITALL)
             if received == 0:
                 return False
-            _advance(left, received)
+            pieces = _behind(pieces, received)
         return True
 
 
@@ -231,30 +255,29 @@ def _is_reset(connection: socket.socket) -> bool:
     return bool(poll.poll(0))
 
 
-def _cut_to(pieces: deque[Piece], num_bytes: int) -> Piece | None:
-    """Keep the pieces that `num_bytes` fill; the rest of these bytes go into what is returned."""
-    surplus = sum([piece.nbytes for piece in pieces]) - num_bytes
-    while surplus > 0:
-        last = pieces.pop()
-        surplus -= last.nbytes
-        if surplus < 0:
-            return last[:-surplus]
-    return None
+def _batches(pieces: Sequence[Piece], num_bytes: int) -> Iterator[list[Piece]]:
+    """The first `num_bytes` of the pieces, some at a time."""
+    batch: list[Piece] = []
+    room = _BATCH_BYTES
+    for piece in pieces:
+        if piece.nbytes > num_bytes:
+            piece = piece[:num_bytes]
+        size = piece.nbytes
+        if batch and (size > room or len(batch) == _MAX_PIECES):
+            yield batch
+            batch, room = [], _BATCH_BYTES
+        if size:
+            batch.append(piece)
+            room -= size
+            num_bytes -= size
+    if batch:
+        yield batch
 
 
-def _take(pieces: deque[Piece], num_bytes: int) -> list[Piece]:
-    """From the front, at least one, until there are `num_bytes`."""
-    taken = [pieces.popleft()]
-    num_bytes -= taken[0].nbytes
-    while pieces and num_bytes >= pieces[0].nbytes:
-        taken.append(pieces.popleft())
-        num_bytes -= taken[-1].nbytes
-    return taken
-
-
-def _advance(left: deque[Piece], num_bytes: int) -> None:
-    """Take `num_bytes` from the front, and pieces of no bytes."""
-    while left and num_bytes >= left[0].nbytes:
-        num_bytes -= left.popleft().nbytes
-    if num_bytes:
-        left[0] = left[0][num_bytes:]
+def _behind(pieces: list[Piece], num_bytes: int) -> list[Piece]:
+    """What follows the first `num_bytes`."""
+    for index, piece in enumerate(pieces):
+        if num_bytes < piece.nbytes:
+            return [piece[num_bytes:], *pieces[index + 1 :]]
+        num_bytes -= piece.nbytes
+    return []

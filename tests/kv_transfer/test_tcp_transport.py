@@ -5,7 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+import struct
+import threading
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -13,6 +16,7 @@ import torch
 
 from cluster.errors import ConfigError, TransferFailed
 from kv_transfer.transports.tcp import TcpEndpoint, TcpTransport
+from kv_transfer.transports.tcp_options import open_socket
 from tests.kv_twins import until
 
 if TYPE_CHECKING:
@@ -96,6 +100,58 @@ def test_pieces_are_gathered_and_scattered_wherever_they_lie() -> None:
         assert torch.equal(sent, received)
 
     run(scenario)
+
+
+def test_one_small_message_passes_a_large_one_and_none_of_its_own_tag() -> None:
+    """So the next payload can be made ready for, while few receives of headers are needed."""
+    small, large, other_large = message(10), message(100_000), message(8_000_000)
+
+    async def main() -> None:
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            transport = TcpTransport(connect_seconds=5.0)
+            reading = asyncio.create_task(asyncio.to_thread(read_slowly, server, 6, begin))
+            one = await transport.connect("127.0.0.1", server.getsockname()[1], 7)
+            posts = [(other_large, 1), (large, 2), (small, 3), (small, 3), (large, 2), (small, 2)]
+            sent = [one.send(buffer, tag) for buffer, tag in posts]
+            begin.set()
+            assert await reading == [(1, 8_000_000), (3, 10), (2, 100_000), (3, 10), (2, 100_000),
+                                     (2, 10)]  # fmt: skip
+            await asyncio.gather(*sent)
+            await transport.close()
+
+    begin = threading.Event()
+    asyncio.run(main())
+
+
+def read_slowly(
+    server: socket.socket, num_messages: int, begin: threading.Event
+) -> list[tuple[int, int]]:
+    """The tag and length of each message, in the order of their bytes."""
+    found = []
+    peer, _ = server.accept()
+    with peer, peer.makefile("rb") as stream:
+        stream.read(16)
+        peer.sendall(b"BATONTCP")
+        assert begin.wait(10)
+        for _ in range(num_messages):
+            tag, length = struct.unpack("<QQ", stream.read(16))
+            assert len(stream.read(length)) == length
+            found.append((tag, length))
+    return found
+
+
+@pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_INET6])
+def test_nothing_is_paced_on_its_way_to_the_machine_itself(family: socket.AddressFamily) -> None:
+    with open_socket(family, ("127.0.0.1" if family is socket.AF_INET else "::1", 9)) as connection:
+        used = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16)
+    assert used.rstrip(b"\0") == b"reno"
+
+
+def test_a_wire_keeps_the_congestion_control_of_the_machine() -> None:
+    ours = Path("/proc/sys/net/ipv4/tcp_congestion_control").read_bytes().strip()
+    with open_socket(socket.AF_INET, ("192.0.2.1", 9)) as connection:  # nobody's address
+        used = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16)
+    assert used.rstrip(b"\0") == ours
 
 
 def test_a_message_waits_for_its_receive() -> None:
