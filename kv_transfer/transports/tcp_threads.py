@@ -17,7 +17,7 @@ import socket
 import struct
 import threading
 from collections import defaultdict, deque
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -176,7 +176,7 @@ class Sending(_Worker):
             first.was_passed = True
             self._queue[0], self._queue[1] = second, first
 
-    def _write(self, pieces: list[Piece], flags: int = 0) -> None:
+    def _write(self, pieces: list[Any], flags: int = 0) -> None:
         while pieces:
             pieces = _behind(pieces, self._socket.sendmsg(pieces, (), flags))
 
@@ -239,7 +239,7 @@ class Receiving(_Worker):
                 examine(batch)
         return True
 
-    def _read(self, pieces: list[Piece]) -> bool:
+    def _read(self, pieces: list[Any]) -> bool:
         while pieces:
             received, *_ = self._socket.recvmsg_into(pieces, 0, socket.MSG_WAITALL)
             if received == 0:
