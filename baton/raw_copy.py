@@ -6,6 +6,7 @@ memory_rate   one buffer to another in host memory
 
 from __future__ import annotations
 
+import functools
 import itertools
 import multiprocessing
 import os
@@ -27,20 +28,22 @@ ANSWER_SECONDS = 30.0
 
 @dataclass(frozen=True)
 class Setting:
-    """What such a program may choose: bytes of a call, and of the sockets' buffers (0: as the
-    kernel tunes them)."""
+    """What such a program may choose: bytes of a call, of the sockets' buffers (0: as the kernel
+    tunes them), and the congestion control ("": the machine's)."""
 
     call_bytes: int
     buffer_bytes: int
+    control: str = ""
 
     def __str__(self) -> str:
         buffers = f"{self.buffer_bytes >> 20} MiB" if self.buffer_bytes else "the kernel's own"
-        return f"{self.call_bytes >> 10} KiB a call, socket buffers {buffers}"
+        control = f", {self.control}" if self.control else ""
+        return f"{self.call_bytes >> 10} KiB a call, socket buffers {buffers}{control}"
 
 
-SETTINGS = [
-    Setting(*each) for each in itertools.product((256 << 10, 1 << 20, 4 << 20), (0, 4 << 20))
-]
+CALLS = (256 << 10, 1 << 20, 4 << 20)
+SETTINGS = [Setting(*each) for each in itertools.product(CALLS, (0, 4 << 20))]
+UNPACED_SETTINGS = [Setting(each, 0, "reno") for each in CALLS]
 
 
 class RawSockets:
@@ -53,11 +56,8 @@ class RawSockets:
         if to is None:
             self._child = RawReceiver(setting, num_bytes, "127.0.0.1")
             to = ("127.0.0.1", self._child.port)
-        self._socket = socket.create_connection(to, ANSWER_SECONDS)
-        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        if setting.buffer_bytes:
-            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, setting.buffer_bytes)
-        self._data = memoryview(np.random.default_rng(0).bytes(num_bytes))
+        self._socket = _connect(setting, to)
+        self._data = _bytes(num_bytes)
 
     @property
     def pids(self) -> tuple[int, int]:
@@ -76,6 +76,27 @@ class RawSockets:
         self._socket.close()
         if self._child is not None:
             self._child.close()
+
+
+def _connect(setting: Setting, to: tuple[str, int]) -> socket.socket:
+    if not setting.control:
+        connection = socket.create_connection(to, ANSWER_SECONDS)
+    else:  # chosen before it is connected: a socket that has paced goes on with it
+        family, _, _, _, address = socket.getaddrinfo(*to, type=socket.SOCK_STREAM)[0]
+        connection = socket.socket(family, socket.SOCK_STREAM)
+        connection.settimeout(ANSWER_SECONDS)
+        control = setting.control.encode()
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, control)
+        connection.connect(address)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    if setting.buffer_bytes:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, setting.buffer_bytes)
+    return connection
+
+
+@functools.lru_cache(maxsize=1)
+def _bytes(num_bytes: int) -> memoryview:
+    return memoryview(np.random.default_rng(0).bytes(num_bytes))
 
 
 class RawReceiver:

@@ -4,11 +4,14 @@ The KV of 2048 tokens of an 8B model. In every round each row moves the same byt
 rows meet the same weather:
 
     plain socket   one buffer to another, the fastest of several settings (`baton/raw_copy.py`)
-    pool to pool   what a hand-off does: pack, digest, frames, verify, place, start
-    ... with the digest that every device can take, by staging slots
+    ... unpaced    the same, by Reno instead of the machine's congestion control
+    pool to pool   what a hand-off does: digest, frames, verify, place, start
+    ... none       without digests: what they cost
+    ... multiply-shift, the digest that every device can take, by staging slots
 
-Rates are medians; "of the socket" is the median of the rounds' ratios. Processor time is that of
-both processes, by byte: on a machine with few cores it is what limits a copy on loopback.
+Rates are medians; "of the socket" is the median of the rounds' ratios, first to the plain socket,
+then to the unpaced one. Processor time is that of both processes, by byte: on a machine with few
+cores it is what limits a copy on loopback.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ from typing import TYPE_CHECKING
 import torch
 import uvloop
 
-from baton.raw_copy import SETTINGS, RawSockets
+from baton.raw_copy import SETTINGS, UNPACED_SETTINGS, RawSockets
 from benchmarks.kv_pair import MIB, Pair, PairOptions, decode_process
 from benchmarks.results_file import machine_facts, write_section
 from kv_transfer import host_moves
@@ -34,7 +37,8 @@ if TYPE_CHECKING:
     from multiprocessing.connection import Connection
 
 TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
-DIGESTS = ("xxh3", "multiply_shift")
+CONTROL = "/proc/sys/net/ipv4/tcp_congestion_control"
+DIGESTS = ("xxh3", "none", "multiply_shift")
 
 
 @dataclass
@@ -44,14 +48,18 @@ class Row:
     seconds: list[float] = field(default_factory=list)
     processor_seconds: float = 0.0
 
-    def describe(self, reference: Row) -> str:
-        ratio = statistics.median(
-            theirs / ours for ours, theirs in zip(self.seconds, reference.seconds, strict=True)
-        )
+    def describe(self, references: list[Row]) -> str:
         rate = self.num_bytes / statistics.median(self.seconds) / 1e9
         best = self.num_bytes / min(self.seconds) / 1e9
+        ratios = " | ".join(f"{self.ratio_to(each):.2f}x" for each in references)
         spent = self.processor_seconds / len(self.seconds) / self.num_bytes * 1e9
-        return f"| {self.label} | {rate:.2f} | {best:.2f} | {ratio:.2f}x | {spent:.2f} |"
+        return f"| {self.label} | {rate:.2f} | {best:.2f} | {ratios} | {spent:.2f} |"
+
+    def ratio_to(self, other: Row) -> float:
+        """Of their rates."""
+        return statistics.median(
+            theirs / ours for ours, theirs in zip(self.seconds, other.seconds, strict=True)
+        )
 
 
 def processor_seconds(*pids: int) -> float:
@@ -108,14 +116,15 @@ def choose_digest(name: str) -> None:
     host_moves.has_host_digests = lambda: name != "multiply_shift"  # type: ignore[attr-defined]
 
 
-async def run(arguments: argparse.Namespace) -> tuple[list[Row], Row, list[str]]:
-    """The rows of ours, the fastest plain socket, and what was used."""
+async def run(arguments: argparse.Namespace) -> tuple[list[Row], list[Row], list[str]]:
+    """The rows of ours, the fastest plain sockets, and what was used."""
     block_bytes = arguments.num_layers * arguments.unit_kib * 1024
     num_bytes = arguments.prompt_blocks * block_bytes
-    sockets = [(RawSockets(s, num_bytes), Row(f"plain socket, {s}", num_bytes)) for s in SETTINGS]
+    settings = [*SETTINGS, *UNPACED_SETTINGS]
+    sockets = [(RawSockets(s, num_bytes), Row(f"plain socket, {s}", num_bytes)) for s in settings]
     ours = []
     for digest in arguments.digests:
-        pair = PoolToPool(make_options(arguments), digest, arguments.prompt_blocks)
+        pair = PoolToPool(make_options(arguments, digest), digest, arguments.prompt_blocks)
         await pair.start()
         ours.append((pair, Row(f"pool to pool, digests: {digest.replace('_', '-')}", num_bytes)))
     for turn in range(arguments.warmup + arguments.repeats):
@@ -130,8 +139,13 @@ async def run(arguments: argparse.Namespace) -> tuple[list[Row], Row, list[str]]
         raw.close()
     for pair, _ in ours:
         await pair.close()
-    best = min((row for _, row in sockets), key=lambda row: statistics.median(row.seconds))
-    return [row for _, row in ours], best, used
+    found = [row for _, row in sockets]
+    kinds = (found[: len(SETTINGS)], found[len(SETTINGS) :])
+    return [row for _, row in ours], [fastest(kind) for kind in kinds], used
+
+
+def fastest(rows: list[Row]) -> Row:
+    return min(rows, key=lambda row: statistics.median(row.seconds))
 
 
 def note(
@@ -147,7 +161,7 @@ def note(
         row.processor_seconds += processor_seconds(*pids) - before
 
 
-def make_options(arguments: argparse.Namespace) -> PairOptions:
+def make_options(arguments: argparse.Namespace, digest: str) -> PairOptions:
     slot_mib = arguments.slot_mib
     return PairOptions(
         source="cpu",
@@ -159,6 +173,7 @@ def make_options(arguments: argparse.Namespace) -> PairOptions:
         num_slots=arguments.num_slots,
         ucx_tls=arguments.tls,
         require_transport="any",
+        takes_digests=digest != "none",
     )
 
 
@@ -180,14 +195,15 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse()
-    rows, reference, used = uvloop.run(run(arguments))
+    rows, references, used = uvloop.run(run(arguments))
     size = rows[0].num_bytes / MIB
     lines = [
         f"| {size:.0f} MiB, blocks in scrambled order | GB/s | best | of the socket "
-        "| processor ns/B |",
-        "|---|---:|---:|---:|---:|",
-        *(row.describe(reference) for row in (reference, *rows)),
+        "| of an unpaced one | processor ns/B |",
+        "|---|---:|---:|---:|---:|---:|",
+        *(row.describe(references) for row in (*references, *rows)),
     ]
+    used.append(f"congestion control of the machine: {Path(CONTROL).read_text().strip()}")
     print("\n".join([*lines, *used]))
     if arguments.write:
         command = "python -m benchmarks.host_transfer --write"

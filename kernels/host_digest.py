@@ -38,10 +38,10 @@ def host_digests(data: torch.Tensor, num_units: int) -> NDArray[np.uint64]:
     if num_units == 0:
         return np.empty(0, dtype=np.uint64)
     assert data.numel() % num_units == 0
-    return digests_of_pieces(data.view(num_units, -1).numpy())
+    return np.array(digests_of_pieces(list(data.view(num_units, -1).numpy())), dtype=np.uint64)
 
 
-def digests_of_pieces(units: Sequence[NDArray[np.uint8]] | NDArray[np.uint8]) -> NDArray[np.uint64]:
-    """The same of units that lie anywhere: contiguous buffers. Returns uint64 `[len(units)]`."""
+def digests_of_pieces(units: Sequence[NDArray[np.uint8]]) -> list[int]:
+    """The same of units that lie anywhere: contiguous buffers."""
     digest = xxhash.xxh3_64_intdigest
-    return np.fromiter((digest(unit.data) for unit in units), dtype=np.uint64, count=len(units))
+    return [digest(unit.data) for unit in units]

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from kv_transfer.digests import PlaceSeal
     from kv_transfer.frame_place import FramePlace
     from kv_transfer.transports.base import Piece
 
@@ -31,8 +32,9 @@ if TYPE_CHECKING:
 class HostMoves:
     """`pools`: the parts of the pool, one for each rank of the model."""
 
-    def __init__(self, pools: Sequence[torch.Tensor]) -> None:
+    def __init__(self, pools: Sequence[torch.Tensor], takes_digests: bool = True) -> None:
         self._pools = pools
+        self._takes_digests = takes_digests
         num_layers, self._num_blocks, unit_bytes = pools[0].shape
         self._unit_bytes = unit_bytes * len(pools)
         self._words = _as_words(pools[0]) if len(pools) == 1 else None
@@ -49,11 +51,11 @@ class HostMoves:
         """Whether blocks can be sent and received where they are."""
         return self._words is not None and digest is DigestKind.XXH3
 
-    def pieces(self, layer_start: int, num_layers: int, block_ids: Sequence[int]) -> list[Piece]:
-        """The units of these layers of these blocks, in the order they would have in a slot."""
-        first, step = layer_start * self._num_blocks, self._num_blocks
-        layers = range(first, first + num_layers * step, step)
-        return [self._units[layer + block] for layer in layers for block in block_ids]
+    def pieces(self, frame: FramePlace) -> list[Piece]:
+        """The units of a frame, in the order they would have in a slot."""
+        first, step = frame.layer_start * self._num_blocks, self._num_blocks
+        layers = range(first, first + frame.num_layers * step, step)
+        return [self._units[layer + block] for layer in layers for block in frame.block_ids]
 
     def gather(self, slot: torch.Tensor, frame: FramePlace, digest: DigestKind) -> None:
         """Copy blocks into `slot`, and write their sealed digests behind them."""
@@ -70,14 +72,17 @@ class HostMoves:
                     pool, frame.layer_start, len(units), ids, units,
                     part=part, num_parts=len(self._pools),
                 )  # fmt: skip
-        behind = frame.digests(slot, self._unit_bytes)
-        behind[:] = frame.seal.seal(unit_digests(units, digest))
+        if self._takes_digests:
+            behind = frame.digests(slot, self._unit_bytes)
+            behind[:] = frame.seal.seal(unit_digests(units, digest))
 
     def scatter(self, slot: torch.Tensor, frame: FramePlace, digest: DigestKind) -> bool:
         """Copy `slot` into blocks if the digests behind it are right; gives the verdict."""
         units = frame.units(slot, self._unit_bytes)
         claimed = frame.digests(slot, self._unit_bytes)
-        if not np.array_equal(frame.seal.seal(unit_digests(units, digest)), claimed):
+        if self._takes_digests and not np.array_equal(
+            frame.seal.seal(unit_digests(units, digest)), claimed
+        ):
             return False
         if self._words is not None:
             layers = self._words[frame.layer_start : frame.layer_start + len(units)]
@@ -94,24 +99,53 @@ class HostMoves:
         return True
 
 
-class ArrivalDigests:
-    """Digests of `num_units` pieces in the order in which they arrive; what follows is no unit."""
+class _PieceDigests:
+    """Sealed digests of the first pieces of a message, which are the units of `seal`, taken some at
+    a time; what follows is no unit."""
 
-    def __init__(self, num_units: int) -> None:
-        self._num_left = num_units
-        self._parts: list[NDArray[np.uint64]] = []
+    def __init__(self, seal: PlaceSeal) -> None:
+        self._seal = seal
+        self._found: list[int] = []
+
+    def _take(self, pieces: Sequence[Piece]) -> bool:
+        """Whether these were the last."""
+        units = pieces[: self._seal.num_units - len(self._found)]
+        self._found += digests_of_pieces(units)
+        return len(units) > 0 and len(self._found) == self._seal.num_units
+
+    def _sealed(self) -> NDArray[np.uint64]:
+        found = np.array(self._found, dtype=np.uint64)
+        return self._seal.seal(found.reshape(self._seal.num_layers, -1)).reshape(-1)
+
+
+class DepartureDigests(_PieceDigests):
+    """Of units that leave. `sealed`, uint64 `[num_units]`, leaves behind them: it is written when
+    the last of them has been taken."""
+
+    def __init__(self, seal: PlaceSeal) -> None:
+        super().__init__(seal)
+        self.sealed: NDArray[np.uint64] = np.zeros(seal.num_units, dtype=np.uint64)
 
     def add(self, pieces: Sequence[Piece]) -> None:
-        units = pieces[: self._num_left]
-        self._num_left -= len(units)
-        if units:
-            self._parts.append(piece_digests(units, 1))
+        if self._take(pieces):
+            self.sealed[:] = self._sealed()
 
-    def as_array(self, num_layers: int) -> NDArray[np.uint64] | None:
-        """`[num_layers, num_blocks]`; None when fewer have arrived."""
-        if self._num_left or not self._parts:
-            return None
-        return np.concatenate([part.reshape(-1) for part in self._parts]).reshape(num_layers, -1)
+
+class ArrivalDigests(_PieceDigests):
+    """Of units that arrive. `claimed`, uint64 `[num_units]`, is what arrives behind them."""
+
+    def __init__(self, seal: PlaceSeal) -> None:
+        super().__init__(seal)
+        self.claimed: NDArray[np.uint64] = np.zeros(seal.num_units, dtype=np.uint64)
+
+    def add(self, pieces: Sequence[Piece]) -> None:
+        self._take(pieces)
+
+    @property
+    def are_right(self) -> bool:
+        """Whether all units arrived, and are what was claimed."""
+        is_whole = len(self._found) == self._seal.num_units
+        return is_whole and np.array_equal(self._sealed(), self.claimed)
 
 
 def unit_digests(units: torch.Tensor, digest: DigestKind) -> NDArray[np.uint64]:
@@ -122,11 +156,6 @@ def unit_digests(units: torch.Tensor, digest: DigestKind) -> NDArray[np.uint64]:
     else:
         digests = block_digests(units, num_layers * num_blocks).numpy().view(np.uint64)
     return digests.reshape(num_layers, num_blocks)
-
-
-def piece_digests(pieces: Sequence[Piece], num_layers: int) -> NDArray[np.uint64]:
-    """XXH3 of units, layer by layer -> uint64 `[num_layers, num_blocks]`."""
-    return digests_of_pieces(pieces).reshape(num_layers, -1)
 
 
 def _as_words(blocks: torch.Tensor) -> NDArray[np.generic]:

@@ -27,14 +27,11 @@ import torch
 
 from kv_transfer.device_moves import DeviceMoves
 from kv_transfer.digests import DigestKind
-from kv_transfer.host_moves import HostMoves, piece_digests
+from kv_transfer.host_moves import HostMoves
 from kv_transfer.polling import EventQueue
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
-    import numpy as np
-    from numpy.typing import NDArray
+    from collections.abc import Callable
 
     from kv_transfer.frame_place import FramePlace
     from kv_transfer.transports.base import Piece
@@ -48,15 +45,15 @@ class TransferPool:
 
     def __init__(self, *shards: torch.Tensor, takes_digests: bool = True) -> None:
         """One pool, or the pools of all ranks in their order, alike in shape. `takes_digests`
-        False, on a device, to measure what they cost: all that arrives is right."""
+        False, to measure what they cost: all that arrives is right."""
         self._pool = shards[0]
         for each in shards:
             if each.dtype != torch.uint8 or each.dim() != 3 or each.shape != self._pool.shape:
                 raise TypeError("A pool must be uint8 [num_layers, num_blocks, bytes].")
         self._num_shards = len(shards)
-        self._moves: DeviceMoves | HostMoves = (
-            DeviceMoves(shards, takes_digests) if self._pool.is_cuda else HostMoves(shards)
-        )
+        self.takes_digests = takes_digests
+        moves = DeviceMoves if self._pool.is_cuda else HostMoves
+        self._moves: DeviceMoves | HostMoves = moves(shards, takes_digests)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="kv-pool")
         self._computing = EventQueue()
 
@@ -126,22 +123,11 @@ class TransferPool:
         """Whether blocks can be sent and received where they are, in pieces."""
         return isinstance(self._moves, HostMoves) and self._moves.has_pieces(digest)
 
-    def pieces(self, layer_start: int, num_layers: int, block_ids: Sequence[int]) -> list[Piece]:
+    def pieces(self, frame: FramePlace) -> list[Piece]:
         """The units, one layer after the other. Only where there are pieces."""
-        return self._in_host.pieces(layer_start, num_layers, block_ids)
-
-    def begin_digest(
-        self, pieces: Sequence[Piece], num_layers: int
-    ) -> asyncio.Future[NDArray[np.uint64]]:
-        """The digests of blocks that stay where they are, `[num_layers, num_blocks]`."""
-        work = functools.partial(piece_digests, pieces, num_layers)
-        return self._begin(work, len(pieces) * self.unit_bytes)
-
-    @property
-    def _in_host(self) -> HostMoves:
         if not isinstance(self._moves, HostMoves):
             raise TypeError("pieces are for pools in host memory")
-        return self._moves
+        return self._moves.pieces(frame)
 
     async def end(self, move: asyncio.Future[T]) -> T:
         """Wait for a move, also when cancelled."""

@@ -21,8 +21,6 @@ import numpy as np
 from kv_transfer.host_moves import ArrivalDigests
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
     from kv_transfer.agent import TransferAgent
     from kv_transfer.digests import DigestKind
     from kv_transfer.frame_place import FramePlace
@@ -111,23 +109,18 @@ class PiecesArrival(_InSlot):
     ) -> None:
         super().__init__(agent, slot)
         self._endpoint, self._header, self._place = endpoint, header, place
-        self._found = ArrivalDigests(place.num_units)
-        self._claimed: NDArray[np.uint64] = np.zeros(place.num_units, dtype=np.uint64)
+        self._digests = ArrivalDigests(place.seal)
 
     def receive(self) -> asyncio.Future[None]:
-        place = self._place
-        pieces: list[Piece] = self._agent.pool.pieces(
-            place.layer_start, place.num_layers, place.block_ids
+        pool, digests = self._agent.pool, self._digests
+        pieces: list[Piece] = [*pool.pieces(self._place), digests.claimed.view(np.uint8)]
+        return self._endpoint.recv_pieces(
+            pieces, self._header.nonce, digests.add if pool.takes_digests else None
         )
-        pieces.append(self._claimed.view(np.uint8))
-        return self._endpoint.recv_pieces(pieces, self._header.nonce, self._found.add)
 
     def place(self) -> asyncio.Future[bool]:
         """It is where it belongs already."""
-        found = self._found.as_array(self._place.num_layers)
-        is_right = found is not None and np.array_equal(
-            self._place.seal.seal(found).reshape(-1), self._claimed
-        )
+        is_right = not self._agent.pool.takes_digests or self._digests.are_right
         done: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
         done.set_result(is_right)
         return done

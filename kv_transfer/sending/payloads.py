@@ -12,16 +12,16 @@ Life of a payload
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING, Protocol
 
+import numpy as np
+
+from kv_transfer.host_moves import DepartureDigests
 from kv_transfer.protocol import SlotName
 
 if TYPE_CHECKING:
-    import asyncio
     from typing import Any
-
-    import numpy as np
-    from numpy.typing import NDArray
 
     from kv_transfer.agent import TransferAgent
     from kv_transfer.frame_place import FramePlace
@@ -82,20 +82,23 @@ class ReadPayload(SlotPayload):
 
 
 class PiecesPayload:
-    """The slot that belongs to its frame stays empty: it bounds how much is on its way."""
+    """The slot that belongs to its frame stays empty: it bounds how much is on its way.
+
+    Nothing is packed, and digests are taken of each few units right before they are sent: these
+    are read from memory once for both."""
 
     def __init__(self, agent: TransferAgent, endpoint: PieceEndpoint, frame: FramePlace) -> None:
-        self._endpoint, self._seal = endpoint, frame.seal
-        self._pieces = agent.pool.pieces(frame.layer_start, frame.num_layers, frame.block_ids)
-        self.packed: asyncio.Future[NDArray[np.uint64]] = agent.pool.begin_digest(
-            self._pieces, frame.num_layers
-        )
+        self._agent, self._endpoint, self._frame = agent, endpoint, frame
+        self.packed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.packed.set_result(None)
 
     @property
     def read_from(self) -> SlotName | None:
         return None
 
     def send(self, num_bytes: int, nonce: int) -> asyncio.Future[None]:
-        sealed = self._seal.seal(self.packed.result())
-        pieces = [*self._pieces, sealed.reshape(-1).view("uint8")]
-        return self._endpoint.send_pieces(pieces, nonce)
+        pool, digests = self._agent.pool, DepartureDigests(self._frame.seal)
+        pieces = [*pool.pieces(self._frame), digests.sealed.view(np.uint8)]
+        return self._endpoint.send_pieces(
+            pieces, nonce, digests.add if pool.takes_digests else None
+        )

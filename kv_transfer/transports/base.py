@@ -64,13 +64,19 @@ class PieceEndpoint(Endpoint, Protocol):
     """An endpoint in host memory that needs no buffer in one piece. The pieces of a message follow
     each other in it."""
 
-    def send_pieces(self, pieces: Sequence[Piece], tag: int) -> asyncio.Future[None]: ...
+    def send_pieces(
+        self, pieces: Sequence[Piece], tag: int, examine: Examine | None = None
+    ) -> asyncio.Future[None]:
+        """`examine` gets the pieces in their order, some at a time, each once, on a thread of the
+        endpoint's right before they are sent. It may still write to pieces that it has not had
+        before."""
 
     def recv_pieces(
         self, pieces: Sequence[Piece], tag: int, examine: Examine | None = None
     ) -> asyncio.Future[None]:
-        """`examine` gets the pieces that are complete, in their order, some at a time, each once,
-        on a thread of the endpoint's and while they are in the processor's cache."""
+        """`examine` gets the pieces as they have come, in their order, some at a time, each once,
+        on a thread of the endpoint's and while they are in the processor's cache. The last one is
+        the front of a piece, where the message ends in it."""
 
 
 Accept = Callable[[int, Endpoint], None]

@@ -72,8 +72,10 @@ class TcpEndpoint:
     def recv(self, buffer: torch.Tensor, tag: int) -> asyncio.Future[None]:
         return self.recv_pieces([buffer.numpy()], tag)
 
-    def send_pieces(self, pieces: Sequence[Piece], tag: int) -> asyncio.Future[None]:
-        posted = Posted(self._loop, tag, pieces)
+    def send_pieces(
+        self, pieces: Sequence[Piece], tag: int, examine: Examine | None = None
+    ) -> asyncio.Future[None]:
+        posted = Posted(self._loop, tag, pieces, examine)
         self._sending.post(posted)
         return posted.done
 

@@ -13,8 +13,9 @@ import torch
 from kernels.host_digest import has_host_digests
 from kv_transfer import host_moves
 from kv_transfer.config import KVTransferConfig
-from kv_transfer.digests import DigestKind
-from kv_transfer.host_moves import ArrivalDigests, HostMoves, piece_digests
+from kv_transfer.digests import DigestKind, PlaceSeal
+from kv_transfer.frame_place import FramePlace
+from kv_transfer.host_moves import ArrivalDigests, DepartureDigests, HostMoves
 from kv_transfer.transports import choice
 from kv_transfer.transports.choice import takes_plain_tcp
 from kv_transfer.transports.tcp import TcpTransport
@@ -73,17 +74,16 @@ def test_blocks_arrive_with_and_without_the_digest_that_needs_no_slot(
 
 
 @needs_xxhash
-def test_blocks_that_differ_from_what_was_announced_are_refused(
+def test_blocks_that_change_between_their_digests_and_the_wire_are_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Their digests are taken of other bytes than are sent."""
+    add = DepartureDigests.add
 
-    def of_other_bytes(pieces: Sequence[Any], num_layers: int) -> Any:
-        right = piece_digests(pieces, num_layers)
-        right[-1, -1] ^= np.uint64(num_layers > 1)  # the receiver asks for one row
-        return right
+    def change_then(self: DepartureDigests, pieces: Sequence[Any]) -> None:
+        add(self, pieces)
+        pieces[0][0] ^= 1
 
-    monkeypatch.setattr("kv_transfer.pool.piece_digests", of_other_bytes)
+    monkeypatch.setattr(DepartureDigests, "add", change_then)
 
     async def main() -> None:
         async with nodes() as (prefill, decode):
@@ -97,19 +97,46 @@ def test_blocks_that_differ_from_what_was_announced_are_refused(
 
 
 @needs_xxhash
-def test_digests_of_what_arrives_are_those_of_the_pieces_and_lack_what_did_not() -> None:
+@pytest.mark.parametrize(("is_looked_at", "end"), [(True, "failed"), (False, "committed")])
+def test_blocks_without_digests_are_taken_only_by_who_measures_what_digests_cost(
+    is_looked_at: bool, end: str
+) -> None:
+    async def main() -> None:
+        async with nodes() as (prefill, decode):
+            prefill.sender.agent.pool.takes_digests = False
+            decode.receiver.agent.pool.takes_digests = is_looked_at
+            name = await hand_off(prefill, decode)
+            assert prefill.owner.of(name) == [end, "free"]
+
+    asyncio.run(main())
+
+
+@needs_xxhash
+def test_digests_fit_the_pieces_however_they_are_dealt_out_and_lack_what_did_not_come() -> None:
     moves = HostMoves([torch.randint(0, 256, (3, 10, 64), dtype=torch.uint8)])
-    pieces = moves.pieces(1, 2, (7, 0, 3))
     assert moves.has_pieces(DigestKind.XXH3)
     assert not moves.has_pieces(DigestKind.MULTIPLY_SHIFT)
-    arrived = ArrivalDigests(6)
-    message = [*pieces, np.zeros(48, dtype=np.uint8)]  # their digests follow, which are no unit
+    seal = PlaceSeal(5, 1, 2, (0, 1, 4))
+    leaving, arriving = DepartureDigests(seal), ArrivalDigests(seal)
+    units = moves.pieces(FramePlace(seal, (7, 0, 3)))
+    for start, end in ((0, 4), (4, 6), (6, 7)):
+        assert not leaving.sealed.any()
+        leaving.add([*units, leaving.sealed.view(np.uint8)][start:end])
+        if end == 6:
+            break
+    assert np.array_equal(leaving.sealed, seal.seal(unit_digests_of(units)).reshape(-1))
+    arriving.claimed[:] = leaving.sealed
     for start, end in ((0, 1), (1, 5), (5, 7)):
-        assert arrived.as_array(2) is None
-        arrived.add(message[start:end])
-    found = arrived.as_array(2)
-    assert found is not None
-    assert np.array_equal(found, piece_digests(pieces, 2))
+        assert not arriving.are_right
+        arriving.add([*units, arriving.claimed.view(np.uint8)][start:end])
+    assert arriving.are_right
+    arriving.claimed[3] += np.uint64(1)
+    assert not arriving.are_right
+
+
+def unit_digests_of(units: list[Any]) -> Any:
+    whole = torch.from_numpy(np.stack(units).reshape(2, 3, 64))
+    return host_moves.unit_digests(whole, DigestKind.XXH3)
 
 
 @pytest.mark.parametrize(
