@@ -79,11 +79,10 @@ class HostMoves:
     def scatter(self, slot: torch.Tensor, frame: FramePlace, digest: DigestKind) -> bool:
         """Copy `slot` into blocks if the digests behind it are right; gives the verdict."""
         units = frame.units(slot, self._unit_bytes)
-        claimed = frame.digests(slot, self._unit_bytes)
-        if self._takes_digests and not np.array_equal(
-            frame.seal.seal(unit_digests(units, digest)), claimed
-        ):
-            return False
+        if self._takes_digests:
+            sealed = frame.seal.seal(unit_digests(units, digest))
+            if not np.array_equal(sealed, frame.digests(slot, self._unit_bytes)):
+                return False
         if self._words is not None:
             layers = self._words[frame.layer_start : frame.layer_start + len(units)]
             packed = _as_words(units)

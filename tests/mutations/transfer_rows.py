@@ -136,16 +136,16 @@ TRANSFER_ROWS = (
             ),
             Mutation(
                 "kv_transfer/host_moves.py",
-                "if not np.array_equal(frame.seal.seal(unit_digests(units, digest)), claimed):",
-                "if claimed is None:",
+                "if not np.array_equal(sealed, frame.digests(slot, self._unit_bytes)):",
+                "if sealed is None:",
                 CATALOGUE + "a_source_block_that_another_prompt_has_overwritten_is_refused",
             ),
             Mutation(
-                "kv_transfer/receiving/arrivals.py",
-                "is_right = found is not None and np.array_equal(",
-                "is_right = found is not None or np.array_equal(",
+                "kv_transfer/host_moves.py",
+                "return is_whole and np.array_equal(self._sealed(), self.claimed)",
+                "return is_whole",
                 "tests/kv_transfer/test_plain_tcp_hand_off.py::"
-                "test_blocks_that_differ_from_what_was_announced_are_refused",
+                "test_blocks_that_change_between_their_digests_and_the_wire_are_refused",
             ),
         ),
     ),
