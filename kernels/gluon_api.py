@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 try:
     from triton.experimental import gluon
     from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.language.nvidia.ampere import mma_v2
     from triton.experimental.gluon.language.nvidia.hopper import (
         fence_async_shared,
         mbarrier,
@@ -27,7 +28,8 @@ try:
     _memory = gl.shared_memory_descriptor
     reinterpret = getattr(_memory, "reinterpret", None) or _memory._reinterpret
 except ImportError:
-    gluon = gl = fence_async_shared = mbarrier = tma = warpgroup_mma = warpgroup_mma_wait = None
+    gluon = gl = fence_async_shared = mbarrier = tma = None
+    mma_v2 = warpgroup_mma = warpgroup_mma_wait = None
     TensorDescriptor = barrier = async_load = async_store = reinterpret = None
 
 if TYPE_CHECKING:
@@ -45,6 +47,7 @@ __all__ = [
     "gluon_jit",
     "gluon_jit_for_any",
     "mbarrier",
+    "mma_v2",
     "next_stage",
     "post",
     "read",

@@ -7,12 +7,7 @@ sixteenth is taken, which saturates from 1e6 on and loses what is below 1e-6.
 
 from __future__ import annotations
 
-from kernels.gluon_api import gluon_jit
-
-try:
-    from triton.experimental.gluon import language as gl
-except ImportError:  # no Triton, or one without Gluon
-    gl = None
+from kernels.gluon_api import gl, gluon_jit
 
 
 @gluon_jit
