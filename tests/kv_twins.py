@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
     from cluster.errors import ServingError
+    from kv_transfer.sending.sender import SenderEvents
     from kv_transfer.transports.base import Transport
 
 NUM_LAYERS, NUM_BLOCKS, UNIT_BYTES, BLOCK_SIZE = 3, 32, 64, 4
@@ -178,6 +179,16 @@ class Place:
     node_id: NodeId
 
 
+def handoff_to(decode: Place) -> Handoff:
+    return Handoff(
+        transfer_id=secrets.token_bytes(16),
+        attempt=1,
+        decode=decode.node_id,
+        decode_address=decode.address,
+        gateway_id="gateway",
+    )
+
+
 @dataclass
 class DecodeSide(Place):
     receiver: KVReceiver
@@ -195,13 +206,7 @@ class PrefillSide:
 
     def hand_off(self, decode: Place, request: SequenceRequest) -> Handoff:
         """Open the hand-off of `request`; returns what it was opened with."""
-        handoff = Handoff(
-            transfer_id=secrets.token_bytes(16),
-            attempt=1,
-            decode=decode.node_id,
-            decode_address=decode.address,
-            gateway_id="gateway",
-        )
+        handoff = handoff_to(decode)
         self.sender.open(request, handoff)
         return handoff
 
@@ -251,8 +256,10 @@ async def prefill_side(
     compatibility: Compatibility = COMPATIBLE,
     name: str = "p0",
     unit_bytes: int = UNIT_BYTES,
+    events: SenderEvents | None = None,
     **options: object,
 ) -> AsyncIterator[PrefillSide]:
+    """`events`: who hears of its hand-offs instead of `owner`."""
     pool = make_pool(1, unit_bytes=unit_bytes)
     clock = ManualClock()
     owner = Owner()
@@ -262,7 +269,7 @@ async def prefill_side(
         compatibility=compatibility,
         agent=agent,
         block_size=BLOCK_SIZE,
-        events=owner,
+        events=events or owner,
         clock=clock,
     )
     await sender.start()
