@@ -103,8 +103,7 @@ def plain_gbps(num_bytes: int, device: torch.device, *, to_host: bool, repeats: 
 def rates(arguments: argparse.Namespace) -> list[str]:
     device = torch.device(arguments.device)
     num_layers, unit_bytes = arguments.num_layers, arguments.unit_kib * 1024
-    block_bytes = num_layers * unit_bytes
-    num_blocks = arguments.mib * MIB // block_bytes
+    num_blocks = arguments.mib * MIB // (num_layers * unit_bytes)
     pool = torch.randint(
         0, 256, (num_layers, 2 * num_blocks, unit_bytes), dtype=torch.uint8, device=device
     )
@@ -123,27 +122,40 @@ def rates(arguments: argparse.Namespace) -> list[str]:
             for size in (num_blocks, min(num_blocks, 64), min(num_blocks, 8), 1):
                 for kind in CopyKind:
                     copy = copy_of(kind, ids[:size], slots[:size])
-                    times = [seconds_of(copier, [copy]) for _ in range(arguments.repeats)]
-                    num_bytes = size * block_bytes
-                    plain = plain_gbps(
-                        num_bytes, device, to_host=kind is CopyKind.SAVE, repeats=arguments.repeats
-                    )
-                    median, best = (num_bytes / f(times) / 1e9 for f in (statistics.median, min))
-                    rows.append(
-                        f"| {size} x {block_bytes / MIB:.2f} MiB | {name} | {kind} "
-                        f"| {median:.1f}, {best:.1f} | {plain:.1f} | {median / plain:.2f} |"
-                    )
-        slots = layouts["side by side"]
-        half = num_blocks // 2
-        both = [
-            copy_of(CopyKind.SAVE, ids[:half], slots[:half]),
-            copy_of(CopyKind.LOAD, ids[half:], slots[half:]),
-        ]
-        seconds = statistics.median(seconds_of(copier, both) for _ in range(arguments.repeats))
-        total = (half + num_blocks - half) * block_bytes / seconds / 1e9
-        rows.append(f"| {num_blocks} x {block_bytes / MIB:.2f} MiB | side by side | both at once | "
-                    f"{total:.1f} in all | | |")  # fmt: skip
+                    rows.append(rate_row(copier, copy, name, arguments))
+        rows.append(both_row(copier, ids, layouts["side by side"], arguments.repeats))
     return rows
+
+
+def rate_row(
+    copier: HostCopier, copy: BlockCopy, layout: str, arguments: argparse.Namespace
+) -> str:
+    """One copy, beside a plain one of as many bytes."""
+    size, device = len(copy.block_ids), torch.device(arguments.device)
+    num_bytes = size * copier.block_bytes
+    times = [seconds_of(copier, [copy]) for _ in range(arguments.repeats)]
+    to_host = copy.kind is CopyKind.SAVE
+    plain = plain_gbps(num_bytes, device, to_host=to_host, repeats=arguments.repeats)
+    median, best = (num_bytes / f(times) / 1e9 for f in (statistics.median, min))
+    return (
+        f"| {size} x {copier.block_bytes / MIB:.2f} MiB | {layout} | {copy.kind} "
+        f"| {median:.1f}, {best:.1f} | {plain:.1f} | {median / plain:.2f} |"
+    )
+
+
+def both_row(copier: HostCopier, ids: list[int], slots: list[int], repeats: int) -> str:
+    """Half of the blocks saved while the other half is loaded."""
+    half = len(ids) // 2
+    both = [
+        copy_of(CopyKind.SAVE, ids[:half], slots[:half]),
+        copy_of(CopyKind.LOAD, ids[half:], slots[half:]),
+    ]
+    seconds = statistics.median(seconds_of(copier, both) for _ in range(repeats))
+    total = len(ids) * copier.block_bytes / seconds / 1e9
+    return (
+        f"| {len(ids)} x {copier.block_bytes / MIB:.2f} MiB | side by side | both at once | "
+        f"{total:.1f} in all | | |"
+    )
 
 
 def check(copier: HostCopier, pool: torch.Tensor, ids: list[int], slots: list[int]) -> None:

@@ -109,14 +109,22 @@ def build_parser(
         add_help=False,
     )
     _add_general_flags(parser, hides_some=any(o.advanced for o in options))
-    by_name = {o.name: o for o in options}
     if positional is not None:
+        (named,) = (o for o in options if o.name == positional)
         parser.add_argument(
-            _POSITIONAL_DEST,
-            nargs="?",
-            metavar=positional.upper(),
-            help=_help_text(by_name[positional]),
+            _POSITIONAL_DEST, nargs="?", metavar=positional.upper(), help=_help_text(named)
         )
+    _add_options(parser, options, positional, show_advanced=show_advanced)
+    return parser
+
+
+def _add_options(
+    parser: argparse.ArgumentParser,
+    options: Sequence[Option],
+    positional: str | None,
+    *,
+    show_advanced: bool,
+) -> None:
     groups: dict[str, Any] = {}
     for each in options:
         title = each.group or section_name(each.section).replace("_", " ")
@@ -126,7 +134,6 @@ def build_parser(
         if each.name == positional:
             shown = f"The same as {each.name.upper()}."
         _add_flag(groups[title], each, shown)
-    return parser
 
 
 def _add_general_flags(parser: argparse.ArgumentParser, *, hides_some: bool) -> None:

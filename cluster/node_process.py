@@ -216,6 +216,10 @@ def node_main(
         role=role.value,
         node_id=member.node_name or role.value,
     )
+    return _run(loaded, load_body)
+
+
+def _run(loaded: LoadedConfig, load_body: Callable[[], NodeBody]) -> int:
     report = StartupReport()
     try:
         with report.phase("load programs"):

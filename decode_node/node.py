@@ -86,29 +86,34 @@ class DecodeNode:
             engine.block_manager,
             more_waiting=lambda: (reservations.num_waiting, reservations.queued_tokens),
         )
-        budget = RecomputeBudget(
-            max_concurrent=agent.config.max_recomputes,
-            tokens_per_second=agent.config.recompute_tokens_per_second,
-            now=monotonic(),
-        )
+        budget = _recompute_budget(agent)
         self.handler = DecodeHandler(engine, scheduler, reservations, self.hub, budget)
+        self.loop = self._make_loop(scheduler, reservations, on_fatal)
+        self._connect(node_id)
+
+    def _make_loop(
+        self,
+        scheduler: DecodeScheduler,
+        reservations: Reservations,
+        on_fatal: Callable[[BaseException], None],
+    ) -> EngineLoop:
+        """What ends the node is watched from here on."""
         observer = DecodeObserver(
             reservations,
             asyncio.get_running_loop(),
             self._snapshot,
             on_step=self.handler.on_step,
         )
-        engine.watch(on_fatal)
-        agent.quarantine.watch(lambda: on_fatal(InternalError("Too much KV memory is lost.")))
-        self.loop = EngineLoop(
-            engine,
+        self.engine.watch(on_fatal)
+        self._agent.quarantine.watch(lambda: on_fatal(InternalError("Too much KV memory is lost.")))
+        return EngineLoop(
+            self.engine,
             scheduler,
             observer,
             on_fatal=on_fatal,
             on_idle=self._snapshot.take,
-            start_copies=engine.start_copies,
+            start_copies=self.engine.start_copies,
         )
-        self._connect(node_id)
 
     def _connect(self, node_id: NodeId) -> None:
         """The ends of its hand-offs: prompts come in, prefixes go out."""
@@ -181,6 +186,14 @@ class DecodeNode:
             num_transfers=self._receiver.num_transfers,
             num_quarantined_blocks=self._receiver.num_quarantined_blocks,
         )
+
+
+def _recompute_budget(agent: TransferAgent) -> RecomputeBudget:
+    return RecomputeBudget(
+        max_concurrent=agent.config.max_recomputes,
+        tokens_per_second=agent.config.recompute_tokens_per_second,
+        now=monotonic(),
+    )
 
 
 async def run_decode_node(loaded: LoadedConfig, report: StartupReport) -> None:

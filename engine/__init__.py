@@ -12,8 +12,8 @@ weights      weights (files) -> stored_matrices (layouts) -> weight_views (memor
              quantized_tensors (arithmetic), kv_scales, offload
 the model    models/decoder over decoder_layer, linear and quantized_linear; models/config;
              models/row_pass for one sequence
-the start    config (options) -> limits ("auto") -> models/loading -> workspace -> memory ->
-             warm_up
+the start    config (options) -> limits ("auto") -> models/loading -> kv_allocation, by workspace
+             and memory -> warm_up
 many GPUs    tensor_parallel/
 for others   facts, load, cache_report, metrics
 """

@@ -26,8 +26,8 @@ import torch
 
 from engine import memory, warm_up
 from engine.block_manager import BlockManager
-from engine.host_copier import HostCopier, device_bytes
-from engine.kv_cache import KVCache, KVLayout
+from engine.host_copier import HostCopier
+from engine.kv_allocation import allocate_kv, layout_of
 from engine.limits import EngineLimits, Machine, resolve
 from engine.model_runner import ModelRunner
 from engine.models.loading import load_decoder, read_model
@@ -36,7 +36,6 @@ from engine.sampler import Sampler
 from engine.step_pipeline import StepOutput, StepPipeline
 from engine.tensor_parallel.crew import Crew
 from engine.tensor_parallel.shard import WHOLE, Shard
-from engine.workspace import measure_workspace
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -46,10 +45,11 @@ if TYPE_CHECKING:
     from cluster.startup import StartupReport
     from engine.config import EngineConfig
     from engine.host_blocks import BlockCopy, HostBlocks
+    from engine.kv_cache import KVCache, KVLayout
     from engine.models.config import ModelConfig
-    from engine.models.decoder import Decoder
     from engine.schedule import ScheduleDecision
     from engine.step_pipeline import InFlightStep
+    from engine.tensor_parallel.ranks import Ranks
     from engine.tensor_parallel.seat import Seat
     from engine.tensor_parallel.wire import StepHeader
 
@@ -189,33 +189,15 @@ class Engine:
         _enter_thread(limits)
         # Another engine of this process is not part of this one's share.
         others_bytes = torch.cuda.memory_reserved(limits.device) if limits.on_gpu else 0
-        ranks = None
-        if seat is not None:
-            with progress.phase("connect ranks"):
-                ranks = seat.connect(whole, limits)
-        if crew is not None and ranks is not None:
-            crew.connected(ranks)
+        ranks = None if seat is None else _connect(seat, crew, whole, limits, progress)
         decoder, fingerprint = load_decoder(config, whole, limits, progress, ranks)
         torch.cuda.empty_cache()  # before what stays is put between what the loader has left
-        layout = KVLayout(
-            num_layers=whole.num_layers,
-            block_size=config.block_size,
-            num_kv_heads=whole.num_kv_heads,
-            head_size=whole.head_size,
-            dtype=limits.kv_dtype,
-        )
-        sampler = None
-        if shard.rank == 0:
-            sampler = Sampler(
-                whole.vocab_size,
-                limits.device,
-                eos_token_ids=whole.eos_token_ids,
-                max_rows=limits.max_num_seqs,
-            )
+        layout = layout_of(whole, config, limits)
+        sampler = _sampler_of(whole, limits) if shard.rank == 0 else None
         with progress.phase("allocate KV"):
             if seat is not None:
                 seat.rendezvous.exchange({})  # all have loaded: what follows is done together
-            kv_cache, kv_shards = _allocate_kv(
+            kv_cache, kv_shards = allocate_kv(
                 config, limits, layout, decoder, sampler, others_bytes, seat
             )
         announce = None if crew is None else crew.announce
@@ -285,62 +267,25 @@ def _enter_thread(limits: EngineLimits) -> None:
         torch.set_num_threads(limits.num_threads)
 
 
-def _allocate_kv(
-    config: EngineConfig,
+def _connect(
+    seat: Seat,
+    crew: Crew | None,
+    model: ModelConfig,
     limits: EngineLimits,
-    layout: KVLayout,
-    decoder: Decoder,
-    sampler: Sampler | None,
-    others_bytes: int,
-    seat: Seat | None,
-) -> tuple[KVCache, tuple[torch.Tensor, ...]]:
-    """The pool of this rank, of which `layout` describes the whole; and, on rank 0 of several,
-    those of all ranks as bytes."""
-    layout = layout if seat is None else layout.shard(seat.shard.size)
-    need = memory.KVNeed(
-        block_bytes=layout.block_bytes,
-        block_size=layout.block_size,
-        max_model_len=limits.max_model_len,
-        max_num_seqs=limits.max_num_seqs,
+    progress: StartupReport,
+) -> Ranks:
+    """With the other ranks, which rank 0 watches from now on."""
+    with progress.phase("connect ranks"):
+        ranks = seat.connect(model, limits)
+    if crew is not None:
+        crew.connected(ranks)
+    return ranks
+
+
+def _sampler_of(model: ModelConfig, limits: EngineLimits) -> Sampler:
+    return Sampler(
+        model.vocab_size,
+        limits.device,
+        eos_token_ids=model.eos_token_ids,
+        max_rows=limits.max_num_seqs,
     )
-    num_blocks = _num_blocks(config, limits, need, layout, decoder, sampler, others_bytes)
-    if seat is None:
-        return KVCache.allocate(layout, num_blocks, limits.device), ()
-    return seat.allocate_kv(layout, num_blocks, limits.device)
-
-
-def _num_blocks(
-    config: EngineConfig,
-    limits: EngineLimits,
-    need: memory.KVNeed,
-    layout: KVLayout,
-    decoder: Decoder,
-    sampler: Sampler | None,
-    others_bytes: int,
-) -> int:
-    device = limits.device
-    if not limits.on_gpu:
-        available = memory.available_main_memory() // config.tensor_parallel_size
-        return memory.num_blocks_on_cpu(config, need, available_bytes=available)
-    torch.cuda.empty_cache()
-    weights_bytes = torch.cuda.memory_reserved(device) - others_bytes
-
-    def build_runner(kv_cache: KVCache) -> ModelRunner:
-        return ModelRunner(decoder, kv_cache, limits, sampler)
-
-    one_block = KVCache.allocate(layout, 1, device)
-    with torch.inference_mode():
-        workspace = measure_workspace(
-            decoder, one_block, limits, sampler, None if config.enforce_eager else build_runner
-        )
-    del one_block
-    free, total = torch.cuda.mem_get_info(device)
-    if config.kv_offloading_size:
-        workspace += device_bytes(need.block_bytes * config.tensor_parallel_size)
-    facts = memory.GpuMemory(total=total, free=free, weights=weights_bytes, workspace=workspace)
-    num_blocks = memory.num_blocks_on_gpu(config, need, facts)
-    logger.info(
-        "memory of %s: weights %s, workspace %s, KV %s", device, memory.shown(weights_bytes),
-        memory.shown(workspace), memory.shown(num_blocks * need.block_bytes),
-    )  # fmt: skip
-    return num_blocks

@@ -48,14 +48,7 @@ def assemble(
     Needs a running event loop. Nothing runs yet: `gateway.nodes.apply` connects to nodes.
     """
     measures = Measures()
-    policy = PolicyHolder(
-        Policy(
-            local_prefill_tokens=config.local_prefill_tokens,
-            stream_interval=config.stream_interval,
-            stream_recovery=config.stream_recovery,
-            kv_load_failure_policy=config.kv_load_failure_policy,
-        )
-    )
+    policy = PolicyHolder(_first_policy(config))
     dispatcher = _dispatcher(config, policy, measures, observe, clock)
     nodes = dispatcher.nodes
     admission = Admission(_limits(config), chance=random.random)
@@ -76,6 +69,16 @@ def assemble(
         measures=measures,
         clock=clock,
         started_at=int(time.time()),
+    )
+
+
+def _first_policy(config: GatewayConfig) -> Policy:
+    """What the admin API may change later."""
+    return Policy(
+        local_prefill_tokens=config.local_prefill_tokens,
+        stream_interval=config.stream_interval,
+        stream_recovery=config.stream_recovery,
+        kv_load_failure_policy=config.kv_load_failure_policy,
     )
 
 

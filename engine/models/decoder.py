@@ -83,18 +83,8 @@ class Decoder:
         self._windows = frozenset(config.layer_windows)
         self._row_pass: RowPass | None = None
         self._cos_sin = cos_sin_cache(config, max_model_len, device)
-        shard = WHOLE if ranks is None else ranks.shard
-        _, num_columns = shard.range_of(config.vocab_size)
-        tied = config.tie_word_embeddings
-        num_embedded = config.vocab_size if shard.holds_embedding else num_columns if tied else 0
-        self._embedding = torch.empty(num_embedded, config.hidden_size, dtype=dtype, device=device)
+        self._embedding, self._lm_head = _empty_ends(config, ranks, dtype, device)
         self._norm = torch.empty(config.hidden_size, dtype=dtype, device=device)
-        self._lm_head = Linear(
-            self._embedding[:num_columns]
-            if tied
-            else self._embedding.new_empty(num_columns, config.hidden_size),
-            None,
-        )
         make_matrix = make_matrix or partial(Linear.empty, dtype=dtype, device=device)
         if ranks is not None:
             make_matrix = sharded_factory(make_matrix, ranks)
@@ -162,9 +152,8 @@ class Decoder:
         for index, layer in enumerate(self._layers):
             if offloaded is not None:
                 offloaded.enter(index)
-            on_stored = None
-            if on_layer is not None and self._ranks is None:
-                on_stored = partial(on_layer, index)
+            tell = None if self._ranks is not None else on_layer
+            on_stored = None if tell is None else partial(tell, index)
             attended = layer.attend(
                 residual, batch, kv_layers[index], self._cos_sin, plan, on_stored
             )
@@ -250,3 +239,17 @@ class Decoder:
         if self._ranks is None:
             return logits
         return self._ranks.gather_logits(logits, self.config.vocab_size)
+
+
+def _empty_ends(
+    config: ModelConfig, ranks: Ranks | None, dtype: torch.dtype, device: torch.device
+) -> tuple[torch.Tensor, Linear]:
+    """The embedding, on the ranks that need one, and the output matrix, maybe tied to it."""
+    shard = WHOLE if ranks is None else ranks.shard
+    _, num_columns = shard.range_of(config.vocab_size)
+    tied = config.tie_word_embeddings
+    num_embedded = config.vocab_size if shard.holds_embedding else num_columns if tied else 0
+    embedding = torch.empty(num_embedded, config.hidden_size, dtype=dtype, device=device)
+    if tied:
+        return embedding, Linear(embedding[:num_columns], None)
+    return embedding, Linear(embedding.new_empty(num_columns, config.hidden_size), None)

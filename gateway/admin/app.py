@@ -113,17 +113,7 @@ def _levers(gateway: Gateway, observe: Callable[[Event], None]) -> APIRouter:
         return {"id": request_id, "num_cancelled": num_cancelled}
 
     async def order(name: str, action: pb.ControlRequest.Action) -> Json:
-        entry = _entry(gateway, name)
-        verb = pb.ControlRequest.Action.Name(action).lower()
-        try:
-            reply = await entry.client.control(action)
-        except ServingError as error:
-            _audit(verb, name, f"failed: {error.code}")
-            raise
-        _audit(verb, name, reply.state)
-        if reply.state in set(NodeState):
-            observe(StateObserved(entry.info.id, NodeState(reply.state)))
-        return {"name": name, "state": reply.state}
+        return await _order(_entry(gateway, name), action, observe)
 
     @router.post("/nodes/{name}:cordon", summary="Give a node no new work")
     async def cordon(name: str) -> Json:
@@ -145,6 +135,22 @@ def _levers(gateway: Gateway, observe: Callable[[Event], None]) -> APIRouter:
         return {"nodes": names}
 
     return router
+
+
+async def _order(
+    entry: NodeEntry, action: pb.ControlRequest.Action, observe: Callable[[Event], None]
+) -> Json:
+    """Tell a node what to do, and membership what it says."""
+    name, verb = entry.info.id.name, pb.ControlRequest.Action.Name(action).lower()
+    try:
+        reply = await entry.client.control(action)
+    except ServingError as error:
+        _audit(verb, name, f"failed: {error.code}")
+        raise
+    _audit(verb, name, reply.state)
+    if reply.state in set(NodeState):
+        observe(StateObserved(entry.info.id, NodeState(reply.state)))
+    return {"name": name, "state": reply.state}
 
 
 def _policy(gateway: Gateway) -> APIRouter:
