@@ -39,7 +39,7 @@ from cluster.node import NodeState
 from cluster.prefix_hash import root_hash
 from cluster.proto import node_pb2 as pb
 from cluster.request import TokenDelta
-from engine.loop import refusal
+from engine.loop_errors import refusal
 from engine.sequence import Sequence, check_request
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from engine.engine import Engine
     from engine.host_blocks import HostBlocks
     from engine.host_copier import HostCopier
-    from engine.loop import LoopStats
+    from engine.loop_parts import LoopStats
 
 
 def engine_collectors(

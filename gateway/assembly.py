@@ -16,7 +16,7 @@ from gateway.node_client import NodeClient
 from gateway.nodes import Nodes
 from gateway.policy import Policy, PolicyHolder
 from gateway.prefix_lookup import PrefixLookup
-from gateway.sequence_machine import Patience
+from gateway.sequence_instructions import Patience
 from gateway.validation import Validator
 
 if TYPE_CHECKING:

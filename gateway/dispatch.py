@@ -25,15 +25,15 @@ from cluster.request import Handoff, KVLoadFailurePolicy, SequenceRequest, Token
 from gateway.active import ActiveSequence, Listener, demand_of
 from gateway.retries import RetryBudget, RetryKind, Stream
 from gateway.router import Placement, choose, choose_again
-from gateway.sequence_machine import (
+from gateway.sequence_instructions import (
     AskDecode,
     CancelDecode,
     CancelPrefill,
     Deliver,
     Instructions,
     Patience,
-    SequenceMachine,
 )
+from gateway.sequence_machine import SequenceMachine
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

@@ -29,7 +29,6 @@ Pure: time is an argument, answers are instructions. `Deliver` holds what the cl
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from enum import Enum, auto
 
 from cluster.errors import (
@@ -42,6 +41,14 @@ from cluster.errors import (
     TransferError,
 )
 from cluster.request import FinishReason, TokenDelta
+from gateway.sequence_instructions import (
+    AskDecode,
+    CancelDecode,
+    CancelPrefill,
+    Deliver,
+    Instructions,
+    Patience,
+)
 
 ORPHAN_SECONDS = 3.0
 _RETRY_SECONDS = 1.0
@@ -52,40 +59,6 @@ class SequenceState(Enum):
     PREFILLED = auto()
     STARTED = auto()
     FINISHED = auto()
-
-
-@dataclass(frozen=True, slots=True)
-class Deliver:
-    """Goes to the client, after all that was delivered before."""
-
-    delta: TokenDelta
-
-
-@dataclass(frozen=True, slots=True)
-class CancelPrefill:
-    """The prefill node must stop and free what this sequence holds."""
-
-
-@dataclass(frozen=True, slots=True)
-class CancelDecode:
-    """The decode node must stop and free what this sequence holds."""
-
-
-@dataclass(frozen=True, slots=True)
-class AskDecode:
-    """The prefill node is gone; the decode node must say what it has."""
-
-
-Instruction = Deliver | CancelPrefill | CancelDecode | AskDecode
-Instructions = list[Instruction]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Patience:
-    """Longest silences, in seconds, before a sequence is given up."""
-
-    first_token: float = math.inf
-    between_tokens: float = math.inf
 
 
 class SequenceMachine:

@@ -21,7 +21,7 @@ from cluster.node import (
     NodeRole,
     NodeState,
 )
-from engine.loop import LoopStats
+from engine.loop_parts import LoopStats
 from engine.metrics import EngineCollector
 from gateway.measures import Measures
 from gateway.metrics import GatewayCollector

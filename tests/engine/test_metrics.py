@@ -12,7 +12,7 @@ from cluster.request import TokenDelta
 from engine.block_manager import BlockManager
 from engine.host_blocks import CopyKind
 from engine.host_copier import CopyStats
-from engine.loop import LoopStats
+from engine.loop_parts import LoopStats
 from engine.metrics import EngineCollector, HostTierCollector
 from engine.schedule import ScheduledChunk, ScheduleDecision
 from kv_transfer.metrics import TransferCollector

@@ -16,17 +16,15 @@ from cluster.errors import (
     TransferFailed,
 )
 from cluster.request import FinishReason, TokenDelta
-from gateway.sequence_machine import (
-    ORPHAN_SECONDS,
+from gateway.sequence_instructions import (
     AskDecode,
     CancelDecode,
     CancelPrefill,
     Deliver,
     Instruction,
     Patience,
-    SequenceMachine,
-    SequenceState,
 )
+from gateway.sequence_machine import ORPHAN_SECONDS, SequenceMachine, SequenceState
 
 
 def delta(*token_ids: int, **fields: object) -> TokenDelta:

@@ -15,7 +15,7 @@ from cluster.errors import Cancelled, Overloaded, ServingError, TransferFailed
 from cluster.node import Incarnation, NodeId, NodeName
 from cluster.request import PrefixHolder
 from engine.block_manager import BlockManager
-from engine.loop import LoopStats
+from engine.loop_parts import LoopStats
 from prefill_node.fetch_estimate import FetchEstimate
 from prefill_node.prefix_fetches import PrefixFetches
 from tests.kv_twins import until
