@@ -36,7 +36,7 @@ from baton.pocket_model.train.chat import ChatSource
 from benchmarks.results_file import machine_facts, write_section
 from benchmarks.serve_process import ROOT
 from cluster.startup import StartupReport
-from engine import weights
+from engine import checkpoint_files, weights
 from engine.batch import Batch
 from engine.kv_cache import KVCache, KVLayout
 from engine.models.config import ModelConfig
@@ -131,7 +131,7 @@ class Model:
         views = self._decoder.checkpoint_views()
         self.num_bytes = sum(map(weights.num_bytes, views.values()))
         with StartupReport(sink=lambda fact: None).phase("load weights") as phase:
-            checkpoint = weights.open_checkpoint(folder)
+            checkpoint = checkpoint_files.open_checkpoint(folder)
             weights.load_weights(checkpoint, views, phase, config.quantization)
         del views
         self._decoder.pack()

@@ -21,13 +21,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import grpc
 import grpc.aio
 
-from cluster.codec import (
-    PROTOCOL_VERSION,
-    checked_id,
-    decode_handoff,
-    decode_sequence,
-    encode_error,
-)
+from cluster.codec import PROTOCOL_VERSION, checked_id, decode_handoff, decode_sequence
+from cluster.delta_codec import encode_error
 from cluster.errors import HandshakeMismatch, InvalidRequest, NodeUnavailable, ServingError
 from cluster.proto import node_pb2 as pb
 from cluster.proto import node_pb2_grpc

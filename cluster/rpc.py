@@ -15,7 +15,7 @@ import grpc
 import grpc.aio
 from google.protobuf.message import DecodeError
 
-from cluster.codec import decode_error, encode_error
+from cluster.delta_codec import decode_error, encode_error
 from cluster.errors import (
     Cancelled,
     ConfigError,

@@ -18,7 +18,7 @@ import asyncio
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Self
 
-from cluster.codec import encode_delta
+from cluster.delta_codec import encode_delta
 from cluster.errors import NodeUnavailable
 from cluster.proto import node_pb2 as pb
 from cluster.request import TokenDelta

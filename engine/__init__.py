@@ -2,15 +2,16 @@
 
 a step       loop (loop_parts: whom it drives) -> engine -> step_pipeline -> model_runner;
              schedule says what is to compute
-inputs       prompts: batch, block_tables; decoding rows: decode_rows, row_inputs, cuda_graphs
+inputs       input_buffer; prompts: batch, block_tables; decoding rows: decode_rows, row_inputs,
+             cuda_graphs
 tokens       sampler, by sampling_plan, penalties and logprobs; stopping
 KV           kv_cache (tensors), block_manager over counted_blocks, prefix_cache and reservation
              (numbers only); cache_journal (what others are told), steps_in_flight, held_prefix,
              block_audit
 host memory  host_blocks (what moves when) over host_tier (slots); host_copier moves the bytes
 sequences    sequence, waiting_queue
-weights      weights (files) -> stored_matrices (layouts) -> weight_views (memory to fill);
-             quantized_tensors (arithmetic), kv_scales, offload
+weights      checkpoint_files -> weights -> stored_matrices (layouts) -> weight_views (memory to
+             fill); quantized_tensors (arithmetic), kv_scales, offload
 the model    models/decoder over decoder_layer, linear and quantized_linear; models/config;
              models/row_pass for one sequence
 the start    config (options) -> limits ("auto") -> models/loading -> kv_allocation, by workspace

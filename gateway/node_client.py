@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import grpc
 
-from cluster.codec import PROTOCOL_VERSION, decode_delta, decode_description, decode_error
+from cluster.codec import PROTOCOL_VERSION, decode_description
+from cluster.delta_codec import decode_delta, decode_error
 from cluster.errors import HandshakeMismatch, InternalError, InvalidRequest, ServingError
 from cluster.proto import node_pb2 as pb
 from cluster.proto import node_pb2_grpc

@@ -16,7 +16,17 @@ from typing import TYPE_CHECKING, Any
 from cluster.errors import ContextLengthExceeded, InvalidRequest, Unsupported
 from cluster.request import MAX_SEED, KVLoadFailurePolicy, SamplingParams
 from gateway.chat_messages import plain_messages, template_variables
-from gateway.request import MAX_SEQUENCES, Prompt, Request, Route, StreamRules, TextRules
+from gateway.request import Prompt, Request, Route
+from gateway.request_rules import (
+    chat_logprobs,
+    check_num_sequences,
+    checked_n,
+    checked_priority,
+    checked_salt,
+    prompts_of,
+    stream_rules,
+    text_rules,
+)
 from gateway.tokenizer import INLINE_CHARS
 
 if TYPE_CHECKING:
@@ -27,13 +37,9 @@ if TYPE_CHECKING:
     from gateway.tokenizer import Tokenizer
 
 DEFAULT_COMPLETION_TOKENS = 16
-MAX_STOPS = 16
-MAX_STOP_CHARS = 512
-MAX_SALT_CHARS = 128
 MAX_STOP_TOKEN_IDS = 128
 MAX_LOGIT_BIASES = 1024
 _MESSAGE_CHARS = 50  # what a message costs to render besides its text
-_FORBIDDEN_IN_SALT = "@/\\\0"
 # Passed on as they are: `SamplingParams` checks their ranges.
 _PLAIN_OPTIONS = (
     "temperature",
@@ -65,13 +71,13 @@ class Validator:
         self._template = template
 
     async def completion(self, body: CompletionBody, asked: Asked) -> Request:
-        n = _checked_n(body.n)
+        n = checked_n(body.n)
         if body.best_of is not None and body.best_of != n:
             raise Unsupported("best_of must equal n.", param="best_of")
         if body.echo and body.logprobs is not None:
             raise Unsupported("echo with logprobs is not supported.", param="echo")
-        given = _prompts_of(body.prompt)
-        _check_num_sequences(len(given), n)
+        given = prompts_of(body.prompt)
+        check_num_sequences(len(given), n)
         shape = _Shape(
             route=Route.COMPLETIONS,
             prompts=tuple([await self._prompt(one, body) for one in given]),
@@ -85,7 +91,7 @@ class Validator:
         return self._request(body, asked, shape)
 
     async def chat(self, body: ChatBody, asked: Asked) -> Request:
-        n = _checked_n(body.n)
+        n = checked_n(body.n)
         max_tokens = body.max_completion_tokens
         max_tokens = body.max_tokens if max_tokens is None else max_tokens
         shape = _Shape(
@@ -93,7 +99,7 @@ class Validator:
             prompts=(Prompt(token_ids=await self.chat_token_ids(body)),),
             n=n,
             budget=Budget(asked.max_model_len, "messages", max_tokens),
-            num_logprobs=_chat_logprobs(body),
+            num_logprobs=chat_logprobs(body),
             echo=False,
         )
         return self._request(body, asked, shape)
@@ -150,12 +156,12 @@ class Validator:
             prompts=shape.prompts,
             sampling=self._sampling(body, shape),
             n=shape.n,
-            text=_text_rules(body),
-            stream=_stream_rules(body),
+            text=text_rules(body),
+            stream=stream_rules(body),
             echo=shape.echo,
             return_token_ids=bool(body.return_token_ids),
-            cache_salt=_checked_salt(body.cache_salt),
-            priority=_checked_priority(body.priority),
+            cache_salt=checked_salt(body.cache_salt),
+            priority=checked_priority(body.priority),
             deadline_seconds=asked.deadline_seconds,
             kv_load_failure_policy=asked.kv_load_failure_policy,
         )
@@ -235,107 +241,3 @@ class _Shape:
     budget: Budget
     num_logprobs: int | None
     echo: bool
-
-
-def _prompts_of(value: object) -> list[str | list[int]]:
-    """One prompt or several; text or token ids."""
-    if isinstance(value, str):
-        return [value]
-    if value is None:
-        raise InvalidRequest("prompt is required.", param="prompt")
-    if not isinstance(value, list) or not value:
-        raise InvalidRequest("prompt must be text, token ids, or a list of these.", param="prompt")
-    if type(value[0]) is int:
-        return [_ids_of(value, "prompt")]
-    if len(value) > MAX_SEQUENCES:
-        _check_num_sequences(len(value), 1)
-    return [
-        one if isinstance(one, str) else _ids_of(one, f"prompt[{index}]")
-        for index, one in enumerate(value)
-    ]
-
-
-def _ids_of(value: object, path: str) -> list[int]:
-    if not isinstance(value, list) or set(map(type, value)) - {int}:
-        raise InvalidRequest(f"{path} must be text or a list of token ids.", param=path)
-    if not value:
-        raise InvalidRequest("The prompt is empty.", param=path)
-    return value
-
-
-def _checked_n(n: int | None) -> int:
-    if n is not None and not 1 <= n <= MAX_SEQUENCES:
-        raise InvalidRequest(f"n must be in [1, {MAX_SEQUENCES}].", param="n")
-    return n or 1
-
-
-def _check_num_sequences(num_prompts: int, n: int) -> None:
-    if num_prompts * n > MAX_SEQUENCES:
-        raise InvalidRequest(
-            f"A request may ask for at most {MAX_SEQUENCES} sequences (prompts times n).",
-            param="n" if n > 1 else "prompt",
-        )
-
-
-def _chat_logprobs(body: ChatBody) -> int | None:
-    if not body.logprobs:
-        if body.top_logprobs:
-            raise InvalidRequest("top_logprobs needs logprobs.", param="top_logprobs")
-        return None
-    return body.top_logprobs or 0
-
-
-def _text_rules(body: GenerationBody) -> TextRules:
-    return TextRules(
-        stops=_checked_stops(body.stop),
-        stop_token_ids=tuple(body.stop_token_ids or ()),
-        include_stop=bool(body.include_stop_str_in_output),
-        skip_special_tokens=body.skip_special_tokens is not False,
-        min_tokens=body.min_tokens or 0,
-    )
-
-
-def _checked_stops(value: object) -> tuple[str, ...]:
-    if value is None:
-        return ()
-    stops = [value] if isinstance(value, str) else value
-    if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
-        raise InvalidRequest("stop must be text or a list of texts.", param="stop")
-    if len(stops) > MAX_STOPS:
-        raise InvalidRequest(f"At most {MAX_STOPS} stop strings are possible.", param="stop")
-    if not all(0 < len(stop) <= MAX_STOP_CHARS for stop in stops):
-        raise InvalidRequest(
-            f"A stop string must have 1 to {MAX_STOP_CHARS} characters.", param="stop"
-        )
-    return tuple(stops)
-
-
-def _stream_rules(body: GenerationBody) -> StreamRules:
-    options = body.stream_options
-    if options is not None and not body.stream:
-        raise InvalidRequest("stream_options needs stream.", param="stream_options")
-    return StreamRules(
-        is_stream=bool(body.stream),
-        include_usage=options is not None and bool(options.include_usage),
-        continuous_usage=options is not None
-        and bool(options.include_usage)
-        and bool(options.continuous_usage_stats),
-    )
-
-
-def _checked_salt(salt: str | None) -> bytes:
-    if salt is None:
-        return b""
-    is_clean = not any(char in _FORBIDDEN_IN_SALT for char in salt)
-    if not 0 < len(salt) <= MAX_SALT_CHARS or not is_clean or not salt.isascii():
-        raise InvalidRequest(
-            f"cache_salt must be 1 to {MAX_SALT_CHARS} ASCII characters without @ / \\.",
-            param="cache_salt",
-        )
-    return salt.encode()
-
-
-def _checked_priority(priority: int | None) -> int:
-    if priority is not None and not -(2**31) <= priority < 2**31:
-        raise InvalidRequest("priority is out of range.", param="priority")
-    return priority or 0

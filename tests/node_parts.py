@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from cluster.codec import decode_delta
+from cluster.delta_codec import decode_delta
 from cluster.errors import InternalError
 from cluster.node import NodeState
 from cluster.proto import node_pb2 as pb

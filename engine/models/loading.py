@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from engine import memory, weights
+from engine import checkpoint_files, memory, weights
 from engine.models.config import ModelConfig
 from engine.models.decoder import Decoder
 from engine.models.quantization import resolve_quantization
@@ -23,10 +23,10 @@ from engine.tensor_parallel.shard import WHOLE
 
 if TYPE_CHECKING:
     from cluster.startup import StartupReport
+    from engine.checkpoint_files import Checkpoint
     from engine.config import EngineConfig
     from engine.limits import EngineLimits
     from engine.tensor_parallel.ranks import Ranks
-    from engine.weights import Checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ def load_decoder(
     """The decoder with its weights, or its shard of them, in place; the fingerprint of all."""
     shard = WHOLE if ranks is None else ranks.shard
     is_dummy = config.load_format == "dummy"
-    checkpoint = None if is_dummy else weights.open_checkpoint(config.model)
+    checkpoint = None if is_dummy else checkpoint_files.open_checkpoint(config.model)
     nowhere = _empty_decoder(model, checkpoint, limits, torch.device("meta"), ranks)
     weights_bytes = sum(map(weights.num_bytes, nowhere.checkpoint_views().values()))
     offloaded = _offloaded(config, nowhere, limits)
@@ -58,10 +58,10 @@ def load_decoder(
     with progress.phase("load weights", total=weights_bytes) as phase:
         if checkpoint is None:
             weights.fill_dummy(views, config.seed, phase, shard)
-            fingerprint = weights.dummy_fingerprint(model, config.seed)
+            fingerprint = checkpoint_files.dummy_fingerprint(model, config.seed)
         else:
             weights.load_weights(checkpoint, views, phase, model.quantization, shard)
-            fingerprint = weights.fingerprint(model, checkpoint)
+            fingerprint = checkpoint_files.fingerprint(model, checkpoint)
         views.clear()
         decoder.pack()
     if offloaded is not None:

@@ -13,13 +13,8 @@ import asyncio
 import logging
 from typing import TYPE_CHECKING, Any
 
-from cluster.codec import (
-    checked_transfer_id,
-    decode_error,
-    decode_policy,
-    decode_sequence,
-    encode_error,
-)
+from cluster.codec import checked_transfer_id, decode_policy, decode_sequence
+from cluster.delta_codec import decode_error, encode_error
 from cluster.errors import InvalidRequest, ServingError
 from cluster.node import Incarnation, NodeId, NodeName
 from cluster.proto import node_pb2 as pb

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 
-from cluster.codec import checked_transfer_id, decode_error, encode_error, encode_sequence
+from cluster.codec import checked_transfer_id, encode_sequence
+from cluster.delta_codec import decode_error, encode_error
 from cluster.errors import InvalidRequest, ServingError
 from cluster.proto import node_pb2 as pb
 from cluster.proto import node_pb2_grpc as rpc

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import grpc
 
 from cluster.clock import Clock, monotonic
-from cluster.codec import decode_error
+from cluster.delta_codec import decode_error
 from cluster.errors import InternalError, ServingError
 from cluster.proto import node_pb2 as pb
 from cluster.rpc import open_channel

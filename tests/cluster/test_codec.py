@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster import codec
+from cluster import codec, delta_codec
 from cluster.errors import (
     InternalError,
     InvalidRequest,
@@ -167,8 +167,8 @@ def test_out_of_range_ids_inside_sampling_are_refused() -> None:
     ],
 )
 def test_deltas_survive_the_wire(delta: TokenDelta) -> None:
-    wire = codec.encode_delta(delta).SerializeToString()
-    assert codec.decode_delta(pb.TokenDelta.FromString(wire)) == delta
+    wire = delta_codec.encode_delta(delta).SerializeToString()
+    assert delta_codec.decode_delta(pb.TokenDelta.FromString(wire)) == delta
 
 
 def test_a_lying_delta_is_refused() -> None:
@@ -185,7 +185,7 @@ def test_a_lying_delta_is_refused() -> None:
         pb.TokenDelta(sequence_id="s", token_ids=[2**31]),
     ):
         with pytest.raises(InvalidRequest):
-            codec.decode_delta(message)
+            delta_codec.decode_delta(message)
 
 
 # Rooms may add errors of their own that never cross the wire.
@@ -197,7 +197,7 @@ OF_THE_TREE = [
 @pytest.mark.parametrize("cls", OF_THE_TREE)
 def test_every_error_keeps_its_code_and_details(cls: type[ServingError]) -> None:
     error = cls("message", param="p", reason="r", retry_after_seconds=2.5)
-    back = codec.decode_error(codec.encode_error(error))
+    back = delta_codec.decode_error(delta_codec.encode_error(error))
     assert isinstance(error, type(back))
     assert back.code == error.code
     assert back.retryable == error.retryable
@@ -206,13 +206,16 @@ def test_every_error_keeps_its_code_and_details(cls: type[ServingError]) -> None
 
 
 def test_classes_that_share_a_code_come_back_as_their_parent() -> None:
-    assert type(codec.decode_error(codec.encode_error(TransferFailed("m")))) is TransferError
-    assert type(codec.decode_error(pb.Error(code="overloaded"))) is Overloaded
-    assert type(codec.decode_error(pb.Error(code="internal"))) is InternalError
+    assert (
+        type(delta_codec.decode_error(delta_codec.encode_error(TransferFailed("m"))))
+        is TransferError
+    )
+    assert type(delta_codec.decode_error(pb.Error(code="overloaded"))) is Overloaded
+    assert type(delta_codec.decode_error(pb.Error(code="internal"))) is InternalError
 
 
 def test_an_unknown_error_code_is_an_internal_error() -> None:
-    error = codec.decode_error(pb.Error(code="from-the-future", retry_after_seconds=math.nan))
+    error = delta_codec.decode_error(pb.Error(code="from-the-future", retry_after_seconds=math.nan))
     assert type(error) is InternalError
     assert error.message
     assert error.retry_after_seconds is None
@@ -220,7 +223,7 @@ def test_an_unknown_error_code_is_an_internal_error() -> None:
 
 def test_an_error_inside_a_delta_is_typed() -> None:
     delta = TokenDelta(sequence_id="s", error=Overloaded("Busy.", retry_after_seconds=1.0))
-    error = codec.decode_delta(codec.encode_delta(delta)).error
+    error = delta_codec.decode_delta(delta_codec.encode_delta(delta)).error
     assert isinstance(error, Overloaded)
     assert error.message == "Busy."
 

@@ -10,7 +10,8 @@ import grpc
 import grpc.aio
 import pytest
 
-from cluster.codec import PROTOCOL_VERSION, decode_delta, decode_error, encode_sequence
+from cluster.codec import PROTOCOL_VERSION, encode_sequence
+from cluster.delta_codec import decode_delta, decode_error
 from cluster.errors import InvalidRequest, NodeUnavailable, ServingError
 from cluster.node_service import NodeService
 from cluster.proto import node_pb2 as pb

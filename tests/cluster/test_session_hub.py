@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from cluster.codec import decode_delta
+from cluster.delta_codec import decode_delta
 from cluster.errors import NodeLost, NodeUnavailable
 from cluster.request import FinishReason, TokenDelta, TokenLogprobs
 from cluster.session_hub import MAX_FRAME_BYTES, Session, SessionHub

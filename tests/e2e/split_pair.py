@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 import grpc.aio
 from prometheus_client import CollectorRegistry
 
-from cluster.codec import PROTOCOL_VERSION, decode_delta, encode_handoff, encode_sequence
+from cluster.codec import PROTOCOL_VERSION, encode_handoff, encode_sequence
+from cluster.delta_codec import decode_delta
 from cluster.member import Member
 from cluster.node import NodeId, NodeName, new_incarnation
 from cluster.node_stores import NodeStores

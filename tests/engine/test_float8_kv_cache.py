@@ -9,7 +9,7 @@ import torch
 
 from cluster.errors import ConfigError
 from cluster.startup import StartupReport
-from engine import weights
+from engine import checkpoint_files, weights
 from engine.models.config import ModelConfig
 from engine.models.decoder import Decoder
 from tests.quantized_checkpoints import float8_by_tensor, write_pair
@@ -90,7 +90,9 @@ def scales_of(folder: Path, kv_dtype: torch.dtype) -> list[list[list[float]]]:
     )
     views = decoder.checkpoint_views()
     with StartupReport(sink=lambda fact: None).phase("load weights") as phase:
-        weights.load_weights(weights.open_checkpoint(folder), views, phase, config.quantization)
+        weights.load_weights(
+            checkpoint_files.open_checkpoint(folder), views, phase, config.quantization
+        )
     names = [name.removesuffix("k_scale") for name in views if name.endswith("k_scale")]
     return [[views[f"{name}{side}_scale"].tolist() for side in "kv"] for name in names]
 

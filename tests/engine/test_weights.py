@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from cluster.errors import ConfigError
 from cluster.startup import StartupReport
-from engine import weights
+from engine import checkpoint_files, weights
 from engine.models.config import ModelConfig
 from engine.models.decoder import Decoder
 
@@ -40,7 +40,7 @@ def load(
     views = build(folder, dtype).checkpoint_views()
     facts: list[Mapping[str, Any]] = []
     with StartupReport(sink=facts.append).phase("load weights") as phase:
-        weights.load_weights(weights.open_checkpoint(folder), views, phase)
+        weights.load_weights(checkpoint_files.open_checkpoint(folder), views, phase)
     return views, facts
 
 
@@ -50,7 +50,7 @@ def first_shard(folder: Path) -> Path:
 
 def rewrite(folder: Path, change: Callable[[Tensors], object]) -> None:
     """Apply `change` to the tensors of the shard that holds the first layer's q_proj."""
-    index = json.loads((folder / weights.INDEX_FILE).read_text())["weight_map"]
+    index = json.loads((folder / checkpoint_files.INDEX_FILE).read_text())["weight_map"]
     path = folder / index["model.layers.0.self_attn.q_proj.weight"]
     tensors = load_file(path)
     change(tensors)
@@ -87,21 +87,21 @@ def test_a_folder_without_safetensors_is_refused(folder: Path) -> None:
     for path in folder.glob("*.safetensors*"):
         path.unlink()
     with pytest.raises(ConfigError, match=r"holds neither model\.safetensors nor"):
-        weights.open_checkpoint(folder)
+        checkpoint_files.open_checkpoint(folder)
 
 
 def test_an_index_that_names_a_missing_file_is_refused(folder: Path) -> None:
     first_shard(folder).unlink()
     with pytest.raises(ConfigError, match="which is not in"):
-        weights.open_checkpoint(folder)
+        checkpoint_files.open_checkpoint(folder)
 
 
 def test_an_index_cannot_point_outside_its_folder(folder: Path) -> None:
     index = {"weight_map": {"a": "../elsewhere.safetensors"}}
-    (folder / weights.INDEX_FILE).write_text(json.dumps(index))
+    (folder / checkpoint_files.INDEX_FILE).write_text(json.dumps(index))
     shutil.copy(first_shard(folder), folder.parent / "elsewhere.safetensors")
     with pytest.raises(ConfigError, match="which is not in"):
-        weights.open_checkpoint(folder)
+        checkpoint_files.open_checkpoint(folder)
 
 
 @pytest.mark.parametrize("num_bytes", [0, 5, 100, -1])
@@ -109,7 +109,7 @@ def test_a_truncated_file_is_named(folder: Path, num_bytes: int) -> None:
     path = first_shard(folder)
     path.write_bytes(path.read_bytes()[:num_bytes])
     with pytest.raises(ConfigError, match=f"{path.name} is not a whole safetensors file"):
-        weights.open_checkpoint(folder)
+        checkpoint_files.open_checkpoint(folder)
 
 
 def test_a_missing_tensor_is_named(folder: Path) -> None:
@@ -144,7 +144,9 @@ def test_a_tensor_of_integers_is_refused(folder: Path) -> None:
 
 
 def fingerprint(folder: Path) -> str:
-    return weights.fingerprint(ModelConfig.from_folder(folder), weights.open_checkpoint(folder))
+    return checkpoint_files.fingerprint(
+        ModelConfig.from_folder(folder), checkpoint_files.open_checkpoint(folder)
+    )
 
 
 def test_fingerprints_differ_when_one_tensor_does(folder: Path) -> None:
