@@ -20,9 +20,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import OrderedDict
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from cluster.errors import (
@@ -38,7 +36,7 @@ from cluster.failpoints import failpoint
 from cluster.node import NodeState
 from cluster.prefix_hash import root_hash
 from cluster.proto import node_pb2 as pb
-from cluster.request import TokenDelta
+from decode_node.streams import LAUNCH_SECONDS, Remembered, Stream, Streams
 from engine.loop_errors import refusal
 from engine.sequence import Sequence, check_request
 
@@ -46,7 +44,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence as SequenceOf
 
     from cluster.member import Member
-    from cluster.request import Handoff, SequenceRequest
+    from cluster.request import Handoff, SequenceRequest, TokenDelta
     from cluster.rpc import SessionHub
     from decode_node.recompute import RecomputeBudget
     from decode_node.reservations import Reservations, ReservedBlocks
@@ -56,44 +54,8 @@ if TYPE_CHECKING:
     from kv_transfer.receiving.receiver import KVReceiver
 
 logger = logging.getLogger(__name__)
-MAX_REMEMBERED = 4096
-# The engine launches the first step of a sequence that was just started. What runs on the event
-# loop meanwhile takes the interpreter from it, and a client waits for that step: so whoever else is
-# to hear of the start hears of it a little later, though never after the first token.
-LAUNCH_SECONDS = 0.002
-
 # A draining node still takes the hand-offs of prompts that were placed before the order.
 TAKES_HANDOFFS = (NodeState.READY, NodeState.CORDONED, NodeState.DRAINING)
-
-
-@dataclass(slots=True)
-class Stream:
-    """One sequence and the gateway that gets its tokens."""
-
-    request: SequenceRequest
-    gateway_id: str
-    is_started: bool = False
-    is_recomputing: bool = False  # what its hand-off did not bring is computed here
-    is_orphaned: bool = False  # its gateway lost the prefill node and waits for our word
-    began_at: float = field(default_factory=time.monotonic)
-    alarm: asyncio.TimerHandle | None = None
-
-
-class Remembered:
-    """The last ids that ended here, oldest forgotten first."""
-
-    def __init__(self, capacity: int = MAX_REMEMBERED) -> None:
-        self._capacity = capacity
-        self._ids: OrderedDict[str, None] = OrderedDict()
-
-    def add(self, sequence_id: str) -> None:
-        self._ids[sequence_id] = None
-        self._ids.move_to_end(sequence_id)
-        if len(self._ids) > self._capacity:
-            self._ids.popitem(last=False)
-
-    def __contains__(self, sequence_id: str) -> bool:
-        return sequence_id in self._ids
 
 
 class DecodeHandler:
@@ -112,10 +74,8 @@ class DecodeHandler:
         self._scheduler = scheduler
         self._reservations = reservations
         self._hub = hub
-        self._streams: dict[str, Stream] = {}
-        self._unsaid: list[Stream] = []  # started, and the gateway not told
+        self._streams = Streams(hub, budget)
         self._cancelled = Remembered()
-        self._finished = Remembered()
         self._event_loop = asyncio.get_running_loop()
         self._loop: EngineLoop
         self._receiver: KVReceiver
@@ -136,32 +96,31 @@ class DecodeHandler:
         if self._member.state is not NodeState.READY:
             raise NodeUnavailable("This decode node takes no new work.", reason="not_ready")
         runnable = self._accept(sequence, gateway_id)
-        self._open(Stream(sequence, gateway_id, is_started=True))
+        self._streams.open(Stream(sequence, gateway_id, is_started=True), self._on_deadline)
         adding = asyncio.wrap_future(self._loop.call(lambda: self._scheduler.add(runnable)))
         adding.add_done_callback(lambda done: self._on_added(sequence.sequence_id, done))
 
     def cancel(self, sequence_id: str) -> None:
         self._cancelled.add(sequence_id)
-        stream = self._close(sequence_id)
+        stream = self._streams.close(sequence_id)
         if stream is not None:
             self._stop(stream)
 
     def orphaned(self, gateway_id: str, sequence_id: str) -> None:
         stream = self._streams.get(sequence_id)
         if stream is None:
-            if sequence_id not in self._finished:
+            if sequence_id not in self._streams.finished:
                 self._cancelled.add(sequence_id)  # a `Reserve` still under way is refused
-                self._publish_error(gateway_id, sequence_id, orphan_error())
+                self._streams.say_error(gateway_id, sequence_id, orphan_error())
         elif stream.is_started or stream.is_recomputing:
-            self._say_started(stream)
+            self._streams.say_started(stream)
         else:
             # The transfer ends by itself: started, failed, or withdrawn by its sender.
             stream.is_orphaned = True
 
     def gateway_gone(self, gateway_id: str) -> None:
-        for sequence_id, stream in list(self._streams.items()):
-            if stream.gateway_id == gateway_id:
-                self.cancel(sequence_id)
+        for sequence_id in self._streams.of(gateway_id):
+            self.cancel(sequence_id)
 
     def reset_prefix_cache(self) -> None:
         self._loop.call(self._engine.block_manager.reset_prefix_cache)
@@ -191,7 +150,7 @@ class DecodeHandler:
         if self._member.state not in TAKES_HANDOFFS:
             raise NodeUnavailable("This decode node takes no hand-offs.", reason="not_ready")
         sequence = self._accept(request, gateway_id)
-        stream = self._open(Stream(request, gateway_id))
+        stream = self._streams.open(Stream(request, gateway_id), self._on_deadline)
         with ExitStack() as undo:
             undo.callback(self._refuse, stream)
             asking = await asyncio.wrap_future(
@@ -211,7 +170,7 @@ class DecodeHandler:
         if not stream.is_started:
             raise Cancelled("The request was cancelled.")
         await asyncio.sleep(LAUNCH_SECONDS)
-        self._say_unsaid()
+        self._streams.say_unsaid()
 
     def release(self, sequence_id: str) -> None:
         """The transfer ended without a start, and nothing writes into its blocks any more."""
@@ -229,7 +188,7 @@ class DecodeHandler:
             return False
         logger.info("recomputes %d tokens of %s", num_tokens, sequence_id)
         stream.is_recomputing = True
-        self._say_started(stream)
+        self._streams.say_started(stream)
         return True
 
     def recompute(self, sequence_id: str, num_good_blocks: int) -> None:
@@ -245,14 +204,14 @@ class DecodeHandler:
         adding.add_done_callback(lambda done: self._on_added(sequence_id, done))
 
     def on_transfer_failed(self, sequence_id: str, error: ServingError) -> None:
-        self._fail(sequence_id, error)
+        self._streams.fail(sequence_id, error)
 
     def on_transfer_withdrawn(self, sequence_id: str) -> None:
         """Nobody failed: it ended on the prefill node, or was cancelled here. A gateway that
         has lost the prefill node knows of no such end."""
-        stream = self._close(sequence_id)
+        stream = self._streams.close(sequence_id)
         if stream is not None and stream.is_orphaned:
-            self._publish_error(stream.gateway_id, sequence_id, orphan_error())
+            self._streams.say_error(stream.gateway_id, sequence_id, orphan_error())
 
     # ---- reports of the engine --------------------------------------------------------
 
@@ -263,47 +222,25 @@ class DecodeHandler:
             self._loop.call(lambda: self._abort(sequence_id))
             return
         stream.is_started = True
-        self._unsaid.append(stream)
-        self._event_loop.call_later(LAUNCH_SECONDS, self._say_unsaid)
-
-    def _say_unsaid(self) -> None:
-        unsaid, self._unsaid = self._unsaid, []
-        for stream in unsaid:
-            if self._streams.get(stream.request.sequence_id) is stream:  # else its end was said
-                self._say_started(stream)
+        self._streams.say_started_soon(stream)
 
     def on_step(self, deltas: SequenceOf[TokenDelta]) -> None:
-        self._say_unsaid()
-        by_gateway: dict[str, list[TokenDelta]] = {}
-        for delta in deltas:
-            stream = self._streams.get(delta.sequence_id)
-            if stream is None:
-                continue
-            by_gateway.setdefault(stream.gateway_id, []).append(delta)
-            if stream.is_recomputing:
-                self._budget.end(delta.sequence_id)
-            if delta.finish_reason is not None or delta.error is not None:
-                self._close(delta.sequence_id)
-                self._finished.add(delta.sequence_id)
-        for gateway_id, batch in by_gateway.items():
-            self._hub.publish(gateway_id, batch)
+        self._streams.deliver(deltas)
 
     # ---- on the engine's thread -------------------------------------------------------
 
     def _start(self, sequence_id: str, first_token_id: int) -> None:
         sequence = self._reservations.start(sequence_id, first_token_id)
-        try:
-            self._scheduler.add(sequence)
-        except ServingError:
-            self._engine.block_manager.free(sequence)
-            self._reservations.retry()
-            raise
+        self._add(sequence)
         self._event_loop.call_soon_threadsafe(self._on_started, sequence_id)
 
     def _start_partly(self, sequence_id: str, num_good_blocks: int) -> None:
         sequence = self._reservations.start_partly(sequence_id, num_good_blocks)
         if sequence is None:
             raise TransferFailed("The reservation is gone.", reason="reservation_gone")
+        self._add(sequence)
+
+    def _add(self, sequence: Sequence) -> None:
         try:
             self._scheduler.add(sequence)
         except ServingError:
@@ -317,48 +254,18 @@ class DecodeHandler:
 
     # ---- helpers ----------------------------------------------------------------------
 
-    def _open(self, stream: Stream) -> Stream:
-        seconds = stream.request.deadline_seconds
-        if seconds is not None:
-            stream.alarm = self._event_loop.call_later(seconds, self._on_deadline, stream)
-        self._streams[stream.request.sequence_id] = stream
-        return stream
-
-    def _close(self, sequence_id: str) -> Stream | None:
-        stream = self._streams.pop(sequence_id, None)
-        self._budget.end(sequence_id)
-        if stream is not None and stream.alarm is not None:
-            stream.alarm.cancel()
-        return stream
-
-    def _say_started(self, stream: Stream) -> None:
-        started = TokenDelta(
-            sequence_id=stream.request.sequence_id,
-            started=True,
-            recomputed=stream.is_recomputing,
-        )
-        self._hub.publish(stream.gateway_id, [started])
-
     def _on_deadline(self, stream: Stream) -> None:
-        self._fail(stream.request.sequence_id, DeadlineExceeded("The request's deadline passed."))
+        self._streams.fail(
+            stream.request.sequence_id, DeadlineExceeded("The request's deadline passed.")
+        )
         self._stop(stream)
 
     def _refuse(self, stream: Stream) -> None:
         """No blocks for it. Its prefill node is told so and tells the gateway, if it still can."""
         sequence_id = stream.request.sequence_id
-        if self._streams.get(sequence_id) is stream:
-            self._end_refused(stream, sequence_id)
+        if self._streams.is_open(stream):
+            self.on_transfer_withdrawn(sequence_id)
         self.release(sequence_id)
-
-    def _end_refused(self, stream: Stream, sequence_id: str) -> None:
-        self._close(sequence_id)
-        if stream.is_orphaned:
-            self._publish_error(stream.gateway_id, sequence_id, orphan_error())
-
-    def _fail(self, sequence_id: str, error: ServingError) -> None:
-        stream = self._close(sequence_id)
-        if stream is not None:
-            self._publish_error(stream.gateway_id, sequence_id, error)
 
     def _stop(self, stream: Stream) -> None:
         """End what runs or arrives for it; its blocks follow."""
@@ -367,9 +274,6 @@ class DecodeHandler:
             self._loop.call(lambda: self._abort(sequence_id))
         else:
             self._receiver.cancel(sequence_id)
-
-    def _publish_error(self, gateway_id: str, sequence_id: str, error: ServingError) -> None:
-        self._hub.publish(gateway_id, [TokenDelta(sequence_id=sequence_id, error=error)])
 
     def _accept(self, request: SequenceRequest, gateway_id: str) -> Sequence:
         if request.sequence_id in self._streams:
@@ -390,7 +294,7 @@ class DecodeHandler:
     def _on_added(self, sequence_id: str, adding: asyncio.Future[None]) -> None:
         error = refusal(adding)
         if error is not None:
-            self._fail(sequence_id, error)
+            self._streams.fail(sequence_id, error)
 
 
 def orphan_error() -> NodeLost:

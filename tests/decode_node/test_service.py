@@ -15,7 +15,8 @@ from decode_node.loop import DecodeObserver
 from decode_node.recompute import RecomputeBudget
 from decode_node.reservations import Reservations
 from decode_node.scheduler import DecodeScheduler
-from decode_node.service import DecodeHandler, Remembered
+from decode_node.service import DecodeHandler
+from decode_node.streams import Remembered
 from engine.load import LoadSnapshot
 from engine.loop import EngineLoop
 from kv_transfer.receiving.incoming import IncomingSequence
