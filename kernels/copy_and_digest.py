@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 # Words that one program copies and multiplies; their multipliers stay in its registers.
 _CHUNK_WORDS = 2048
-_PROGRAMS_PER_MULTIPROCESSOR = 8
+_PROGRAMS_PER_MULTIPROCESSOR = 4  # enough for the memory of this GPU, or of one beside it
 
 
 def pack_and_digest(

@@ -44,7 +44,7 @@ class DeviceMoves:
         self._stream = torch.cuda.Stream(self._device, priority=-1)  # type: ignore[no-untyped-call]
         self._others = torch.cuda.current_stream(self._device)
         self._unit_bytes = pools[0].shape[2] * len(pools)
-        self._lists: dict[tuple[int, ...], _Numbers] = {}  # the oldest first
+        self._lists: dict[tuple[int, ...], _Numbers] = {}  # the one used last is last
         self._notes: deque[_Notes] = deque()
         self._ends = EventQueue()
         self._warm_up()
@@ -105,14 +105,14 @@ class DeviceMoves:
     def _on_device(self, numbers: tuple[int, ...]) -> torch.Tensor:
         """Ids of blocks, or positions. All moves share a stream: who finds them there comes after
         the copy, and the memory of a list that is put out is written anew behind its readers."""
-        kept = self._lists.get(numbers)
+        kept = self._lists.pop(numbers, None)
         if kept is None:
             if len(self._lists) < _KEPT_LISTS:
                 kept = _Numbers(self._device)
             else:
                 kept = self._lists.pop(next(iter(self._lists)))
             kept.fill(numbers)
-            self._lists[numbers] = kept
+        self._lists[numbers] = kept
         return kept.on_device
 
     def _end(self, notes: _Notes, finish: Callable[[], T]) -> asyncio.Future[T]:

@@ -58,6 +58,7 @@ _SLOT_READ = struct.Struct("<4sIQ")  # magic, slot, generation
 SLOT_READ_BYTES = _SLOT_READ.size
 _SLOT_READ_MAGIC = b"BTKR"
 _CHECKSUM_BYTES = 8
+COMMIT_BYTES = _COMMIT.size + _CHECKSUM_BYTES
 _PREFIX_BYTES = _FIXED.size + _CHECKSUM_BYTES
 
 

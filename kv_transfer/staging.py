@@ -4,7 +4,7 @@ Life of a slot
     1. Allocated once at start, on the device of the KV pool.
     2. `acquire`: one frame owns it, from before its bytes are packed or received until nobody
        can touch it any more. Who asks first is served first, but one owner (one peer) gets no
-       more than its share, so that a peer that hangs cannot stop the others.
+       more than three quarters, so that a peer that hangs cannot stop the others.
     3. `release`: free for the next frame. A slot whose operation never ends, not even when its
        connection is cut, is never released.
 """
@@ -75,7 +75,7 @@ class Staging:
         self._free = deque(
             StagingSlot(index, 0, memory[index], headers[index]) for index in range(num_slots)
         )
-        self._share = max(1, num_slots // 2)
+        self._share = max(1, num_slots - -(-num_slots // 4))
         self._owners: dict[StagingSlot, Hashable] = {}
         self._num_owned: Counter[Hashable] = Counter()
         self._scratch: torch.Tensor | None = None

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import numpy as np
-import torch
-
-from kv_transfer.protocol import FrameMalformed, SlotName, pack_slot_read
+from kv_transfer.protocol import SLOT_READ_BYTES, FrameMalformed, SlotName, pack_slot_read
+from kv_transfer.small_messages import SmallMessages
 
 if TYPE_CHECKING:
-    import asyncio
     from collections.abc import Sequence
+
+    import torch
 
     from kv_transfer.transports.base import Endpoint
 
@@ -24,7 +23,8 @@ class SlotReader:
     """`slots`: uint8, each of a slot's size; none when they could not be mapped."""
 
     def __init__(self, slots: Sequence[torch.Tensor], endpoint: Endpoint, session_id: int) -> None:
-        self._slots, self._endpoint, self._session_id = slots, endpoint, session_id
+        self._slots = slots
+        self._messages = SmallMessages(endpoint, session_id, SLOT_READ_BYTES)
 
     def check(self, name: SlotName, num_bytes: int) -> None:
         """Raises `FrameMalformed` for a slot that is not there, or smaller than that."""
@@ -36,11 +36,4 @@ class SlotReader:
 
     def done(self, name: SlotName) -> None:
         """Should the message not arrive, the link is lost, and its owner knows."""
-        message = np.frombuffer(pack_slot_read(name), dtype=np.uint8).copy()
-        told = self._endpoint.send(torch.from_numpy(message), self._session_id)
-        told.add_done_callback(_look_at)
-
-
-def _look_at(told: asyncio.Future[None]) -> None:
-    if not told.cancelled():
-        told.exception()
+        self._messages.send(pack_slot_read(name))

@@ -19,17 +19,21 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-import numpy as np
-import torch
-
 from cluster.errors import ServingError
 from cluster.failpoints import failpoint
 from kv_transfer.digests import PlaceSeal
 from kv_transfer.failures import FailureReason, failure
 from kv_transfer.frame_place import FramePlace
-from kv_transfer.protocol import CommitMessage, FrameHeader, pack_commit, pack_header
+from kv_transfer.protocol import (
+    COMMIT_BYTES,
+    CommitMessage,
+    FrameHeader,
+    pack_commit,
+    pack_header,
+)
 from kv_transfer.sending.payloads import PiecesPayload, ReadPayload, SlotPayload
 from kv_transfer.sending.slot_reads import SlotReads
+from kv_transfer.small_messages import SmallMessages
 from kv_transfer.trace import TRACE
 
 if TYPE_CHECKING:
@@ -77,6 +81,7 @@ class Shipping:
         self._link = link
         self._shipper = shipper
         self._has_work = asyncio.Event()
+        self._commits = SmallMessages(link.endpoint, link.session_id, COMMIT_BYTES)
         self._packing: set[asyncio.Future[Any]] = set()
         self._reads = SlotReads(link.endpoint, link.session_id, cut) if link.is_mapped else None
         self._pumping = asyncio.create_task(self._pump())
@@ -87,9 +92,7 @@ class Shipping:
 
     def commit(self, commit: CommitMessage) -> None:
         """Behind the headers of all its frames. Should it not arrive, the link is lost."""
-        message = np.frombuffer(pack_commit(commit), dtype=np.uint8).copy()
-        sent = self._link.endpoint.send(torch.from_numpy(message), self._link.session_id)
-        sent.add_done_callback(lambda done: done.exception())  # looked at
+        self._commits.send(pack_commit(commit))
 
     async def stop(self) -> None:
         """Plan no more frames, and wait until those that are packed were dropped or posted."""

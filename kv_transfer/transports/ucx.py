@@ -48,7 +48,7 @@ _HELLO_MAGIC = b"BATONKV1"
 _SHARED_MEMORY_NAMES = {"sm", "shm", "mm", "sysv", "posix"}
 _CLOSE_SECONDS = 2.0
 _MAX_UNHEARD = 2
-_MAX_DEVICE_ARRAYS = 256
+_MAX_ARRAYS = 256
 
 
 def _load() -> tuple[Any, Any]:
@@ -206,7 +206,7 @@ class UcxTransport:
         self._accept: Accept | None = None
         self._num_unheard = 0  # peers in a row that connected, and whose hello did not come
         self.num_reopenings = 0
-        self._device_arrays: dict[tuple[int, int], Any] = {}
+        self._arrays: dict[tuple[int, int], Any] = {}
         self._endpoints: set[UcxEndpoint] = set()
         self._greeting: set[asyncio.Task[None]] = set()
 
@@ -268,16 +268,17 @@ class UcxTransport:
         return self._ucx.UCXXTag(tag)
 
     def array(self, buffer: torch.Tensor) -> Any:
-        """ucxx's view of a tensor: by the buffer protocol, or by the CUDA array interface, which
-        takes its time. Device memory that is sent or received is that of slots, again and again."""
-        if not buffer.is_cuda:
-            return self._arr.Array(buffer.numpy())
+        """ucxx's view of a tensor, by the buffer protocol or by the CUDA array interface, which takes
+        its time. Buffers serve again and again; a kept view keeps its memory, so that its address
+        is no other's."""
         key = (buffer.data_ptr(), buffer.numel())
-        array = self._device_arrays.get(key)
+        array = self._arrays.get(key)
         if array is None:
-            if len(self._device_arrays) >= _MAX_DEVICE_ARRAYS:
-                self._device_arrays.clear()
-            array = self._device_arrays[key] = self._arr.Array(buffer)
+            if len(self._arrays) >= _MAX_ARRAYS:
+                self._arrays.clear()
+            array = self._arrays[key] = self._arr.Array(
+                buffer if buffer.is_cuda else buffer.numpy()
+            )
         return array
 
     def array_of(self, data: np.ndarray[Any, np.dtype[np.uint8]]) -> Any:
