@@ -268,9 +268,9 @@ class UcxTransport:
         return self._ucx.UCXXTag(tag)
 
     def array(self, buffer: torch.Tensor) -> Any:
-        """ucxx's view of a tensor, by the buffer protocol or by the CUDA array interface, which takes
-        its time. Buffers serve again and again; a kept view keeps its memory, so that its address
-        is no other's."""
+        """ucxx's view of a tensor, by the buffer protocol or by the CUDA array interface, which
+        takes its time. Buffers serve again and again; a kept view keeps its memory, so that its
+        address is no other's."""
         key = (buffer.data_ptr(), buffer.numel())
         array = self._arrays.get(key)
         if array is None:

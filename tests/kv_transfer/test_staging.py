@@ -50,14 +50,14 @@ def test_slots_are_distinct_memory_and_come_back() -> None:
 def test_a_peer_that_hangs_leaves_slots_to_the_others() -> None:
     async def scenario() -> None:
         staging = make_staging()
-        await staging.acquire("hung")
-        await staging.acquire("hung")
-        third = asyncio.ensure_future(staging.acquire("hung"))
+        for _ in range(3):
+            await staging.acquire("hung")
+        fourth = asyncio.ensure_future(staging.acquire("hung"))
         await asyncio.sleep(0)
-        assert not third.done()
+        assert not fourth.done()
         staging.release(await staging.acquire("other"))
-        third.cancel()
-        await asyncio.wait([third])
+        fourth.cancel()
+        await asyncio.wait([fourth])
         staging.check_integrity()
 
     asyncio.run(scenario())
