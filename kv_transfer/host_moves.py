@@ -99,18 +99,18 @@ class HostMoves:
 
 
 class _PieceDigests:
-    """Sealed digests of the first pieces of a message, which are the units of `seal`, taken some at
-    a time; what follows is no unit."""
+    """Sealed digests of the units of `seal`, which are taken some at a time, in their order."""
 
     def __init__(self, seal: PlaceSeal) -> None:
         self._seal = seal
         self._found: list[int] = []
 
-    def _take(self, pieces: Sequence[Piece]) -> bool:
-        """Whether these were the last."""
-        units = pieces[: self._seal.num_units - len(self._found)]
+    def add(self, units: Sequence[Piece]) -> None:
         self._found += digests_of_pieces(units)
-        return len(units) > 0 and len(self._found) == self._seal.num_units
+
+    @property
+    def _are_all(self) -> bool:
+        return len(self._found) == self._seal.num_units
 
     def _sealed(self) -> NDArray[np.uint64]:
         found = np.array(self._found, dtype=np.uint64)
@@ -125,8 +125,9 @@ class DepartureDigests(_PieceDigests):
         super().__init__(seal)
         self.sealed: NDArray[np.uint64] = np.zeros(seal.num_units, dtype=np.uint64)
 
-    def add(self, pieces: Sequence[Piece]) -> None:
-        if self._take(pieces):
+    def add(self, units: Sequence[Piece]) -> None:
+        super().add(units)
+        if self._are_all:
             self.sealed[:] = self._sealed()
 
 
@@ -137,14 +138,10 @@ class ArrivalDigests(_PieceDigests):
         super().__init__(seal)
         self.claimed: NDArray[np.uint64] = np.zeros(seal.num_units, dtype=np.uint64)
 
-    def add(self, pieces: Sequence[Piece]) -> None:
-        self._take(pieces)
-
     @property
     def are_right(self) -> bool:
         """Whether all units arrived, and are what was claimed."""
-        is_whole = len(self._found) == self._seal.num_units
-        return is_whole and np.array_equal(self._sealed(), self.claimed)
+        return self._are_all and np.array_equal(self._sealed(), self.claimed)
 
 
 def unit_digests(units: torch.Tensor, digest: DigestKind) -> NDArray[np.uint64]:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from kv_transfer.protocol import FrameHeader, SlotName
     from kv_transfer.receiving.slot_reader import SlotReader
     from kv_transfer.staging import StagingSlot
-    from kv_transfer.transports.base import Endpoint, Piece, PieceEndpoint
+    from kv_transfer.transports.base import Endpoint, PieceEndpoint
 
 
 class Arrival(Protocol):
@@ -113,10 +113,9 @@ class PiecesArrival(_InSlot):
 
     def receive(self) -> asyncio.Future[None]:
         pool, digests = self._agent.pool, self._digests
-        pieces: list[Piece] = [*pool.pieces(self._place), digests.claimed.view(np.uint8)]
-        return self._endpoint.recv_pieces(
-            pieces, self._header.nonce, digests.add if pool.takes_digests else None
-        )
+        examine = digests.add if pool.takes_digests else None
+        pieces, behind = pool.pieces(self._place), [digests.claimed.view(np.uint8)]
+        return self._endpoint.recv_pieces(pieces, self._header.nonce, examine, behind)
 
     def place(self) -> asyncio.Future[bool]:
         """It is where it belongs already."""

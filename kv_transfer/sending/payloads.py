@@ -84,7 +84,7 @@ class ReadPayload(SlotPayload):
 class PiecesPayload:
     """The slot that belongs to its frame stays empty: it bounds how much is on its way.
 
-    Nothing is packed, and digests are taken of each few units right before they are sent: these
+    Nothing is packed, and digests are taken of each few units right after they were sent: these
     are read from memory once for both."""
 
     def __init__(self, agent: TransferAgent, endpoint: PieceEndpoint, frame: FramePlace) -> None:
@@ -98,7 +98,6 @@ class PiecesPayload:
 
     def send(self, num_bytes: int, nonce: int) -> asyncio.Future[None]:
         pool, digests = self._agent.pool, DepartureDigests(self._frame.seal)
-        pieces = [*pool.pieces(self._frame), digests.sealed.view(np.uint8)]
-        return self._endpoint.send_pieces(
-            pieces, nonce, digests.add if pool.takes_digests else None
-        )
+        examine = digests.add if pool.takes_digests else None
+        pieces, behind = pool.pieces(self._frame), [digests.sealed.view(np.uint8)]
+        return self._endpoint.send_pieces(pieces, nonce, examine, behind)

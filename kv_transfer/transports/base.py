@@ -65,18 +65,25 @@ class PieceEndpoint(Endpoint, Protocol):
     each other in it."""
 
     def send_pieces(
-        self, pieces: Sequence[Piece], tag: int, examine: Examine | None = None
+        self,
+        pieces: Sequence[Piece],
+        tag: int,
+        examine: Examine | None = None,
+        behind: Sequence[Piece] = (),
     ) -> asyncio.Future[None]:
         """`examine` gets the pieces in their order, some at a time, each once, on a thread of the
-        endpoint's right before they are sent. It may still write to pieces that it has not had
-        before."""
+        endpoint's right after they were sent and while they are in the processor's cache. The
+        pieces `behind` follow when it has had all: what it writes there is sent."""
 
     def recv_pieces(
-        self, pieces: Sequence[Piece], tag: int, examine: Examine | None = None
+        self,
+        pieces: Sequence[Piece],
+        tag: int,
+        examine: Examine | None = None,
+        behind: Sequence[Piece] = (),
     ) -> asyncio.Future[None]:
-        """`examine` gets the pieces as they have come, in their order, some at a time, each once,
-        on a thread of the endpoint's and while they are in the processor's cache. The last one is
-        the front of a piece, where the message ends in it."""
+        """The other end: `examine` gets the pieces as they have come. The last one is the front of
+        a piece, where the message ends in it."""
 
 
 Accept = Callable[[int, Endpoint], None]

@@ -73,16 +73,24 @@ class TcpEndpoint:
         return self.recv_pieces([buffer.numpy()], tag)
 
     def send_pieces(
-        self, pieces: Sequence[Piece], tag: int, examine: Examine | None = None
+        self,
+        pieces: Sequence[Piece],
+        tag: int,
+        examine: Examine | None = None,
+        behind: Sequence[Piece] = (),
     ) -> asyncio.Future[None]:
-        posted = Posted(self._loop, tag, pieces, examine)
+        posted = Posted(self._loop, tag, pieces, examine, behind)
         self._sending.post(posted)
         return posted.done
 
     def recv_pieces(
-        self, pieces: Sequence[Piece], tag: int, examine: Examine | None = None
+        self,
+        pieces: Sequence[Piece],
+        tag: int,
+        examine: Examine | None = None,
+        behind: Sequence[Piece] = (),
     ) -> asyncio.Future[None]:
-        posted = Posted(self._loop, tag, pieces, examine)
+        posted = Posted(self._loop, tag, pieces, examine, behind)
         self._receiving.post(posted)
         return posted.done
 

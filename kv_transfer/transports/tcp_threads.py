@@ -1,7 +1,8 @@
 """The two threads of a TCP connection: one sends, one receives, mostly inside the kernel.
 
-A call moves as much as the processor's second-level cache holds: who examines the bytes, before
-they are sent or after they came, reads them from there, not from memory.
+A call moves as much as the processor's second-level cache holds: who examines the bytes, as soon
+as they were sent or have come, reads them from there. The kernel is better at fetching them from
+memory, which is why the sender examines them after it, too.
 
 A thread ends when the socket breaks or is shut down, or when it is told to stop. What it was
 doing and all that was posted to it then fails, from that thread: so whoever sees the failure
@@ -41,7 +42,10 @@ _SMALL_BYTES = 64 * 1024  # a message that may pass a larger one
 class Posted:
     """An operation: where its bytes are, and the future that the loop's thread waits for."""
 
-    __slots__ = ("_loop", "done", "examine", "num_bytes", "pieces", "tag", "was_passed")
+    __slots__ = (
+        "_loop", "behind", "done", "examine", "front_bytes", "num_bytes", "pieces", "tag",
+        "was_passed",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -49,13 +53,16 @@ class Posted:
         tag: int,
         pieces: Sequence[Piece],
         examine: Examine | None = None,
+        behind: Sequence[Piece] = (),
     ) -> None:
         self._loop = loop
         self.done: asyncio.Future[None] = loop.create_future()
         self.tag = tag
         self.pieces = pieces
         self.examine = examine
-        self.num_bytes = sum([piece.nbytes for piece in pieces])
+        self.behind = behind
+        self.front_bytes = sum([piece.nbytes for piece in pieces])
+        self.num_bytes = self.front_bytes + sum([piece.nbytes for piece in behind])
         self.was_passed = False
 
     def end(self, reason: FailureReason | None = None) -> None:
@@ -145,10 +152,11 @@ class Sending(_Worker):
             return False
         envelope = np.frombuffer(_ENVELOPE.pack(posted.tag, posted.num_bytes), dtype=np.uint8)
         self._write([envelope], socket.MSG_MORE if posted.num_bytes else 0)
-        for batch in _batches(posted.pieces, posted.num_bytes):
+        for batch in _batches(posted.pieces, posted.front_bytes):
+            self._write(batch)
             if posted.examine is not None:
                 posted.examine(batch)
-            self._write(batch)
+        self._write(list(posted.behind))
         with self._changed:
             self._queue.popleft()
         posted.end()
@@ -206,7 +214,10 @@ class Receiving(_Worker):
             self._drop(tag)
             posted.end(FailureReason.FRAME_MALFORMED)
             return False
-        if not self._fill(posted.pieces, num_bytes, posted.examine):
+        front_bytes = min(num_bytes, posted.front_bytes)
+        if not self._fill(posted.pieces, front_bytes, posted.examine):
+            return False
+        if not self._fill(posted.behind, num_bytes - front_bytes):
             return False
         self._drop(tag)
         posted.end()

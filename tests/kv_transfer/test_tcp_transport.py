@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pytest
 import torch
 
@@ -20,9 +21,9 @@ from kv_transfer.transports.tcp_options import open_socket
 from tests.kv_twins import until
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+    from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 
-    from kv_transfer.transports.base import Endpoint
+    from kv_transfer.transports.base import Endpoint, Piece
 
 
 @asynccontextmanager
@@ -98,6 +99,49 @@ def test_pieces_are_gathered_and_scattered_wherever_they_lie() -> None:
         targets = [received.numpy()[start : start + 40] for start in range(0, len(sent), 40)]
         await asyncio.gather(other.recv_pieces(targets, 9), one.send_pieces(pieces, 9))
         assert torch.equal(sent, received)
+
+    run(scenario)
+
+
+def test_what_is_examined_was_moved_and_what_is_written_behind_it_then_still_leaves() -> (
+    None
+):
+    async def scenario(one: TcpEndpoint, other: TcpEndpoint) -> None:
+        sent, received = message(3_000_000), torch.zeros(3_000_000, dtype=torch.uint8)
+        pieces, targets = (list(whole.numpy().reshape(30, -1)) for whole in (sent, received))
+        behind, arrived = (np.zeros(30, dtype=np.uint8) for _ in range(2))
+        left: list[int] = []
+        came: list[int] = []
+
+        def leave(some: Sequence[Piece]) -> None:
+            left.extend(int(piece.sum()) % 251 for piece in some)
+            behind[: len(left)] = left
+
+        def come(some: Sequence[Piece]) -> None:
+            came.extend(int(piece.sum()) % 251 for piece in some)
+
+        await asyncio.gather(
+            other.recv_pieces(targets, 9, come, [arrived]),
+            one.send_pieces(pieces, 9, leave, [behind]),
+        )
+        assert torch.equal(sent, received)
+        assert came == left == arrived.tolist()
+
+    run(scenario)
+
+
+def test_a_message_that_ends_in_the_middle_of_a_piece_leaves_the_rest_alone() -> None:
+    async def scenario(one: TcpEndpoint, other: TcpEndpoint) -> None:
+        sent, received = message(25), torch.zeros(40, dtype=torch.uint8)
+        sizes: list[int] = []
+        receiving = other.recv_pieces(
+            list(received[:30].numpy().reshape(3, 10)), 9,
+            lambda some: sizes.extend(piece.nbytes for piece in some), [received[30:].numpy()],
+        )  # fmt: skip
+        await asyncio.gather(receiving, one.send(sent, 9))
+        assert torch.equal(received[:25], sent)
+        assert not received[25:].any()
+        assert sizes == [10, 10, 5]
 
     run(scenario)
 

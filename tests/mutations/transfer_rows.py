@@ -142,10 +142,10 @@ TRANSFER_ROWS = (
             ),
             Mutation(
                 "kv_transfer/host_moves.py",
-                "return is_whole and np.array_equal(self._sealed(), self.claimed)",
-                "return is_whole",
+                "return self._are_all and np.array_equal(self._sealed(), self.claimed)",
+                "return self._are_all",
                 "tests/kv_transfer/test_plain_tcp_hand_off.py::"
-                "test_blocks_that_change_between_their_digests_and_the_wire_are_refused",
+                "test_blocks_that_change_between_the_wire_and_their_digests_are_refused",
             ),
         ),
     ),
