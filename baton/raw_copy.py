@@ -96,7 +96,8 @@ def _connect(setting: Setting, to: tuple[str, int]) -> socket.socket:
 
 @functools.lru_cache(maxsize=1)
 def _bytes(num_bytes: int) -> memoryview:
-    return memoryview(np.random.default_rng(0).bytes(num_bytes))
+    """An array, as a pool is one: numpy asks for huge pages."""
+    return np.random.default_rng(0).integers(0, 256, num_bytes, dtype=np.uint8).data
 
 
 class RawReceiver:
@@ -131,7 +132,7 @@ def _receive(setting: Setting, num_bytes: int, host: str, where: Connection) -> 
         listener.listen()
         where.send(listener.getsockname()[1])
         connection, _ = listener.accept()
-    data = memoryview(bytearray(num_bytes))
+    data = np.zeros(num_bytes, dtype=np.uint8).data
     with connection:
         while True:
             for start in range(0, num_bytes, setting.call_bytes):

@@ -16,6 +16,7 @@ import time
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
+import numpy as np
 import torch
 import uvloop
 
@@ -67,6 +68,8 @@ class PairOptions:
 
     def make_pool(self, device: str) -> torch.Tensor:
         shape = (self.num_layers, self.num_blocks, self.unit_bytes)
+        if device == "cpu":  # as a node's
+            return torch.from_numpy(np.zeros(shape, dtype=np.uint8)).random_(0, 256)
         return torch.randint(0, 256, shape, dtype=torch.uint8, device=torch.device(device))
 
     def make_agent(self, pool: torch.Tensor) -> TransferAgent:

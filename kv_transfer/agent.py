@@ -23,6 +23,7 @@ from kv_transfer.staging import Staging
 from kv_transfer.stats import TransferStats
 from kv_transfer.transports.base import PieceEndpoint
 from kv_transfer.transports.choice import open_transport
+from kv_transfer.transports.tcp import TcpTransport
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -30,6 +31,11 @@ if TYPE_CHECKING:
     from kv_transfer.config import KVTransferConfig
     from kv_transfer.digests import DigestKind
     from kv_transfer.transports.base import Endpoint, Transport
+
+
+# Frames of one peer. One is on the wire, the next stands ready; more would only have to drain when
+# a transfer is aborted.
+_PIECES_ON_THEIR_WAY = 2
 
 
 class TransferAgent:
@@ -49,15 +55,11 @@ class TransferAgent:
         self.transport = transport
         self.pool = TransferPool(*pools, takes_digests=takes_digests)
         self.stats = TransferStats()
-        device = self.pool.device
-        slot_bytes = config.slot_bytes_for(device.type)
+        in_pieces = self.pool.has_pieces(self.pool.digest_kinds[0])
+        self._sends_pieces = in_pieces and isinstance(transport, TcpTransport)
+        slot_bytes = config.slot_bytes_for(self.pool.device.type, stays_empty=self._sends_pieces)
         self.limits = FrameLimits(self.pool.num_layers, self.pool.unit_bytes, slot_bytes)
-        self.staging = Staging(
-            slot_bytes=slot_bytes,
-            num_slots=config.num_staging_slots,
-            limits=self.limits,
-            device=device,
-        )
+        self.staging = self._make_staging(config.num_staging_slots)
         self.quarantine = Quarantine(
             num_blocks=pools[0].shape[1],
             num_slots=config.num_staging_slots,
@@ -87,12 +89,7 @@ class TransferAgent:
         """The same agent with `num_slots` staging slots apart from the others: for who receives
         while another part of this process sends, so that neither can starve the other."""
         other = copy.copy(self)
-        other.staging = Staging(
-            slot_bytes=self.staging.slot_bytes,
-            num_slots=num_slots,
-            limits=self.limits,
-            device=self.pool.device,
-        )
+        other.staging = self._make_staging(num_slots)
         return other
 
     @property
@@ -124,6 +121,15 @@ class TransferAgent:
     def map_slots(self, description: bytes) -> Sequence[torch.Tensor]:
         """The slots of a sender, for our device; none where they cannot be mapped. Any thread."""
         return map_slots(description, self.pool.device) if self.pool.device.type == "cuda" else ()
+
+    def _make_staging(self, num_slots: int) -> Staging:
+        return Staging(
+            slot_bytes=self.limits.slot_bytes,
+            num_slots=num_slots,
+            limits=self.limits,
+            device=self.pool.device,
+            max_share=_PIECES_ON_THEIR_WAY if self._sends_pieces else None,
+        )
 
     def _forget(self, endpoint: Endpoint) -> None:
         self._in_use.pop(endpoint, None)

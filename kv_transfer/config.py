@@ -43,7 +43,7 @@ class KVTransferConfig:
     staging_slot_bytes: int | None = option(
         None,
         help="Size of one staging slot, which is the largest frame. Default: 128 MiB on a GPU, "
-        "8 MiB on a CPU.",
+        "8 MiB on a CPU, 32 MiB where plain TCP leaves the slots empty.",
         group=_TRANSFER,
         advanced=True,
     )
@@ -116,11 +116,14 @@ class KVTransferConfig:
             if not 0.0 < getattr(self, name) < 86400.0:
                 raise _refused(name, "must be in (0, 86400)")
 
-    def slot_bytes_for(self, device_type: str) -> int:
-        """Bytes of a staging slot on a device of this type ("cpu", "cuda")."""
+    def slot_bytes_for(self, device_type: str, *, stays_empty: bool = False) -> int:
+        """Bytes of a staging slot on a device of this type ("cpu", "cuda"). One in host memory fits
+        the cache; one that stays empty only says how large a frame is, and fewer cost less."""
         if self.staging_slot_bytes is not None:
             return self.staging_slot_bytes
-        return 8 * _MIB if device_type == "cpu" else 128 * _MIB
+        if device_type != "cpu":
+            return 128 * _MIB
+        return 32 * _MIB if stays_empty else 8 * _MIB
 
 
 def _refused(name: str, problem: str) -> ConfigError:

@@ -54,10 +54,16 @@ class Staging:
     """A fixed set of slots. One event loop uses it; nothing here blocks a thread."""
 
     def __init__(
-        self, *, slot_bytes: int, num_slots: int, limits: FrameLimits, device: torch.device
+        self,
+        *,
+        slot_bytes: int,
+        num_slots: int,
+        limits: FrameLimits,
+        device: torch.device,
+        max_share: int | None = None,
     ) -> None:
-        """Raises `ConfigError` when a slot cannot hold one layer of one block, or when the slots do
-        not fit on the device."""
+        """`max_share`: slots of one owner, if fewer than he would get. Raises `ConfigError` when a
+        slot cannot hold one layer of one block, or when the slots do not fit on the device."""
         if slot_bytes < limits.unit_bytes:
             raise ConfigError(
                 f"--staging-slot-bytes must be at least {limits.unit_bytes}, "
@@ -75,7 +81,8 @@ class Staging:
         self._free = deque(
             StagingSlot(index, 0, memory[index], headers[index]) for index in range(num_slots)
         )
-        self._share = max(1, num_slots - -(-num_slots // 4))
+        share = num_slots - -(-num_slots // 4)
+        self._share = max(1, min(share, max_share or share))
         self._owners: dict[StagingSlot, Hashable] = {}
         self._num_owned: Counter[Hashable] = Counter()
         self._scratch: torch.Tensor | None = None

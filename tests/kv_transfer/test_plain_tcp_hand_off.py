@@ -12,12 +12,14 @@ import torch
 
 from kernels.host_digest import has_host_digests
 from kv_transfer import host_moves
+from kv_transfer.agent import TransferAgent
 from kv_transfer.config import KVTransferConfig
 from kv_transfer.digests import DigestKind, PlaceSeal
 from kv_transfer.frame_place import FramePlace
 from kv_transfer.host_moves import ArrivalDigests, DepartureDigests, HostMoves
 from kv_transfer.transports import choice
 from kv_transfer.transports.choice import takes_plain_tcp
+from kv_transfer.transports.loopback import LoopbackNetwork, LoopbackTransport
 from kv_transfer.transports.tcp import TcpTransport
 from tests.kv_twins import (
     NUM_BLOCKS,
@@ -31,6 +33,8 @@ from tests.kv_twins import (
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
+
+    from kv_transfer.staging import Staging
 
 TABLE = [5, 1, 30, 7, 9, 2, 11, 12]
 needs_xxhash = pytest.mark.skipif(not has_host_digests(), reason="xxhash is not installed")
@@ -71,6 +75,34 @@ def test_blocks_arrive_with_and_without_the_digest_that_needs_no_slot(
             assert prefill.sender.agent.transports_in_use == ("tcp",)
 
     asyncio.run(main())
+
+
+@needs_xxhash
+def test_frames_are_larger_but_fewer_where_their_slots_stay_empty() -> None:
+    pool = torch.zeros((2, 4, 64), dtype=torch.uint8)
+    config = KVTransferConfig()
+    plain = TransferAgent((pool,), config, TcpTransport(connect_seconds=5.0))
+    other = TransferAgent((pool,), config, LoopbackTransport(LoopbackNetwork()))
+    assert (plain.limits.slot_bytes, other.limits.slot_bytes) == (32 << 20, 8 << 20)
+    for agent, share in ((plain, 2), (plain.beside(6), 2), (other, 6)):
+        assert share_of(agent.staging) == share
+    plain.pool.close()
+    other.pool.close()
+
+
+def share_of(staging: Staging) -> int:
+    """How many slots one peer gets."""
+
+    async def take() -> int:
+        waiting = [asyncio.ensure_future(staging.acquire("peer")) for _ in range(9)]
+        await asyncio.sleep(0)
+        taken = staging.num_owned_by("peer")
+        for each in waiting:
+            each.cancel()
+        await asyncio.wait(waiting)
+        return taken
+
+    return asyncio.run(take())
 
 
 @needs_xxhash

@@ -12,10 +12,16 @@ from kv_transfer.protocol import FrameLimits
 from kv_transfer.staging import Staging
 
 
-def make_staging(num_slots: int = 4, slot_bytes: int = 256) -> Staging:
+def make_staging(
+    num_slots: int = 4, slot_bytes: int = 256, max_share: int | None = None
+) -> Staging:
     limits = FrameLimits(num_layers=2, unit_bytes=64, slot_bytes=slot_bytes)
     return Staging(
-        slot_bytes=slot_bytes, num_slots=num_slots, limits=limits, device=torch.device("cpu")
+        slot_bytes=slot_bytes,
+        num_slots=num_slots,
+        limits=limits,
+        device=torch.device("cpu"),
+        max_share=max_share,
     )
 
 
@@ -47,17 +53,22 @@ def test_slots_are_distinct_memory_and_come_back() -> None:
     asyncio.run(scenario())
 
 
-def test_a_peer_that_hangs_leaves_slots_to_the_others() -> None:
+@pytest.mark.parametrize(
+    ("num_slots", "max_share", "share"), [(4, None, 3), (4, 4, 3), (10, 2, 2), (2, None, 1)]
+)
+def test_a_peer_that_hangs_leaves_slots_to_the_others(
+    num_slots: int, max_share: int | None, share: int
+) -> None:
     async def scenario() -> None:
-        staging = make_staging()
-        for _ in range(3):
+        staging = make_staging(num_slots, max_share=max_share)
+        for _ in range(share):
             await staging.acquire("hung")
-        fourth = asyncio.ensure_future(staging.acquire("hung"))
+        one_more = asyncio.ensure_future(staging.acquire("hung"))
         await asyncio.sleep(0)
-        assert not fourth.done()
+        assert not one_more.done()
         staging.release(await staging.acquire("other"))
-        fourth.cancel()
-        await asyncio.wait([fourth])
+        one_more.cancel()
+        await asyncio.wait([one_more])
         staging.check_integrity()
 
     asyncio.run(scenario())

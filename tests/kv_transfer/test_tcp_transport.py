@@ -103,9 +103,7 @@ def test_pieces_are_gathered_and_scattered_wherever_they_lie() -> None:
     run(scenario)
 
 
-def test_what_is_examined_was_moved_and_what_is_written_behind_it_then_still_leaves() -> (
-    None
-):
+def test_what_is_examined_was_moved_and_what_is_written_behind_it_then_still_leaves() -> None:
     async def scenario(one: TcpEndpoint, other: TcpEndpoint) -> None:
         sent, received = message(3_000_000), torch.zeros(3_000_000, dtype=torch.uint8)
         pieces, targets = (list(whole.numpy().reshape(30, -1)) for whole in (sent, received))
