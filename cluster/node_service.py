@@ -61,9 +61,12 @@ class Standing(Protocol):
 class PrefixSource(Protocol):
     """Where other nodes may fetch what is cached here."""
 
-    async def send(self, prefix: SequenceRequest, handoff: Handoff) -> int:
-        """Begin to send it to the node that `handoff` names; how many tokens of it are sent.
-        Raises a `ServingError` when none are to be had."""
+    async def send(
+        self, prefix: SequenceRequest, handoff: Handoff, restore_seconds_per_token: float
+    ) -> int:
+        """Begin to send it to the node that `handoff` names; how many tokens of it are sent. Those
+        that are in host memory alone count if bringing one takes no longer than that. Raises a
+        `ServingError` when none are to be had."""
 
 
 class NodeService(node_pb2_grpc.NodeServicer):
@@ -97,7 +100,8 @@ class NodeService(node_pb2_grpc.NodeServicer):
         if self._prefixes is None:
             raise NodeUnavailable("This node gives no prefixes away.", reason="not_offered")
         prefix, handoff = decode_sequence(request.sequence), decode_handoff(request.handoff)
-        return pb.FetchPrefixReply(num_tokens=await self._prefixes.send(prefix, handoff))
+        num_tokens = await self._prefixes.send(prefix, handoff, request.restore_seconds_per_token)
+        return pb.FetchPrefixReply(num_tokens=num_tokens)
 
     async def Session(
         self, frames: AsyncIterator[pb.GatewayFrame], context: grpc.aio.ServicerContext

@@ -170,9 +170,15 @@ class DecodeNode:
         await self._agent.close()
         self.engine.close()
 
-    async def _hold_prefix(self, prefix: SequenceRequest) -> HeldPrefix:
+    async def _hold_prefix(
+        self, prefix: SequenceRequest, restore_seconds_per_token: float
+    ) -> HeldPrefix:
         hold = await hold_prefix(
-            self.loop, self.engine.block_manager, prefix, self._member.model_key
+            self.loop,
+            self.engine.restores,
+            prefix,
+            self._member.model_key,
+            restore_seconds_per_token,
         )
         return HeldPrefix(hold.block_ids, lambda: self.loop.call(hold.release))
 

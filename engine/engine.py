@@ -32,6 +32,7 @@ from engine.limits import EngineLimits, Machine, resolve
 from engine.model_runner import ModelRunner
 from engine.models.loading import load_decoder, read_model
 from engine.out_of_memory import run_within_memory
+from engine.restores import Restores
 from engine.sampler import Sampler
 from engine.step_pipeline import StepOutput, StepPipeline
 from engine.tensor_parallel.crew import Crew
@@ -92,6 +93,7 @@ class Engine:
             num_at_once=2 * limits.max_num_batched_tokens // config.block_size,
         )
         self.copier = HostCopier(self.kv_pools, num_host_blocks) if num_host_blocks else None
+        self.restores = Restores(self.block_manager, self.copier)
         self._runner = runner
         self._pipeline = StepPipeline(
             runner, self.block_manager, self.eos_token_ids, limits.max_model_len

@@ -15,7 +15,8 @@ Life of a block over the tiers
     5. The digest of each block is taken when it is written to host memory, and compared after it
        was read. From the first that differs on, the sequence computes its blocks; the bad one is
        forgotten with all that extend it.
-    6. A running sequence that must give up its blocks (`save`) is written too, with its last,
+    6. The same for who reads the pool from outside (`bring`): `restores.py` says when.
+    7. A running sequence that must give up its blocks (`save`) is written too, with its last,
        partly filled one. It resumes as in 4. Whatever is not there any more is computed.
 
 Who owns what: a copy holds its blocks (`Hold`) and its slots until it ends, whatever becomes of
@@ -26,7 +27,7 @@ Pure: no memory, no clock. Belongs to the block manager and its thread.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from itertools import islice
 from typing import TYPE_CHECKING, Protocol
@@ -35,7 +36,7 @@ from cluster.prefix_hash import hash_blocks
 from engine.prefix_cache import hash_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
     from collections.abc import Sequence as SequenceOf
 
     from cluster.prefix_hash import BlockHash
@@ -57,7 +58,8 @@ class BlockCopy:
     """Copy block `block_ids[i]` to (SAVE) or from (LOAD) slot `entries[i].slot`.
 
     `sequence` waits for a load; its first `first_token` tokens are in place already, and with the
-    whole of it its first `end_token`.
+    whole of it its first `end_token`. `on_end` hears how many blocks from the first on are what
+    was wanted, once nothing belongs to the copy any more.
     """
 
     kind: CopyKind
@@ -67,6 +69,7 @@ class BlockCopy:
     sequence: Sequence | None = None
     first_token: int = 0
     end_token: int = 0
+    on_end: list[Callable[[int], None]] = field(default_factory=list)
 
     @property
     def slots(self) -> list[int]:
@@ -139,6 +142,11 @@ class HostBlocks:
         )
 
     @property
+    def num_loading_blocks(self) -> int:
+        """Blocks of loads that have not ended."""
+        return sum(len(copy.entries) for copy in self._copies if copy.kind is CopyKind.LOAD)
+
+    @property
     def is_settled(self) -> bool:
         """No copy is under way, and none is to be begun."""
         return not self._copies and self._num_to_clean() == 0
@@ -159,10 +167,13 @@ class HostBlocks:
             self.stats.num_failed_copies += 1
         if copy.kind is CopyKind.SAVE:
             self.tier.end_save(copy.entries, digests)
-            self.stats.num_saved_blocks += 0 if digests is None else len(digests)
+            num_good = 0 if digests is None else len(digests)
+            self.stats.num_saved_blocks += num_good
         else:
-            self._end_load(copy, digests)
+            num_good = self._end_load(copy, digests)
         copy.hold.release()
+        for tell in copy.on_end:
+            tell(num_good)
 
     # ---- what the cache on the device does ----------------------------------------------
 
@@ -221,6 +232,20 @@ class HostBlocks:
         )
         self.tier.begin_load(entries)
         sequence.is_loading = True
+
+    def bring(
+        self, block_ids: SequenceOf[int], entries: SequenceOf[HostEntry], owner: str
+    ) -> BlockCopy:
+        """Bring `entries` into blocks that no sequence has; see `on_end` of the copy."""
+        hold = self._pool.hold(block_ids, f"load for {owner}")
+        copy = self._begin(BlockCopy(CopyKind.LOAD, tuple(block_ids), tuple(entries), hold))
+        self.tier.begin_load(entries)
+        return copy
+
+    def load_of(self, entry: HostEntry) -> BlockCopy | None:
+        """The load that brings it now, if there is one."""
+        loads = (copy for copy in self._copies if copy.kind is CopyKind.LOAD)
+        return next((copy for copy in loads if entry in copy.entries), None)
 
     def save(self, sequence: Sequence) -> None:
         """Write what is computed of a sequence that is about to lose its blocks; as much from its
@@ -290,7 +315,7 @@ class HostBlocks:
         self._new_copies.append(copy)
         return copy
 
-    def _end_load(self, copy: BlockCopy, digests: SequenceOf[int] | None) -> None:
+    def _end_load(self, copy: BlockCopy, digests: SequenceOf[int] | None) -> int:
         num_good = 0
         for entry, digest in zip(copy.entries, digests or (), strict=False):
             if entry.is_dropped or entry.digest != digest:
@@ -306,6 +331,7 @@ class HostBlocks:
         if copy.sequence is not None:
             num_tokens = copy.first_token + num_good * self._pool.block_size
             self._loaded(copy.sequence, copy, copy.end_token if is_whole else num_tokens)
+        return num_good
 
     def _loaded(self, sequence: Sequence, copy: BlockCopy, num_tokens: int) -> None:
         sequence.is_loading = False

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 LANE_BYTES = 16 << 20
 NUM_LANES = 2  # for each direction
+_WEIGHT = 0.3  # of the newest rate
 
 
 def device_bytes(block_bytes: int) -> int:
@@ -54,10 +55,18 @@ def device_bytes(block_bytes: int) -> int:
 
 @dataclass(slots=True)
 class CopyStats:
-    """Of one direction. Written by its thread."""
+    """Of one direction. Written by its thread. `bytes_per_second` follows what was last."""
 
     num_bytes: int = 0
     seconds: float = 0.0
+    bytes_per_second: float = 0.0
+
+    def count(self, num_bytes: int, seconds: float) -> None:
+        self.num_bytes += num_bytes
+        self.seconds += seconds
+        if num_bytes > 0 and seconds > 0:
+            rate, before = num_bytes / seconds, self.bytes_per_second
+            self.bytes_per_second = before + _WEIGHT * (rate - before) if before else rate
 
 
 class HostCopier:
@@ -90,6 +99,11 @@ class HostCopier:
         """Begin a copy. `done` is called once, on another thread."""
         self._threads[copy.kind].submit(self._run, copy, done)
 
+    def load_seconds(self, num_blocks: int) -> float:
+        """How long a load of so many blocks takes, by those before; 0 before the first."""
+        rate = self.stats[CopyKind.LOAD].bytes_per_second
+        return num_blocks * self.block_bytes / rate if rate else 0.0
+
     def close(self) -> None:
         """No copy runs after this, and the memory is given back. Idempotent."""
         for thread in self._threads.values():
@@ -106,9 +120,8 @@ class HostCopier:
             logger.exception("a copy of KV blocks failed")
             for lane in self._lanes.get(copy.kind, ()):
                 lane.stream.synchronize()  # if not even that ends well, the blocks stay with it
-        stats = self.stats[copy.kind]
-        stats.num_bytes += len(copy.block_ids) * self.block_bytes
-        stats.seconds += perf_counter() - began
+        num_bytes = len(copy.block_ids) * self.block_bytes
+        self.stats[copy.kind].count(num_bytes, perf_counter() - began)
         done(digests)
 
     # ---- where the pool is host memory itself -----------------------------------------------

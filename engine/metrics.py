@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from engine.host_blocks import HostBlocks
     from engine.host_copier import HostCopier
     from engine.loop_parts import LoopStats
+    from engine.restores import RestoreStats
 
 
 def engine_collectors(
@@ -27,7 +28,7 @@ def engine_collectors(
     host, copier = engine.block_manager.host, engine.copier
     collectors: list[Collector] = [EngineCollector(load, stats, engine_choices(engine), host)]
     if host is not None and copier is not None:
-        collectors.append(HostTierCollector(host, copier))
+        collectors.append(HostTierCollector(host, copier, engine.restores.stats))
     return collectors
 
 
@@ -109,9 +110,10 @@ class EngineCollector(Collector):
 class HostTierCollector(Collector):
     """The memory below the pool, and the copies to and from it."""
 
-    def __init__(self, host: HostBlocks, copier: HostCopier) -> None:
+    def __init__(self, host: HostBlocks, copier: HostCopier, restores: RestoreStats) -> None:
         self._host = host
         self._copier = copier
+        self._restores = restores
 
     def collect(self) -> Iterator[Metric]:
         stats = self._host.stats
@@ -140,6 +142,7 @@ class HostTierCollector(Collector):
             "Cached blocks that were evicted before they were saved.",
             value=stats.num_lost_blocks,
         )
+        yield self._given()
 
     def _blocks(self) -> Metric:
         tier = self._host.tier
@@ -148,4 +151,19 @@ class HostTierCollector(Collector):
         states = {"free": num_available - num_cached, "cached": num_cached, "moving": num_moving}
         return gauge_by(
             ["state"], "baton_host_kv_blocks", "KV blocks of host memory by state.", states
+        )
+
+    def _given(self) -> Metric:
+        stats = self._restores
+        return counter_by(
+            ["outcome"],
+            "baton_host_kv_given_blocks",
+            "Blocks that another node asked for and only host memory had: restored to be sent "
+            "there, or why not.",
+            {
+                "restored": stats.num_restored,
+                "bad": stats.num_bad,
+                "no_room": stats.num_without_room,
+                "too_slow": stats.num_too_slow,
+            },
         )

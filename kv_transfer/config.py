@@ -78,7 +78,8 @@ class KVTransferConfig:
     fetch_prefixes: bool = option(
         False,
         help="Let prefill nodes fetch a prefix that another node has cached when that is quicker "
-        "than computing it, and give away what is cached here. Set it on all nodes.",
+        "than computing it, and give away what is cached here, in the pool or in host memory. Set "
+        "it on all nodes.",
         group=_TRANSFER,
     )
     max_recomputes: int = option(

@@ -5,6 +5,10 @@ last. A way that was never measured, or not lately, is not known: the only way t
 which `prefix_fetches.py` does then beside computing. A holder that failed is not asked again for a
 while.
 
+What the holder has in host memory alone it must bring into its pool first. It alone knows how much
+that is, and how fast: so it is told what a token may take there for the fetch still to be the
+quicker way (`restore_seconds_per_token`), and gives what it can in that time.
+
 Pure: time is an argument.
 """
 
@@ -22,6 +26,15 @@ REMEMBER_SECONDS = 300.0
 AVOID_SECONDS = 30.0
 MIN_LIMIT_SECONDS = 0.25
 _WEIGHT = 0.3  # of the newest measurement
+
+
+@dataclass(frozen=True, slots=True)
+class Lacking:
+    """Of what a holder has: tokens that no tier of ours has, and that a fetch saves us to compute;
+    and tokens that our pool lacks, which it moves."""
+
+    num_computed_tokens: int
+    num_moved_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,13 +70,26 @@ class FetchEstimate:
         and the same again."""
         return max(MIN_LIMIT_SECONDS, 2 * self.compute_seconds(num_tokens))
 
-    def pays(self, holder: NodeId, num_tokens: int, now: float) -> bool:
-        """`num_tokens`: those that it has and we lack. False for a way that is not known."""
+    def pays(self, holder: NodeId, lacking: Lacking, now: float) -> bool:
+        """False for a way that is not known."""
         way = self._way(holder, now)
-        if num_tokens <= 0 or way is None or self.is_avoided(holder, now):
+        if way is None or self.is_avoided(holder, now):
             return False
-        moving = num_tokens * self._bytes_per_token / way.bytes_per_second
-        return FIXED_SECONDS + moving < self.compute_seconds(num_tokens)
+        return self._spare_seconds(way, lacking) > 0
+
+    def restore_seconds_per_token(self, holder: NodeId, lacking: Lacking, now: float) -> float:
+        """What each token may take until it is in the holder's pool. On a way that is not known it
+        may take the time of computing, for nobody waits."""
+        way = self._way(holder, now)
+        spare = self.compute_seconds(lacking.num_computed_tokens)
+        if way is not None:
+            spare = self._spare_seconds(way, lacking)
+        return max(0.0, spare) / max(1, lacking.num_moved_tokens)
+
+    def _spare_seconds(self, way: _Way, lacking: Lacking) -> float:
+        """By how much moving is sooner than computing."""
+        moving = lacking.num_moved_tokens * self._bytes_per_token / way.bytes_per_second
+        return self.compute_seconds(lacking.num_computed_tokens) - FIXED_SECONDS - moving
 
     def computed(self, num_tokens: int, seconds: float) -> None:
         """So many tokens took the engine so long."""

@@ -4,8 +4,9 @@ Life of a fetch
     1. `fetch`: a prompt's request named a node that has more of it cached. If what it has and we
        lack is fetched sooner than computed (`fetch_estimate.py`), that node is asked. If the way
        from there is not known, it is asked as well, but the prompt does not wait.
-    2. It opens a hand-off to us, and our receiver asks for blocks (`reserve`): for whole blocks of
-       the prompt's beginning and nothing else. What we have already is not sent.
+    2. What it had in host memory alone is in its pool, if that was quick enough. It opens a
+       hand-off to us, and our receiver asks for blocks (`reserve`): for whole blocks of the
+       prompt's beginning and nothing else. What we have already is not sent.
     3. All of it has arrived and is verified: `start` gives the blocks to the prefix cache. The
        prompt is queued now, and finds them like any others.
     4. A refusal, a failure, or more time than computing would take: the prompt is queued as it
@@ -30,6 +31,7 @@ from cluster.errors import Cancelled, NodeUnavailable, Overloaded, ServingError,
 from cluster.proto import node_pb2 as pb
 from cluster.proto import node_pb2_grpc as rpc
 from cluster.request import Handoff
+from prefill_node.fetch_estimate import Lacking
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -53,6 +55,16 @@ class PrefixBlocks:
 
     block_ids: tuple[int, ...]
     num_held_blocks: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    """The first `num_blocks` blocks of a prompt, from there; see `FetchEstimate` for the time."""
+
+    sequence: Sequence
+    num_blocks: int
+    holder: PrefixHolder
+    restore_seconds_per_token: float
 
 
 @dataclass(slots=True)
@@ -117,35 +129,32 @@ class PrefixFetches:
         """Bring what `holder` has of a sequence that is not queued yet, if that pays. Raises
         nothing but `CancelledError`."""
         num_blocks = min(holder.num_tokens, sequence.num_tokens - 1) // sequence.block_size
-        num_lacking = await self._num_lacking(sequence, num_blocks) * sequence.block_size
+        lacking = await self._lacking(sequence, num_blocks)
         self._measure()
-        if num_lacking == 0 or len(self._fetches) >= MAX_FETCHES:
+        if lacking.num_computed_tokens == 0 or len(self._fetches) >= MAX_FETCHES:
             return
-        if self._estimate.pays(holder.node, num_lacking, self._clock()):
-            limit = self._estimate.limit_seconds(num_lacking)
-            await self._try(sequence, num_blocks, holder, limit)
-        elif not self._estimate.is_known(holder.node, self._clock()):
-            self._explore(sequence, num_blocks, holder)
+        now = self._clock()
+        seconds_per_token = self._estimate.restore_seconds_per_token(holder.node, lacking, now)
+        wanted = _Wanted(sequence, num_blocks, holder, seconds_per_token)
+        if self._estimate.pays(holder.node, lacking, now):
+            await self._try(wanted, self._estimate.limit_seconds(lacking.num_computed_tokens))
+        elif not self._estimate.is_known(holder.node, now):
+            self._explore(wanted)
 
-    def _explore(self, sequence: Sequence, num_blocks: int, holder: PrefixHolder) -> None:
+    def _explore(self, wanted: _Wanted) -> None:
         """Learn how fast the way from there is, while the prompt is computed."""
-        node = holder.node
+        node = wanted.holder.node
         if node not in self._exploring and not self._estimate.is_avoided(node, self._clock()):
-            trying = self._try(sequence, num_blocks, holder, EXPLORE_SECONDS)
+            trying = self._try(wanted, EXPLORE_SECONDS)
             task = self._exploring[node] = asyncio.create_task(trying)
             task.add_done_callback(lambda _: self._exploring.pop(node))
 
-    async def _try(
-        self,
-        sequence: Sequence,
-        num_blocks: int,
-        holder: PrefixHolder,
-        limit_seconds: float,
-    ) -> None:
+    async def _try(self, wanted: _Wanted, limit_seconds: float) -> None:
+        holder = wanted.holder
         self.stats.num_fetches += 1
         try:
             async with asyncio.timeout(limit_seconds):
-                fetch = await self._bring(sequence, num_blocks, holder)
+                fetch = await self._bring(wanted)
         except (ServingError, grpc.aio.AioRpcError, TimeoutError) as error:
             logger.warning("a prefix on %s is computed here: %r", holder.node.name, error)
             self.stats.num_failed += 1
@@ -220,13 +229,19 @@ class PrefixFetches:
 
     # ---- steps --------------------------------------------------------------------------------
 
-    async def _num_lacking(self, sequence: Sequence, num_blocks: int) -> int:
-        hashes = sequence.block_hashes[:num_blocks]
-        counting = self._loop.call(lambda: self._block_manager.num_cached(hashes))
-        return num_blocks - await asyncio.wrap_future(counting)
+    async def _lacking(self, sequence: Sequence, num_blocks: int) -> Lacking:
+        hashes, size = sequence.block_hashes[:num_blocks], sequence.block_size
+        manager = self._block_manager
 
-    async def _bring(self, sequence: Sequence, num_blocks: int, holder: PrefixHolder) -> _Fetch:
+        def count() -> Lacking:
+            num_cached, num_in_pool = manager.num_cached(hashes), len(manager.match_prefix(hashes))
+            return Lacking((num_blocks - num_cached) * size, (num_blocks - num_in_pool) * size)
+
+        return await asyncio.wrap_future(self._loop.call(count))
+
+    async def _bring(self, wanted: _Wanted) -> _Fetch:
         """Cached here when it returns. Raises when it does not come."""
+        sequence, num_blocks = wanted.sequence, wanted.num_blocks
         transfer_id = os.urandom(16)
         name = f"prefix-{transfer_id.hex()}"
         done: asyncio.Future[int] = asyncio.get_running_loop().create_future()
@@ -243,9 +258,11 @@ class PrefixFetches:
             gateway_id=self._node_id.name,
         )
         try:
-            await self._stub(holder.address).FetchPrefix(
+            await self._stub(wanted.holder.address).FetchPrefix(
                 pb.FetchPrefixRequest(
-                    sequence=encode_sequence(asked), handoff=encode_handoff(handoff)
+                    sequence=encode_sequence(asked),
+                    handoff=encode_handoff(handoff),
+                    restore_seconds_per_token=wanted.restore_seconds_per_token,
                 )
             )
             await done

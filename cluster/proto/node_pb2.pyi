@@ -279,12 +279,14 @@ class PrefixHolder(_message.Message):
     def __init__(self, name: _Optional[str] = ..., incarnation: _Optional[int] = ..., address: _Optional[str] = ..., num_tokens: _Optional[int] = ...) -> None: ...
 
 class FetchPrefixRequest(_message.Message):
-    __slots__ = ("sequence", "handoff")
+    __slots__ = ("sequence", "handoff", "restore_seconds_per_token")
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     HANDOFF_FIELD_NUMBER: _ClassVar[int]
+    RESTORE_SECONDS_PER_TOKEN_FIELD_NUMBER: _ClassVar[int]
     sequence: Sequence
     handoff: Handoff
-    def __init__(self, sequence: _Optional[_Union[Sequence, _Mapping]] = ..., handoff: _Optional[_Union[Handoff, _Mapping]] = ...) -> None: ...
+    restore_seconds_per_token: float
+    def __init__(self, sequence: _Optional[_Union[Sequence, _Mapping]] = ..., handoff: _Optional[_Union[Handoff, _Mapping]] = ..., restore_seconds_per_token: _Optional[float] = ...) -> None: ...
 
 class FetchPrefixReply(_message.Message):
     __slots__ = ("num_tokens",)

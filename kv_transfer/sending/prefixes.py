@@ -1,7 +1,8 @@
 """Cached prefixes for other nodes: what a prefill node may fetch instead of computing it.
 
 Life of a prefix that is given away
-    1. `send`: another node asks, with the tokens and where to. What of them is cached here is held.
+    1. `send`: another node asks, with the tokens and where to. What of them is cached here is held;
+       who holds it may bring some out of host memory first, as long as who asks can wait for it.
     2. It goes over a hand-off like any other, under the same rules: ticket, digests, lease, drain.
        All of its blocks are computed, and there is no first token: the commit carries 0.
     3. `on_sources_free`: nothing reads the blocks any more; the hold is released.
@@ -34,7 +35,8 @@ class HeldPrefix:
     release: Callable[[], object]
 
 
-HoldPrefix = Callable[["SequenceRequest"], Awaitable[HeldPrefix]]
+# Of a prompt, with the seconds that each token may take that is not in the pool yet.
+HoldPrefix = Callable[["SequenceRequest", float], Awaitable[HeldPrefix]]
 
 
 class PrefixSender:
@@ -57,16 +59,18 @@ class PrefixSender:
 
     @property
     def num_given_away(self) -> int:
-        """Prefixes whose blocks are held."""
-        return len(self._held)
+        """Prefixes whose blocks are held, or about to be."""
+        return len(self._held) + self._num_asked
 
-    async def send(self, prefix: SequenceRequest, handoff: Handoff) -> int:
+    async def send(
+        self, prefix: SequenceRequest, handoff: Handoff, restore_seconds_per_token: float
+    ) -> int:
         """See `PrefixSource`."""
-        if len(self._held) + self._num_asked >= MAX_GIVEN_AWAY:
+        if self.num_given_away >= MAX_GIVEN_AWAY:
             raise Overloaded("This node gives as many prefixes away as it may.")
         self._num_asked += 1
         try:
-            held = await self._hold(prefix)
+            held = await self._hold(prefix, restore_seconds_per_token)
         finally:
             self._num_asked -= 1
         num_tokens = len(held.block_ids) * self._block_size

@@ -136,8 +136,11 @@ class ServedNode:
         await self.session.write(pb.GatewayFrame(submit=submit))
 
     async def check_nothing_held(self) -> None:
-        """Wait for the last send to end; then no block may have an owner."""
+        """Wait for the last send to end, and for copies to and from host memory; then no block may
+        have an owner."""
         await until(self.is_idle)
+        host = self.node.engine.block_manager.host
+        await until(lambda: host is None or host.is_settled)
         await check_all_free(self.node.loop, self.node.engine.block_manager)
         self.agent.staging.check_integrity()
         assert self.agent.staging.num_free == self.agent.staging.num_slots

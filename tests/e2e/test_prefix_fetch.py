@@ -34,7 +34,12 @@ GREEDY = SamplingParams(max_tokens=NUM_TOKENS, seed=0, temperature=0.0, ignore_e
 @pytest.fixture(autouse=True)
 def always_pays(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small models are computed sooner than anything is fetched."""
-    monkeypatch.setattr(FetchEstimate, "pays", lambda self, holder, num_tokens, now: num_tokens > 0)
+    monkeypatch.setattr(
+        FetchEstimate, "pays", lambda self, holder, lacking, now: lacking.num_computed_tokens > 0
+    )
+    monkeypatch.setattr(
+        FetchEstimate, "restore_seconds_per_token", lambda self, holder, lacking, now: 1.0
+    )
 
 
 def prompt_of(salt: bytes) -> SequenceRequest:

@@ -2,11 +2,13 @@
 
 As in `test_block_manager_machine.py`, the model keeps what each block really contains, and each
 slot of host memory too. Copies start and end when they like, fail, or bring other bytes than were
-written; what they read or write belongs to them until they end.
+written; what they read or write belongs to them until they end. Other nodes ask for prefixes, get
+what is there, and let go of it, or go away before.
 """
 
 from __future__ import annotations
 
+from concurrent.futures import Future
 from typing import TYPE_CHECKING
 
 from hypothesis import settings
@@ -15,14 +17,21 @@ from hypothesis.stateful import initialize, invariant, precondition, rule
 
 from engine.block_manager import BlockManager
 from engine.host_blocks import CopyKind
-from tests.engine.test_block_manager_machine import Blocks, prompts
+from engine.restores import Restores, Wish
+from tests.engine.test_block_manager_machine import Blocks, prompts, tokens
 from tests.sequences import BLOCK_SIZE, make_sequence
 
 if TYPE_CHECKING:
     from engine.host_blocks import BlockCopy, HostBlocks
+    from engine.reservation import Hold
     from engine.sequence import Sequence
 
 GARBAGE = (-1,) * 5 * BLOCK_SIZE
+
+
+class IdleBus:
+    def load_seconds(self, num_blocks: int) -> float:
+        return 0.0
 
 
 class TieredBlocks(Blocks):
@@ -30,6 +39,8 @@ class TieredBlocks(Blocks):
     def start(self, num_blocks: int, num_host_blocks: int) -> None:
         super().start(num_blocks, caching=True)
         self.manager = BlockManager(num_blocks, BLOCK_SIZE, num_host_blocks=num_host_blocks)
+        self.restores = Restores(self.manager, IdleBus())
+        self.wishes: list[tuple[Sequence, Future[Hold]]] = []
         self.slots: dict[int, tuple[int, ...]] = {}
         self.copies: dict[BlockCopy, list[tuple[int, ...]]] = {}  # with what they found
 
@@ -66,6 +77,50 @@ class TieredBlocks(Blocks):
         idle = [sequence for sequence in self.alive if not sequence.block_table]
         if idle:
             self.allocate(idle[index % len(idle)], 1, 0)
+
+    # ---- other nodes --------------------------------------------------------------------
+
+    @precondition(lambda self: self.alive)
+    @rule(index=st.integers(0, 400))
+    def ask(self, index: int) -> None:
+        """For what one of the sequences here begins with."""
+        sequence = make_sequence(self.alive[index % len(self.alive)].prompt_token_ids)
+        self.reserved.append(sequence)
+        answer: Future[Hold] = Future()
+        self.wishes.append((sequence, answer))
+        self.restores.begin(Wish(sequence.block_hashes, "peer", 1.0, answer))
+
+    @precondition(lambda self: self.copies)
+    @rule()
+    def spoil_a_load(self) -> None:
+        for copy in [copy for copy in self.copies if copy.kind is CopyKind.LOAD]:
+            self.finish(copy, "spoiled", len(copy.entries) - 1)
+
+    @rule(prompt=st.lists(tokens, min_size=2 * BLOCK_SIZE + 1, max_size=5 * BLOCK_SIZE))
+    def ask_host_memory(self, prompt: list[int]) -> None:
+        """For a prompt that was served, saved and evicted: chance alone hardly ever does that."""
+        self.serve(prompt, "preempted")  # all of it is saved
+        self.settle()
+        filler = make_sequence([2] * self.manager.num_free_blocks * BLOCK_SIZE)
+        if filler.num_tokens and self.manager.allocate(filler, filler.num_tokens):
+            self.manager.free(filler)
+        self.ask(len(self.alive) - 1)
+        self.take_copies()
+
+    @precondition(lambda self: self.wishes)
+    @rule(index=st.integers(0, 100))
+    def let_go(self, index: int) -> None:
+        """Of what it got, or before it got anything."""
+        _, answer = self.wishes.pop(index % len(self.wishes))
+        if not answer.cancel():
+            answer.result(0).release()
+
+    @invariant()
+    def what_others_hold_is_what_they_asked_for(self) -> None:
+        for sequence, answer in self.wishes:
+            if answer.done():
+                block_ids = answer.result(0).block_ids
+                self.check_contents(block_ids, sequence, len(block_ids) * BLOCK_SIZE)
 
     # ---- copies -------------------------------------------------------------------------
 
@@ -142,6 +197,11 @@ class TieredBlocks(Blocks):
         if not hasattr(self, "slots"):
             return
         self.settle()
+        while self.copies or self.host.num_copies:
+            self.settle()
+        while self.wishes:
+            assert self.wishes[0][1].done(), "nobody waits for ever"
+            self.let_go(0)
         super().teardown()
         tier = self.host.tier
         assert tier.num_moving == 0
@@ -149,4 +209,4 @@ class TieredBlocks(Blocks):
 
 
 TestTieredBlocks = TieredBlocks.TestCase
-TestTieredBlocks.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestTieredBlocks.settings = settings(max_examples=120, stateful_step_count=40, deadline=None)

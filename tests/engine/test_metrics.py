@@ -14,6 +14,7 @@ from engine.host_blocks import CopyKind
 from engine.host_copier import CopyStats
 from engine.loop_parts import LoopStats
 from engine.metrics import EngineCollector, HostTierCollector
+from engine.restores import RestoreStats
 from engine.schedule import ScheduledChunk, ScheduleDecision
 from kv_transfer.metrics import TransferCollector
 from kv_transfer.stats import TransferStats
@@ -50,7 +51,7 @@ def test_host_memory_is_counted_by_state_and_hits_by_tier() -> None:
     manager.free(sequence)
     (copy,) = host.take_copies()
     copier = SimpleNamespace(stats={CopyKind.SAVE: CopyStats(512, 0.5)})
-    registry = values(HostTierCollector(host, cast("Any", copier)))
+    registry = values(HostTierCollector(host, cast("Any", copier), RestoreStats(num_restored=3)))
     labels = ({"state": state} for state in ("free", "cached", "moving"))
     assert [registry.get_sample_value("baton_host_kv_blocks", each) for each in labels] == [7, 0, 1]
     host.end(copy, [1])
@@ -59,6 +60,8 @@ def test_host_memory_is_counted_by_state_and_hits_by_tier() -> None:
     saved = {"direction": "save"}
     assert registry.get_sample_value("baton_host_kv_bytes_total", saved) == 512
     assert registry.get_sample_value("baton_host_kv_seconds_total", saved) == 0.5
+    restored = {"outcome": "restored"}
+    assert registry.get_sample_value("baton_host_kv_given_blocks_total", restored) == 3
     host.stats.num_hit_tokens = 48
     registry = values(EngineCollector(NodeLoad, LoopStats(num_cached_tokens=64), host=host))
     hits = "baton_prefix_hit_tokens_total"

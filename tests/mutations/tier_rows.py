@@ -7,6 +7,8 @@ from tests.mutations.row import Mutation, Row
 TESTS = "tests/engine/test_host_blocks.py::test_"
 BLOCKS = "engine/host_blocks.py"
 TIER = "engine/host_tier.py"
+RESTORES = "engine/restores.py"
+RESTORE_TESTS = "tests/engine/test_restores.py::test_"
 
 TIER_ROWS = (
     Row(
@@ -48,6 +50,18 @@ TIER_ROWS = (
                 "if entry.is_dropped or entry.digest != digest:",
                 "if entry.digest != digest:",
                 TESTS + "a_load_of_what_is_forgotten_meanwhile_is_not_believed",
+            ),
+            Mutation(
+                RESTORES,
+                "num_blocks = reservation.num_held_blocks + num_good",
+                "num_blocks = len(reservation.block_ids)",
+                RESTORE_TESTS + "from_the_first_block_that_has_changed_on_nothing_is_given",
+            ),
+            Mutation(
+                RESTORES,
+                "        if not reservation.is_cacheable:",
+                "        if num_blocks < 0:",
+                RESTORE_TESTS + "what_was_forgotten_meanwhile_is_not_given_nor_cached",
             ),
             Mutation(
                 TIER,

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import pytest
+
 from cluster.node import Incarnation, NodeId, NodeName
 from prefill_node.fetch_estimate import (
     AVOID_SECONDS,
+    FIXED_SECONDS,
     MIN_LIMIT_SECONDS,
     REMEMBER_SECONDS,
     FetchEstimate,
+    Lacking,
 )
 
 HOLDER = NodeId(NodeName("d0"), Incarnation(1))
@@ -23,24 +27,29 @@ def measured(tokens_per_second: float, bytes_per_second: float) -> FetchEstimate
     return estimate
 
 
+def lacking(num_tokens: int) -> Lacking:
+    """On all of our tiers."""
+    return Lacking(num_tokens, num_tokens)
+
+
 def test_it_pays_where_the_link_is_faster_than_the_engine() -> None:
     estimate = measured(tokens_per_second=1000, bytes_per_second=100_000_000)
-    assert estimate.pays(HOLDER, 1000, now=0.0)
+    assert estimate.pays(HOLDER, lacking(1000), now=0.0)
 
 
 def test_it_does_not_pay_over_a_slow_link_nor_for_a_few_tokens() -> None:
-    assert not measured(1000, 500_000).pays(HOLDER, 1000, now=0.0)
-    assert not measured(1000, 100_000_000).pays(HOLDER, 2, now=0.0)
-    assert not measured(1000, 100_000_000).pays(HOLDER, 0, now=0.0)
+    assert not measured(1000, 500_000).pays(HOLDER, lacking(1000), now=0.0)
+    assert not measured(1000, 100_000_000).pays(HOLDER, lacking(2), now=0.0)
+    assert not measured(1000, 100_000_000).pays(HOLDER, lacking(0), now=0.0)
 
 
 def test_a_holder_that_failed_is_avoided_for_a_while_and_others_are_not() -> None:
     estimate = measured(1000, 100_000_000)
     estimate.failed(HOLDER, now=5.0)
-    assert not estimate.pays(HOLDER, 1000, now=5.0 + AVOID_SECONDS - 0.1)
+    assert not estimate.pays(HOLDER, lacking(1000), now=5.0 + AVOID_SECONDS - 0.1)
     assert estimate.is_avoided(HOLDER, now=5.0)
     assert not estimate.is_avoided(OTHER, now=5.0)
-    assert estimate.pays(HOLDER, 1000, now=5.0 + AVOID_SECONDS)
+    assert estimate.pays(HOLDER, lacking(1000), now=5.0 + AVOID_SECONDS)
 
 
 def test_later_measurements_weigh_more_than_early_ones() -> None:
@@ -62,7 +71,29 @@ def test_a_fetch_is_given_up_when_computing_would_have_been_done_twice() -> None
 def test_a_way_that_was_not_measured_lately_is_not_known() -> None:
     estimate = measured(1000, 100_000_000)
     assert estimate.is_known(HOLDER, now=REMEMBER_SECONDS - 1)
-    assert estimate.pays(HOLDER, 1000, now=REMEMBER_SECONDS - 1)
+    assert estimate.pays(HOLDER, lacking(1000), now=REMEMBER_SECONDS - 1)
     assert not estimate.is_known(HOLDER, now=REMEMBER_SECONDS)
-    assert not estimate.pays(HOLDER, 1000, now=REMEMBER_SECONDS)
-    assert not estimate.pays(OTHER, 1000, now=0.0), "each holder has its own"
+    assert not estimate.pays(HOLDER, lacking(1000), now=REMEMBER_SECONDS)
+    assert not estimate.pays(OTHER, lacking(1000), now=0.0), "each holder has its own"
+
+
+def test_what_we_have_in_host_memory_is_moved_again_and_saves_nothing() -> None:
+    estimate = measured(tokens_per_second=1000, bytes_per_second=10_000_000)
+    assert estimate.pays(HOLDER, Lacking(500, 1000), now=0.0)
+    assert not estimate.pays(HOLDER, Lacking(100, 1000), now=0.0)
+    assert not estimate.pays(HOLDER, Lacking(0, 1000), now=0.0)
+
+
+def test_the_holder_may_restore_for_as_long_as_computing_is_slower_than_moving() -> None:
+    estimate = measured(tokens_per_second=1000, bytes_per_second=2_000_000)
+    seconds = estimate.restore_seconds_per_token(HOLDER, lacking(1000), now=0.0)
+    assert seconds == pytest.approx((1.0 - 0.5 - FIXED_SECONDS) / 1000)
+    slow = measured(tokens_per_second=1000, bytes_per_second=500_000)
+    assert slow.restore_seconds_per_token(HOLDER, lacking(1000), now=0.0) == 0.0
+    partly = estimate.restore_seconds_per_token(HOLDER, Lacking(800, 1000), now=0.0)
+    assert partly == pytest.approx((0.8 - 0.5 - FIXED_SECONDS) / 1000)
+
+
+def test_on_a_way_that_is_not_known_the_holder_may_take_the_time_of_computing() -> None:
+    estimate = measured(tokens_per_second=1000, bytes_per_second=2_000_000)
+    assert estimate.restore_seconds_per_token(OTHER, lacking(100), now=0.0) == pytest.approx(1e-3)

@@ -53,8 +53,10 @@ class Receiver:
 class Bench:
     """Fetches of a node whose peers are functions of the test."""
 
-    def __init__(self, num_blocks: int = 12, *, is_known: bool = True) -> None:
-        self.manager = BlockManager(num_blocks, BLOCK_SIZE)
+    def __init__(
+        self, num_blocks: int = 12, *, is_known: bool = True, num_host_blocks: int = 0
+    ) -> None:
+        self.manager = BlockManager(num_blocks, BLOCK_SIZE, num_host_blocks=num_host_blocks)
         self.receiver = Receiver()
         self.estimate = estimate = FetchEstimate(1.0)
         estimate.computed(1, 1.0)
@@ -62,13 +64,14 @@ class Bench:
             estimate.fetched(HOLDER, 1000, 0.1, monotonic())
         self.fetches = PrefixFetches(US, self.manager, estimate, lambda address: None)
         self.fetches.bind(cast("Any", InlineLoop()), cast("Any", self.receiver), lambda: "here:1")
-        self.asked: list[SequenceRequest] = []
+        self.restore_seconds: list[float] = []
 
     async def fetch(self, answer: Callable[[SequenceRequest], Any]) -> None:
         """`answer` does what the holder does."""
 
         class Stub:
             async def FetchPrefix(stub, request: Any) -> None:
+                self.restore_seconds.append(request.restore_seconds_per_token)
                 await answer(decode_sequence(request.sequence))
 
         self.fetches._stub = lambda address: cast("Any", Stub())  # type: ignore[method-assign]
@@ -88,6 +91,7 @@ def test_what_arrives_is_found_by_the_prompt_that_waits_for_it() -> None:
 
     asyncio.run(bench.fetch(give))
     assert bench.fetches.stats.num_tokens == 4 * BLOCK_SIZE
+    assert 0 < bench.restore_seconds[0] < 1, "of each token, which takes a second to compute"
     assert bench.manager.allocate(bench.sequence, len(PROMPT))
     assert bench.sequence.num_computed_tokens == 4 * BLOCK_SIZE
     assert bench.receiver.cancelled == []

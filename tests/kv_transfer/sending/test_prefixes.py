@@ -63,13 +63,15 @@ class Bench:
     def __init__(self, num_cached: int = 3) -> None:
         self.num_cached = num_cached
         self.num_held = 0
+        self.seconds: list[float] = []
         self.others = Others()
         self.sender = Sender()
         self.prefixes = PrefixSender(self.hold, BLOCK_SIZE, self.others)
         self.prefixes.bind(cast("Any", self.sender))
 
-    async def hold(self, prefix: SequenceRequest) -> HeldPrefix:
+    async def hold(self, prefix: SequenceRequest, seconds_per_token: float) -> HeldPrefix:
         self.num_held += 1
+        self.seconds.append(seconds_per_token)
         return HeldPrefix(tuple(range(self.num_cached)), self.release)
 
     def release(self) -> None:
@@ -87,11 +89,12 @@ def asked(num_blocks: int = 5) -> tuple[SequenceRequest, Handoff]:
 def test_what_is_cached_is_sent_whole_and_held_until_nothing_reads_it() -> None:
     bench = Bench()
     prefix, handoff = asked()
-    assert asyncio.run(bench.prefixes.send(prefix, handoff)) == 3 * BLOCK_SIZE
+    assert asyncio.run(bench.prefixes.send(prefix, handoff, 0.5)) == 3 * BLOCK_SIZE
     name = prefix.sequence_id
     assert bench.sender.opened[name].prompt_token_ids == prefix.prompt_token_ids[: 3 * BLOCK_SIZE]
     assert bench.sender.computed[name] == (3 * BLOCK_SIZE, (0, 1, 2))
     assert bench.sender.committed == [name]
+    assert bench.seconds == [0.5], "what it may take to bring them out of host memory"
     bench.prefixes.on_failed(name, TransferFailed("It broke."))
     assert bench.num_held == 1, "a send may still read them"
     bench.prefixes.on_sources_free(name)
@@ -102,7 +105,7 @@ def test_what_is_cached_is_sent_whole_and_held_until_nothing_reads_it() -> None:
 def test_nothing_is_opened_for_what_is_not_cached() -> None:
     bench = Bench(num_cached=0)
     with pytest.raises(NodeUnavailable, match="cached"):
-        asyncio.run(bench.prefixes.send(*asked()))
+        asyncio.run(bench.prefixes.send(*asked(), 0.5))
     assert bench.num_held == 0
     assert not bench.sender.opened
 
@@ -110,18 +113,18 @@ def test_nothing_is_opened_for_what_is_not_cached() -> None:
 def test_the_same_prefix_is_not_sent_twice_at_once() -> None:
     bench = Bench()
     prefix, handoff = asked()
-    asyncio.run(bench.prefixes.send(prefix, handoff))
+    asyncio.run(bench.prefixes.send(prefix, handoff, 0.5))
     with pytest.raises(NodeUnavailable):
-        asyncio.run(bench.prefixes.send(prefix, handoff))
+        asyncio.run(bench.prefixes.send(prefix, handoff, 0.5))
     assert bench.num_held == 1
 
 
 def test_no_more_are_given_away_at_once_than_is_allowed() -> None:
     bench = Bench()
     for _ in range(MAX_GIVEN_AWAY):
-        asyncio.run(bench.prefixes.send(*asked()))
+        asyncio.run(bench.prefixes.send(*asked(), 0.5))
     with pytest.raises(Overloaded):
-        asyncio.run(bench.prefixes.send(*asked()))
+        asyncio.run(bench.prefixes.send(*asked(), 0.5))
     assert bench.num_held == MAX_GIVEN_AWAY
 
 
