@@ -7,12 +7,14 @@ taken from a path; nothing here takes an address, a file or a command.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from typing import TYPE_CHECKING, Any, Literal
 
 from fastapi import APIRouter, FastAPI, Request
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from cluster.codec import decode_load
 from cluster.errors import ConfigError, RouteNotFound, ServingError
 from cluster.membership import Event, StateObserved
 from cluster.node import NodeState
@@ -31,11 +33,13 @@ if TYPE_CHECKING:
 
     from starlette.types import ASGIApp
 
+    from cluster.node import NodeLoad
     from gateway.gateway import Gateway
     from gateway.nodes import NodeEntry
 
 logger = logging.getLogger(__name__)
 PREFIX = "/admin/v1"
+LOAD_SECONDS = 0.5  # for a node to say what it has, before its last heartbeat must do
 Json = dict[str, Any]
 
 
@@ -76,8 +80,11 @@ def _views(gateway: Gateway) -> APIRouter:
 
     @router.get("/nodes", summary="Nodes, their state and load")
     async def nodes() -> Json:
+        entries = list(gateway.nodes)
+        loads = await asyncio.gather(*(_load_now(entry) for entry in entries))
         now = gateway.clock()
-        return {"nodes": [node_view(entry, now) for entry in gateway.nodes]}
+        shown = zip(entries, loads, strict=True)
+        return {"nodes": [node_view(entry, load, now) for entry, load in shown]}
 
     @router.get("/requests", summary="Requests in flight, and where they were placed")
     async def requests() -> Json:
@@ -191,6 +198,16 @@ def _policy_view(gateway: Gateway) -> Json:
         "stream_interval": policy.stream_interval,
         "stream_recovery": policy.stream_recovery,
     }
+
+
+async def _load_now(entry: NodeEntry) -> NodeLoad:
+    """As the node says: its last heartbeat is up to a second old, and was read half a second later.
+    That of a node that does not answer at once."""
+    if entry.client.is_connected:
+        with contextlib.suppress(ServingError, TimeoutError):
+            async with asyncio.timeout(LOAD_SECONDS):
+                return decode_load((await entry.client.inspect()).load)
+    return entry.info.load
 
 
 async def _inspect(entry: NodeEntry) -> pb.InspectReply | None:

@@ -10,6 +10,7 @@ from gateway.sequence_machine import SequenceState
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from cluster.node import NodeLoad
     from cluster.proto import node_pb2 as pb
     from gateway.active import ActiveSequence
     from gateway.nodes import NodeEntry
@@ -25,7 +26,8 @@ _STATES = {
 }
 
 
-def node_view(entry: NodeEntry, now: float) -> Json:
+def node_view(entry: NodeEntry, load: NodeLoad, now: float) -> Json:
+    """`load`: as it is now, or as new as it is known."""
     info = entry.info
     return {
         "name": info.id.name,
@@ -41,7 +43,7 @@ def node_view(entry: NodeEntry, now: float) -> Json:
         "metrics_address": info.metrics_address,
         "is_connected": entry.client.is_connected,
         "age_seconds": entry.client.silent_for(now),
-        "load": asdict(info.load),
+        "load": asdict(load),
         "placed_here": {
             "num_sequences": entry.tally.num_sequences,
             "queued_tokens": entry.tally.queued_tokens,

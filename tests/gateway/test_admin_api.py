@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import httpx
@@ -34,6 +36,26 @@ def test_nodes_are_shown_with_state_and_load(admin: httpx.Client) -> None:
     assert node["transports"] == ["loopback"]
     assert node["load"]["num_free_blocks"] == node["load"]["num_blocks"] == 100_000
     assert node["load"]["num_transfers"] == 0
+
+
+def test_a_nodes_load_is_what_it_says_now_and_not_its_last_heartbeat(
+    gateway: RunningGateway, admin: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cached() -> int:
+        nodes = {node["name"]: node for node in admin.get("/nodes").json()["nodes"]}
+        num_blocks: int = nodes["prefill-0"]["load"]["num_cached_blocks"]
+        return num_blocks
+
+    node = gateway.prefill
+    load = replace(node.info.load, num_cached_blocks=7)
+    monkeypatch.setattr(node, "info", replace(node.info, load=load))
+    assert cached() == 7
+
+    async def never() -> None:
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(node, "inspect", never)
+    assert cached() == 0, "of a node that says nothing the last heartbeat counts"
 
 
 def test_requests_are_shown_and_can_be_cancelled(
