@@ -78,9 +78,15 @@ class SlotArrival(_InSlot):
 
 class ReadArrival:
     def __init__(
-        self, agent: TransferAgent, reader: SlotReader, name: SlotName, place: FramePlace
+        self,
+        agent: TransferAgent,
+        reader: SlotReader,
+        name: SlotName,
+        place: FramePlace,
+        digest: DigestKind,
     ) -> None:
-        self._agent, self._reader, self._name, self._place = agent, reader, name, place
+        self._agent, self._reader, self._name = agent, reader, name
+        self._place, self._digest = place, digest
 
     @property
     def is_ours(self) -> bool:
@@ -90,7 +96,8 @@ class ReadArrival:
         return None
 
     def place(self) -> asyncio.Future[bool]:
-        return self._agent.pool.begin_scatter(self._reader.slot(self._name), self._place)
+        slot = self._reader.slot(self._name)
+        return self._agent.pool.begin_scatter(slot, self._place, digest=self._digest)
 
     def finish(self) -> None:
         self._reader.done(self._name)

@@ -168,9 +168,9 @@ class ReceiverSession:
             self._drop(fate, header, endpoint, reader)
             return
         seal = PlaceSeal(fate.digest_seed, header.layer_start, header.num_layers, header.positions)
-        place = FramePlace(seal, fate.block_ids)
+        place, kind = FramePlace(seal, fate.block_ids), self.digest_kind
         if header.slot is not None:
-            self._land(header, ReadArrival(self._agent, reader, header.slot, place))
+            self._land(header, ReadArrival(self._agent, reader, header.slot, place, kind))
             return
         try:
             slot = await self._agent.staging.acquire(self.id)
@@ -180,7 +180,6 @@ class ReceiverSession:
         if self._pieces is not None:
             self._land(header, PiecesArrival(self._agent, self._pieces, slot, header, place))
         else:
-            kind = self.digest_kind
             self._land(header, SlotArrival(self._agent, endpoint, slot, header, place, kind))
 
     def _drop(

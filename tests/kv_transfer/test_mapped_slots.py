@@ -1,0 +1,233 @@
+"""Payloads that the receiver reads from the sender's slots. Here both are in one process, which
+"maps" them by sharing the tensor; the GPU tests map them for real."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+from kv_transfer.mapped_slots import map_slots
+from kv_transfer.protocol import SLOT_READ_BYTES, SlotName, pack_slot_read
+from kv_transfer.transports.loopback import LoopbackEndpoint, LoopbackNetwork, LoopbackTransport
+from tests.kv_transfer.catalogue_worlds import TABLE, Gate
+from tests.kv_twins import (
+    NUM_BLOCKS,
+    DecodeSide,
+    PrefillSide,
+    decode_side,
+    make_request,
+    prefill_side,
+    until,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable, Callable
+
+    from cluster.request import SequenceRequest
+
+    Scenario = Callable[["World"], Awaitable[None]]
+
+
+class World:
+    def __init__(self, prefill: PrefillSide, decode: DecodeSide) -> None:
+        self.prefill, self.decode = prefill, decode
+        self.messages: list[int] = []  # their bytes, of both directions
+        self.staging = prefill.sender.agent.staging
+
+    def hand_off(self, *, commits: bool = True) -> SequenceRequest:
+        request = make_request(32)
+        self.prefill.hand_off(self.decode, request)
+        self.prefill.compute(request, TABLE)
+        if commits:
+            self.prefill.sender.commit(request.sequence_id, 7)
+        return request
+
+    async def ended(self, request: SequenceRequest) -> list[str]:
+        await until(lambda: "free" in self.prefill.owner.of(request.sequence_id))
+        return self.prefill.owner.of(request.sequence_id)
+
+
+@asynccontextmanager
+async def world(monkeypatch: pytest.MonkeyPatch, **options: Any) -> AsyncIterator[World]:
+    network = LoopbackNetwork()
+    async with (
+        decode_side(LoopbackTransport(network), **options) as decode,
+        prefill_side(LoopbackTransport(network), **options) as prefill,
+    ):
+        here = World(prefill, decode)
+        slots = tuple(here.staging._memory)
+        here.staging._description = b"the slots of this process"
+        agent = decode.receiver.agent
+        monkeypatch.setattr(agent, "map_slots", lambda said: slots if said else ())
+        name = property(lambda _: "cuda_ipc")
+        monkeypatch.setattr(LoopbackEndpoint, "transport_name", name)
+        send = LoopbackEndpoint.send
+
+        def counted(endpoint: LoopbackEndpoint, buffer: torch.Tensor, tag: int) -> Any:
+            here.messages.append(buffer.numel())
+            return send(endpoint, buffer, tag)
+
+        monkeypatch.setattr(LoopbackEndpoint, "send", counted)
+        yield here
+
+
+def run(monkeypatch: pytest.MonkeyPatch, scenario: Scenario, **options: Any) -> None:
+    async def main() -> None:
+        async with world(monkeypatch, **options) as here:
+            await scenario(here)
+
+    asyncio.run(main())
+
+
+def test_blocks_arrive_and_no_payload_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario(here: World) -> None:
+        for _ in range(3):
+            request = here.hand_off()
+            assert await here.ended(request) == ["committed", "free"]
+            taken = list(here.decode.source.owned[request.sequence_id])
+            assert torch.equal(here.decode.pool[:, taken], here.prefill.pool[:, TABLE])
+            here.decode.source.free.extend(here.decode.source.owned.pop(request.sequence_id))
+        assert max(here.messages) < 256, "headers, commits, and what was read"
+        assert here.staging.num_free == here.staging.num_slots
+        receiver_slots = here.decode.receiver.agent.staging
+        assert receiver_slots.num_free == receiver_slots.num_slots
+
+    run(monkeypatch, scenario)
+
+
+def test_more_frames_than_slots_follow_as_slots_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario(here: World) -> None:
+        request = here.hand_off()
+        assert await here.ended(request) == ["committed", "free"]
+        assert here.prefill.sender.agent.stats.frames == 3 * 8
+
+    run(monkeypatch, scenario, unit_bytes=4096)
+
+
+def test_a_slot_is_not_free_before_it_was_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario(here: World) -> None:
+        pool, gate = here.decode.receiver.agent.pool, Gate()
+        monkeypatch.setattr(pool, "begin_scatter", gate.around(pool.begin_scatter))
+        request = here.hand_off()
+        await until(lambda: bool(gate.begun))
+        assert here.staging.num_free == here.staging.num_slots - 1
+        assert here.prefill.owner.of(request.sequence_id) == []
+        gate.opened.set()
+        assert await here.ended(request) == ["committed", "free"]
+        await until(lambda: here.staging.num_free == here.staging.num_slots)
+
+    run(monkeypatch, scenario)
+
+
+@pytest.mark.parametrize("byte", [5, 3 * 8 * 64 + 3], ids=["of the units", "of their digests"])
+def test_what_changed_in_a_slot_is_refused_on_both_ends(
+    byte: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario(here: World) -> None:
+        send = LoopbackEndpoint.send
+
+        def spoil(endpoint: LoopbackEndpoint, buffer: torch.Tensor, tag: int) -> Any:
+            here.staging._memory[:, byte] ^= 4
+            return send(endpoint, buffer, tag)
+
+        monkeypatch.setattr(LoopbackEndpoint, "send", spoil)
+        request = here.hand_off(commits=False)
+        assert await here.ended(request) == ["failed", "free"]
+        assert here.prefill.owner.errors[request.sequence_id].reason == "digest_mismatch"
+        assert here.decode.source.errors[request.sequence_id].reason == "digest_mismatch"
+        await until(lambda: len(here.decode.source.free) == NUM_BLOCKS)
+
+    run(monkeypatch, scenario)
+
+
+def test_a_frame_that_nobody_wants_gives_its_slot_back_unread(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def scenario(here: World) -> None:
+        receiver, request = here.decode.receiver, make_request(32)
+        here.prefill.hand_off(here.decode, request)
+        await until(lambda: here.decode.source.of(request.sequence_id) == ["reserved"])
+        before = here.decode.pool.clone()
+        heard = here.prefill.sender.received
+        monkeypatch.setattr(here.prefill.sender, "received", lambda *_: None)
+        receiver.cancel(request.sequence_id)  # the sender does not hear of it yet
+        await until(lambda: "withdrawn" in here.decode.source.of(request.sequence_id))
+        monkeypatch.setattr(here.prefill.sender, "received", heard)
+        here.prefill.compute(request, TABLE)
+        await until(lambda: sum(receiver.agent.stats.frames_dropped.values()) == 1)
+        await until(lambda: here.staging.num_free == here.staging.num_slots)
+        assert torch.equal(here.decode.pool, before)
+        here.prefill.sender.abort(request.sequence_id)
+        assert "free" in await here.ended(request)
+
+    run(monkeypatch, scenario)
+
+
+def test_sources_and_slots_are_free_when_the_link_ends_during_a_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def scenario(here: World) -> None:
+        pool, gate = here.decode.receiver.agent.pool, Gate()
+        monkeypatch.setattr(pool, "begin_scatter", gate.around(pool.begin_scatter))
+        request = here.hand_off()
+        await until(lambda: bool(gate.begun))
+        [peer] = here.prefill.sender._peers.values()
+        peer.cut()
+        assert await here.ended(request) == ["failed", "free"]
+        assert here.staging.num_free == here.staging.num_slots
+        assert len(here.decode.source.free) < NUM_BLOCKS, "they are still written"
+        gate.opened.set()
+        await until(lambda: len(here.decode.source.free) == NUM_BLOCKS)
+
+    run(monkeypatch, scenario)
+
+
+def test_a_header_that_names_no_slot_of_ours_cuts_the_link(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def scenario(here: World) -> None:
+        monkeypatch.setattr(
+            "kv_transfer.sending.payloads.ReadPayload.read_from", SlotName(4, 0)
+        )  # of four slots
+        request = here.hand_off()
+        assert await here.ended(request) == ["failed", "free"]
+        await until(lambda: len(here.decode.source.free) == NUM_BLOCKS)
+        assert here.decode.source.errors[request.sequence_id].reason == "frame_malformed"
+
+    run(monkeypatch, scenario)
+
+
+@pytest.mark.parametrize("message", [b"\0" * SLOT_READ_BYTES, pack_slot_read(SlotName(1, 99))])
+def test_what_a_receiver_says_of_other_slots_frees_none(
+    message: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Noise ends the link; a slot that nobody reads is nobody's."""
+
+    async def scenario(here: World) -> None:
+        monkeypatch.setattr("kv_transfer.receiving.slot_reader.pack_slot_read", lambda _: message)
+        request = here.hand_off(commits=False)
+        await until(lambda: here.decode.receiver.agent.stats.frames == 1)
+        if message[0]:
+            await asyncio.sleep(0)
+            assert here.staging.num_free == here.staging.num_slots - 1
+            here.prefill.sender.abort(request.sequence_id)
+            [peer] = here.prefill.sender._peers.values()
+            peer.cut()
+        await here.ended(request)
+        assert here.staging.num_free == here.staging.num_slots
+
+    run(monkeypatch, scenario)
+
+
+@pytest.mark.parametrize(
+    "description",
+    [b"", b"noise", b"{}", json.dumps({"slots": 3}).encode(), b"[" * 100_000, b"1"],
+    ids=["none", "noise", "nothing in it", "of another form", "deep", "a number"],
+)
+def test_slots_that_cannot_be_mapped_are_sent_instead(description: bytes) -> None:
+    assert map_slots(description, torch.device("cpu")) == ()
