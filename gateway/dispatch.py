@@ -14,15 +14,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 from typing import TYPE_CHECKING
 
-from cluster.codec import encode_handoff, encode_sequence
 from cluster.errors import Cancelled, NodeUnavailable, ServingError
 from cluster.membership import SessionLost, SessionOpened
-from cluster.proto import node_pb2 as pb
-from cluster.request import Handoff, KVLoadFailurePolicy, SequenceRequest, TokenDelta
+from cluster.request import KVLoadFailurePolicy, SequenceRequest, TokenDelta
 from gateway.active import ActiveSequence, Listener, demand_of
+from gateway.attempts import Attempts
+from gateway.node_frames import cancel_frame, orphaned_frame, submit_frame
 from gateway.retries import RetryBudget, RetryKind, Stream
 from gateway.router import Placement, choose, choose_again
 from gateway.sequence_instructions import (
@@ -70,14 +69,13 @@ class Dispatcher:
         self._measures = measures
         self._clock = clock
         self._observe = observe
-        self._active: dict[str, ActiveSequence] = {}
-        self._attempts: dict[str, str] = {}  # of each stream, the attempt in flight
+        self._attempts = Attempts(measures)
         self._budget = RetryBudget()
         self.nodes: Nodes  # set once by who wires both: clients need the dispatcher first
 
     @property
     def active(self) -> Mapping[str, ActiveSequence]:
-        return self._active
+        return self._attempts.active
 
     # ---- from requests -------------------------------------------------------------------
 
@@ -118,46 +116,25 @@ class Dispatcher:
         now: float,
     ) -> None:
         """One attempt. Raises `NodeUnavailable`; nothing has happened then."""
-        active = self._activate(stream, request, placement, listener, now)
-        active.num_queued_tokens -= num_cached_tokens.get(active.prefilling.info.id.name, 0)
-        active.prefilling.tally.queued_tokens += active.num_queued_tokens
-        if not active.prefilling.client.send(self._submit_frame(active)):
+        active = self._new_attempt(stream, request, placement, listener, now)
+        self._attempts.begin(active, num_cached_tokens)
+        if not active.prefilling.client.send(submit_frame(active, self._gateway_id)):
             self._forget(active)
             raise NodeUnavailable("The chosen node went away.", retry_after_seconds=1.0)
 
-    def _submit_frame(self, active: ActiveSequence) -> pb.GatewayFrame:
-        handoff = None
-        if active.prefill is not None:
-            decode = active.placement.decode
-            handoff = Handoff(
-                transfer_id=os.urandom(16),
-                attempt=active.stream.num_attempts,
-                decode=decode.id,
-                decode_address=decode.grpc_address,
-                gateway_id=self._gateway_id,
-                kv_load_failure_policy=active.stream.kv_load_failure_policy,
-                holder=active.placement.holder,
-            )
-        return pb.GatewayFrame(
-            submit=pb.Submit(
-                sequence=encode_sequence(active.request),
-                handoff=None if handoff is None else encode_handoff(handoff),
-            )
-        )
-
     def cancel(self, sequence_id: str) -> None:
         """The client is gone, or has all it wants: both nodes stop, nothing is delivered."""
-        active = self._active.get(self._attempts.get(sequence_id, ""))
+        active = self._attempts.of_stream(sequence_id)
         if active is not None:
             self._carry_out(active, active.machine.cancel(), self._clock())
 
     def fail_all(self, error: ServingError) -> None:
-        for active in list(self._active.values()):
+        for active in list(self._attempts.active.values()):
             self.fail(active, error)
 
     def cancel_request(self, request_id: str) -> int:
         """By an operator: its client gets a typed error. The number of sequences that ended."""
-        found = [a for a in self._active.values() if a.request.request_id == request_id]
+        found = [a for a in self._attempts.active.values() if a.request.request_id == request_id]
         for active in found:
             self.fail(active, Cancelled("An operator cancelled this request."))
         return len(found)
@@ -173,7 +150,7 @@ class Dispatcher:
 
     def on_deltas(self, client: NodeClient, deltas: list[TokenDelta]) -> None:
         now = self._clock()
-        active_sequences = self._active
+        active_sequences = self._attempts.active
         for delta in deltas:
             active = active_sequences.get(delta.sequence_id)
             if active is None:
@@ -190,7 +167,7 @@ class Dispatcher:
     def on_lost(self, client: NodeClient) -> None:
         now = self._clock()
         entry: NodeEntry | None = None
-        for active in list(self._active.values()):
+        for active in list(self._attempts.active.values()):
             if active.decode.client is client:
                 entry = active.decode
                 self._carry_out(active, active.machine.decode_lost(now), now)
@@ -202,11 +179,8 @@ class Dispatcher:
         self._observe(SessionLost(client.node.id))
 
     def owes_tokens(self, client: NodeClient) -> bool:
-        return any(
-            active.decode.client is client
-            or (active.prefill is not None and active.prefill.client is client)
-            for active in self._active.values()
-        )
+        active = self._attempts.active.values()
+        return any(client in (each.decode.client, each.prefilling.client) for each in active)
 
     # ---- time ----------------------------------------------------------------------------
 
@@ -218,7 +192,7 @@ class Dispatcher:
 
     def tick(self) -> None:
         now = self._clock()
-        for active in list(self._active.values()):
+        for active in list(self._attempts.active.values()):
             instructions = active.machine.tick(now)
             if instructions:
                 self._carry_out(active, instructions, now)
@@ -243,12 +217,11 @@ class Dispatcher:
                         ending = delta
                 case CancelPrefill():
                     if active.prefill is not None:
-                        self._send_cancel(active.prefill, active.request.sequence_id)
+                        active.prefill.client.send(cancel_frame(active.request.sequence_id))
                 case CancelDecode():
-                    self._send_cancel(active.decode, active.request.sequence_id)
+                    active.decode.client.send(cancel_frame(active.request.sequence_id))
                 case AskDecode():
-                    orphaned = pb.Orphaned(sequence_id=active.request.sequence_id)
-                    active.decode.client.send(pb.GatewayFrame(orphaned=orphaned))
+                    active.decode.client.send(orphaned_frame(active.request.sequence_id))
         if active.machine.is_finished:
             self._forget(active)
         if ending is not None and not (is_retried and self._has_retried(active, ending, now)):
@@ -281,7 +254,7 @@ class Dispatcher:
     def _deliver(self, active: ActiveSequence, delta: TokenDelta, now: float) -> None:
         if delta.token_ids:
             if active.num_output_tokens == 0:
-                self._settle_queue(active)
+                self._attempts.got_first_token(active)
                 active.first_token_at = now
             elif active.num_output_tokens == 1 and active.prefill is not None:
                 self._measures.handoff_gap.observe(now - active.first_token_at)
@@ -289,13 +262,7 @@ class Dispatcher:
         active.stream.deliver(delta)
         active.listener.deliver(delta, now)
 
-    def _send_cancel(self, entry: NodeEntry, sequence_id: str) -> None:
-        """A node without a session has already ended what it ran for us."""
-        entry.client.send(pb.GatewayFrame(cancel=pb.Cancel(sequence_id=sequence_id)))
-
-    # ---- the books -----------------------------------------------------------------------
-
-    def _activate(
+    def _new_attempt(
         self,
         stream: Stream,
         request: SequenceRequest,
@@ -305,7 +272,7 @@ class Dispatcher:
     ) -> ActiveSequence:
         prefill = None if placement.prefill is None else self._entry(placement.prefill)
         demand = demand_of(request)
-        active = ActiveSequence(
+        return ActiveSequence(
             stream=stream,
             request=request,
             machine=SequenceMachine(
@@ -324,14 +291,6 @@ class Dispatcher:
             num_queued_tokens=demand.num_prompt_tokens,
             num_reserved_tokens=demand.num_tokens,
         )
-        self._active[request.sequence_id] = active
-        self._attempts[stream.id] = request.sequence_id
-        self._measures.num_waiting += 1
-        if prefill is not None:
-            prefill.tally.num_sequences += 1
-        active.decode.tally.num_sequences += 1
-        active.decode.tally.reserved_tokens += active.num_reserved_tokens
-        return active
 
     def _entry(self, node: NodeInfo) -> NodeEntry:
         entry = self.nodes.get(node.id.name)
@@ -339,26 +298,8 @@ class Dispatcher:
             raise NodeUnavailable("The chosen node went away.", retry_after_seconds=1.0)
         return entry
 
-    def _settle_queue(self, active: ActiveSequence) -> None:
-        """The first token is there: the prompt queues no more."""
-        active.prefilling.tally.queued_tokens -= active.num_queued_tokens
-        active.num_queued_tokens = 0
-        self._measures.num_waiting -= 1
-        self._measures.num_running += 1
-        if active.prefill is not None:
-            active.prefill.tally.num_sequences -= 1
-
     def _forget(self, active: ActiveSequence) -> None:
-        if self._active.pop(active.request.sequence_id, None) is None:
-            return
-        self._attempts.pop(active.stream.id, None)
-        if active.num_output_tokens:
-            self._measures.num_running -= 1
-        else:
-            self._settle_queue(active)
-            self._measures.num_running -= 1
-        active.decode.tally.num_sequences -= 1
-        active.decode.tally.reserved_tokens -= active.num_reserved_tokens
-        self.nodes.close_if_idle(active.decode)
-        if active.prefill is not None:
-            self.nodes.close_if_idle(active.prefill)
+        if self._attempts.end(active):
+            self.nodes.close_if_idle(active.decode)
+            if active.prefill is not None:
+                self.nodes.close_if_idle(active.prefill)

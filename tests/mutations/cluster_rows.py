@@ -29,7 +29,7 @@ CLUSTER_ROWS = (
         "vllm-ascend#13929; vllm#26896",
         (
             Mutation(
-                "gateway/dispatch.py",
+                "gateway/node_frames.py",
                 "transfer_id=os.urandom(16),",
                 "transfer_id=bytes(16),",
                 "tests/gateway/test_retries.py::test_each_attempt_has_a_transfer_of_its_own",
