@@ -16,7 +16,6 @@ The 4-bit checkpoint is made here: rounded to the nearest, without calibration, 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import tempfile
 from contextlib import ExitStack
@@ -26,13 +25,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch.nn.functional import cross_entropy
 
 from baton.pocket_model.train import corpus
 from baton.pocket_model.train.batches import encode_chats, encode_texts
 from baton.pocket_model.train.chat import ChatSource
+from benchmarks.int4_checkpoint import GROUP_SIZE, write_int4
 from benchmarks.results_file import machine_facts, write_section
 from benchmarks.serve_process import ROOT
 from cluster.startup import StartupReport
@@ -44,7 +43,6 @@ from engine.models.decoder import Decoder
 from engine.models.linear import Linear
 from engine.models.quantization import ON_LOAD
 from engine.models.quantized_linear import matrix_factory
-from engine.quantized_tensors import to_int4
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -56,13 +54,11 @@ POCKET_MODEL = ROOT / "baton" / "pocket_model"
 FLOAT8 = torch.float8_e4m3fn
 BLOCK_SIZE = 16
 ROW_TOKENS, BATCH_TOKENS = 512, 4096
-GROUP_SIZE = 32
 _NOTE = """Prose is what the corpus of its training put aside; of the conversations only the answers
 count. "8-bit products" rounds weights and inputs, as a GPU does; "8-bit weights" inputs not, as
 on a CPU, which keeps 8 and 4 bits widened, hence the weights' size. 8-bit KV without scales in the
 checkpoint. 4 bits are rounded to the nearest, without calibration. A model of 7.6 million
 parameters has less to spare than a large one."""
-_AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,34 +215,6 @@ def held_out(num_rows: int, num_chats: int, seed: int) -> tuple[list[Text], list
     encoded = encode_chats(tokenizer, source, num_chats, texts=False)
     chats = [Text(torch.from_numpy(i).long(), torch.from_numpy(a)) for i, a in encoded]
     return prose, [chat for chat in chats if 1 < len(chat.token_ids) <= 2048]
-
-
-def write_int4(source: Path, target: Path) -> None:
-    """The checkpoint with its matrices rounded to 4 bits, in AWQ's layout."""
-    stored: dict[str, torch.Tensor] = {}
-    for name, tensor in load_file(source / "model.safetensors").items():
-        module, _, kind = name.rpartition(".")
-        if not (module.endswith("_proj") and kind == "weight"):
-            stored[name] = tensor
-            continue
-        int4 = to_int4(tensor, GROUP_SIZE)
-        stored[f"{module}.qweight"] = _words(int4.codes)
-        stored[f"{module}.qzeros"] = _words(int4.zeros)
-        stored[f"{module}.scales"] = int4.scales.t().to(torch.float16).contiguous()
-    facts = json.loads((source / "config.json").read_text())
-    facts["quantization_config"] = {
-        "quant_method": "awq", "bits": 4, "group_size": GROUP_SIZE, "version": "gemm",
-        "zero_point": True,
-    }  # fmt: skip
-    save_file(stored, target / "model.safetensors")
-    (target / "config.json").write_text(json.dumps(facts))
-
-
-def _words(codes: torch.Tensor) -> torch.Tensor:
-    """`[out, n]` of 0 to 15 -> int32 `[n, out / 8]`."""
-    columns = codes.t().long()
-    words = sum(columns[:, output::8] << (4 * place) for place, output in enumerate(_AWQ_ORDER))
-    return torch.as_tensor(words).to(torch.int32).contiguous()
 
 
 def _groups(texts: Sequence[Text]) -> Iterator[list[Text]]:

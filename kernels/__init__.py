@@ -21,7 +21,7 @@ Who attends:
     prompts     Hopper, 16 bits, heads    gluon_prefill, pieces by prefill_tiles; KV of 8 bits is
                 of 64 or 128, 65 queries  widened by gather_kv where it is not too much
                 else                      prefill_attention (Triton), KV of 8 bits too
-    both        CPU                       gathered_attention, planned by attention_plan
+    both        CPU                       gathered_attention, by attention_plan, attention_steps
 
 The rest: rope_store (norm of heads, rotation, store), rms_norm, decode_inputs, sample (on a GPU by
 sample_*, on a CPU by draw), peer_sum and peer_add (small and large tensors, between ranks),

@@ -23,10 +23,12 @@ Decode is the case of one query token per sequence.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import torch
+
+from kernels.attention_steps import Pool, QueryStep, Spans, plan_steps, round_up
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -35,62 +37,10 @@ if TYPE_CHECKING:
 
     Integers: TypeAlias = NDArray[np.int64]
 
-_QUERY_STEP = 64
-# Score elements of one step: bounds the scratch of a long or large group (32 MiB of float32).
-_MAX_SCORES = 1 << 23
-# What extents of bfloat16 products are multiples of.
-_QUERY_GRAIN = 16
-_KEY_GRAIN = 16
 # Gathered bytes of one group of several sequences: about a share of the last-level cache.
 _MAX_GATHERED_BYTES = 4 << 20
 # Gathered elements up to which a decode group in bfloat16 is computed in float32.
 _MAX_WIDENED = 3 << 16
-
-
-@dataclass(frozen=True, slots=True)
-class _Pool:
-    """What a plan needs to know of the KV pool and the queries."""
-
-    num_heads: int
-    num_kv_heads: int
-    block_size: int
-    head_size: int
-    dtype: torch.dtype
-
-    @property
-    def block_elements(self) -> int:
-        return 2 * self.num_kv_heads * self.block_size * self.head_size
-
-
-class _Spans(NamedTuple):
-    """Sequences: their query tokens and the blocks whose keys they may see. int64, one each."""
-
-    row: Integers
-    first_token: Integers
-    query_len: Integers
-    first_block: Integers
-    num_blocks: Integers
-    # Place of the first query token among the gathered keys.
-    first_position: Integers
-
-    def only(self, places: Integers) -> _Spans:
-        return _Spans(*(each[places] for each in self))
-
-
-@dataclass(frozen=True, slots=True)
-class QueryStep:
-    """Query tokens that share matrix products: int64 `[members, queries]`, or a slice where they
-    lie one after the other, which makes views of what would be copies.
-
-    `hidden`: bool `[members, 1, queries, num_keys - seen]`, what must not be seen of the keys from
-    number `seen` on; None if all of them may be.
-    """
-
-    tokens: slice | torch.Tensor
-    num_queries: int
-    num_keys: int
-    seen: int
-    hidden: torch.Tensor | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,16 +100,16 @@ def plan_prefill(
     return AttentionPlan(_plan(block_tables, first_tokens, lengths, pool, sliding_window))
 
 
-def _pool(kv_layer: torch.Tensor, num_heads: int) -> _Pool:
+def _pool(kv_layer: torch.Tensor, num_heads: int) -> Pool:
     _, _, num_kv_heads, block_size, head_size = kv_layer.shape
-    return _Pool(num_heads, num_kv_heads, block_size, head_size, kv_layer.dtype)
+    return Pool(num_heads, num_kv_heads, block_size, head_size, kv_layer.dtype)
 
 
 def _plan(
     block_tables: torch.Tensor,
     first_tokens: NDArray[np.integer],
     seq_lens: NDArray[np.integer],
-    pool: _Pool,
+    pool: Pool,
     sliding_window: int | None,
 ) -> list[Group]:
     """Sequence s owns the query tokens first_tokens[s] up to first_tokens[s + 1] (one entry more
@@ -180,7 +130,7 @@ def _spans(
     seq_lens: NDArray[np.integer],
     block_size: int,
     sliding_window: int | None,
-) -> _Spans:
+) -> Spans:
     first_token = first_tokens[:-1].astype(np.int64)
     query_len = first_tokens[1:] - first_token
     length = seq_lens.astype(np.int64)
@@ -191,12 +141,12 @@ def _spans(
     num_blocks = -(-length // block_size) - first_block
     first_position = position - first_block * block_size
     row = np.arange(len(length))
-    spans = _Spans(row, first_token, query_len, first_block, num_blocks, first_position)
+    spans = Spans(row, first_token, query_len, first_block, num_blocks, first_position)
     used = (query_len > 0) & (length > 0)
     return spans if used.all() else spans.only(np.flatnonzero(used))
 
 
-def _groups(spans: _Spans, bytes_per_block: int) -> Iterator[_Spans]:
+def _groups(spans: Spans, bytes_per_block: int) -> Iterator[Spans]:
     """Spans of similar extent together, each group in the order of its rows."""
     if len(spans.row) == 1:
         yield spans
@@ -215,7 +165,7 @@ def _groups(spans: _Spans, bytes_per_block: int) -> Iterator[_Spans]:
 
 
 def _plan_group(
-    tables: NDArray[np.int32], group: _Spans, pool: _Pool, sliding_window: int | None
+    tables: NDArray[np.int32], group: Spans, pool: Pool, sliding_window: int | None
 ) -> Group:
     members = len(group.row)
     num_blocks = int(group.num_blocks.max())
@@ -227,8 +177,8 @@ def _plan_group(
     )
     rounds = pool.dtype == torch.bfloat16 and not in_float
     if rounds:
-        num_blocks = _round_up(num_blocks)
-    steps = _plan_steps(group, pool, num_blocks * pool.block_size, rounds, sliding_window)
+        num_blocks = round_up(num_blocks)
+    steps = plan_steps(group, pool, num_blocks * pool.block_size, rounds, sliding_window)
     rows = _gathered_rows(tables, group, num_blocks, pool.num_kv_heads)
     tails = None
     if members > 1 or rounds:
@@ -236,14 +186,8 @@ def _plan_group(
     return Group(members, torch.from_numpy(rows), tails, in_float, steps)
 
 
-def _round_up(n: int) -> int:
-    """n rounded up to a multiple of an eighth of its power of two."""
-    grain = max(1, (1 << (n - 1).bit_length()) // 16)
-    return -(-n // grain) * grain
-
-
 def _gathered_rows(
-    tables: NDArray[np.int32], group: _Spans, num_blocks: int, num_kv_heads: int
+    tables: NDArray[np.int32], group: Spans, num_blocks: int, num_kv_heads: int
 ) -> Integers:
     """Rows of the pool by [side, member, head, block]; past its last block a sequence repeats its
     first one. That one is full of the sequence's own tokens: where blocks are missing, it is not
@@ -256,7 +200,7 @@ def _gathered_rows(
     return rows.reshape(-1)
 
 
-def _tail_rows(group: _Spans, num_blocks: int, pool: _Pool) -> torch.Tensor | None:
+def _tail_rows(group: Spans, num_blocks: int, pool: Pool) -> torch.Tensor | None:
     """Rows of the gathered values by [member, head, key]: what lies past a sequence's end in its
     last block. None if all last blocks are full."""
     num_keys = num_blocks * pool.block_size
@@ -269,61 +213,3 @@ def _tail_rows(group: _Spans, num_blocks: int, pool: _Pool) -> torch.Tensor | No
     head = np.arange(pool.num_kv_heads)
     rows = (member[:, None] * pool.num_kv_heads + head) * num_keys + token[:, None]
     return torch.from_numpy(rows.reshape(-1))
-
-
-def _plan_steps(
-    group: _Spans, pool: _Pool, num_gathered: int, rounds: bool, sliding_window: int | None
-) -> list[QueryStep]:
-    most_queries = int(group.query_len.max())
-    fit = _MAX_SCORES // (len(group.row) * pool.num_heads * num_gathered)
-    size = min(_QUERY_STEP, max(_QUERY_GRAIN, fit // _QUERY_GRAIN * _QUERY_GRAIN))
-    steps = []
-    for start in range(0, most_queries, size):
-        stop = min(start + size, most_queries)
-        num_keys = int(_position(group, stop - 1).max()) + 1
-        if rounds and most_queries > 1:
-            stop = start - (start - stop) // _QUERY_GRAIN * _QUERY_GRAIN
-        if rounds:
-            num_keys = min(num_gathered, _round_up(-(-num_keys // _KEY_GRAIN)) * _KEY_GRAIN)
-        tokens = _tokens(group, start, stop)
-        seen, hidden = _hidden(group, start, stop, num_keys, sliding_window)
-        steps.append(QueryStep(tokens, stop - start, num_keys, seen, hidden))
-    return steps
-
-
-def _position(group: _Spans, query: int) -> Integers:
-    """Where query token `query` of each span sits among its keys; past its end the last one
-    repeats. A repeated token is computed and stored more than once, with the same result.
-    """
-    position: Integers = group.first_position + np.minimum(query, group.query_len - 1)
-    return position
-
-
-def _tokens(group: _Spans, start: int, stop: int) -> slice | torch.Tensor:
-    """Which query tokens are number `start` up to `stop` of each span."""
-    members = len(group.row)
-    first = int(group.first_token[0])
-    if members == 1 and stop <= group.query_len[0]:
-        return slice(first + start, first + stop)
-    if stop == 1 and group.first_token[-1] == first + members - 1:
-        return slice(first, first + members)
-    last = group.query_len[:, None] - 1
-    return torch.from_numpy(np.minimum(np.arange(start, stop), last) + group.first_token[:, None])
-
-
-def _hidden(
-    group: _Spans, start: int, stop: int, num_keys: int, sliding_window: int | None
-) -> tuple[int, torch.Tensor | None]:
-    """How many leading keys all queries see, and which of the others each must not see."""
-    # Before this key nothing is hidden, unless a window hides it.
-    seen = 0 if sliding_window is not None else int(_position(group, start).min()) + 1
-    if seen >= num_keys:
-        return num_keys, None
-    last = group.query_len[:, None] - 1
-    position = np.minimum(np.arange(start, stop), last) + group.first_position[:, None]
-    position = position[..., None]
-    keys = np.arange(seen, num_keys)
-    hidden = keys > position
-    if sliding_window is not None:
-        hidden |= keys <= position - sliding_window
-    return seen, torch.from_numpy(hidden[:, None])

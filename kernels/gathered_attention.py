@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from kernels.attention_plan import AttentionPlan, QueryStep
+    from kernels.attention_plan import AttentionPlan
+    from kernels.attention_steps import QueryStep
 
 # By code; looking up is five times faster than torch's own conversion on a CPU.
 _FLOAT8_VALUES = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
