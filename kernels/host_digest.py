@@ -7,7 +7,7 @@ has no kernel for GPUs: nodes agree on it when they pair, where both pools are i
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -17,7 +17,7 @@ except ImportError:  # nodes then take the digest of block_digest.py
     xxhash = None  # type: ignore[assignment]
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     import torch
     from numpy.typing import NDArray
@@ -43,5 +43,5 @@ def host_digests(data: torch.Tensor, num_units: int) -> NDArray[np.uint64]:
 
 def digests_of_pieces(units: Sequence[NDArray[np.uint8]]) -> list[int]:
     """The same of units that lie anywhere: contiguous buffers."""
-    digest = xxhash.xxh3_64_intdigest
-    return [digest(unit.data) for unit in units]
+    digest: Callable[[Any], int] = xxhash.xxh3_64_intdigest  # arrays are buffers
+    return [digest(unit) for unit in units]

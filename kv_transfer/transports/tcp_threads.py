@@ -23,10 +23,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kv_transfer.failures import FailureReason, failure
+from kv_transfer.transports.piece_batches import after_first, batches
 
 if TYPE_CHECKING:
     import asyncio
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from kv_transfer.transports.base import Examine, Piece
 
@@ -34,8 +35,6 @@ logger = logging.getLogger(__name__)
 
 _ENVELOPE = struct.Struct("<QQ")  # tag, length
 _LOOK_SECONDS = 0.1
-_BATCH_BYTES = 512 * 1024  # of one call: examined, they are in the second-level cache
-_MAX_PIECES = 1024  # IOV_MAX: of one call
 _SMALL_BYTES = 64 * 1024  # a message that may pass a larger one
 
 
@@ -151,12 +150,12 @@ class Sending(_Worker):
         if posted is None:
             return False
         envelope = np.frombuffer(_ENVELOPE.pack(posted.tag, posted.num_bytes), dtype=np.uint8)
-        self._write([envelope], socket.MSG_MORE if posted.num_bytes else 0)
-        for batch in _batches(posted.pieces, posted.front_bytes):
-            self._write(batch)
+        self._write([envelope], _ENVELOPE.size, socket.MSG_MORE if posted.num_bytes else 0)
+        for batch, num_bytes in batches(posted.pieces, posted.front_bytes):
+            self._write(batch, num_bytes)
             if posted.examine is not None:
                 posted.examine(batch)
-        self._write(list(posted.behind))
+        self._write(list(posted.behind), posted.num_bytes - posted.front_bytes)
         with self._changed:
             self._queue.popleft()
         posted.end()
@@ -184,9 +183,12 @@ class Sending(_Worker):
             first.was_passed = True
             self._queue[0], self._queue[1] = second, first
 
-    def _write(self, pieces: list[Any], flags: int = 0) -> None:
-        while pieces:
-            pieces = _behind(pieces, self._socket.sendmsg(pieces, (), flags))
+    def _write(self, pieces: list[Any], num_bytes: int, flags: int = 0) -> None:
+        while num_bytes:
+            sent = self._socket.sendmsg(pieces, (), flags)
+            num_bytes -= sent
+            if num_bytes:
+                pieces = after_first(pieces, sent)
 
 
 class Receiving(_Worker):
@@ -243,19 +245,21 @@ class Receiving(_Worker):
         self, pieces: Sequence[Piece], num_bytes: int, examine: Examine | None = None
     ) -> bool:
         """The next `num_bytes` of the stream, into the front of `pieces`; False at its end."""
-        for batch in _batches(pieces, num_bytes):
-            if not self._read(batch):
+        for batch, size in batches(pieces, num_bytes):
+            if not self._read(batch, size):
                 return False
             if examine is not None:
                 examine(batch)
         return True
 
-    def _read(self, pieces: list[Any]) -> bool:
-        while pieces:
+    def _read(self, pieces: list[Any], num_bytes: int) -> bool:
+        while num_bytes:
             received, *_ = self._socket.recvmsg_into(pieces, 0, socket.MSG_WAITALL)
             if received == 0:
                 return False
-            pieces = _behind(pieces, received)
+            num_bytes -= received
+            if num_bytes:
+                pieces = after_first(pieces, received)
         return True
 
 
@@ -264,31 +268,3 @@ def _is_reset(connection: socket.socket) -> bool:
     poll = select.poll()
     poll.register(connection, 0)
     return bool(poll.poll(0))
-
-
-def _batches(pieces: Sequence[Piece], num_bytes: int) -> Iterator[list[Piece]]:
-    """The first `num_bytes` of the pieces, some at a time."""
-    batch: list[Piece] = []
-    room = _BATCH_BYTES
-    for piece in pieces:
-        if piece.nbytes > num_bytes:
-            piece = piece[:num_bytes]
-        size = piece.nbytes
-        if batch and (size > room or len(batch) == _MAX_PIECES):
-            yield batch
-            batch, room = [], _BATCH_BYTES
-        if size:
-            batch.append(piece)
-            room -= size
-            num_bytes -= size
-    if batch:
-        yield batch
-
-
-def _behind(pieces: list[Piece], num_bytes: int) -> list[Piece]:
-    """What follows the first `num_bytes`."""
-    for index, piece in enumerate(pieces):
-        if num_bytes < piece.nbytes:
-            return [piece[num_bytes:], *pieces[index + 1 :]]
-        num_bytes -= piece.nbytes
-    return []
