@@ -61,8 +61,8 @@ PARTS = (
     ),
     Part(
         "prefix fetch",
-        "-m benchmarks.prefix_fetch --input-len 8192 2048 --repeats 3",
-        165,
+        "-m benchmarks.prefix_fetch --input-len 8192 2048 --repeats 3 --host-gib 12",
+        225,
         num_gpus=2,
     ),
     Part("tensor parallel", "-m benchmarks.tensor_parallel", 90, num_gpus=2),

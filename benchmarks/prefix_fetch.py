@@ -5,7 +5,9 @@
 3. fetched   the decode node computes a new prompt itself, as the policy says for a moment, and
              announces it. The same prompt through the split pools is then fetched from there.
 4. cached    the same again: the prefill node has it.
-Prompts come one at a time. What was fetched is read from the prefill node's metrics.
+5. restored  with `--host-gib`: as `fetched`, but before it the decode node computes others until
+             its small pool has nothing of it. It is fetched out of the node's host memory.
+Prompts come one at a time. What was fetched and restored is read from the nodes' metrics.
 """
 
 from __future__ import annotations
@@ -29,7 +31,11 @@ from benchmarks.two_gpus import ADMIN_TOKEN, EVERYTHING, set_policy, write_model
 
 PROMPT_VOCABULARY = 6000
 PUBLISH_SECONDS = 2.5  # a heartbeat, and one more
-ARMS = ("computed", "fetched", "cached")
+BLOCK_SIZE = 16
+POOL_PROMPTS = 3  # of the longest, in a pool that is to be left
+ARMS = ("computed", "fetched", "cached", "restored")
+FETCHED = "baton_prefix_fetched_tokens_total"
+RESTORED = 'baton_host_kv_given_blocks_total{outcome="restored"}'
 
 
 def first_token_ms(url: str, model: str, prompt: list[int], num_tokens: int = 2) -> float:
@@ -59,8 +65,8 @@ def first_token_ms(url: str, model: str, prompt: list[int], num_tokens: int = 2)
     return 1e3 * (first or 0.0)
 
 
-def fetched_tokens(admin_url: str) -> float:
-    """Tokens that prefill nodes have fetched so far, by their own metrics."""
+def counted(admin_url: str, name: str) -> float:
+    """The sum of a counter over all nodes, by their own metrics."""
     request = urllib.request.Request(
         f"{admin_url}/admin/v1/nodes", headers={"Authorization": f"Bearer {ADMIN_TOKEN}"}
     )
@@ -70,35 +76,76 @@ def fetched_tokens(admin_url: str) -> float:
     for node in nodes["nodes"]:
         with urllib.request.urlopen(f"http://{node['metrics_address']}/metrics") as response:
             for line in response.read().decode().splitlines():
-                if line.startswith("baton_prefix_fetched_tokens_total"):
+                if line.startswith(name):
                     total += float(line.rpartition(" ")[2])
     return total
 
 
-def measure(serve: ServeProcess, model: str, length: int, repeats: int, seed: int) -> str:
-    """One row: medians of each arm, and how many of the tokens were fetched."""
+class Turns:
+    """The arms with prompts of one length. `pool_tokens`: of a pool below which is host memory; 0:
+    there is none, and no arm `restored`."""
+
+    def __init__(self, serve: ServeProcess, model: str, length: int, pool_tokens: int) -> None:
+        self._serve = serve
+        self._model = model
+        self._length = length
+        self._pool_tokens = pool_tokens
+        self.times: dict[str, list[float]] = {}
+
+    def run(self, draw: random.Random, *, is_warm: bool) -> None:
+        """One prompt through each arm."""
+        times = {"computed": self._ask(self._prompt(draw))}
+        there = self._prompt(draw)
+        self._compute_there([there])
+        times["fetched"] = self._ask(there)
+        time.sleep(PUBLISH_SECONDS)
+        times["cached"] = self._ask(there)
+        if self._pool_tokens:
+            left = self._prompt(draw)
+            num_others = -(-self._pool_tokens // self._length)
+            self._compute_there([left, *(self._prompt(draw) for _ in range(num_others))])
+            times["restored"] = self._ask(left)
+        for arm, milliseconds in times.items() if is_warm else ():
+            self.times.setdefault(arm, []).append(milliseconds)
+
+    def _compute_there(self, prompts: list[list[int]]) -> None:
+        """On the decode node, which then announces them."""
+        set_policy(self._serve.admin_url, local_prefill_tokens=EVERYTHING)
+        for prompt in prompts:
+            self._ask(prompt, num_tokens=1)
+        set_policy(self._serve.admin_url, local_prefill_tokens=0)
+        time.sleep(PUBLISH_SECONDS)
+
+    def _ask(self, prompt: list[int], num_tokens: int = 2) -> float:
+        return first_token_ms(self._serve.url, self._model, prompt, num_tokens)
+
+    def _prompt(self, draw: random.Random) -> list[int]:
+        return [draw.randrange(PROMPT_VOCABULARY) for _ in range(self._length)]
+
+
+def measure(turns: Turns, serve: ServeProcess, length: int, repeats: int, seed: int) -> str:
+    """One row: medians of each arm, and how many of the tokens were fetched and restored."""
     draw = random.Random(seed)
-    times: dict[str, list[float]] = {arm: [] for arm in ARMS}
-    before = fetched_tokens(serve.admin_url)
+    fetched, restored = (counted(serve.admin_url, name) for name in (FETCHED, RESTORED))
     for turn in range(repeats + 1):
-        new, there = ([draw.randrange(PROMPT_VOCABULARY) for _ in range(length)] for _ in "ab")
-        computed = first_token_ms(serve.url, model, new)
-        set_policy(serve.admin_url, local_prefill_tokens=EVERYTHING)
-        first_token_ms(serve.url, model, there, num_tokens=1)
-        set_policy(serve.admin_url, local_prefill_tokens=0)
-        time.sleep(PUBLISH_SECONDS)
-        fetched = first_token_ms(serve.url, model, there)
-        time.sleep(PUBLISH_SECONDS)
-        cached = first_token_ms(serve.url, model, there)
-        if turn:  # the first warms up
-            for arm, milliseconds in zip(ARMS, (computed, fetched, cached), strict=True):
-                times[arm].append(milliseconds)
-    num_fetched = fetched_tokens(serve.admin_url) - before
-    computed, fetched, cached = (statistics.median(times[arm]) for arm in ARMS)
-    return (
-        f"| {length} | {computed:.1f} | {fetched:.1f} | {cached:.1f} | {computed / fetched:.1f} "
-        f"| {num_fetched:.0f} of {length * (repeats + 1)} |"
-    )
+        turns.run(draw, is_warm=turn > 0)  # the first warms up
+    fetched = counted(serve.admin_url, FETCHED) - fetched
+    restored = (counted(serve.admin_url, RESTORED) - restored) * BLOCK_SIZE
+    medians = {arm: statistics.median(times) for arm, times in turns.times.items()}
+    cells = [f"{medians[arm]:.1f}" if arm in medians else "-" for arm in ARMS]
+    asked = length * (repeats + 1)
+    ratio = medians["computed"] / medians["fetched"]
+    moved = f"{fetched:.0f}, {restored:.0f} of {asked}"
+    return f"| {length} | {' | '.join(cells)} | {ratio:.1f} | {moved} |"
+
+
+def serve_options(arguments: argparse.Namespace, pool_tokens: int) -> list[str]:
+    options = ["--load-format", "dummy", "--admin-token", ADMIN_TOKEN, "--fetch-prefixes"]
+    options += ["--max-model-len", str(max(arguments.input_len) + 1024)]
+    if pool_tokens:
+        options += ["--kv-offloading-size", str(arguments.host_gib)]
+        options += ["--num-gpu-blocks-override", str(pool_tokens // BLOCK_SIZE)]
+    return [*options, *arguments.serve]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -108,24 +155,28 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--num-layers", type=int, help="fewer layers, to try the program")
     parser.add_argument("--input-len", type=int, nargs="+", default=[2048, 8192])
     parser.add_argument("--repeats", type=int, default=4)
+    parser.add_argument(
+        "--host-gib", type=float, default=0.0, help="host memory of each node; 0: no arm `restored`"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--write", action="store_true", help="update benchmarks/RESULTS.md")
     parser.add_argument("serve", nargs="*", help="more flags for baton serve, after --")
     arguments = parser.parse_args(argv)
+    pool_tokens = POOL_PROMPTS * (max(arguments.input_len) + 1024) if arguments.host_gib else 0
     rows = [
-        "| prompt | computed (ms) | fetched (ms) | cached (ms) | computed / fetched | fetched |",
-        "|---:|---:|---:|---:|---:|---:|",
+        "| prompt | computed (ms) | fetched (ms) | cached (ms) | restored (ms) "
+        "| computed / fetched | tokens fetched, restored |",
+        "|---:|---:|---:|---:|---:|---:|---:|",
     ]
     with tempfile.TemporaryDirectory() as folder:
         write_model_folder(Path(folder), arguments.shape, arguments.num_layers)
-        options = ["--load-format", "dummy", "--admin-token", ADMIN_TOKEN, "--fetch-prefixes"]
-        options += ["--max-model-len", str(max(arguments.input_len) + 1024), *arguments.serve]
-        with ServeProcess(folder, *options) as serve:
+        with ServeProcess(folder, *serve_options(arguments, pool_tokens)) as serve:
             serve.wait_until_ready()
-            model = Path(folder).name
             for length in arguments.input_len:
-                rows.append(measure(serve, model, length, arguments.repeats, arguments.seed))
-                print(rows[-1], flush=True)
+                turns = Turns(serve, Path(folder).name, length, pool_tokens)
+                row = measure(turns, serve, length, arguments.repeats, arguments.seed)
+                rows.append(row)
+                print(row, flush=True)
             print(serve.log())
     print("\n".join(rows))
     if arguments.write:

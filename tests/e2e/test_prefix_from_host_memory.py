@@ -50,15 +50,13 @@ def always_pays(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-@pytest.fixture
-def pair_of(open_engine: OpenEngine) -> PairOf:
+@pytest.fixture(params=["cpu", pytest.param("cuda:0", marks=pytest.mark.gpu)])
+def pair_of(open_engine: OpenEngine, request: pytest.FixtureRequest) -> PairOf:
     """The decode node has a small pool, and host memory below it."""
-    prefill = open_engine(POCKET_MODEL, max_model_len=256)
+    options = {"device": request.param, "max_model_len": 256}
+    prefill = open_engine(POCKET_MODEL, num_gpu_blocks_override=200, **options)
     decode = open_engine(
-        POCKET_MODEL,
-        max_model_len=256,
-        num_gpu_blocks_override=NUM_BLOCKS,
-        kv_offloading_size=0.01,
+        POCKET_MODEL, num_gpu_blocks_override=NUM_BLOCKS, kv_offloading_size=0.01, **options
     )
     return lambda: split_pair(prefill, decode, fetch_prefixes=True)
 
