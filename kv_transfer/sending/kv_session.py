@@ -21,7 +21,7 @@ from cluster.errors import InvalidRequest, ServingError
 from cluster.proto import node_pb2 as pb
 from cluster.proto import node_pb2_grpc as rpc
 from kv_transfer.failures import FailureReason, failure
-from kv_transfer.sending.outgoing import SendAbort, SendAbortAck
+from kv_transfer.sending.outgoing_instructions import SendAbort, SendAbortAck
 from kv_transfer.transfer import Ticket
 
 if TYPE_CHECKING:

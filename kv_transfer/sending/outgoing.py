@@ -25,6 +25,14 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from kv_transfer.failures import FailureReason, failure
+from kv_transfer.sending.outgoing_instructions import (
+    FreeSources,
+    ReportCommitted,
+    ReportFailed,
+    SendAbort,
+    SendAbortAck,
+    SendCommit,
+)
 from kv_transfer.transfer import TransferState
 
 if TYPE_CHECKING:
@@ -32,41 +40,6 @@ if TYPE_CHECKING:
 
     from cluster.errors import ServingError
     from kv_transfer.transfer import Ticket
-
-
-@dataclass(frozen=True, slots=True)
-class SendCommit:
-    num_frames: int
-    first_token_id: int
-
-
-@dataclass(frozen=True, slots=True)
-class SendAbort:
-    """`error` None: the KV is not needed any more, nobody failed."""
-
-    num_frames_posted: int
-    error: ServingError | None
-
-
-@dataclass(frozen=True, slots=True)
-class SendAbortAck:
-    epoch: int
-    num_frames_posted: int
-
-
-@dataclass(frozen=True, slots=True)
-class ReportCommitted:
-    pass
-
-
-@dataclass(frozen=True, slots=True)
-class ReportFailed:
-    error: ServingError
-
-
-@dataclass(frozen=True, slots=True)
-class FreeSources:
-    pass
 
 
 Instruction = SendCommit | SendAbort | SendAbortAck | ReportCommitted | ReportFailed | FreeSources

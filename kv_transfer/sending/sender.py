@@ -42,10 +42,9 @@ from kv_transfer.sending.kv_session import (
     renew_frame,
     reserve_frame,
 )
-from kv_transfer.sending.outgoing import (
+from kv_transfer.sending.outgoing import Instruction, OutgoingTransfer
+from kv_transfer.sending.outgoing_instructions import (
     FreeSources,
-    Instruction,
-    OutgoingTransfer,
     ReportCommitted,
     ReportFailed,
     SendAbort,

@@ -12,7 +12,8 @@ from kv_transfer.sending.computing import ComputingLayers
 
 if TYPE_CHECKING:
     from cluster.request import Handoff, SequenceRequest
-    from kv_transfer.sending.outgoing import OutgoingTransfer, SendCommit
+    from kv_transfer.sending.outgoing import OutgoingTransfer
+    from kv_transfer.sending.outgoing_instructions import SendCommit
     from kv_transfer.sending.peer import Peer
 
 

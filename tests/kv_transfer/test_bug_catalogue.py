@@ -19,7 +19,8 @@ from kv_transfer.receiving.intake_instructions import (
     ReportFailed,
     Revoke,
 )
-from kv_transfer.sending.outgoing import FreeSources, OutgoingTransfer, SendAbort, SendAbortAck
+from kv_transfer.sending.outgoing import OutgoingTransfer
+from kv_transfer.sending.outgoing_instructions import FreeSources, SendAbort, SendAbortAck
 from tests.kv_faults import HandDriven, two_frames
 from tests.kv_transfer.catalogue_worlds import (
     TABLE,

@@ -32,8 +32,8 @@ from kv_transfer.receiving.intake_instructions import (
     StopAsking,
 )
 from kv_transfer.receiving.succession import Succession
-from kv_transfer.sending.outgoing import SendAbort as SenderAbort
-from kv_transfer.sending.outgoing import SendAbortAck, SendCommit
+from kv_transfer.sending.outgoing_instructions import SendAbort as SenderAbort
+from kv_transfer.sending.outgoing_instructions import SendAbortAck, SendCommit
 from tests.kv_transfer.model.memory import (
     BLOCK_SIZE,
     LIMITS,

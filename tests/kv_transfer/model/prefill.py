@@ -20,11 +20,9 @@ from kv_transfer.receiving.intake_instructions import (
     SendRenew,
     SendTicket,
 )
-from kv_transfer.sending.outgoing import (
-    FramePlan,
+from kv_transfer.sending.outgoing import FramePlan, Instruction, OutgoingTransfer
+from kv_transfer.sending.outgoing_instructions import (
     FreeSources,
-    Instruction,
-    OutgoingTransfer,
     ReportCommitted,
     ReportFailed,
     SendAbort,

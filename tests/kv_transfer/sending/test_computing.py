@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kv_transfer.sending.computing import Computing, ComputingLayers
-from kv_transfer.sending.outgoing import FramePlan, OutgoingTransfer, SendCommit
+from kv_transfer.sending.outgoing import FramePlan, OutgoingTransfer
+from kv_transfer.sending.outgoing_instructions import SendCommit
 from kv_transfer.transfer import Ticket
 
 NUM_LAYERS = 4

@@ -9,11 +9,9 @@ import pytest
 
 from cluster.errors import Cancelled, LeaseExpired, ServingError
 from kv_transfer.failures import FailureReason, failure
-from kv_transfer.sending.outgoing import (
-    FramePlan,
+from kv_transfer.sending.outgoing import FramePlan, Instruction, OutgoingTransfer
+from kv_transfer.sending.outgoing_instructions import (
     FreeSources,
-    Instruction,
-    OutgoingTransfer,
     ReportCommitted,
     ReportFailed,
     SendAbort,
