@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 
 from cluster.prefix_hash import BlockHash
-from engine.host_blocks import BlockCopy, CopyKind
+from engine.block_copies import BlockCopy, CopyKind
 from engine.host_copier import HostCopier
 from engine.host_tier import HostEntry
 

@@ -28,9 +28,9 @@ from benchmarks.results_file import machine_facts, write_section
 from cluster.prefix_hash import root_hash
 from cluster.request import SamplingParams, SequenceRequest
 from cluster.startup import StartupReport
+from engine.block_copies import CopyKind
 from engine.config import EngineConfig
 from engine.engine import Engine
-from engine.host_blocks import CopyKind, HostBlocks
 from engine.loop import EngineLoop
 from engine.schedule import ScheduledChunk, ScheduleDecision
 from engine.sequence import Sequence
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence as SequenceOf
 
     from cluster.request import TokenDelta
+    from engine.host_blocks import HostBlocks
     from engine.host_copier import HostCopier
 
 GREEDY = SamplingParams(max_tokens=100_000, seed=0, temperature=0.0, ignore_eos=True)

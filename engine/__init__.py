@@ -8,8 +8,8 @@ tokens       sampler, by sampling_plan, penalties and logprobs; stopping
 KV           kv_cache (tensors), block_manager over counted_blocks, prefix_cache and reservation
              (numbers only); cache_journal (what others are told), steps_in_flight, held_prefix,
              block_audit
-host memory  host_blocks (what moves when) over host_tier (slots); host_copier moves the bytes,
-             restores brings back what another node is given
+host memory  host_blocks (what moves when, as block_copies) over host_tier (slots, by block_names);
+             host_copier moves the bytes, restores brings back what another node is given
 sequences    sequence, waiting_queue
 weights      checkpoint_files -> weights -> stored_matrices (layouts) -> weight_views (memory to
              fill); quantized_tensors (arithmetic), kv_scales, offload

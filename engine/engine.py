@@ -44,8 +44,9 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from cluster.startup import StartupReport
+    from engine.block_copies import BlockCopy
     from engine.config import EngineConfig
-    from engine.host_blocks import BlockCopy, HostBlocks
+    from engine.host_blocks import HostBlocks
     from engine.kv_cache import KVCache, KVLayout
     from engine.models.config import ModelConfig
     from engine.schedule import ScheduleDecision

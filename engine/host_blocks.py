@@ -27,65 +27,23 @@ Pure: no memory, no clock. Belongs to the block manager and its thread.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from enum import StrEnum
 from itertools import islice
 from typing import TYPE_CHECKING, Protocol
 
-from cluster.prefix_hash import hash_blocks
+from engine.block_copies import BlockCopy, CopyKind, HostStats
+from engine.block_names import names_of, tail_of
 from engine.prefix_cache import hash_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Iterable
     from collections.abc import Sequence as SequenceOf
 
-    from cluster.prefix_hash import BlockHash
     from engine.host_tier import HostEntry, HostTier
     from engine.prefix_cache import Block
     from engine.reservation import Hold
     from engine.sequence import Sequence
 
 _MIN_CLEANED = 64  # blocks: a save has a price of its own
-
-
-class CopyKind(StrEnum):
-    SAVE = "save"
-    LOAD = "load"
-
-
-@dataclass(slots=True, eq=False)
-class BlockCopy:
-    """Copy block `block_ids[i]` to (SAVE) or from (LOAD) slot `entries[i].slot`.
-
-    `sequence` waits for a load; its first `first_token` tokens are in place already, and with the
-    whole of it its first `end_token`. `on_end` hears how many blocks from the first on are what
-    was wanted, once nothing belongs to the copy any more.
-    """
-
-    kind: CopyKind
-    block_ids: tuple[int, ...]
-    entries: tuple[HostEntry, ...]
-    hold: Hold
-    sequence: Sequence | None = None
-    first_token: int = 0
-    end_token: int = 0
-    on_end: list[Callable[[int], None]] = field(default_factory=list)
-
-    @property
-    def slots(self) -> list[int]:
-        return [entry.slot for entry in self.entries]
-
-
-@dataclass(slots=True)
-class HostStats:
-    """Counters since start. Written by the engine's thread."""
-
-    num_saved_blocks: int = 0
-    num_loaded_blocks: int = 0
-    num_bad_blocks: int = 0  # another digest than when they were written
-    num_failed_copies: int = 0
-    num_lost_blocks: int = 0  # evicted before they were saved
-    num_hit_tokens: int = 0  # of prompts, found in host memory at first admission
 
 
 class BlockPool(Protocol):
@@ -207,7 +165,7 @@ class HostBlocks:
         some of it."""
         entries = self.tier.match(sequence.block_hashes[num_found:limit])
         if sequence.num_preemptions and num_found + len(entries) == limit:
-            name = self._tail_of(sequence)
+            name = tail_of(sequence, self._pool.block_size)
             entries += [] if name is None else self.tier.match([name])
         if any(entry.num_loads for entry in entries):
             return None
@@ -253,7 +211,7 @@ class HostBlocks:
         if not sequence.is_cacheable:
             return
         num_computed = sequence.num_computed_tokens
-        names = self._names_of(sequence)
+        names = names_of(sequence, self._pool.block_size)
         for name in reversed(names):
             self.tier.touch(name)  # they are not to make room for each other
         missing = [index for index, name in enumerate(names) if name not in self.tier]
@@ -348,22 +306,3 @@ class HostBlocks:
             self.stats.num_bad_blocks += 1
         if not bad.is_dropped:
             self.tier.forget([bad.block_hash])
-
-    def _names_of(self, sequence: Sequence) -> list[BlockHash]:
-        """Of the blocks that hold computed tokens."""
-        sequence.extend_block_hashes()
-        num_full = sequence.num_computed_tokens // self._pool.block_size
-        names = sequence.block_hashes[:num_full]
-        is_decoding = sequence.num_computed_tokens == sequence.num_tokens - 1
-        name = self._tail_of(sequence) if is_decoding else None
-        return names if name is None else [*names, name]
-
-    def _tail_of(self, sequence: Sequence) -> BlockHash | None:
-        """The name of the last block of a sequence that lacks its last token alone: None if that
-        block is full. Fewer tokens than a block has make other names than blocks have."""
-        num_full, num_left = divmod(sequence.num_tokens - 1, self._pool.block_size)
-        if num_left == 0:
-            return None
-        first = num_full * self._pool.block_size
-        parent = sequence.block_hashes[num_full - 1] if num_full else sequence.root
-        return hash_blocks(sequence.token_ids[first : first + num_left], num_left, parent)[0]

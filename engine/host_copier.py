@@ -30,14 +30,14 @@ import numpy as np
 import torch
 
 from cluster.errors import ConfigError
-from engine.host_blocks import CopyKind
+from engine.block_copies import CopyKind
 from kernels.block_digest import block_digests
 from kernels.copy_blocks import pack_whole_blocks, unpack_whole_blocks
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from engine.host_blocks import BlockCopy
+    from engine.block_copies import BlockCopy
 
     Done = Callable[[list[int] | None], None]
 

@@ -14,7 +14,7 @@ from engine.sequence import SequenceStatus
 from tests.sequences import BLOCK_SIZE, make_sequence, run_step
 
 if TYPE_CHECKING:
-    from engine.host_blocks import BlockCopy
+    from engine.block_copies import BlockCopy
     from engine.reservation import Reservation
     from engine.sequence import Sequence
 

@@ -6,12 +6,13 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from engine.block_copies import CopyKind
 from engine.block_manager import BlockManager
-from engine.host_blocks import CopyKind
 from tests.sequences import BLOCK_SIZE, compute, make_sequence
 
 if TYPE_CHECKING:
-    from engine.host_blocks import BlockCopy, HostBlocks
+    from engine.block_copies import BlockCopy
+    from engine.host_blocks import HostBlocks
     from engine.sequence import Sequence
 
 PROMPT = range(3 * BLOCK_SIZE + 1)

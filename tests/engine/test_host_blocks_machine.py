@@ -15,14 +15,15 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import initialize, invariant, precondition, rule
 
+from engine.block_copies import CopyKind
 from engine.block_manager import BlockManager
-from engine.host_blocks import CopyKind
 from engine.restores import Restores, Wish
 from tests.engine.test_block_manager_machine import Blocks, prompts, tokens
 from tests.sequences import BLOCK_SIZE, make_sequence
 
 if TYPE_CHECKING:
-    from engine.host_blocks import BlockCopy, HostBlocks
+    from engine.block_copies import BlockCopy
+    from engine.host_blocks import HostBlocks
     from engine.reservation import Hold
     from engine.sequence import Sequence
 

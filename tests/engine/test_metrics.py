@@ -9,8 +9,8 @@ from prometheus_client import CollectorRegistry
 
 from cluster.node import NodeLoad
 from cluster.request import TokenDelta
+from engine.block_copies import CopyKind
 from engine.block_manager import BlockManager
-from engine.host_blocks import CopyKind
 from engine.host_copier import CopyStats
 from engine.loop_parts import LoopStats
 from engine.metrics import EngineCollector, HostTierCollector

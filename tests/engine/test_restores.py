@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
+from engine.block_copies import CopyKind
 from engine.block_manager import BlockManager
 from engine.held_prefix import hold_prefix
-from engine.host_blocks import CopyKind
 from engine.restores import Restores, Wish
 from tests.interleavings import explore
 from tests.sequences import BLOCK_SIZE, compute, make_request, make_sequence
@@ -18,7 +18,8 @@ from tests.sequences import BLOCK_SIZE, compute, make_request, make_sequence
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from engine.host_blocks import BlockCopy, HostBlocks
+    from engine.block_copies import BlockCopy
+    from engine.host_blocks import HostBlocks
     from engine.reservation import Hold
     from engine.sequence import Sequence
 
