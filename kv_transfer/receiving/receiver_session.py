@@ -141,6 +141,7 @@ class ReceiverSession:
                     self._events.commit_arrived(self.id, message)
                 else:
                     await self._take(endpoint, reader, message)
+                    await asyncio.sleep(0)  # what has landed meanwhile goes before what comes
         except FrameMalformed as error:
             logger.warning("frames of %s cannot be read: %s", self.peer.name, error.message)
             self._events.link_lost(self.id, FailureReason.FRAME_MALFORMED)

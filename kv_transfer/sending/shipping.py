@@ -113,6 +113,7 @@ class Shipping:
                 staging.release(slot)
                 continue
             self._pack(shipment, plan, slot)
+            await asyncio.sleep(0)  # what is packed meanwhile goes out before more is packed
 
     def _pack(self, shipment: Any, plan: FramePlan, slot: StagingSlot) -> None:
         if TRACE.is_on:
