@@ -16,7 +16,7 @@ from cluster.node import Incarnation, NodeId, NodeName
 from cluster.request import PrefixHolder
 from engine.block_manager import BlockManager
 from engine.loop_parts import LoopStats
-from prefill_node.fetch_estimate import FetchEstimate
+from prefill_node.fetch_estimate import FIXED_SECONDS, FetchEstimate
 from prefill_node.prefix_fetches import PrefixFetches
 from tests.kv_twins import until
 from tests.sequences import BLOCK_SIZE, compute, make_sequence
@@ -166,6 +166,29 @@ def test_nothing_is_asked_for_what_is_here() -> None:
 
     asyncio.run(bench.fetch(give))
     assert bench.fetches.stats.num_fetches == 0
+
+
+def test_what_our_host_memory_has_saves_nothing_though_it_is_moved() -> None:
+    bench = Bench(num_host_blocks=16)
+    here = make_sequence(range(3 * BLOCK_SIZE))
+    compute(bench.manager, here)
+    bench.manager.preempt(here)
+    assert bench.manager.host is not None
+    (save,) = bench.manager.host.take_copies()
+    bench.manager.host.end(save, [7] * len(save.entries))
+    filler = make_sequence(range(9000, 9000 + 12 * BLOCK_SIZE))
+    assert bench.manager.allocate(filler, filler.num_tokens)
+    bench.manager.free(filler)
+
+    async def give(prefix: SequenceRequest) -> None:
+        blocks = await bench.fetches.reserve(prefix, "d0")
+        assert blocks.num_held_blocks == 0
+        await bench.fetches.start(prefix.sequence_id, 0)
+
+    asyncio.run(bench.fetch(give))
+    moving = 5 * BLOCK_SIZE * 0.1 / 1000
+    spare = 2 * BLOCK_SIZE * 1.0 - FIXED_SECONDS - moving
+    assert bench.restore_seconds == [pytest.approx(spare / (5 * BLOCK_SIZE))]
 
 
 def test_the_first_fetch_from_a_node_is_not_waited_for() -> None:
