@@ -1,16 +1,27 @@
 """Rows D1, D2, D4 and D5 of the fault matrix: decode nodes that die or stand still, and requests
-that are given up in each of their states. D3 is in `test_small_pools`."""
+that are given up in each of their states; and pauses of every node under load. D3 is in
+`test_small_pools`."""
 
 from __future__ import annotations
 
 import json
+import time
 from typing import TYPE_CHECKING
 
 import pytest
 
 from cluster.registry import encode_entry
 from tests.e2e.cluster_process import eventually
-from tests.faults.cluster_rows import HALF, LEASE_SECONDS, NUM_REQUESTS, NUM_TOKENS, PREFILL
+from tests.faults.asks import draw_asks
+from tests.faults.cluster_rows import (
+    DECODE,
+    HALF,
+    LEASE_SECONDS,
+    NUM_REQUESTS,
+    NUM_TOKENS,
+    PREFILL,
+    SEED,
+)
 from tests.faults.kv_link import Order, Spoil
 from tests.faults.nemesis import verify
 from tests.faults.registry_entries import stale_entry
@@ -20,6 +31,8 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.faults
 LAST = NUM_REQUESTS * NUM_TOKENS - NUM_REQUESTS
+NODES = (*PREFILL, *DECODE)
+NUM_STREAMS, NUM_PAUSES, PAUSE_SECONDS = 64, 16, LEASE_SECONDS / 10
 
 
 @pytest.mark.parametrize("after", [0, 1, HALF, LAST], ids=["0", "1", "mid", "last"])
@@ -42,6 +55,25 @@ def test_d2_a_decode_node_stands_still_for_longer_than_a_lease(rows: Rows, polic
         rows.nemesis.resume(pid)
     rows.check(after)
     rows.check_recovered()
+
+
+def test_64_streams_outlive_16_pauses_of_their_nodes(rows: Rows) -> None:
+    """Each node in turn stands still, for less than a lease: nobody may take it for lost, no
+    digest may differ, and in the end nothing runs anywhere."""
+    asks = draw_asks(SEED, NUM_STREAMS, num_tokens=NUM_TOKENS)
+    oracle = rows.undisturbed(asks)
+    failures = rows.counted("baton_kv_load_failures_total")
+    with rows.load(asks) as history:
+        for number in range(NUM_PAUSES):
+            history.wait_for_tokens(number * NUM_STREAMS * NUM_TOKENS // NUM_PAUSES)
+            pid = rows.nemesis.stop(NODES[number % len(NODES)])
+            time.sleep(PAUSE_SECONDS)  # how long the fault lasts
+            rows.nemesis.resume(pid)
+    rows.check(history, oracle)
+    assert history.codes() == set()
+    assert rows.counted("baton_kv_load_failures_total") == failures
+    rows.check_nothing_is_held()
+    assert rows.counted("baton_sequences_running", NODES) == 0
 
 
 @pytest.mark.parametrize("state", ["waiting for kv", "partial", "first token", "decoding", "last"])
