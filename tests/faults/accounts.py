@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from gateway.retries import MAX_SAVED_RETRIES, RETRY_SHARE
 from tests.faults.metrics import scrape
 
 if TYPE_CHECKING:
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from tests.faults.history import History
 
 LEFT = "cancelled"
+MAX_GATEWAYS = 2  # each has a budget of its own
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +43,13 @@ def account_of(cluster: FaultCluster) -> Account:
         errors += metrics.by("baton_request_errors_total", "code")
         retries += metrics.by("baton_retries_total", "kind")
     return Account(ended, errors, retries)
+
+
+def beyond_budget(history: History, counted: Account) -> list[str]:
+    """Re-dispatches, where there were more than a tenth of the requests and what was saved (I6)."""
+    num_sent, num_again = history.kinds().count("sent"), counted.retries["redispatch"]
+    most = MAX_SAVED_RETRIES * MAX_GATEWAYS + RETRY_SHARE * num_sent
+    return [] if num_again <= most else [f"{num_again} re-dispatches for {num_sent} requests"]
 
 
 def disagreements(history: History, counted: Account) -> list[str]:

@@ -21,6 +21,7 @@ class Ask:
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int | None = None
+    cache_salt: str | None = None  # of its tenant
     deadline_seconds: float = DEADLINE_SECONDS
     leaves_after: int | None = None
     leaves_by_reset: bool = False
@@ -49,7 +50,8 @@ class Ask:
             "return_token_ids": True,
             "stream": self.is_stream,
         }
-        return body if self.seed is None else {**body, "seed": self.seed}
+        optional = {"seed": self.seed, "cache_salt": self.cache_salt}
+        return body | {name: value for name, value in optional.items() if value is not None}
 
 
 def draw_prompt(draw: random.Random, low: int, high: int) -> tuple[int, ...]:

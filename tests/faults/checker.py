@@ -1,16 +1,19 @@
 """Judges a history: each request ends once, its tokens are the oracle's, and nothing hangs.
 
-Invariants I1 (one ending), I2 (a prefix of the oracle's tokens, whole unless an error ended it)
-and I9 (only requests that touched the faulty part may err). `leaks` judges I4, `accounts` I8.
-Tokens computed from KV that was not verified, or that is another request's (I3, I5), are not the
-oracle's: no two prompts of a row share their tokens, and a row proves that the oracle would tell.
+Invariants I1 (one ending), I2 (a prefix of the oracle's tokens, whole unless an error ended it),
+I6 (somebody hears something in time, blocks of who has left come back in time) and I9 (only
+requests that touched the faulty part may err). I3 (no KV that was not verified), I5 (tenants) and
+I7 (fencing) are judged where blocks are, by the `witness` in each node: the history has what it
+objects to. `leaks` judges I4, `accounts` I8 and the retries of I6.
+Tokens from wrong KV would not be the oracle's, either: no two prompts of a row share their tokens,
+and a row proves that the oracle would tell.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from tests.faults.history import ENDINGS, LAST
+from tests.faults.history import ENDINGS, LAST, NO_REQUEST
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -19,6 +22,8 @@ if TYPE_CHECKING:
 
 # What may be said of a fault of the machinery. All are 503 or 504: the client may try again.
 FAULT_CODES = frozenset({"node_lost", "kv_load_failed", "no_capacity", "deadline_exceeded"})
+MAX_SILENCE_SECONDS = 30.0  # until who is not heard is lost, or nobody is left to ask
+FREED_WITHIN_SECONDS = 5.0  # one, and what a busy machine adds
 
 
 def violations(
@@ -45,6 +50,8 @@ def violations(
     ]
     strangers = set(events) - set(oracle)
     found += [f"request {number}: not known to the oracle" for number in sorted(strangers)]
+    found += [event.detail for event in history.events if event.kind == "contradiction"]
+    found += silences(history)
     if may_err is not None:
         bystanders = history.erred() - set(may_err)
         found += [f"request {number}: erred, but touched no fault" for number in sorted(bystanders)]
@@ -66,6 +73,36 @@ def hung(history: History) -> int:
         not any(event.kind in LAST and event.kind != "hung" for event in events)
         for events in history.by_request().values()
     )
+
+
+def silences(history: History, longest_seconds: float = MAX_SILENCE_SECONDS) -> list[str]:
+    """For how long requests were open and no client heard anything, where that is too long."""
+    found, num_open, heard_at = [], 0, 0.0
+    for event in history.events:
+        if event.request == NO_REQUEST:
+            continue
+        if num_open and event.at - heard_at > longest_seconds:
+            found.append(f"nobody heard anything for {event.at - heard_at:.1f} s")
+        num_open += (event.kind == "sent") - (event.kind in LAST)
+        heard_at = event.at
+    return found
+
+
+def not_freed(history: History) -> list[str]:
+    """Nodes that still had blocks of a client long after it had left; not of nodes that were
+    disturbed themselves."""
+    left = {f"ask-{e.request}": e.at for e in history.events if e.kind == "left"}
+    faults = [event.detail for event in history.events if event.kind == "fault"]
+    found = []
+    for held in (event for event in history.events if event.kind == "held"):
+        request, _, node = held.detail.partition(" ")
+        if request not in left or any(node in fault for fault in faults):
+            continue
+        limit = max(held.at, left[request]) + FREED_WITHIN_SECONDS
+        freed = (e.at for e in history.events if e.kind == "freed" and e.detail == held.detail)
+        if not any(held.at <= at <= limit for at in freed):
+            found.append(f"{node} kept blocks of {request} after its client had left")
+    return found
 
 
 def _of_one(

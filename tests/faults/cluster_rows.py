@@ -6,7 +6,8 @@ Life of a row
     2. `rows.load()`: clients ask during the block; the row makes its fault there and verifies
        that it took place.
     3. `rows.check(history)`: every request against the oracle (I1, I2), every error of a kind
-       that a fault may cause, and the gateways' counters against the clients (I8).
+       that a fault may cause, what the witnesses in the nodes objected to (I3, I5, I7), how long
+       it took (I6), and the gateways' counters against the clients (I8).
     4. `rows.check_recovered()`: all programs serve, nothing is held that should not be (I4), and
        the same prompts get the same tokens without an error.
 """
@@ -24,9 +25,9 @@ from typing import TYPE_CHECKING
 
 from cluster.failpoints import VARIABLE
 from tests.e2e.cluster_process import eventually
-from tests.faults.accounts import account_of, disagreements
+from tests.faults.accounts import account_of, beyond_budget, disagreements
 from tests.faults.asks import Ask, draw_prompt
-from tests.faults.checker import FAULT_CODES, violations
+from tests.faults.checker import FAULT_CODES, FREED_WITHIN_SECONDS, not_freed, violations
 from tests.faults.client import load
 from tests.faults.cluster import FaultCluster
 from tests.faults.history import ENDINGS, NO_REQUEST, History
@@ -34,6 +35,7 @@ from tests.faults.kv_link import Order, Spoil, shots_done, withdraw
 from tests.faults.leaks import await_quiescence, baseline
 from tests.faults.metrics import scrape
 from tests.faults.nemesis import Nemesis, verify
+from tests.faults.witness import Evidence
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -46,6 +48,7 @@ SEED = int(os.environ.get("BATON_FAULT_SEED", "1"))
 # A folder: every row leaves its history there, one JSON object a line.
 HISTORIES = os.environ.get("BATON_FAULT_HISTORIES")
 NUM_REQUESTS, NUM_TOKENS = 6, 48
+NUM_SHARED_TOKENS = 40  # two blocks, of two tenants, that prompts begin with
 HALF = NUM_REQUESTS * NUM_TOKENS // 2  # of all tokens
 PREFILL, DECODE = ("prefill-0", "prefill-1"), ("decode-0", "decode-1")
 RECOVERS_WITHIN_SECONDS = 60.0
@@ -70,13 +73,21 @@ class Rows:
     asks: list[Ask] = field(default_factory=list)
     oracle: dict[int, tuple[int, ...]] = field(default_factory=dict)
     before: dict[str, Held] = field(default_factory=dict)
+    evidence: Evidence = field(init=False)
     nemesis: Nemesis = field(init=False)
 
     def __post_init__(self) -> None:
         self.nemesis = Nemesis(self.cluster)
+        self.evidence = Evidence({name: self.folder / name for name in (*PREFILL, *DECODE)})
         draw = random.Random(SEED)
+        stem = draw_prompt(draw, NUM_SHARED_TOKENS, NUM_SHARED_TOKENS)
         self.asks = [
-            Ask(number=number, prompt=draw_prompt(draw, 200, 400), num_tokens=NUM_TOKENS)
+            Ask(
+                number=number,
+                prompt=(*stem, *draw_prompt(draw, 160, 360)),
+                num_tokens=NUM_TOKENS,
+                cache_salt=f"tenant-{number % 2}",
+            )
             for number in range(NUM_REQUESTS)
         ]
         self.oracle = self.undisturbed(self.asks)
@@ -111,6 +122,7 @@ class Rows:
         account = account_of(self.cluster) if is_counted else None
         with load(self.cluster.url_of, asked, at_once=len(asked), history=history):
             yield history
+        self.evidence.take(history)
         self._save(history)
         self._accounts = history, account, self._gateways()
 
@@ -189,6 +201,7 @@ class Rows:
         )
         assert not found, f"seed {SEED}: {found}"
         self._check_accounts(history)
+        self._check_freed(history)
 
     def check_recovered(self) -> None:
         """All nodes are back, nothing is held, and the same prompts get the same tokens."""
@@ -214,6 +227,15 @@ class Rows:
         while found := disagreements(history, account_of(self.cluster).since(before)):
             assert time.monotonic() < deadline, f"seed {SEED}: {found}"
             time.sleep(0.1)
+        assert not beyond_budget(history, account_of(self.cluster).since(before))
+
+    def _check_freed(self, history: History) -> None:
+        """Blocks of clients that have left came back in time."""
+        deadline = time.monotonic() + FREED_WITHIN_SECONDS
+        while found := not_freed(history):
+            assert time.monotonic() < deadline, f"seed {SEED}: {found}"
+            time.sleep(0.1)
+            self.evidence.take(history)
 
     def _gateways(self) -> list[int | None]:
         return [self.cluster.pid_of(name) for name in self.cluster.gateway_ports]

@@ -20,6 +20,7 @@ def plain_rows(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rows]:
     folder = tmp_path_factory.mktemp("plain")
     with running_rows(*SMALL_CHUNKS, "--no-enable-prefix-caching", folder=folder) as running:
         yield running
+        assert running.evidence.looked == {"I3", "I7"}, "its witnesses were blind"
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +29,7 @@ def cached_rows(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rows]:
     folder = tmp_path_factory.mktemp("cached")
     with running_rows(*SMALL_CHUNKS, folder=folder, num_gateways=2) as running:
         yield running
+        assert running.evidence.looked == {"I3", "I5", "I7"}, "its witnesses were blind"
 
 
 @pytest.fixture(params=POLICIES)

@@ -1,10 +1,12 @@
-"""A node's program as `baton` starts it, with a KV link that a test can spoil (`kv_link`)."""
+"""A node's program as `baton` starts it, with a KV link that a test can spoil (`kv_link`), and a
+witness of what it does to blocks (`witness`)."""
 
 from __future__ import annotations
 
 import asyncio
 import os
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -36,6 +38,12 @@ def spoil_links(folder: str) -> None:
     TransferAgent.create = classmethod(spoiled)  # type: ignore[assignment, method-assign]
 
 
+def watch_blocks(folder: str) -> None:
+    from tests.faults.watched_node import watch
+
+    watch(Path(folder))
+
+
 def accept_any_digest() -> None:
     """Of nodes in host memory."""
     from kv_transfer.receiving.arrivals import PiecesArrival
@@ -51,6 +59,7 @@ def accept_any_digest() -> None:
 def main() -> int:
     if folder := os.environ.get(ORDERS_VARIABLE):
         spoil_links(folder)
+        watch_blocks(folder)
     if os.environ.get(BLIND_VARIABLE):
         accept_any_digest()
     from baton.__main__ import main as baton

@@ -5,7 +5,9 @@ finish_reason), `failed` (an error event inside the stream) and `refused` (an HT
 for the line `[DONE]`. `left` says that the client went away, `unreachable` that nobody took its
 connection, `broken` that its connection broke, `hung` that it had no end long after its deadline.
 
-Events of no request are `fault` (what the nemesis did) and `server` (what became of a process).
+Events of no request are `fault` (what the nemesis did), `server` (what became of a process), and
+what the witnesses in the nodes saw (`witness`): `held` and `freed` for blocks of a request on a
+node, `contradiction` for an invariant that was broken there.
 """
 
 from __future__ import annotations
@@ -47,11 +49,13 @@ class History:
     def record(
         self, request: int, kind: str, *, token_ids: Sequence[int] = (), detail: str = ""
     ) -> None:
-        event = Event(request, kind, time.monotonic(), tuple(token_ids), detail)
+        self.add(Event(request, kind, time.monotonic(), tuple(token_ids), detail))
+
+    def add(self, event: Event) -> None:
         with self.changed:
             self.events.append(event)
-            self.num_tokens += len(token_ids)
-            self.num_ended += kind in LAST
+            self.num_tokens += len(event.token_ids)
+            self.num_ended += event.kind in LAST
             self.changed.notify_all()
 
     def by_request(self) -> dict[int, list[Event]]:

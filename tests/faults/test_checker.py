@@ -11,9 +11,16 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.faults.accounts import Account, disagreements
-from tests.faults.checker import hung, violations, wrong_tokens
-from tests.faults.history import NO_REQUEST, History, read_history
+from tests.faults.accounts import Account, beyond_budget, disagreements
+from tests.faults.checker import (
+    FREED_WITHIN_SECONDS,
+    hung,
+    not_freed,
+    silences,
+    violations,
+    wrong_tokens,
+)
+from tests.faults.history import NO_REQUEST, Event, History, read_history
 from tests.faults.leaks import Held, held_by_node, more_than
 from tests.faults.metrics import parse
 from tests.faults.nemesis import NotInjected, draw_schedule, is_gone, process_state, verify
@@ -113,6 +120,56 @@ def test_requests_with_a_wrong_token_or_without_an_end_are_counted() -> None:
     assert hung(history_of(("tokens", (5,), ""))) == 1
     assert hung(history_of(("hung", (), ""))) == 1
     assert hung(history_of(LOST)) == 0
+
+
+def test_what_a_witness_objects_to_is_a_violation() -> None:
+    history = history_of(LOST, DONE)
+    history.record(NO_REQUEST, "contradiction", detail="decode-0: I3, block 1")
+    assert violations(history, ORACLE) == ["decode-0: I3, block 1"]
+
+
+def test_a_long_silence_while_somebody_waits_is_a_violation() -> None:
+    history = History()
+    for request, kind, at in ((0, "sent", 0.0), (0, "tokens", 9.0), (0, "failed", 21.0)):
+        history.add(Event(request, kind, at))
+    history.add(Event(NO_REQUEST, "fault", 30.0))
+    history.add(Event(1, "sent", 99.0))
+    assert silences(history, 12.0) == []
+    assert silences(history, 11.0) == ["nobody heard anything for 12.0 s"]
+
+
+@pytest.mark.parametrize(
+    ("freed", "fault", "is_right"),
+    [
+        ([(12.0, "ask-0 decode-0")], "", True),
+        ([], "", False),
+        ([(12.0, "ask-0 decode-1")], "", False),
+        ([(12.0, "ask-1 decode-0")], "", False),
+        ([(10.5 + FREED_WITHIN_SECONDS, "ask-0 decode-0")], "", False),
+        ([(0.5, "ask-0 decode-0")], "", False),
+        ([], "kill decode-0 7", True),
+        ([], "kill decode-1 7", False),
+    ],
+)
+def test_blocks_of_who_has_left_must_come_back_in_time(
+    freed: list[tuple[float, str]], fault: str, is_right: bool
+) -> None:
+    history = History()
+    history.add(Event(NO_REQUEST, "held", 1.0, detail="ask-0 decode-0"))
+    history.add(Event(NO_REQUEST, "held", 1.0, detail="ask-2 decode-0"))  # has not left
+    history.add(Event(0, "left", 10.0))
+    for at, detail in freed:
+        history.add(Event(NO_REQUEST, "freed", at, detail=detail))
+    if fault:
+        history.record(NO_REQUEST, "fault", detail=fault)
+    assert (not_freed(history) == []) is is_right
+
+
+@pytest.mark.parametrize(("num_again", "is_right"), [(20, True), (21, False)])
+def test_more_dispatches_than_the_budget_are_found(num_again: int, is_right: bool) -> None:
+    """One request adds a tenth; two gateways have saved ten each."""
+    counted = Account(1, Counter(), Counter(redispatch=num_again))
+    assert (beyond_budget(history_of(LOST), counted) == []) is is_right
 
 
 def test_a_history_is_read_back_as_it_was_written(tmp_path: Path) -> None:

@@ -138,6 +138,8 @@ def test_r5_replies_that_come_late_or_twice_are_nobody_elses(cached: Rows) -> No
     """Delays beyond the patience of a lookup cancel calls at random; first replies come twice."""
     proxy = cached.cluster.redis_proxy
     before = proxy.counters.copy()
+    proxy.faults_down = Faults(reset_after=0)  # first replies come on new connections
+    verify(lambda: proxy.counters["reset"] > before["reset"], "no connection was cut")
     proxy.faults_down = Faults(delay_seconds=0.005, jitter_seconds=0.1, duplicate_at=0)
     for _ in range(2):
         goes_unnoticed(cached)
