@@ -144,8 +144,8 @@ FAILURE_ROWS = (
         (
             Mutation(
                 SESSION,
-                "place = FramePlace(seal, fate.block_ids)\n",
-                "place = FramePlace(seal, fate.block_ids[::-1])\n",
+                "FramePlace(seal, fate.block_ids)",
+                "FramePlace(seal, fate.block_ids[::-1])",
                 "tests/e2e/test_split_equality.py::"
                 "test_greedy_tokens_of_the_split_pools_are_those_of_one_node_and_of_the_reference"
                 "[llama3-512-1]",
