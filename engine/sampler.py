@@ -194,7 +194,13 @@ class Sampler:
         ]
 
     def _row_of(self, sequence: Sequence) -> SamplingRow:
-        row = SamplingRow(sequence, self._vocab_size, self._eos_token_ids)
+        row = SamplingRow(
+            sequence.sampling,
+            sequence.token_ids,
+            sequence.num_prompt_tokens,
+            vocab_size=self._vocab_size,
+            eos_token_ids=self._eos_token_ids,
+        )
         sequence.sampling_row = row
         return row
 

@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from engine.penalties import TokenCounts, TokenEdits, to_device
-from engine.stopping import ending_token_ids
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence as SequenceOf
     from collections.abc import Set as AbstractSet
 
     import torch
 
-    from engine.sequence import Sequence
+    from cluster.request import SamplingParams
 
 _MIN_TEMPERATURE = 1e-4  # below, weights of two tokens differ by more than float32 can hold
 
@@ -32,9 +32,14 @@ class SamplingRow:
     __slots__ = ("banned_token_ids", "bias", "counts", "sampling")
 
     def __init__(
-        self, sequence: Sequence, vocab_size: int, eos_token_ids: AbstractSet[int]
+        self,
+        sampling: SamplingParams,
+        token_ids: SequenceOf[int],
+        num_prompt_tokens: int,
+        *,
+        vocab_size: int,
+        eos_token_ids: AbstractSet[int],
     ) -> None:
-        sampling = sequence.sampling
         self.sampling = sampling
         self.bias = tuple(pair for pair in sampling.logit_bias if 0 <= pair[0] < vocab_size)
         self.banned_token_ids: tuple[int, ...] = ()  # until there are `min_tokens`
@@ -44,9 +49,7 @@ class SamplingRow:
         self.counts: TokenCounts | None = None
         repeats = sampling.repetition_penalty != 1.0
         if repeats or sampling.frequency_penalty or sampling.presence_penalty:
-            self.counts = TokenCounts(
-                sequence.token_ids, sequence.num_prompt_tokens, includes_prompt=repeats
-            )
+            self.counts = TokenCounts(token_ids, num_prompt_tokens, includes_prompt=repeats)
 
     @property
     def scale(self) -> float:
@@ -100,3 +103,11 @@ class SamplingPlan:
             ],
             np.float32,
         )
+
+
+def ending_token_ids(sampling: SamplingParams, eos_token_ids: AbstractSet[int]) -> frozenset[int]:
+    """The ids that end a sequence with these parameters. Sampling bans the same ones while
+    the sequence has fewer than `min_tokens`."""
+    if sampling.ignore_eos:
+        return frozenset(sampling.stop_token_ids)
+    return frozenset(eos_token_ids).union(sampling.stop_token_ids)

@@ -10,7 +10,6 @@ from cluster.request import FinishReason
 if TYPE_CHECKING:
     from collections.abc import Set as AbstractSet
 
-    from cluster.request import SamplingParams
     from engine.sequence import Sequence
 
 
@@ -23,14 +22,6 @@ class Finish:
 
 
 _FULL = Finish(FinishReason.LENGTH)
-
-
-def ending_token_ids(sampling: SamplingParams, eos_token_ids: AbstractSet[int]) -> frozenset[int]:
-    """The ids that end a sequence with these parameters. Sampling bans the same ones while
-    the sequence has fewer than `min_tokens`."""
-    if sampling.ignore_eos:
-        return frozenset(sampling.stop_token_ids)
-    return frozenset(eos_token_ids).union(sampling.stop_token_ids)
 
 
 def check_finished(

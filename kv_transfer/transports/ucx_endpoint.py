@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import struct
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from kv_transfer.transports.ucx import UcxTransport
+    from kv_transfer.transports.ucx_progress import Progress
 
 logger = logging.getLogger(__name__)
 
@@ -26,10 +26,23 @@ _HELLO_MAGIC = b"BATONKV1"
 _CLOSE_SECONDS = 2.0
 
 
+class Worker(Protocol):
+    """What an endpoint needs of the transport that it belongs to."""
+
+    @property
+    def moves_device_memory(self) -> bool: ...
+    @property
+    def progress(self) -> Progress: ...
+    def tag(self, tag: int) -> Any: ...
+    def array(self, buffer: torch.Tensor) -> Any: ...
+    def array_of(self, data: np.ndarray[Any, np.dtype[np.uint8]]) -> Any: ...
+    def forget(self, endpoint: UcxEndpoint) -> None: ...
+
+
 class UcxEndpoint:
     """One UCX endpoint, with the operations posted on it."""
 
-    def __init__(self, transport: UcxTransport, endpoint: Any) -> None:
+    def __init__(self, transport: Worker, endpoint: Any) -> None:
         self._transport = transport
         self._endpoint = endpoint
         self._posted: set[asyncio.Future[None]] = set()

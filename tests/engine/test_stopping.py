@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from cluster.request import FinishReason
-from engine.stopping import Finish, check_finished, ending_token_ids
+from engine.sampling_plan import ending_token_ids
+from engine.stopping import Finish, check_finished
 from tests.sequences import make_sequence
 
 EOS, STOP_ID, OTHER = 2, 7, 5
