@@ -234,6 +234,7 @@ def _no_meetings() -> Iterator[None]:
     """Ranks that go on without each other; what they compute is then wrong."""
     with (
         mock.patch.object(GpuRanks, "few_rows", None),
+        mock.patch.object(GpuRanks, "one_row", None),
         mock.patch.object(GpuRanks, "sum", lambda self, x: x),
         mock.patch.object(GpuRanks, "from_first", lambda self, x: x),
         mock.patch.object(GpuRanks, "gather_logits", lambda self, part, vocab_size: part),
@@ -256,7 +257,7 @@ def _reduced(ranks: GpuRanks, x: torch.Tensor) -> None:
 
 
 def _own(matrix: Matrix) -> Matrix:
-    return matrix._matrix if isinstance(matrix, SummedMatrix) else matrix
+    return matrix.own if isinstance(matrix, SummedMatrix) else matrix
 
 
 def run_first(size: int, arguments: argparse.Namespace, words: Sequence[str]) -> list[str]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from kernels.gluon_api import gl, gluon_jit
 from kernels.row_walk import add_up, count_tiles, multiply_stage, sums_layout
+from kernels.skinny_peers import send
 
 
 @gluon_jit
@@ -44,32 +45,49 @@ def _tile_sums(
 
 
 @gluon_jit
+def _halves(y: gl.tensor, PAIRS: gl.constexpr) -> Any:
+    """The two halves of a tile of `tiles_of_halves`, `[8]` each."""
+    pairs = gl.permute(gl.reshape(y, [2, 8]), (1, 0))
+    return gl.split(gl.convert_layout(pairs, PAIRS))
+
+
+@gluon_jit
 def plain_phase(
     place: gl.tuple, factor: gl.tensor, scale_ptr: gl.tensor, bias_ptr: gl.tensor,
-    residual_ptr: gl.tensor, out_ptr: gl.tensor, walk: gl.tuple, OUT: gl.constexpr,
-    UNITS: gl.constexpr, STAGES: gl.constexpr, BITS: gl.constexpr,
+    residual_ptr: gl.tensor, out_ptr: gl.tensor, walk: gl.tuple, peers: gl.tuple,
+    OUT: gl.constexpr, UNITS: gl.constexpr, STAGES: gl.constexpr, BITS: gl.constexpr,
+    RANK: gl.constexpr, SIZE: gl.constexpr, CAPACITY: gl.constexpr,
 ) -> gl.tuple:  # fmt: skip
-    """out = x @ weight.T + bias + residual, the last two optional. Gives the place behind."""
+    """out = x @ weight.T + bias + residual, the last two optional. Gives the place behind.
+
+    With SIZE > 1 it goes to all ranks instead, residual and bias of the first one only. peers:
+    inboxes, epoch.
+    """
     OUTPUT: gl.constexpr = gl.BlockedLayout([1], [32], [8], [0])
     for walked in range(count_tiles(OUT)):
         tile = gl.program_id(0) + walked * gl.num_programs(0)
         at = tile * 16 + gl.arange(0, 16, OUTPUT)
         mask = at < OUT
         scale = _scale(scale_ptr, at, mask, factor)
-        added = _added(residual_ptr, at, mask) + _added(bias_ptr, at, mask)
+        added = 0.0
+        if RANK == 0:
+            added = _added(residual_ptr, at, mask) + _added(bias_ptr, at, mask)
         y, place = _tile_sums(place, walk, UNITS, STAGES, BITS, OUTPUT)
         y = y * scale + added
-        gl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask=mask)
+        if SIZE > 1:
+            send(y, at, mask, peers[0], peers[1], RANK, SIZE, CAPACITY)
+        else:
+            gl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask=mask)
     return place
 
 
 @gluon_jit
-def gated_phase(
+def _gates_in_turns(
     place: gl.tuple, factor: gl.tensor, scale_ptr: gl.tensor, out_ptr: gl.tensor,
     walk: gl.tuple, OUT: gl.constexpr, UNITS: gl.constexpr, STAGES: gl.constexpr,
     BITS: gl.constexpr,
 ) -> gl.tuple:  # fmt: skip
-    """out = silu(gate) * up; stages of the two take turns. Gives the place behind."""
+    """`gated_phase` where stages of the two take turns."""
     OUTPUT: gl.constexpr = gl.BlockedLayout([1], [32], [8], [0])
     SUMS: gl.constexpr = sums_layout(BITS)
     for walked in range(count_tiles(OUT)):
@@ -90,13 +108,48 @@ def gated_phase(
 
 
 @gluon_jit
+def _gates_in_pairs(
+    place: gl.tuple, factor: gl.tensor, scale_ptr: gl.tensor, out_ptr: gl.tensor,
+    walk: gl.tuple, OUT: gl.constexpr, UNITS: gl.constexpr, STAGES: gl.constexpr,
+    BITS: gl.constexpr,
+) -> gl.tuple:  # fmt: skip
+    """`gated_phase` of `tiles_of_halves`."""
+    OUTPUT: gl.constexpr = gl.BlockedLayout([1], [32], [8], [0])
+    PAIRS: gl.constexpr = gl.BlockedLayout([1, 2], [8, 4], [8, 1], [1, 0])
+    for walked in range(count_tiles(2 * OUT)):
+        first = (gl.program_id(0) + walked * gl.num_programs(0)) * 8
+        lane = gl.arange(0, 16, OUTPUT)
+        at = lane // 8 * OUT + first + lane % 8
+        scale = _scale(scale_ptr, at, at < 2 * OUT, factor)
+        y, place = _tile_sums(place, walk, UNITS, STAGES, BITS, OUTPUT)
+        gate, up = _halves(y * scale, PAIRS)
+        y = gate / (1.0 + gl.exp(-gate)) * up
+        column = first + gl.arange(0, 8, gl.SliceLayout(1, PAIRS))
+        gl.store(out_ptr + column, y.to(out_ptr.dtype.element_ty))
+    return place
+
+
+@gluon_jit
+def gated_phase(
+    place: gl.tuple, factor: gl.tensor, scale_ptr: gl.tensor, out_ptr: gl.tensor,
+    walk: gl.tuple, OUT: gl.constexpr, UNITS: gl.constexpr, STAGES: gl.constexpr,
+    BITS: gl.constexpr, PAIRED: gl.constexpr,
+) -> gl.tuple:  # fmt: skip
+    """out = silu(gate) * up. Gives the place behind."""
+    if PAIRED:
+        return _gates_in_pairs(place, factor, scale_ptr, out_ptr, walk, OUT, UNITS, STAGES, BITS)
+    else:
+        return _gates_in_turns(place, factor, scale_ptr, out_ptr, walk, OUT, UNITS, STAGES, BITS)
+
+
+@gluon_jit
 def turning_phase(
     place: gl.tuple, factor: gl.tensor, scale_ptr: gl.tensor, bias_ptr: gl.tensor,
     out_ptr: gl.tensor, places: gl.tuple, walk: gl.tuple, OUT: gl.constexpr, UNITS: gl.constexpr,
     HALF: gl.constexpr, KV_HEADS: gl.constexpr, BLOCK_SIZE: gl.constexpr, STAGES: gl.constexpr,
     BITS: gl.constexpr,
 ) -> None:  # fmt: skip
-    """Heads of `tiles_of_heads`: queries to out, turned, keys and values to their slot.
+    """Heads of `tiles_of_halves`: queries to out, turned, keys and values to their slot.
 
     places: pool, slot, position, table of cosines and sines, scales of keys and values.
     """
@@ -123,8 +176,7 @@ def turning_phase(
         if kv_scales_ptr is not None:
             kv_scale = gl.load(kv_scales_ptr + side * KV_HEADS + kv_head)
         y, place = _tile_sums(place, walk, UNITS, STAGES, BITS, OUTPUT)
-        pairs = gl.permute(gl.reshape(y * scale + added, [2, 8]), (1, 0))
-        low, high = gl.split(gl.convert_layout(pairs, PAIRS))
+        low, high = _halves(y * scale + added, PAIRS)
         low, high = low * cos - high * sin, high * cos + low * sin
         if head < HEADS:
             query_ptr = out_ptr + head * (2 * HALF) + column

@@ -47,9 +47,9 @@ def tiles_of(weight: torch.Tensor) -> Any:
     return TensorDescriptor(weight, shape, strides, [BLOCKS, TILE_OUT, inputs], shared)
 
 
-def tiles_of_heads(weight: torch.Tensor, half: int) -> Any:
-    """The same, but a tile is 8 outputs of the first and the 8 like them of the second half of a
-    head, which turn together."""
+def tiles_of_halves(weight: torch.Tensor, half: int) -> Any:
+    """The same, but a tile is 8 outputs and the 8 that are `half` behind them: of a head, which
+    turn together, or of gates and what they let through."""
     inputs = BLOCK_BYTES // weight.itemsize
     out_size, row = weight.shape
     shape = [row // inputs, out_size // (2 * half), 2, half, inputs]
@@ -80,22 +80,25 @@ def count_tiles(OUT: gl.constexpr) -> gl.tensor:
 @gluon_jit
 def send_all(
     descs: gl.tuple, memory: gl.tuple, OUTPUT_UNITS: gl.constexpr, HIDDEN: gl.constexpr,
-    UNITS: gl.constexpr, INTER: gl.constexpr, DOWN_UNITS: gl.constexpr, LAST: gl.constexpr,
-    HALF: gl.constexpr, STAGES: gl.constexpr,
+    UNITS: gl.constexpr, INTER: gl.constexpr, PAIRED: gl.constexpr, DOWN_UNITS: gl.constexpr,
+    LAST: gl.constexpr, HALF: gl.constexpr, STAGES: gl.constexpr,
 ) -> None:  # fmt: skip
     """The producer: a single warp that walks all matrices as fast as stages become free.
 
-    descs: output, gate and up, down, and the last matrix of LAST outputs, by `tiles_of_heads` where
-    HALF is not 0. memory: barriers of full and of free stages, and the stages. Units: stages of a
-    tile of each matrix.
+    descs: output, gate and up, down, and the last matrix of LAST outputs; by `tiles_of_halves` the
+    second if PAIRED, the last where HALF is not 0. memory: barriers of full and of free stages, and
+    the stages. Units: stages of a tile of each matrix.
     """
     place = (0, 1)
     tiles = count_tiles(HIDDEN)
     place = _send(descs[0], tiles, place, memory, OUTPUT_UNITS, STAGES)
-    place = _send_gated(descs[1], count_tiles(INTER), place, memory, UNITS, INTER, STAGES)
+    if PAIRED:
+        place = _send_halves(descs[1], count_tiles(2 * INTER), place, memory, UNITS, INTER, STAGES)
+    else:
+        place = _send_gated(descs[1], count_tiles(INTER), place, memory, UNITS, INTER, STAGES)
     place = _send(descs[2], tiles, place, memory, DOWN_UNITS, STAGES)
     if HALF > 0:
-        _send_heads(descs[3], count_tiles(LAST), place, memory, UNITS, HALF, STAGES)
+        _send_halves(descs[3], count_tiles(LAST), place, memory, UNITS, HALF, STAGES)
     elif LAST > 0:
         _send(descs[3], count_tiles(LAST), place, memory, UNITS, STAGES)
 
@@ -143,10 +146,10 @@ def _send_gated(
 
 
 @gluon_jit
-def _send_heads(
+def _send_halves(
     desc: gl.tensor, tiles: gl.tensor, place: gl.tuple, memory: gl.tuple, UNITS: gl.constexpr,
     HALF: gl.constexpr, STAGES: gl.constexpr,
-) -> None:  # fmt: skip
+) -> gl.tuple:  # fmt: skip
     for walked in range(tiles):
         tile = gl.program_id(0) + walked * gl.num_programs(0)
         head, row = tile // (HALF // 8), tile % (HALF // 8) * 8
@@ -155,6 +158,7 @@ def _send_heads(
             halves = reinterpret(target, target.dtype, desc.block_shape, desc.layout)
             async_load(desc, [unit * 8, head, 0, row, 0], bar, halves)
             place = next_stage(place[0], place[1], STAGES)
+    return place
 
 
 @gluon_jit

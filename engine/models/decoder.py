@@ -127,8 +127,8 @@ class Decoder:
         if self.offloaded is not None:
             self.offloaded.finish()
         self._lm_head.pack(keep_weight=self.config.tie_word_embeddings)
-        if self._ranks is None and self.offloaded is None:
-            self._row_pass = RowPass.of(self._layers)
+        if self.offloaded is None:
+            self._row_pass = RowPass.of(self._layers, self._ranks)
 
     def forward(
         self,

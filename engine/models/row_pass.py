@@ -17,6 +17,7 @@ import torch
 
 from engine.models.linear import Linear
 from engine.models.quantized_linear import Float8Linear
+from engine.tensor_parallel.sharded import SummedMatrix
 from kernels.row_layer import (
     COUNTERS,
     HEAD_UNIT,
@@ -35,26 +36,32 @@ if TYPE_CHECKING:
     from engine.batch import Batch
     from engine.models.decoder_layer import DecoderLayer, StepPlan
     from engine.models.linear import Matrix
+    from engine.tensor_parallel.ranks import Ranks
 
 
 class RowPass:
     """The layers of one decoder. Steps must follow each other: they share counters."""
 
     def __init__(
-        self, layers: SequenceOf[DecoderLayer], halves: SequenceOf[tuple[Transform, RowMatrix]]
+        self,
+        layers: SequenceOf[DecoderLayer],
+        halves: SequenceOf[tuple[Transform, RowMatrix]],
+        ranks: Ranks | None = None,
     ) -> None:
         """`halves`: of each of the layers, of which there are two at least."""
         self._layers = layers
         self._halves = halves
+        self._ranks = ranks
         device = layers[0].input_norm.device
         self._counters = torch.zeros(len(layers), COUNTERS, dtype=torch.int32, device=device)
 
     @classmethod
-    def of(cls, layers: SequenceOf[DecoderLayer]) -> RowPass | None:
-        """None where ordinary passes are to be taken."""
+    def of(cls, layers: SequenceOf[DecoderLayer], ranks: Ranks | None) -> RowPass | None:
+        """None where ordinary passes are to be taken, which is the same on all ranks."""
+        num_ranks = 1 if ranks is None else ranks.shard.size
         halves = [halves_of(layer) for layer in layers]
-        known = [half for half in halves if half is not None and fits_row_layer(*half)]
-        return cls(layers, known) if len(known) == len(layers) >= 2 else None
+        known = [half for half in halves if half is not None and fits_row_layer(*half, num_ranks)]
+        return cls(layers, known, ranks) if len(known) == len(layers) >= 2 else None
 
     def run(
         self,
@@ -70,15 +77,19 @@ class RowPass:
         qkv = first.qkv.normed(residual, first.input_norm, first.eps)
         query = first.store(qkv, batch, kv_layers[0], cos_sin, plan)
         for index, layer in enumerate(self._layers):
-            if on_layer is not None:
+            if on_layer is not None and self._ranks is None:
                 on_layer(index)
             attended = layer.attention(query, batch, kv_layers[index], plan)
-            if index == last:
-                return self._transform(index, attended, residual, None)[0]
-            kv_layer = kv_layers[index + 1]
-            heads = self._heads(index + 1, batch, kv_layer, cos_sin)
+            heads = None
+            if index < last:
+                heads = self._heads(index + 1, batch, kv_layers[index + 1], cos_sin)
             residual, qkv = self._transform(index, attended, residual, heads)
+            if on_layer is not None and self._ranks is not None:
+                on_layer(index)  # behind a sum: the KV of the other ranks is written, too
+            if heads is None:
+                return residual
             if heads.places is None:
+                kv_layer = kv_layers[index + 1]
                 query = self._layers[index + 1].store(qkv, batch, kv_layer, cos_sin, plan)
             else:
                 query = qkv[:, : query.shape[1] * query.shape[2]].view(query.shape)
@@ -109,11 +120,14 @@ class RowPass:
             self._layers[index].eps,
             self._counters[index],
             self._counters[index - 1],
+            None if self._ranks is None else self._ranks.one_row,
         )
 
 
 def row_matrix(matrix: Matrix) -> RowMatrix | None:
-    """Its weights as the kernel takes them, if it does."""
+    """Its weights as the kernel takes them, if it does: those of this rank."""
+    if isinstance(matrix, SummedMatrix):
+        return None if matrix.has_bias else row_matrix(matrix.own)
     if isinstance(matrix, Linear):
         return RowMatrix(matrix.weight, None, matrix.bias)
     if isinstance(matrix, Float8Linear):

@@ -60,9 +60,11 @@ class GpuRanks:
         self._inboxes = self._share_inboxes(
             rendezvous, device, inbox_words(largest_small), MAX_PROGRAMS
         )
+        num_programs = num_multiprocessors(device)
         self._few_rows = self._share_inboxes(
-            rendezvous, device, MAX_ROWS * hidden_size, num_multiprocessors(device)
+            rendezvous, device, MAX_ROWS * hidden_size, num_programs
         )
+        self._one_row = self._share_inboxes(rendezvous, device, hidden_size, num_programs)
         self._large: LargeSums | None = None
         if shard.size <= MOST_READERS:
             self._large = LargeSums.share(shard.rank, rendezvous, device, largest_sum, dtype)
@@ -82,6 +84,10 @@ class GpuRanks:
     @property
     def few_rows(self) -> PeerInboxes | None:
         return self._few_rows
+
+    @property
+    def one_row(self) -> PeerInboxes | None:
+        return self._one_row
 
     def from_first(self, x: torch.Tensor) -> torch.Tensor:
         if self._inboxes.holds(x):

@@ -43,6 +43,10 @@ class Ranks(Protocol):
     def few_rows(self) -> PeerInboxes | None:
         """For products of up to 8 rows that sum while they are made; None: there are none here."""
 
+    @property
+    def one_row(self) -> PeerInboxes | None:
+        """For `row_layer`, and for nothing else; None as above."""
+
     def from_first(self, x: torch.Tensor) -> torch.Tensor:
         """x of rank 0, on every rank; elsewhere the contents of x do not matter. In place."""
 
@@ -79,6 +83,10 @@ class CpuRanks:
 
     @property
     def few_rows(self) -> PeerInboxes | None:
+        return None
+
+    @property
+    def one_row(self) -> PeerInboxes | None:
         return None
 
     def from_first(self, x: torch.Tensor) -> torch.Tensor:

@@ -21,13 +21,22 @@ _SUMMED = ("o_proj", "down_proj")
 
 
 class SummedMatrix:
-    """A `Matrix` that is cut by columns. Only `add_to` is ever asked of it."""
+    """A `Matrix` that is cut by columns. Only `add_to` is ever asked of it.
 
-    __slots__ = ("_matrix", "_ranks")
+    `has_bias`: rank 0 adds one, whatever this rank does.
+    """
 
-    def __init__(self, matrix: Matrix, ranks: Ranks) -> None:
+    __slots__ = ("_matrix", "_ranks", "has_bias")
+
+    def __init__(self, matrix: Matrix, ranks: Ranks, *, has_bias: bool) -> None:
         self._matrix = matrix
         self._ranks = ranks
+        self.has_bias = has_bias
+
+    @property
+    def own(self) -> Matrix:
+        """What this rank multiplies."""
+        return self._matrix
 
     def __call__(self, x: torch.Tensor, spare: torch.Tensor | None = None) -> torch.Tensor:
         return self._ranks.sum(self._matrix(x, spare))
@@ -63,7 +72,7 @@ def sharded_factory(make_matrix: MatrixFactory, ranks: Ranks) -> MatrixFactory:
     def make(spec: MatrixSpec) -> Matrix:
         if not all(name.rpartition(".")[2] in _SUMMED for name in spec.parts):
             return make_matrix(spec)
-        has_bias = spec.bias and ranks.shard.rank == 0
-        return SummedMatrix(make_matrix(spec._replace(bias=has_bias)), ranks)
+        own = spec._replace(bias=spec.bias and ranks.shard.rank == 0)
+        return SummedMatrix(make_matrix(own), ranks, has_bias=spec.bias)
 
     return make

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -12,9 +14,12 @@ from engine import weights
 from engine.batch import Batch
 from engine.models.config import ModelConfig
 from engine.models.decoder import Decoder
+from engine.models.linear import Linear, MatrixSpec
 from engine.models.quantization import ON_LOAD, Quantization
 from engine.models.quantized_linear import matrix_factory
-from engine.models.row_pass import RowPass, halves_of
+from engine.models.row_pass import RowPass, halves_of, row_matrix
+from engine.tensor_parallel.shard import Shard
+from engine.tensor_parallel.sharded import sharded_factory
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -103,6 +108,16 @@ def test_the_same_logits_and_keys_on_a_cpu(
     assert distance(logits, expected[0]) < 1e-5
     assert distance(pool, expected[1]) < 1e-6
     assert told == expected[2] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_ranks_agree_on_a_matrix_whose_bias_only_the_first_adds(rank: int, has_bias: bool) -> None:
+    """Ranks of which one alone took the kernel for a layer would wait for each other for ever."""
+    ranks: Any = SimpleNamespace(shard=Shard(rank, 2))
+    make = partial(Linear.empty, dtype=torch.float32, device=torch.device("cpu"))
+    matrix = sharded_factory(make, ranks)(MatrixSpec({"x.o_proj": 8}, 4, has_bias))
+    assert (row_matrix(matrix) is None) == has_bias
 
 
 @pytest.mark.gpu

@@ -103,8 +103,9 @@ class Case:
         # What is allocated next finds this, not zeros.
         torch.full((1 << 20,), float("nan"), device=self.place.device)
         return row_layer(
-            self.attended, self.residual, self.transform, heads, EPS, *self.counters.unbind()
-        )
+            self.attended, self.residual, self.transform, heads, EPS, self.counters[0],
+            self.counters[1],
+        )  # fmt: skip
 
     def places(self, slot: int) -> Places:
         shape, device = self.shape, self.place.device
