@@ -12,9 +12,7 @@ from cluster.errors import ConfigError, UsageError
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from cluster.config_sources import (
-        Source,
-    )
+    from cluster.config_sources import Source
     from cluster.options import Option
 
 

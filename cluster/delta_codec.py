@@ -10,11 +10,7 @@ import math
 from cluster.codec import MAX_ID_CHARS, MAX_TEXT_CHARS, check_token_ids, checked_id
 from cluster.errors import InternalError, InvalidRequest, ServingError, error_classes
 from cluster.proto import node_pb2 as pb
-from cluster.request import (
-    FinishReason,
-    TokenDelta,
-    TokenLogprobs,
-)
+from cluster.request import FinishReason, TokenDelta, TokenLogprobs
 
 _FINISH_TO_PROTO = {
     FinishReason.STOP: pb.STOP,

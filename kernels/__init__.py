@@ -28,5 +28,6 @@ sample_*, on a CPU by draw), peer_sum and peer_add (small and large tensors, bet
 copy_blocks and block_digest (the hand-off, host memory). What kernels share is in dispatch and
 gluon_api. Parts of one kernel each are row_programs, row_phases, row_walk, row_input, row_peers,
 skinny_stream, skinny_walk, skinny_copies, skinny_input, skinny_operand, skinny_output,
-skinny_peers, thin_ring, and gluon_prefill, gluon_producer, gluon_consumer.
+skinny_peers, thin_ring, decode_tiles and combine_parts, gluon_prefill, gluon_producer,
+gluon_consumer.
 """

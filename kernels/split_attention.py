@@ -24,7 +24,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from kernels.combine_parts import combine_kernel
 from kernels.decode_plan import RECORD_SIZE, load_record, tile_range
+from kernels.decode_tiles import load_kv, load_query, prefetch
 from kernels.dispatch import (
     chained_launch,
     gdc_launch_dependents,
@@ -93,87 +95,12 @@ def split_attention(
     num_cuts = min(num_seqs, plan.num_programs - 1)
     if num_cuts > 0:
         is_few = num_seqs * _FEW_PARTS >= 2 * plan.num_programs
-        _combine_kernel[(num_heads, num_cuts)](
+        combine_kernel[(num_heads, num_cuts)](
             seq_lens, plan.records, plan.origins, parts, logs, out, plan.num_programs,
             BY_SEQUENCE=num_cuts == num_seqs, BLOCK_DIM=next_power_of_two(head_size),
             PARTS=_FEW_PARTS if is_few else _MANY_PARTS, num_warps=1 if is_few else 4,
             **shape, **launch,
         )  # fmt: skip
-
-
-@jit
-def _columns(pairs: tl.tensor, COMPILED: tl.constexpr) -> Any:
-    """The even and the odd columns of float8 pairs (int16), as float16."""
-    if COMPILED:
-        return tl.inline_asm_elementwise(
-            """{
-            .reg .b32 sorted;
-            .reg .b16 even, odd;
-            prmt.b32 sorted, $2, 0, 0x3120;
-            mov.b32 {even, odd}, sorted;
-            cvt.rn.f16x2.e4m3x2 $0, even;
-            cvt.rn.f16x2.e4m3x2 $1, odd;
-            }""",
-            "=r,=r,r", [pairs], dtype=(tl.float16, tl.float16), is_pure=True, pack=2,
-        )  # fmt: skip
-    even, odd = (pairs & 0xFF).to(tl.uint8), ((pairs >> 8) & 0xFF).to(tl.uint8)
-    even, odd = even.to(tl.float8e4nv, bitcast=True), odd.to(tl.float8e4nv, bitcast=True)
-    return even.to(tl.float16), odd.to(tl.float16)
-
-
-@jit
-def _prefetch(
-    head_ptr: tl.tensor, table_ptr: tl.tensor, seq_len: tl.tensor, tile: tl.tensor,
-    KV_HEADS: tl.constexpr, SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr,
-) -> None:  # fmt: skip
-    """Has a tile's keys and values brought into the second-level cache.
-
-    A hint: the newest token's may be on their way there from the kernel in front.
-    """
-    LINE: tl.constexpr = 1024 // head_ptr.dtype.element_ty.primitive_bitwidth
-    SIDE: tl.constexpr = KV_HEADS * BLOCK_SIZE * SIZE
-    position = tile * TILE + tl.arange(0, TILE)
-    block_id = tl.load(table_ptr + position // BLOCK_SIZE, mask=position < seq_len, other=0)
-    offset = block_id.to(tl.int64) * (2 * SIDE) + position % BLOCK_SIZE * SIZE
-    line = tl.arange(0, 4 if SIZE >= 4 * LINE else (2 if SIZE >= 2 * LINE else 1)) * LINE
-    for side in tl.static_range(2):
-        tl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l",
-            [head_ptr + offset[:, None] + line[None, :] + side * SIDE], dtype=tl.int32,
-            is_pure=False, pack=1,
-        )  # fmt: skip
-
-
-@jit
-def _load_query(
-    pointers: tl.tensor, mask: tl.tensor, query_scale: tl.tensor, FLOAT8: tl.constexpr
-) -> Any:
-    """The query as it is, twice; for float8 scaled, its even and its odd columns.
-
-    pointers: `[columns, QUERIES]`, for float8 of the even columns alone. Small elements of a scaled
-    query vanish in float16 only where they add nothing to a score.
-    """
-    even = tl.load(pointers, mask=mask, other=0.0)
-    odd = even
-    if FLOAT8:
-        even, odd = even * query_scale, tl.load(pointers + 1, mask=mask, other=0.0) * query_scale
-        if pointers.dtype.element_ty != tl.float32:
-            even, odd = even.to(tl.float16), odd.to(tl.float16)
-    return even, odd
-
-
-@jit
-def _load_kv(
-    pointers: tl.tensor, mask: tl.tensor, query: tl.tensor, FLOAT8: tl.constexpr,
-    COMPILED: tl.constexpr,
-) -> Any:  # fmt: skip
-    """Keys or values in the query's type: all columns, twice; of float8 the even and the odd."""
-    if FLOAT8:
-        even, odd = _columns(tl.load(pointers, mask=mask, other=0), COMPILED)
-    else:
-        even = tl.load(pointers, mask=mask, other=0.0)
-        odd = even
-    return even.to(query.dtype), odd.to(query.dtype)
 
 
 @jit
@@ -210,7 +137,7 @@ def _attend(
     is_column = column < SIZE
     query_mask = is_column[:, None] & (tl.arange(0, QUERIES) < GROUP)[None, :]
     query_ptrs = query_columns + PAIR * column[:, None]
-    query, query_odd = _load_query(query_ptrs, query_mask, query_scale, FLOAT8)
+    query, query_odd = load_query(query_ptrs, query_mask, query_scale, FLOAT8)
     peak, total = tl.full([QUERIES], float("-inf"), tl.float32), tl.zeros([QUERIES], tl.float32)
     result = tl.zeros([WIDTH, QUERIES], tl.float32)
     result_odd = tl.zeros([WIDTH, QUERIES], tl.float32)
@@ -226,7 +153,7 @@ def _attend(
         ahead = position + TILE
         block_id = tl.load(table_ptr + ahead // BLOCK_SIZE, mask=ahead < seq_len, other=0)
         key_mask = seen[:, None] & is_column[None, :]
-        key, key_odd = _load_kv(key_ptr + offset[:, None], key_mask, query, FLOAT8, COMPILED)
+        key, key_odd = load_kv(key_ptr + offset[:, None], key_mask, query, FLOAT8, COMPILED)
         scores = tl.dot(key, query, input_precision="ieee")
         if FLOAT8:
             scores = tl.dot(key_odd, query_odd, scores, input_precision="ieee")
@@ -236,9 +163,7 @@ def _attend(
         weights, decay, peak, total = _add_tile(scores, peak, total)
         # Read as columns: turned over in registers they would not be fetched ahead.
         value_mask = is_column[:, None] & seen[None, :]
-        value, value_odd = _load_kv(
-            value_ptr + offset[None, :], value_mask, query, FLOAT8, COMPILED
-        )
+        value, value_odd = load_kv(value_ptr + offset[None, :], value_mask, query, FLOAT8, COMPILED)
         weights = weights.to(query.dtype)
         result = tl.dot(value, weights, result * decay, input_precision="ieee")
         if FLOAT8:
@@ -266,7 +191,7 @@ def _attention_kernel(
     # Programs without a share write nothing and make room; there is always one that waits.
     if CHAINED and left > 0:
         first, tiles = tile_range(seq_len, TILE, WINDOW)
-        _prefetch(
+        prefetch(
             head_ptr, tables_ptr + sequence.to(tl.int64) * table_stride, seq_len, first + tile,
             KV_HEADS, HEAD_SIZE // (2 if FLOAT8 else 1), BLOCK_SIZE, TILE,
         )  # fmt: skip
@@ -306,66 +231,3 @@ def _attention_kernel(
         tile = tile * 0
         sequence += 1
         seq_len = tl.load(lens_ptr + sequence, mask=left > 0, other=0)
-
-
-@jit
-def _find_cut(
-    lens_ptr: tl.tensor, records_ptr: tl.tensor, origins_ptr: tl.tensor, number: tl.tensor,
-    TILE: tl.constexpr, WINDOW: tl.constexpr, RECORD_SIZE: tl.constexpr, BY_SEQUENCE: tl.constexpr,
-) -> Any:  # fmt: skip
-    """A sequence that may be cut, its first and its last share: where these differ it is.
-
-    BY_SEQUENCE: `number` is the sequence. Else it is a share: the sequence is the one that begins
-    there and goes on in the next one.
-    """
-    if BY_SEQUENCE:
-        sequence, seq_len = number, tl.load(lens_ptr + number)
-        origin, share = tl.load(origins_ptr + number), tl.load(records_ptr + 3)
-        first = origin // share
-    else:
-        sequence, tile, left, share, seq_len = load_record(records_ptr, number + 1, RECORD_SIZE)
-        origin = (number + 1) * share - tile
-        goes_on = (left > 0) & (tile > 0) & (tile <= share)
-        first = tl.where(goes_on, number, 1 << 30)
-    _, tiles = tile_range(seq_len, TILE, WINDOW)
-    return sequence, first, (origin + tiles - 1) // tl.maximum(share, 1)
-
-
-@jit_for_any("num_programs")
-def _combine_kernel(
-    lens_ptr: tl.tensor, records_ptr: tl.tensor, origins_ptr: tl.tensor, parts_ptr: tl.tensor,
-    logs_ptr: tl.tensor, out_ptr: tl.tensor, num_programs: tl.tensor,
-    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_SIZE: tl.constexpr, BLOCK_DIM: tl.constexpr,
-    TILE: tl.constexpr, WINDOW: tl.constexpr, PARTS: tl.constexpr, RECORD_SIZE: tl.constexpr,
-    BY_SEQUENCE: tl.constexpr, CHAINED: tl.constexpr,
-) -> None:  # fmt: skip
-    """A query head of a sequence, if it was cut."""
-    if CHAINED:
-        gdc_launch_dependents()
-    head = tl.program_id(0)
-    sequence, first, last = _find_cut(
-        lens_ptr, records_ptr, origins_ptr, tl.program_id(1), TILE, WINDOW, RECORD_SIZE, BY_SEQUENCE
-    )
-    if CHAINED:
-        gdc_wait()
-    if first < last:
-        column, lane = tl.arange(0, BLOCK_DIM), tl.arange(0, PARTS)
-        is_column = column < HEAD_SIZE
-        peak, total = tl.full([1], float("-inf"), tl.float32), tl.zeros([1], tl.float32)
-        result = tl.zeros([BLOCK_DIM], tl.float32)
-        for begin in range(first, last + 1, PARTS):
-            program = begin + lane
-            slot = 2 * (head // GROUP * num_programs + program) + (program == first).to(tl.int32)
-            part = slot * GROUP + head % GROUP
-            is_part = program <= last
-            log = tl.load(logs_ptr + part, mask=is_part, other=float("-inf"))
-            part_ptrs = parts_ptr + part[:, None] * HEAD_SIZE + column[None, :]
-            values = tl.load(part_ptrs, mask=is_part[:, None] & is_column[None, :], other=0.0)
-            new_peak = tl.maximum(peak, tl.max(log, axis=0))
-            weights, decay = tl.exp2(log - new_peak), tl.exp2(peak - new_peak)
-            total = total * decay + tl.sum(weights, axis=0)
-            result = result * decay + tl.sum(values * weights[:, None], axis=0)
-            peak = new_peak
-        out_ptrs = out_ptr + (sequence.to(tl.int64) * (KV_HEADS * GROUP) + head) * HEAD_SIZE
-        result = (result / total).to(out_ptr.dtype.element_ty)
-        tl.store(out_ptrs + column, result, mask=is_column)
