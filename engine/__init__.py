@@ -5,9 +5,9 @@ a step       loop (loop_parts: whom it drives) -> engine -> step_pipeline -> mod
 inputs       input_buffer; prompts: batch, block_tables; decoding rows: decode_rows, row_inputs,
              cuda_graphs
 tokens       sampler, by sampling_plan, penalties and logprobs; stopping
-KV           kv_cache (tensors), block_manager over counted_blocks, prefix_cache and reservation
-             (numbers only); cache_journal (what others are told), steps_in_flight, held_prefix,
-             block_audit
+KV           kv_cache (tensors), block_manager over counted_blocks, prefix_cache, lent_blocks and
+             reservation (numbers only); cache_journal (what others are told), steps_in_flight,
+             held_prefix, block_audit
 host memory  host_blocks (what moves when, as block_copies) over host_tier (slots, by block_names);
              host_copier moves the bytes, restores brings back what another node is given
 sequences    sequence, waiting_queue

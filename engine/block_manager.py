@@ -20,6 +20,7 @@ from engine.cache_journal import CacheEvents, CacheJournal
 from engine.counted_blocks import CountedBlocks
 from engine.host_blocks import HostBlocks
 from engine.host_tier import HostEntry, HostTier
+from engine.lent_blocks import LentBlocks
 from engine.prefix_cache import BlockAccountingError
 from engine.reservation import Hold, Reservation
 from engine.steps_in_flight import StepsInFlight
@@ -63,8 +64,9 @@ class BlockManager:
             self.host = HostBlocks(self, tier, num_ahead=num_ahead, num_at_once=num_at_once)
             self._blocks.host = self.host
         self._sequences: dict[Sequence, None] = {}  # those with a block table
-        self._holds: dict[Hold, None] = {}
-        self._reservations: dict[Reservation, None] = {}
+        self._lent = LentBlocks(
+            self._blocks, attach=self._attached, mark_computed=self.mark_computed
+        )
         self._steps = StepsInFlight()
 
     # ---- counts -------------------------------------------------------------------------
@@ -95,7 +97,7 @@ class BlockManager:
     @property
     def num_held_blocks(self) -> int:
         """References by holds and reservations: what is in transfer."""
-        return sum(len(owner.block_ids) for owner in self._transfers())
+        return sum(len(owner.block_ids) for owner in self._lent.owners())
 
     def num_blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
@@ -173,10 +175,7 @@ class BlockManager:
 
     def hold(self, block_ids: Iterable[int], owner: str, *, is_use: bool = True) -> Hold:
         """One more reference to blocks that are referenced or cached."""
-        hold = Hold(self, tuple(block_ids), owner, is_use=is_use)
-        self._blocks.refer(hold.block_ids, owner)
-        self._holds[hold] = None
-        return hold
+        return self._lent.hold(block_ids, owner, is_use=is_use)
 
     def reserve(
         self, block_hashes: SequenceOf[BlockHash], num_tokens: int, owner: str = ""
@@ -184,43 +183,8 @@ class BlockManager:
         """Blocks for the KV of `num_tokens` tokens that another node has computed. None if
         they are not to be had now."""
         found = self._blocks.match(block_hashes, num_tokens // self.block_size)
-        table = self._blocks.acquire(found, self.num_blocks_for(num_tokens))
-        if table is None:
-            return None
-        reservation = Reservation(
-            self, tuple(table), num_held_blocks=len(found), num_tokens=num_tokens, owner=owner
-        )
-        self._reservations[reservation] = None
-        return reservation
-
-    def drop_hold(self, hold: Hold) -> None:
-        """`Hold.release` alone calls this."""
-        del self._holds[hold]
-        self._blocks.release(hold.block_ids, is_use=hold.is_use)
-
-    def drop_reservation(self, reservation: Reservation) -> None:
-        """`Reservation.cancel` alone calls this."""
-        del self._reservations[reservation]
-        self._blocks.release(reservation.block_ids)
-
-    def cache(self, reservation: Reservation, block_hashes: Iterable[BlockHash]) -> None:
-        """`Reservation.keep` alone calls this."""
-        if reservation.is_cacheable:
-            hashes = tuple(block_hashes)
-            self._blocks.register(reservation.block_ids, hashes, range(len(hashes)))
-        self.drop_reservation(reservation)
-
-    def hand_over(
-        self, reservation: Reservation, sequence: Sequence, num_computed_tokens: int
-    ) -> None:
-        """`Reservation.attach` alone calls this."""
-        if sequence.block_table:
-            raise BlockAccountingError(f"{sequence!r} has blocks already.")
-        del self._reservations[reservation]
-        sequence.block_table = list(reservation.block_ids)
-        sequence.num_computed_tokens = num_computed_tokens
-        sequence.is_cacheable = reservation.is_cacheable
-        self._sequences[sequence] = None
+        num_blocks = self.num_blocks_for(num_tokens)
+        return self._lent.reserve(found, num_blocks, num_tokens=num_tokens, owner=owner)
 
     # ---- the prefix cache ---------------------------------------------------------------
 
@@ -241,8 +205,7 @@ class BlockManager:
         self._blocks.forget_all()
         for sequence in self._sequences:
             sequence.is_cacheable = False
-        for reservation in self._reservations:
-            reservation.is_cacheable = False
+        self._lent.distrust()
         return num_forgotten
 
     def forget(self, sequence: Sequence) -> None:
@@ -256,9 +219,7 @@ class BlockManager:
         for other in self._sequences:
             if not suspects.isdisjoint(other.block_table):
                 other.is_cacheable = False
-        for reservation in self._reservations:
-            if not suspects.isdisjoint(reservation.block_ids):
-                reservation.is_cacheable = False
+        self._lent.distrust(suspects)
 
     # ---- host memory --------------------------------------------------------------------
 
@@ -280,13 +241,13 @@ class BlockManager:
 
     def owners(self) -> list[str]:
         """Who refers to blocks now, in words."""
-        return [repr(owner) for owner in (*self._sequences, *self._transfers())]
+        return [repr(owner) for owner in (*self._sequences, *self._lent.owners())]
 
     def check_integrity(self) -> None:
         """Raise `BlockAccountingError` if the books do not balance. O(num_blocks)."""
         tables = [sequence.block_table for sequence in self._sequences]
         tables += self._steps.tables()
-        tables += [list(owner.block_ids) for owner in self._transfers()]
+        tables += [list(owner.block_ids) for owner in self._lent.owners()]
         for sequence in self._sequences:
             block_audit.check_sequence(sequence, self.block_size)
         self._blocks.check_integrity(tables)
@@ -295,8 +256,8 @@ class BlockManager:
 
     # ---- steps --------------------------------------------------------------------------
 
-    def _transfers(self) -> list[Hold | Reservation]:
-        return [*self._holds, *self._reservations]
+    def _attached(self, sequence: Sequence) -> None:
+        self._sequences[sequence] = None
 
     def _allocate_first(self, sequence: Sequence, num_tokens: int, headroom: int) -> bool:
         if sequence.num_computed_tokens:

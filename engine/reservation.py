@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class Keeper(Protocol):
-    """What holds and reservations need of the block manager."""
+    """What holds and reservations need of those who keep the books (`lent_blocks.py`)."""
 
     def drop_hold(self, hold: Hold) -> None: ...
     def drop_reservation(self, reservation: Reservation) -> None: ...

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from engine.block_manager import BlockManager
+from engine.lent_blocks import LentBlocks
 from engine.sequence import Sequence
 from kv_transfer.pool import TransferPool
 from kv_transfer.receiving.arrivals import PiecesArrival
@@ -30,7 +31,8 @@ WRAPPED = {
     KVReceiver: ("_execute", "frame_arrived", "commit_arrived"),
     TransferPool: ("begin_scatter",),
     PiecesArrival: ("receive", "place", "finish"),
-    BlockManager: ("_allocate_first", "hand_over", "mark_computed", "free"),
+    BlockManager: ("_allocate_first", "mark_computed", "free"),
+    LentBlocks: ("hand_over",),
 }
 
 

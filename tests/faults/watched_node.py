@@ -6,6 +6,7 @@ from functools import wraps
 from typing import TYPE_CHECKING, Any
 
 from engine.block_manager import BlockManager
+from engine.lent_blocks import LentBlocks
 from kv_transfer.pool import TransferPool
 from kv_transfer.receiving.arrivals import PiecesArrival
 from kv_transfer.receiving.intake_instructions import Dropping, Landing
@@ -102,7 +103,7 @@ def _watch_writes(books: TransferBooks) -> None:
 
 
 def _watch_blocks(books: BlockBooks) -> None:
-    allocate, hand_over = BlockManager._allocate_first, BlockManager.hand_over
+    allocate, hand_over = BlockManager._allocate_first, LentBlocks.hand_over
     mark_computed, free = BlockManager.mark_computed, BlockManager.free
 
     @wraps(allocate)
@@ -114,7 +115,7 @@ def _watch_blocks(books: BlockBooks) -> None:
 
     @wraps(hand_over)
     def handed_over(
-        self: BlockManager, reservation: Reservation, sequence: EngineSequence, num_tokens: int
+        self: LentBlocks, reservation: Reservation, sequence: EngineSequence, num_tokens: int
     ) -> None:
         hand_over(self, reservation, sequence, num_tokens)
         books.hit(sequence, reservation.block_ids[: reservation.num_held_blocks])
@@ -131,6 +132,6 @@ def _watch_blocks(books: BlockBooks) -> None:
         free(self, sequence)
 
     BlockManager._allocate_first = allocated  # type: ignore[assignment, method-assign]
-    BlockManager.hand_over = handed_over  # type: ignore[assignment, method-assign]
+    LentBlocks.hand_over = handed_over  # type: ignore[assignment, method-assign]
     BlockManager.mark_computed = marked  # type: ignore[method-assign]
     BlockManager.free = freed  # type: ignore[method-assign]
