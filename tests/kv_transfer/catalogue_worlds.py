@@ -1,4 +1,4 @@
-"""What the tests of the bug catalogue have in common: pairs of nodes, gates, links that hang."""
+"""What tests of hand-offs have in common: pairs of nodes, gates, links that hang."""
 
 from __future__ import annotations
 
@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING, Any
 from kv_transfer.failures import FailureReason, failure
 from kv_transfer.transports.loopback import LoopbackEndpoint, LoopbackNetwork, LoopbackTransport
 from tests.kv_faults import HandDriven, hand_driven
-from tests.kv_twins import DecodeSide, PrefillSide, decode_side, make_pool, prefill_side, twins
+from tests.kv_twins import (
+    NUM_BLOCKS,
+    DecodeSide,
+    PrefillSide,
+    decode_side,
+    make_pool,
+    prefill_side,
+    twins,
+    until,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -32,16 +41,22 @@ def with_pair(scenario: PairScenario, **options: Any) -> None:
     asyncio.run(main())
 
 
-def with_peer(scenario: PeerScenario, **options: Any) -> None:
-    """The receiving half, and a prefill node whose every message the test writes."""
+def with_peer(scenario: PeerScenario, *, gives_all_back: bool = True, **options: Any) -> None:
+    """The receiving half, and a prefill node whose every message the test writes. Afterwards no
+    block and no slot is missing, if it `gives_all_back`."""
 
     async def main() -> None:
         network = LoopbackNetwork()
-        async with (
-            decode_side(LoopbackTransport(network), **options) as decode,
-            hand_driven(network, decode, make_pool(1)) as peer,
-        ):
-            await scenario(peer, decode)
+        async with decode_side(LoopbackTransport(network), **options) as decode:
+            async with hand_driven(network, decode, make_pool(1)) as peer:
+                await scenario(peer, decode)
+            if not gives_all_back:
+                return
+            await until(lambda: decode.receiver.num_transfers == 0)
+            started = sum(len(blocks) for blocks in decode.source.owned.values())
+            assert len(decode.source.free) + started == NUM_BLOCKS
+            staging = decode.receiver.agent.staging
+            assert staging.num_free == staging.num_slots
 
     asyncio.run(main())
 

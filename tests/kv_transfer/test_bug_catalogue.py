@@ -304,7 +304,7 @@ def test_what_a_broken_connection_does_not_give_back_stays_out_of_use_and_is_cou
         assert full.is_set()  # a quarter of four slots
         await cut()
 
-    with_peer(scenario)
+    with_peer(scenario, gives_all_back=False)
 
 
 def test_sources_of_sends_that_do_not_end_with_their_connection_stay_held_and_are_counted() -> None:

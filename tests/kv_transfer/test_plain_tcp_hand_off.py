@@ -21,6 +21,7 @@ from kv_transfer.transports import choice
 from kv_transfer.transports.choice import takes_plain_tcp
 from kv_transfer.transports.loopback import LoopbackNetwork, LoopbackTransport
 from kv_transfer.transports.tcp import TcpTransport
+from tests.kv_transfer.catalogue_worlds import TABLE
 from tests.kv_twins import (
     NUM_BLOCKS,
     DecodeSide,
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
 
     from kv_transfer.staging import Staging
 
-TABLE = [5, 1, 30, 7, 9, 2, 11, 12]
 needs_xxhash = pytest.mark.skipif(not has_host_digests(), reason="xxhash is not installed")
 
 

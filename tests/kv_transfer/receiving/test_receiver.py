@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from dataclasses import replace
 from typing import Any
@@ -15,9 +14,9 @@ from cluster.errors import Overloaded
 from cluster.proto import node_pb2 as pb
 from kv_transfer.transports.loopback import LoopbackNetwork, LoopbackTransport
 from tests.kv_faults import HandDriven, TamperingTransport, hand_driven, two_frames
+from tests.kv_transfer.catalogue_worlds import with_peer
 from tests.kv_twins import (
     BLOCK_SIZE,
-    NUM_BLOCKS,
     DecodeSide,
     decode_side,
     make_pool,
@@ -25,25 +24,6 @@ from tests.kv_twins import (
     prefill_side,
     until,
 )
-
-Scenario = Callable[[HandDriven, DecodeSide], Awaitable[None]]
-
-
-def run(scenario: Scenario, **options: Any) -> None:
-    """One decode node, one peer driven by hand; afterwards no block and no slot is missing."""
-
-    async def main() -> None:
-        network = LoopbackNetwork()
-        async with decode_side(LoopbackTransport(network), **options) as decode:
-            async with hand_driven(network, decode, make_pool(1)) as peer:
-                await scenario(peer, decode)
-            await until(lambda: decode.receiver.num_transfers == 0)
-            started = sum(len(blocks) for blocks in decode.source.owned.values())
-            assert len(decode.source.free) + started == NUM_BLOCKS
-            staging = decode.receiver.agent.staging
-            assert staging.num_free == staging.num_slots
-
-    asyncio.run(main())
 
 
 def test_a_hand_driven_peer_that_keeps_the_rules_is_committed() -> None:
@@ -58,7 +38,7 @@ def test_a_hand_driven_peer_that_keeps_the_rules_is_committed() -> None:
         taken = list(decode.source.owned[request.sequence_id])
         assert torch.equal(decode.pool[:, taken], peer.pool[:, [10, 11]])
 
-    run(scenario)
+    with_peer(scenario)
 
 
 def test_a_commit_that_overtakes_its_frames_waits_for_them() -> None:
@@ -72,7 +52,7 @@ def test_a_commit_that_overtakes_its_frames_waits_for_them() -> None:
         await peer.next("committed")
         assert decode.source.of(request.sequence_id) == ["reserved", "started"]
 
-    run(scenario)
+    with_peer(scenario)
 
 
 def test_a_repeated_commit_is_answered_again_and_starts_once() -> None:
@@ -86,7 +66,7 @@ def test_a_repeated_commit_is_answered_again_and_starts_once() -> None:
             assert not (await peer.next("committed")).committed.HasField("error")
         assert decode.source.of(request.sequence_id).count("started") == 1
 
-    run(scenario)
+    with_peer(scenario)
 
 
 def test_one_flipped_byte_fails_the_transfer_counts_against_the_peer_and_starts_nothing() -> None:
@@ -108,7 +88,7 @@ def test_one_flipped_byte_fails_the_transfer_counts_against_the_peer_and_starts_
         assert stats.corrupt_frames_by_peer["p0"] == 1
         assert stats.failures["digest_mismatch", "fail"] == 1
 
-    run(scenario)
+    with_peer(scenario)
 
 
 def test_a_right_block_in_the_wrong_place_or_of_another_tenant_is_a_digest_mismatch() -> None:
@@ -122,7 +102,7 @@ def test_a_right_block_in_the_wrong_place_or_of_another_tenant_is_a_digest_misma
             assert abort.error.reason == "digest_mismatch"
             peer.acknowledge(abort, num_frames_posted=1)
 
-    run(scenario)
+    with_peer(scenario)
 
 
 @pytest.mark.parametrize("field", ["incarnation", "epoch", "transfer_id"])
@@ -137,7 +117,7 @@ def test_a_frame_of_another_ticket_is_dropped_counted_and_harmless(field: str) -
         assert not (await peer.next("committed")).committed.HasField("error")
         assert sum(decode.receiver.agent.stats.frames_dropped.values()) == 1
 
-    run(scenario)
+    with_peer(scenario)
 
 
 def test_a_repeated_frame_is_dropped_and_a_late_one_after_the_end_too() -> None:
@@ -154,7 +134,7 @@ def test_a_repeated_frame_is_dropped_and_a_late_one_after_the_end_too() -> None:
         await until(lambda: sum(decode.receiver.agent.stats.frames_dropped.values()) == 2)
         assert torch.equal(decode.pool, after)
 
-    run(scenario)
+    with_peer(scenario)
 
 
 def test_an_aborted_transfer_keeps_its_blocks_until_every_posted_frame_has_been_drained() -> None:
@@ -174,7 +154,7 @@ def test_an_aborted_transfer_keeps_its_blocks_until_every_posted_frame_has_been_
         await until(lambda: name not in decode.source.owned)
         assert torch.equal(decode.pool, before)
 
-    run(scenario)
+    with_peer(scenario)
 
 
 def test_a_payload_that_was_awaited_when_the_transfer_was_aborted_is_not_scattered() -> None:
@@ -192,7 +172,7 @@ def test_a_payload_that_was_awaited_when_the_transfer_was_aborted_is_not_scatter
         await until(lambda: name not in decode.source.owned)
         assert torch.equal(decode.pool, before)
 
-    run(scenario)
+    with_peer(scenario)
 
 
 def test_a_peer_that_never_acknowledges_is_cut_off_and_only_then_are_its_blocks_freed() -> None:
@@ -214,7 +194,7 @@ def test_a_peer_that_never_acknowledges_is_cut_off_and_only_then_are_its_blocks_
             await peer.endpoint.send(frames[0][1], frames[0][0].nonce)
         assert decode.receiver.num_sessions == 0
 
-    run(scenario)
+    with_peer(scenario)
 
 
 def test_the_loss_of_a_peer_ends_its_transfers_and_no_other() -> None:
@@ -273,7 +253,7 @@ def test_a_header_that_cannot_be_read_cuts_the_link_and_frees_the_blocks() -> No
         assert decode.source.errors[name].reason == "frame_malformed"
         await until(lambda: peer.is_ended)
 
-    run(scenario)
+    with_peer(scenario)
 
 
 def test_a_payload_longer_than_its_header_says_fails_the_transfer() -> None:
@@ -286,7 +266,7 @@ def test_a_payload_longer_than_its_header_says_fails_the_transfer() -> None:
         peer.acknowledge(abort, num_frames_posted=1)
         await until(lambda: request.sequence_id not in decode.source.owned)
 
-    run(scenario)
+    with_peer(scenario)
 
 
 def test_a_data_connection_that_names_no_session_is_closed() -> None:
@@ -299,7 +279,7 @@ def test_a_data_connection_that_names_no_session_is_closed() -> None:
             await asyncio.wait_for(closed.wait(), 5)
         assert decode.receiver.num_sessions == 1
 
-    run(scenario)
+    with_peer(scenario)
 
 
 def test_a_start_that_fails_is_told_to_both_sides_and_frees_the_blocks() -> None:
@@ -317,7 +297,7 @@ def test_a_start_that_fails_is_told_to_both_sides_and_frees_the_blocks() -> None
         assert committed.error.code == "overloaded"
         assert decode.source.of(request.sequence_id) == ["reserved", "failed", "released"]
 
-    run(scenario)
+    with_peer(scenario)
 
 
 def test_a_peer_lost_while_its_prompt_waits_for_blocks_leaves_the_queue() -> None:
@@ -329,7 +309,7 @@ def test_a_peer_lost_while_its_prompt_waits_for_blocks_leaves_the_queue() -> Non
         await until(lambda: decode.receiver.num_transfers == 0)
         assert [what for what, _ in decode.source.log] == ["failed"]
 
-    run(scenario)
+    with_peer(scenario)
 
 
 def test_a_second_attempt_waits_until_the_first_is_freed_and_then_succeeds() -> None:
@@ -349,7 +329,7 @@ def test_a_second_attempt_waits_until_the_first_is_freed_and_then_succeeds() -> 
         log = decode.source.of(request.sequence_id)
         assert log == ["reserved", "withdrawn", "released", "reserved", "started"]
 
-    run(scenario)
+    with_peer(scenario)
 
 
 def test_a_message_that_breaks_the_protocol_ends_that_session_only() -> None:
@@ -360,7 +340,7 @@ def test_a_message_that_breaks_the_protocol_ends_that_session_only() -> None:
         await until(lambda: peer.is_ended)
         await until(lambda: request.sequence_id not in decode.source.owned)
 
-    run(scenario)
+    with_peer(scenario)
 
 
 def test_a_reserve_that_does_not_decode_is_refused_and_the_session_goes_on() -> None:
@@ -371,7 +351,7 @@ def test_a_reserve_that_does_not_decode_is_refused_and_the_session_goes_on() -> 
         peer.reserve(make_request(BLOCK_SIZE))
         await peer.ticket()
 
-    run(scenario)
+    with_peer(scenario)
 
 
 def test_a_link_that_flips_bits_fails_that_hand_off_typed_on_both_sides() -> None:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -14,31 +13,18 @@ from cluster.errors import HandshakeMismatch, Overloaded
 from cluster.node import Incarnation, NodeId
 from kv_transfer.handshake import Compatibility
 from kv_transfer.transports.loopback import LoopbackNetwork, LoopbackTransport
+from tests.kv_transfer.catalogue_worlds import TABLE, with_pair
 from tests.kv_twins import (
     DecodeSide,
     PrefillSide,
     decode_side,
     make_request,
     prefill_side,
-    twins,
     until,
 )
 
 if TYPE_CHECKING:
     from cluster.request import SequenceRequest
-
-TABLE = [5, 1, 30, 7, 9, 2, 11, 12]  # blocks of a prompt of 29 to 32 tokens
-
-Scenario = Callable[[PrefillSide, DecodeSide], Awaitable[None]]
-
-
-def run(scenario: Scenario, **options: Any) -> None:
-    async def main() -> None:
-        async with twins(**options) as (prefill, decode):
-            await scenario(prefill, decode)
-            decode.receiver.agent.staging.check_integrity()
-
-    asyncio.run(main())
 
 
 async def complete(prefill: PrefillSide, decode: DecodeSide, request: SequenceRequest) -> None:
@@ -60,7 +46,7 @@ def test_every_byte_of_the_prompt_arrives_in_the_blocks_of_the_other_pool() -> N
         assert decode.source.of(request.sequence_id) == ["reserved", "started"]
         assert decode.source.first_tokens[request.sequence_id] == 7
 
-    run(scenario)
+    with_pair(scenario)
 
 
 @pytest.mark.parametrize("unit_bytes", [64, 1024, 2048, 4096])
@@ -70,7 +56,7 @@ def test_any_fit_of_units_into_slots_moves_the_same_bytes(unit_bytes: int) -> No
     async def scenario(prefill: PrefillSide, decode: DecodeSide) -> None:
         await complete(prefill, decode, make_request(32))
 
-    run(scenario, unit_bytes=unit_bytes)
+    with_pair(scenario, unit_bytes=unit_bytes)
 
 
 def test_frames_go_out_while_later_chunks_are_still_computed() -> None:
@@ -86,7 +72,7 @@ def test_frames_go_out_while_later_chunks_are_still_computed() -> None:
         taken = list(decode.source.owned[name])
         assert torch.equal(decode.pool[:, taken], prefill.pool[:, TABLE])
 
-    run(scenario)
+    with_pair(scenario)
 
 
 def test_a_block_is_sent_only_when_all_its_tokens_are_computed() -> None:
@@ -99,7 +85,7 @@ def test_a_block_is_sent_only_when_all_its_tokens_are_computed() -> None:
         await until(lambda: decode.source.of(request.sequence_id)[-1] == "released")
         assert prefill.sender.agent.stats.frames == 0
 
-    run(scenario)
+    with_pair(scenario)
 
 
 def test_blocks_that_the_decode_node_holds_are_not_sent() -> None:
@@ -112,7 +98,7 @@ def test_blocks_that_the_decode_node_holds_are_not_sent() -> None:
         assert torch.equal(decode.pool[:, kept], held[:, kept])
         assert sum(prefill.sender.agent.stats.bytes_by_transport.values()) == 3 * 3 * 64
 
-    run(scenario)
+    with_pair(scenario)
 
 
 def test_a_prompt_held_entirely_by_the_decode_node_needs_no_frame() -> None:
@@ -121,7 +107,7 @@ def test_a_prompt_held_entirely_by_the_decode_node_needs_no_frame() -> None:
         await complete(prefill, decode, make_request(32))
         assert prefill.sender.agent.stats.frames == 0
 
-    run(scenario)
+    with_pair(scenario)
 
 
 def test_many_hand_offs_at_once_share_the_slots_and_all_arrive() -> None:
@@ -136,7 +122,7 @@ def test_many_hand_offs_at_once_share_the_slots_and_all_arrive() -> None:
             [taken] = decode.source.owned[request.sequence_id]
             assert torch.equal(decode.pool[:, taken], prefill.pool[:, block])
 
-    run(scenario)
+    with_pair(scenario)
 
 
 def test_a_refusal_reaches_the_node_typed_and_the_next_hand_off_works() -> None:
@@ -150,7 +136,7 @@ def test_a_refusal_reaches_the_node_typed_and_the_next_hand_off_works() -> None:
         decode.source.refusal = None
         await complete(prefill, decode, make_request(30))
 
-    run(scenario)
+    with_pair(scenario)
 
 
 @pytest.mark.parametrize("moment", ["before the pair", "waiting", "ticketed", "sent"])
@@ -176,7 +162,7 @@ def test_a_withdrawn_hand_off_frees_both_sides_and_reports_no_failure(moment: st
         decode.source.may_reserve.set()
         await complete(prefill, decode, make_request(30))
 
-    run(scenario)
+    with_pair(scenario)
 
 
 def test_a_cancel_at_the_decode_node_ends_the_hand_off_on_both_sides() -> None:
@@ -192,7 +178,7 @@ def test_a_cancel_at_the_decode_node_ends_the_hand_off_on_both_sides() -> None:
         await until(lambda: name not in decode.source.owned)
         await complete(prefill, decode, make_request(30))
 
-    run(scenario)
+    with_pair(scenario)
 
 
 def test_a_lease_that_the_decode_node_does_not_renew_ends_the_hand_off() -> None:
@@ -207,7 +193,7 @@ def test_a_lease_that_the_decode_node_does_not_renew_ends_the_hand_off() -> None
         assert prefill.owner.errors[name].reason == "lease_expired"
         await until(lambda: name not in decode.source.owned)
 
-    run(scenario)
+    with_pair(scenario)
 
 
 def test_an_expired_lease_is_noticed_before_a_frame_is_posted_even_without_a_sweep() -> None:
@@ -222,7 +208,7 @@ def test_an_expired_lease_is_noticed_before_a_frame_is_posted_even_without_a_swe
         await until(lambda: prefill.owner.of(name) == ["failed", "free"])
         assert decode.receiver.agent.stats.frames == 0
 
-    run(scenario)
+    with_pair(scenario)
 
 
 def test_leases_renewed_by_both_sides_live_as_long_as_the_prompt_takes() -> None:
@@ -242,7 +228,7 @@ def test_leases_renewed_by_both_sides_live_as_long_as_the_prompt_takes() -> None
         prefill.sender.commit(name, 1)
         await until(lambda: prefill.owner.of(name) == ["committed", "free"])
 
-    run(scenario)
+    with_pair(scenario)
 
 
 def test_nodes_that_do_not_fit_refuse_each_other_and_serve_their_other_peers() -> None:
@@ -276,7 +262,7 @@ def test_a_hand_off_meant_for_an_earlier_incarnation_is_not_given_to_this_one() 
         assert decode.source.log == []
         await complete(prefill, decode, make_request(30))
 
-    run(scenario)
+    with_pair(scenario)
 
 
 def test_an_unreachable_decode_node_fails_only_its_own_hand_offs() -> None:
@@ -292,7 +278,7 @@ def test_an_unreachable_decode_node_fails_only_its_own_hand_offs() -> None:
         await until(lambda: prefill.owner.of(request.sequence_id) == ["failed", "free"])
         assert prefill.owner.errors[request.sequence_id].retryable
 
-    run(scenario, pairing_seconds=1.0)
+    with_pair(scenario, pairing_seconds=1.0)
 
 
 def test_the_loss_of_the_decode_node_ends_its_hand_offs_and_a_new_one_pairs_anew() -> None:
@@ -321,7 +307,7 @@ def test_a_connection_of_a_kind_the_operator_refuses_is_not_used() -> None:
         assert prefill.owner.errors[request.sequence_id].retryable
         assert decode.source.log == []
 
-    run(scenario, require_transport="nvlink")
+    with_pair(scenario, require_transport="nvlink")
 
 
 def test_leases_list_what_is_under_way() -> None:
@@ -338,4 +324,4 @@ def test_leases_list_what_is_under_way() -> None:
             assert 0 < lease.expires_in_seconds <= 30
         prefill.sender.abort(request.sequence_id)
 
-    run(scenario)
+    with_pair(scenario)
