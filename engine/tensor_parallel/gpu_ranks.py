@@ -4,9 +4,10 @@ Small tensors (decode steps, short prompts) are summed by `kernels.peer_sum`, on
 memory that the GPUs share. Larger ones are read from each other by two ranks (`large_sums.py`); of
 more, and in captured graphs, they go to NCCL. All of it is queued on the current stream.
 
-Logits are pushed: each rank copies its columns into the buffer of rank 0, then all meet. A rank
-writes there again only after the embeddings of the next step, which rank 0 sends behind its
-sampling of this one: so logits must be read on the stream of the step.
+Logits are pushed: each rank copies its columns into the buffer of rank 0, where all meet when they
+have arrived (`kernels.peer_push`). A rank writes there again only after the embeddings of the next
+step, which rank 0 sends behind its sampling of this one: so logits must be read on the stream of
+the step.
 
 NVLink multicast is not used.
 """
@@ -22,6 +23,7 @@ from engine.tensor_parallel.large_sums import MOST_READERS, LargeSums
 from engine.tensor_parallel.peer_memory import export, open_peer
 from engine.tensor_parallel.ranks import as_rank_lost, c10d, first_rank_options
 from kernels.dispatch import num_multiprocessors
+from kernels.peer_push import peer_push
 from kernels.peer_sum import MAX_PROGRAMS, PeerInboxes, inbox_words, peer_sum
 from kernels.skinny_stream import MAX_ROWS
 
@@ -109,14 +111,10 @@ class GpuRanks:
         return x
 
     def gather_logits(self, part: torch.Tensor, vocab_size: int) -> torch.Tensor:
-        begin = self._shard.range_of(vocab_size)[0]
-        num_rows, columns = part.shape
-        # A product by one, since in a graph a copy would wait for a copy engine.
-        torch.mul(part, 1, out=self._logits[:num_rows, begin : begin + columns])
-        self.settle()
+        peer_push(part, self._logits, self._inboxes)
         if self._shard.rank:
             return part
-        logits = self._logits[:num_rows, :vocab_size]
+        logits = self._logits[: len(part), :vocab_size]
         return logits if logits.is_contiguous() else logits.contiguous()
 
     def settle(self) -> None:

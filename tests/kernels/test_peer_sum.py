@@ -1,4 +1,4 @@
-"""Ranks that sum through each other's memory: processes over a shared file stand in for GPUs."""
+"""Ranks that sum and push through each other's memory: processes over a shared file, not GPUs."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ from tests.kernels import peer_rank
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
-def run_ranks(num_ranks: int, file: Path) -> list[list[list[list[int]]]]:
-    """By rank and case: the bytes of the sum and of the broadcast from rank 1."""
+def run_ranks(num_ranks: int, file: Path) -> list[dict[str, list[list[list[int]]]]]:
+    """By rank. "summed", by case: the bytes of the sum and of the broadcast from rank 1. "pushed",
+    of rank 0, by case: the bytes of the matrix, by row."""
     file.write_bytes(bytes(8 * peer_rank.file_words(num_ranks)))
     ranks = [
         subprocess.Popen(
@@ -38,19 +39,30 @@ def run_ranks(num_ranks: int, file: Path) -> list[list[list[list[int]]]]:
 
 
 @pytest.mark.parametrize("num_ranks", [2, 3])
-def test_every_rank_gets_the_same_sum_and_what_one_of_them_sent(
+def test_every_rank_gets_the_same_sum_and_the_first_one_all_columns(
     num_ranks: int, tmp_path: Path
 ) -> None:
     results = run_ranks(num_ranks, tmp_path / "inboxes")
-    assert all(result == results[0] for result in results)
+    summed, pushed = results[0]["summed"], results[0]["pushed"]
+    assert all(result["summed"] == summed for result in results)
     for case, (dtype, _) in enumerate(peer_rank.CASES):
-        parts = [peer_rank.drawn(case, rank) for rank in range(num_ranks)]
-        summed, sent = (
-            torch.tensor(each, dtype=torch.uint8).view(dtype) for each in results[0][case]
-        )
-        exact = torch.stack(parts).double().sum(0)
-        torch.testing.assert_close(summed.double(), exact.to(dtype).double(), rtol=2**-7, atol=1e-6)
-        assert torch.equal(sent, parts[1])
+        check_sums(case, num_ranks, *(as_tensor(each, dtype) for each in summed[case]))
+        parts = [peer_rank.columns(case, rank, num_ranks) for rank in range(num_ranks)]
+        whole = torch.cat(parts, dim=1)
+        assert torch.equal(as_tensor(pushed[case], dtype)[:, : whole.shape[1]], whole)
+
+
+def as_tensor(values: list[int] | list[list[int]], dtype: torch.dtype) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.uint8).view(dtype)
+
+
+def check_sums(case: int, num_ranks: int, summed: torch.Tensor, sent: torch.Tensor) -> None:
+    parts = [peer_rank.drawn(case, rank) for rank in range(num_ranks)]
+    exact = torch.stack(parts).double().sum(0)
+    torch.testing.assert_close(
+        summed.double(), exact.to(summed.dtype).double(), rtol=2**-7, atol=1e-6
+    )
+    assert torch.equal(sent, parts[1])
 
 
 @pytest.mark.parametrize("num_bytes", [1, 4 * 64 * MAX_PROGRAMS, 2 << 20, 4 << 20])
