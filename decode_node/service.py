@@ -27,7 +27,6 @@ from cluster.errors import (
     Cancelled,
     DeadlineExceeded,
     InvalidRequest,
-    NodeLost,
     NodeUnavailable,
     ServingError,
     TransferFailed,
@@ -36,7 +35,7 @@ from cluster.failpoints import failpoint
 from cluster.node import NodeState
 from cluster.prefix_hash import root_hash
 from cluster.proto import node_pb2 as pb
-from decode_node.streams import LAUNCH_SECONDS, Remembered, Stream, Streams
+from decode_node.streams import LAUNCH_SECONDS, Remembered, Stream, Streams, orphan_error
 from engine.loop_errors import refusal
 from engine.sequence import Sequence, check_request
 
@@ -295,9 +294,3 @@ class DecodeHandler:
         error = refusal(adding)
         if error is not None:
             self._streams.fail(sequence_id, error)
-
-
-def orphan_error() -> NodeLost:
-    return NodeLost(
-        "The prefill node was lost before it handed the request off.", reason="prefill_lost"
-    )

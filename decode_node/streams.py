@@ -14,6 +14,7 @@ from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from cluster.errors import NodeLost
 from cluster.request import TokenDelta
 
 if TYPE_CHECKING:
@@ -149,3 +150,9 @@ class Streams:
 
     def say_error(self, gateway_id: str, sequence_id: str, error: ServingError) -> None:
         self._hub.publish(gateway_id, [TokenDelta(sequence_id=sequence_id, error=error)])
+
+
+def orphan_error() -> NodeLost:
+    return NodeLost(
+        "The prefill node was lost before it handed the request off.", reason="prefill_lost"
+    )
