@@ -45,7 +45,9 @@ from kv_transfer.trace import TRACE
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-STREAMS = ((4, 1), (8, 1), (2, 4))  # prompts at once, in quarters of the longest prompt
+# Prompts at once, in quarters of the longest prompt. The last is long enough to show the rate
+# that a stream goes on with.
+STREAMS = ((4, 1), (8, 1), (2, 4), (8, 8))
 RAW_MIB = (32, 256, 1024)
 
 
@@ -246,7 +248,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     found = parser.parse_args(arguments)
     # On a GPU the KV of an 8B model and a prompt of 8192 tokens; on a CPU a small one.
     is_cpu = found.source == "cpu"
-    defaults = (12, 16, 256, 64, 1) if is_cpu else (32, 64, 1536, 512, len(RAW_MIB))
+    defaults = (12, 16, 256, 64, 1) if is_cpu else (32, 64, 8192, 512, len(RAW_MIB))
     names = ("num_layers", "unit_kib", "num_blocks", "prompt_blocks", "num_raw")
     for name, value in zip(names, defaults, strict=True):
         if getattr(found, name) is None:
