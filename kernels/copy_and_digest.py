@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 
 # Words that one program copies and multiplies; their multipliers stay in its registers.
 _CHUNK_WORDS = 2048
-_PROGRAMS_PER_MULTIPROCESSOR = 4  # enough for the memory of this GPU, or of one beside it
+# Enough for a link to another GPU, and for half of this GPU's memory; more would leave the kernels
+# of the model less room.
+_PROGRAMS_PER_MULTIPROCESSOR = 1
 
 
 def pack_and_digest(

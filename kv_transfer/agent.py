@@ -9,6 +9,7 @@ Life of an agent
 from __future__ import annotations
 
 import copy
+import sys
 from typing import TYPE_CHECKING
 
 import torch
@@ -36,6 +37,10 @@ if TYPE_CHECKING:
 # Frames of one peer. One is on the wire, the next stands ready; more would only have to drain when
 # a transfer is aborted.
 _PIECES_ON_THEIR_WAY = 2
+
+# A loop that asks the device for events does not sleep while KV moves. With Python's 5 ms the
+# engine's thread would wait that long for the interpreter, again and again in a decode step.
+_SWITCH_SECONDS = 0.0003
 
 
 class TransferAgent:
@@ -80,6 +85,7 @@ class TransferAgent:
         had here."""
         device = pools[0].device
         if device.type == "cuda":
+            sys.setswitchinterval(_SWITCH_SECONDS)
             torch.cuda.set_device(device)
             torch.cuda.synchronize(device)
         transport = open_transport(config, on_device=device.type == "cuda")
