@@ -15,6 +15,7 @@ from tests.faults.history import NO_REQUEST, History
 from tests.faults.kv_link import Order, Spoil, shots_done, withdraw
 from tests.faults.nemesis import Nemesis, NotInjected, Planned, draw_schedule, verify
 from tests.faults.proxy import Faults
+from tests.faults.witness import Evidence
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -66,6 +67,10 @@ class Soak:
                 time.sleep(planned.pause_seconds)
                 self.make(planned)
             self.heal()
+        evidence = Evidence({name: self.folder / name for name in NODES})
+        evidence.take(self.history)
+        if evidence.looked != {"I3", "I5", "I7"}:
+            self.problems.append(f"the witnesses in the nodes saw {sorted(evidence.looked)} only")
         numbers = {e.request for e in self.history.events if e.request != NO_REQUEST}
         expected = {number: self.oracle[number % NUM_TEMPLATES] for number in numbers}
         may_break = {n for n in numbers if n % 2} if self.faults["kill gateway-1"] else set()
@@ -139,7 +144,8 @@ class Soak:
 
 
 def draw_templates(seed: int) -> list[Ask]:
-    """Kinds of requests: some begin alike, some are sampled, some are not streamed."""
+    """Kinds of requests of three tenants: some begin alike, some are sampled, some are not
+    streamed."""
     draw = random.Random(seed)
     stems = [draw_prompt(draw, 100, 300) for _ in range(4)]
     templates = []
@@ -155,6 +161,7 @@ def draw_templates(seed: int) -> list[Ask]:
                 temperature=0.8 if is_sampled else 0.0,
                 top_p=0.9 if is_sampled else 1.0,
                 seed=number if is_sampled else None,
+                cache_salt=f"tenant-{number % 3}",
             )
         )
     return templates
