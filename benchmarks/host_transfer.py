@@ -195,6 +195,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse()
+    load = os.getloadavg()[0]
     rows, references, used = uvloop.run(run(arguments))
     size = rows[0].num_bytes / MIB
     lines = [
@@ -204,6 +205,7 @@ def main() -> None:
         *(row.describe(references) for row in (*references, *rows)),
     ]
     used.append(f"congestion control of the machine: {Path(CONTROL).read_text().strip()}")
+    used.append(f"load of the machine just before, by others: {load:.1f}")
     print("\n".join([*lines, *used]))
     if arguments.write:
         command = "python -m benchmarks.host_transfer --write"
