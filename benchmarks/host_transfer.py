@@ -205,7 +205,7 @@ def main() -> None:
         *(row.describe(references) for row in (*references, *rows)),
     ]
     used.append(f"congestion control of the machine: {Path(CONTROL).read_text().strip()}")
-    used.append(f"load of the machine just before, by others: {load:.1f}")
+    used.append(f"load of the machine before and after: {load:.1f}, {os.getloadavg()[0]:.1f}")
     print("\n".join([*lines, *used]))
     if arguments.write:
         command = "python -m benchmarks.host_transfer --write"
