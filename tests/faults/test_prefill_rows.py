@@ -106,8 +106,8 @@ def test_an_order_that_no_frame_meets_is_a_miss_that_shows(plain_rows: Rows) -> 
     plain_rows.heal()
 
 
-def test_without_the_digests_the_oracle_sees_the_wrong_tokens(tmp_path: Path) -> None:
-    """The control of P7, K4 and of the oracle itself: what digests keep out does harm."""
+def test_without_the_digests_oracle_and_witnesses_see_what_is_wrong(tmp_path: Path) -> None:
+    """The control of P7, K4 and of both of them: what digests keep out does harm."""
     blind = {name: {"BATON_TEST_BLIND": "1"} for name in DECODE}
     options = ("--no-enable-prefix-caching", "--max-num-batched-tokens", "128")
     with running_rows(*options, folder=tmp_path, sizes=SIZES, node_env=blind) as rows:
@@ -116,6 +116,8 @@ def test_without_the_digests_the_oracle_sees_the_wrong_tokens(tmp_path: Path) ->
             rows.verify_spoiled(Spoil.STALE, 2)
         with pytest.raises(AssertionError, match="is not the oracle's"):
             rows.check(history)
+        objections = [e.detail for e in history.events if e.kind == "contradiction"]
+        assert any("I3" in objection for objection in objections)
 
 
 def test_a_node_that_was_not_killed_or_stopped_is_a_miss_that_shows(plain_rows: Rows) -> None:
