@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Protocol
 import uvloop
 
 from cluster.config import LoadedConfig, load_config, render_config
-from cluster.errors import ConfigError, InternalError
+from cluster.errors import ConfigError, InternalError, ServingError
 from cluster.failpoints import arm as arm_failpoints
 from cluster.logging import setup_logging
 from cluster.loop_watch import LoopWatch
@@ -164,7 +164,7 @@ async def run_node(
     node = build(
         hub,
         config.node_id(role, new_incarnation()),
-        on_fatal=lambda _: process.fail("The engine failed; the node ends."),
+        on_fatal=lambda error: process.fail(_last_words(error)),
     )
     sources = node.sources(
         on_replaced=lambda: process.fail("Another node has taken this node's name.")
@@ -179,6 +179,12 @@ async def run_node(
         await stores.close()
 
     await process.run(member, report, close=close)
+
+
+def _last_words(error: BaseException) -> str:
+    """Errors of ours are written for who reads them; those of a device stand in the log."""
+    reason = error.message if isinstance(error, ServingError) else "The engine failed."
+    return f"{reason} The node ends."
 
 
 NodeBody = Callable[["LoadedConfig", "StartupReport"], Awaitable[None]]

@@ -131,8 +131,18 @@ class RecordingNode:
         self.log.append("closed")
 
 
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (RuntimeError("the engine is gone"), "The engine failed. The node ends."),
+        (
+            InternalError("Too much KV memory is lost."),
+            "Too much KV memory is lost. The node ends.",
+        ),
+    ],
+)
 def test_a_node_is_built_served_and_ended_by_its_engine(
-    make_node: Callable[..., NodeInfo], redis_url: str
+    make_node: Callable[..., NodeInfo], redis_url: str, error: Exception, said: str
 ) -> None:
     log: list[str] = []
     config = MemberConfig(port=0, metrics_port=0, node_name="n-1", redis_url=redis_url)
@@ -146,12 +156,12 @@ def test_a_node_is_built_served_and_ended_by_its_engine(
 
         def on_fact(fact: Mapping[str, Fact]) -> None:
             if fact["event"] == "ready":
-                fatal[0](RuntimeError("the engine is gone"))
+                fatal[0](error)
 
         async with asyncio.timeout(20):
             await run_node(NodeRole.DECODE, config, StartupReport(on_fact), build)
 
-    with pytest.raises(InternalError, match="engine failed"):
+    with pytest.raises(InternalError, match=said):
         asyncio.run(body())
     assert log == ["services of n-1", "metrics", "started", "closed"]
 
