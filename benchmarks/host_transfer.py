@@ -208,7 +208,7 @@ def main() -> None:
     used.append(f"load of the machine before and after: {load:.1f}, {os.getloadavg()[0]:.1f}")
     print("\n".join([*lines, *used]))
     if arguments.write:
-        command = "python -m benchmarks.host_transfer --write"
+        command = f"python -m benchmarks.host_transfer --repeats {arguments.repeats} --write"
         if arguments.tls is not None:
             command += f" --tls {arguments.tls}"
         facts = [f"- command: `{command}`", *(f"- {each}" for each in (*used, *machine_facts()))]
