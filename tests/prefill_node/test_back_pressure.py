@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 BLOCKS_EACH = 4
 NUM_PROMPTS, NUM_THAT_FIT = 12, NUM_BLOCKS // BLOCKS_EACH
 NUM_SLOTS = 4
-SHARE = NUM_SLOTS // 2  # what one peer may have of them
+SHARE = 3 * NUM_SLOTS // 4  # what one peer may have of them
 MESSAGES_EACH = 3  # of a prompt, which is one frame: header, payload, commit
 
 
