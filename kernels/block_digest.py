@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from kernels.dispatch import jit_for_any, num_multiprocessors, runs_triton, tl
+from kernels.splitmix import GOLDEN, finalize
 
 _MULTIPLIER_SEED = 0x42_41_54_4F_4E  # "BATON"
 
@@ -49,12 +50,9 @@ def block_digests(data: torch.Tensor, num_units: int) -> torch.Tensor:
 def multipliers_of(num_words: int, device: torch.device) -> torch.Tensor:
     """The first `num_words` multipliers, as int64."""
     with np.errstate(over="ignore"):
-        z = np.arange(1, num_words + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-        z += np.uint64(_MULTIPLIER_SEED)
-        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        z ^= z >> np.uint64(31)
-    return torch.from_numpy((z | np.uint64(1)).view(np.int64)).to(device)
+        steps = np.arange(1, num_words + 1, dtype=np.uint64) * GOLDEN
+        multipliers = finalize(steps + np.uint64(_MULTIPLIER_SEED)) | np.uint64(1)
+    return torch.from_numpy(multipliers.view(np.int64)).to(device)
 
 
 def _block_digests_reference(words: torch.Tensor, multipliers: torch.Tensor) -> torch.Tensor:

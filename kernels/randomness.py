@@ -10,13 +10,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from kernels.splitmix import GOLDEN, finalize
+
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-_WEYL = np.uint64(0x9E3779B97F4A7C15)
-_MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
-_MIX_2 = np.uint64(0x94D049BB133111EB)
-_SHIFT_30, _SHIFT_27, _SHIFT_31 = np.uint64(30), np.uint64(27), np.uint64(31)
 _UNUSED_BITS = np.uint64(11)
 _ULP = 2.0**-53
 
@@ -29,12 +27,5 @@ def uniforms(
     SplitMix64 read at an index: the state of seed s starts at mix(s), so the streams of
     neighbouring seeds are unrelated, and is advanced `position` + 1 times at once.
     """
-    state = _mix(seeds) + (positions + np.uint64(1)) * _WEYL
-    return (_mix(state) >> _UNUSED_BITS).astype(np.float64) * _ULP
-
-
-def _mix(bits: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    """SplitMix64's finalizer: each input bit changes each output bit with chance 1/2."""
-    bits = (bits ^ (bits >> _SHIFT_30)) * _MIX_1
-    bits = (bits ^ (bits >> _SHIFT_27)) * _MIX_2
-    return bits ^ (bits >> _SHIFT_31)
+    state = finalize(seeds) + (positions + np.uint64(1)) * GOLDEN
+    return (finalize(state) >> _UNUSED_BITS).astype(np.float64) * _ULP

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from kernels.dispatch import jit, tl
+from kernels.splitmix import finalized
 
 
 @jit
@@ -84,15 +85,8 @@ def most_of(column: tl.tensor) -> tl.tensor:
 
 
 @jit
-def _mix(bits: tl.tensor) -> tl.tensor:
-    bits = (bits ^ (bits >> 30)) * 0xBF58476D1CE4E5B9
-    bits = (bits ^ (bits >> 27)) * 0x94D049BB133111EB
-    return bits ^ (bits >> 31)
-
-
-@jit
 def uniform(seed: tl.tensor, position: tl.tensor) -> tl.tensor:
     """As `randomness.uniforms`."""
     steps = (position + 1).to(tl.uint64)
-    state = _mix(seed.to(tl.uint64)) + steps * 0x9E3779B97F4A7C15
-    return (_mix(state) >> 11).to(tl.int64).to(tl.float64) * 1.1102230246251565e-16
+    state = finalized(seed.to(tl.uint64)) + steps * 0x9E3779B97F4A7C15
+    return (finalized(state) >> 11).to(tl.int64).to(tl.float64) * 1.1102230246251565e-16

@@ -1,7 +1,7 @@
 """Seals the digests of units for their places, and compares them, where the units are.
 
-    place   64 bits of (seed, layer, position): m(m(seed ^ layer * L) ^ position * P), m the
-            finalizer of splitmix64 (Steele, Lea, Flood 2014), L and P odd
+    place   64 bits of (seed, layer, position): m(m(seed ^ layer * L) ^ position * P), m one step of
+            splitmix64, L and P odd
     sealed  the unit's digest plus its place, mod 2^64
 
 Both are part of the wire format. For a fixed place sealing is a bijection; for fixed bytes another
@@ -16,17 +16,15 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from kernels.dispatch import jit, jit_for_any, runs_triton, tl
+from kernels.splitmix import GOLDEN, finalize, finalized
 
 if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
 _BLOCK = 256
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _LAYER = np.uint64(0xA0761D6478BD642F)
 _POSITION = np.uint64(0xD6E8FEB86659FD93)
-_SHIFTS = (np.uint64(30), np.uint64(27), np.uint64(31))
-_FACTORS = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
 
 
 def places_of(
@@ -36,15 +34,9 @@ def places_of(
     return _mix(_mix(np.uint64(seed) ^ (layers * _LAYER)) ^ (positions * _POSITION))
 
 
-def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Bijective on 64 bits."""
-    x = x + _GOLDEN
-    x ^= x >> _SHIFTS[0]
-    x *= _FACTORS[0]
-    x ^= x >> _SHIFTS[1]
-    x *= _FACTORS[1]
-    x ^= x >> _SHIFTS[2]
-    return x
+def _mix(bits: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """One step of splitmix64 from this state: 0 does not stay 0."""
+    return finalize(bits + GOLDEN)
 
 
 class Places(NamedTuple):
@@ -129,11 +121,9 @@ def _run_reference(
 
 
 @jit
-def _mixed(x: tl.tensor) -> tl.tensor:
-    x = x + 0x9E3779B97F4A7C15
-    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
-    x = (x ^ (x >> 27)) * 0x94D049BB133111EB
-    return x ^ (x >> 31)
+def _mixed(bits: tl.tensor) -> tl.tensor:
+    """As `_mix`."""
+    return finalized(bits + 0x9E3779B97F4A7C15)
 
 
 @jit_for_any("seed", "layer_start", "num_positions", "num_units", "begin")
