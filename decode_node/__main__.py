@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import sys
 from typing import TYPE_CHECKING
 
@@ -17,9 +16,10 @@ if TYPE_CHECKING:
 
 
 def load_body() -> NodeBody:
-    """By name, and late: help answers at once, without torch."""
-    body: NodeBody = importlib.import_module("decode_node.node").run_decode_node
-    return body
+    """Late, so that help answers at once, without torch."""
+    from decode_node.node import run_decode_node
+
+    return run_decode_node
 
 
 def main(argv: Sequence[str]) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import sys
 from typing import TYPE_CHECKING
@@ -15,7 +14,7 @@ from cluster.startup import StartupReport
 from gateway.config import GatewayConfig
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
 
 def main(argv: Sequence[str]) -> int:
@@ -35,9 +34,9 @@ def main(argv: Sequence[str]) -> int:
     config = loaded[GatewayConfig]
     setup_logging(config.log_level, log_format=config.log_format, role="gateway")
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # a peer that leaves is our news, not its
-    # By name, and late: help and --show-config answer at once.
-    serve: Callable[[GatewayConfig, StartupReport], None]
-    serve = importlib.import_module("gateway.server").serve
+    # Late, so that help and --show-config answer at once.
+    from gateway.server import serve
+
     report = StartupReport()
     try:
         serve(config, report)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import sys
 from typing import TYPE_CHECKING
 
@@ -17,9 +16,10 @@ if TYPE_CHECKING:
 
 
 def load_body() -> NodeBody:
-    """By name, and late: help answers at once, without torch."""
-    body: NodeBody = importlib.import_module("prefill_node.node").run_prefill_node
-    return body
+    """Late, so that help answers at once, without torch."""
+    from prefill_node.node import run_prefill_node
+
+    return run_prefill_node
 
 
 def main(argv: Sequence[str]) -> int:
