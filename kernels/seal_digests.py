@@ -6,7 +6,8 @@
 
 Both are part of the wire format. For a fixed place sealing is a bijection; for fixed bytes another
 place gives another value but for a probability of 2^-64. Sealed digests lie behind the units of a
-slot, and travel with them, so that no digest passes through the host on a device.
+slot, and travel with them, so that no digest passes through the host on a device: what it reads is
+a `Verdict`.
 """
 
 from __future__ import annotations
@@ -14,12 +15,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+import torch
 
 from kernels.dispatch import jit, jit_for_any, runs_triton, tl
 from kernels.splitmix import GOLDEN, finalize, finalized
 
 if TYPE_CHECKING:
-    import torch
     from numpy.typing import NDArray
 
 _BLOCK = 256
@@ -54,6 +55,33 @@ class Places(NamedTuple):
         return self.num_layers * self.num_positions
 
 
+class Verdict:
+    """Of one comparison at a time, in host memory that the device writes to. A comparison that
+    never ran, or only in part, has not verified anything.
+
+    `num_right`: int32, the units that each program of the comparison found right.
+    """
+
+    __slots__ = ("_view", "num_right")
+
+    def __init__(self, max_units: int, *, is_pinned: bool) -> None:
+        size = _num_programs(max_units)
+        self.num_right = torch.zeros(size, dtype=torch.int32, pin_memory=is_pinned)
+        self._view = self.num_right.numpy()
+
+    def reset(self) -> None:
+        """Nothing is verified. Before a comparison is launched, after the last one has ended."""
+        self._view.fill(0)
+
+    def has_verified(self, num_units: int) -> bool:
+        """Whether so many units, those of the whole comparison, were right. Once it has ended."""
+        return int(self._view.sum()) == num_units
+
+
+def _num_programs(num_units: int) -> int:
+    return -(-num_units // _BLOCK)
+
+
 def seal_digests(
     digests: torch.Tensor, places: Places, slot: torch.Tensor, units_bytes: int
 ) -> None:
@@ -70,11 +98,11 @@ def check_digests(
     places: Places,
     slot: torch.Tensor,
     units_bytes: int,
-    wrong: torch.Tensor,
+    num_right: torch.Tensor,
 ) -> None:
-    """Set `wrong` (int32 `[1]`, on the device or pinned) to 1 if any sealed digest differs from
-    the one behind the units of `slot`. The rest as for `seal_digests`."""
-    _run(digests, places, slot, units_bytes, wrong)
+    """Count the sealed digests that are the ones behind the units of `slot`. `num_right`: that of a
+    `Verdict` that was reset, or int32 on the device. The rest as for `seal_digests`."""
+    _run(digests, places, slot, units_bytes, num_right)
 
 
 def _run(
@@ -82,21 +110,22 @@ def _run(
     places: Places,
     slot: torch.Tensor,
     units_bytes: int,
-    wrong: torch.Tensor | None,
+    num_right: torch.Tensor | None,
 ) -> None:
     num_units = places.num_units
     assert units_bytes % 8 == 0
     assert num_units <= digests.numel()
     assert units_bytes + 8 * num_units <= slot.numel()
+    assert num_right is None or _num_programs(num_units) <= num_right.numel()
     if num_units == 0:
         return
     if not runs_triton(slot):
-        _run_reference(digests, places, slot, units_bytes, wrong)
+        _run_reference(digests, places, slot, units_bytes, num_right)
         return
-    _seal_kernel[(-(-num_units // _BLOCK),)](
-        digests, slot, slot if wrong is None else wrong, places.positions,
+    _seal_kernel[(_num_programs(num_units),)](
+        digests, slot, slot if num_right is None else num_right, places.positions,
         places.seed, places.layer_start, places.num_positions, num_units, units_bytes // 8,
-        CHECKS=wrong is not None, BLOCK=_BLOCK, num_warps=4,
+        CHECKS=num_right is not None, BLOCK=_BLOCK, num_warps=4,
     )  # fmt: skip
 
 
@@ -105,7 +134,7 @@ def _run_reference(
     places: Places,
     slot: torch.Tensor,
     units_bytes: int,
-    wrong: torch.Tensor | None,
+    num_right: torch.Tensor | None,
 ) -> None:
     layers = np.arange(places.layer_start, places.layer_start + places.num_layers, dtype=np.uint64)
     positions = places.positions[: places.num_positions].numpy().view(np.uint64)
@@ -114,10 +143,10 @@ def _run_reference(
     sealed = (found.view(np.uint64) + added).view(np.uint8)
     found[:] = 0
     behind = slot.numpy()[units_bytes : units_bytes + sealed.nbytes]
-    if wrong is None:
+    if num_right is None:
         behind[:] = sealed
-    elif not np.array_equal(behind, sealed):
-        wrong[0] = 1
+    else:
+        num_right[0] = int((behind.view(np.uint64) == sealed.view(np.uint64)).sum())
 
 
 @jit
@@ -128,7 +157,7 @@ def _mixed(bits: tl.tensor) -> tl.tensor:
 
 @jit_for_any("seed", "layer_start", "num_positions", "num_units", "begin")
 def _seal_kernel(
-    digests_ptr: tl.tensor, slot_ptr: tl.tensor, wrong_ptr: tl.tensor, positions_ptr: tl.tensor,
+    digests_ptr: tl.tensor, slot_ptr: tl.tensor, num_right_ptr: tl.tensor, positions_ptr: tl.tensor,
     seed: tl.tensor, layer_start: tl.tensor, num_positions: tl.tensor, num_units: tl.tensor,
     begin: tl.tensor, CHECKS: tl.constexpr, BLOCK: tl.constexpr,
 ) -> None:  # fmt: skip
@@ -144,7 +173,7 @@ def _seal_kernel(
     behind = slot_ptr.to(tl.pointer_type(tl.int64)) + begin + unit
     if CHECKS:
         claimed = tl.load(behind, mask=mask, other=0)
-        num_wrong = tl.sum(((claimed != sealed) & mask).to(tl.int32), axis=0)
-        tl.store(wrong_ptr, 1, mask=num_wrong > 0)
+        num_right = tl.sum(((claimed == sealed) & mask).to(tl.int32), axis=0)
+        tl.store(num_right_ptr + tl.program_id(0), num_right)
     else:
         tl.store(behind, sealed, mask=mask)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 
 from kernels.copy_and_digest import pack_and_digest, unpack_and_digest
-from kernels.seal_digests import Places, check_digests, seal_digests
+from kernels.seal_digests import Places, Verdict, check_digests, seal_digests
 from kv_transfer.digests import DigestKind, PlaceSeal, digest_seed
 from kv_transfer.frame_place import FramePlace
 from kv_transfer.polling import EventQueue
@@ -76,15 +76,17 @@ class DeviceMoves:
         torch.cuda.set_stream(self._stream)
         try:
             notes, places = self._take_notes(), self._places_of(frame.seal)
-            notes.wrong_view[0] = 0
+            notes.verdict.reset()
             self._copy(unpack_and_digest, slot, frame, notes)
             if self._takes_digests:
                 units_bytes = frame.num_units * self._unit_bytes
-                check_digests(notes.digests, places, slot, units_bytes, notes.wrong)
+                check_digests(notes.digests, places, slot, units_bytes, notes.verdict.num_right)
             notes.done.record(self._stream)
         finally:
             torch.cuda.set_stream(self._others)
-        return self._end(notes, lambda: not notes.wrong_view[0])
+        if not self._takes_digests:
+            return self._end(notes, lambda: True)
+        return self._end(notes, lambda: notes.verdict.has_verified(frame.num_units))
 
     def _copy(
         self, kernel: Callable[..., None], slot: torch.Tensor, frame: FramePlace, notes: _Notes
@@ -138,7 +140,7 @@ class DeviceMoves:
         for kernel in (pack_and_digest, unpack_and_digest):
             self._copy(kernel, slot, frame, notes)
         seal_digests(notes.digests, places, slot, self._unit_bytes)
-        check_digests(notes.digests, places, slot, self._unit_bytes, notes.wrong)
+        check_digests(notes.digests, places, slot, self._unit_bytes, notes.verdict.num_right)
         torch.cuda.synchronize(self._device)
         self._notes.append(notes)
 
@@ -147,12 +149,11 @@ class _Notes:
     """What one move needs beside its slot. Used again: to make them takes longer than most moves.
     `digests` are zero between two moves."""
 
-    __slots__ = ("digests", "done", "wrong", "wrong_view")
+    __slots__ = ("digests", "done", "verdict")
 
     def __init__(self, device: torch.device) -> None:
         self.digests = torch.zeros(MAX_UNITS_PER_FRAME, dtype=torch.int64, device=device)
-        self.wrong = torch.zeros(1, dtype=torch.int32, pin_memory=True)
-        self.wrong_view = self.wrong.numpy()
+        self.verdict = Verdict(MAX_UNITS_PER_FRAME, is_pinned=device.type == "cuda")
         self.done = torch.cuda.Event()  # type: ignore[no-untyped-call]
 
 
@@ -162,7 +163,8 @@ class _Numbers:
     __slots__ = ("_copied", "_pinned", "_view", "on_device")
 
     def __init__(self, device: torch.device) -> None:
-        self._pinned = torch.empty(MAX_UNITS_PER_FRAME, dtype=torch.int64, pin_memory=True)
+        is_pinned = device.type == "cuda"
+        self._pinned = torch.empty(MAX_UNITS_PER_FRAME, dtype=torch.int64, pin_memory=is_pinned)
         self._view = self._pinned.numpy()
         self.on_device = torch.empty(MAX_UNITS_PER_FRAME, dtype=torch.int64, device=device)
         self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from kernels.seal_digests import Places, check_digests, places_of, seal_digests
+from kernels.seal_digests import Places, Verdict, check_digests, places_of, seal_digests
 
 UNITS_BYTES = 80
 SEEDS = [(1 << 63) - 1, (1 << 62) + 12345, 7]
@@ -33,6 +33,15 @@ def slot_of(of: Places, device: torch.device) -> torch.Tensor:
     return torch.full((num_bytes,), 0xA5, dtype=torch.uint8, device=device)
 
 
+def compared(digests: torch.Tensor, of: Places, slot: torch.Tensor) -> Verdict:
+    """The verdict of one comparison that has ended."""
+    verdict = Verdict(of.num_units, is_pinned=slot.is_cuda)
+    check_digests(digests, of, slot, UNITS_BYTES, verdict.num_right)
+    if slot.is_cuda:
+        torch.cuda.synchronize()
+    return verdict
+
+
 @pytest.mark.parametrize("seed", SEEDS)
 def test_sealed_digests_stand_behind_the_units(device: torch.device, seed: int) -> None:
     of = places(seed, device)
@@ -52,9 +61,7 @@ def test_the_same_digests_at_the_same_places_are_right(device: torch.device, see
     of = places(seed, device)
     slot, digests = slot_of(of, device), random_digests(of.num_units, device)
     seal_digests(digests.clone(), of, slot, UNITS_BYTES)
-    wrong = torch.zeros(1, dtype=torch.int32, device=device)
-    check_digests(digests, of, slot, UNITS_BYTES, wrong)
-    assert not wrong.any()
+    assert compared(digests, of, slot).has_verified(of.num_units)
     assert not digests.any()
 
 
@@ -64,9 +71,7 @@ def test_one_wrong_digest_of_many_shows(device: torch.device, unit: int) -> None
     slot, digests = slot_of(of, device), random_digests(of.num_units, device)
     seal_digests(digests.clone(), of, slot, UNITS_BYTES)
     digests[unit] += 1
-    wrong = torch.zeros(1, dtype=torch.int32, device=device)
-    check_digests(digests, of, slot, UNITS_BYTES, wrong)
-    assert wrong.item() == 1
+    assert not compared(digests, of, slot).has_verified(of.num_units)
 
 
 @pytest.mark.parametrize(
@@ -82,9 +87,14 @@ def test_the_same_digests_elsewhere_are_wrong(
     seal_digests(digests.clone(), of, slot, UNITS_BYTES)
     elsewhere = of._replace(**change)  # type: ignore[arg-type]
     elsewhere = elsewhere._replace(positions=elsewhere.positions.to(device))
-    wrong = torch.zeros(1, dtype=torch.int32, device=device)
-    check_digests(digests, elsewhere, slot, UNITS_BYTES, wrong)
-    assert wrong.item() == 1
+    assert not compared(digests, elsewhere, slot).has_verified(of.num_units)
+
+
+@pytest.mark.parametrize("told", [256, 44])
+def test_a_comparison_of_which_one_program_says_nothing_has_verified_nothing(told: int) -> None:
+    verdict = Verdict(300, is_pinned=False)
+    verdict.num_right[0] = told
+    assert not verdict.has_verified(300)
 
 
 def test_no_units(device: torch.device) -> None:
@@ -92,3 +102,16 @@ def test_no_units(device: torch.device) -> None:
     slot = slot_of(of, device)
     seal_digests(torch.zeros(0, dtype=torch.int64, device=device), of, slot, UNITS_BYTES)
     assert (slot == 0xA5).all()
+
+
+def test_what_was_never_compared_is_not_verified() -> None:
+    assert not Verdict(300, is_pinned=False).has_verified(300)
+
+
+def test_what_was_verified_before_says_nothing_of_the_next_move(device: torch.device) -> None:
+    of = places(SEEDS[0], device)
+    slot, digests = slot_of(of, device), random_digests(of.num_units, device)
+    seal_digests(digests.clone(), of, slot, UNITS_BYTES)
+    verdict = compared(digests, of, slot)
+    verdict.reset()
+    assert not verdict.has_verified(of.num_units)

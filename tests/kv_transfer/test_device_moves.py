@@ -1,0 +1,87 @@
+"""What a move on a device says of its digests: its kernels run on the CPU here, its streams not."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import nullcontext
+from types import SimpleNamespace
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+
+from kernels.dispatch import interpreted
+from kv_transfer import device_moves
+from kv_transfer.device_moves import DeviceMoves
+from kv_transfer.digests import PlaceSeal, digest_seed
+from kv_transfer.frame_place import FramePlace
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+UNIT_BYTES = 64
+FRAME = FramePlace(PlaceSeal(digest_seed(bytes(16), b""), 0, 2, (0, 1, 5)), (7, 0, 3))
+SLOT_BYTES = FRAME.num_units * (UNIT_BYTES + 8)
+
+
+@pytest.fixture(params=["reference", "interpreter"])
+def moves(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[DeviceMoves]:
+    """Whose streams do at once what they are given."""
+    if torch.cuda.is_available():
+        pytest.skip("kernels are compiled in this process")
+    stream = SimpleNamespace(wait_event=lambda event: None)
+    event = SimpleNamespace(record=lambda *_: None, synchronize=lambda: None, query=lambda: True)
+    for name, value in {
+        "Stream": lambda *_, **__: stream,
+        "current_stream": lambda *_: stream,
+        "set_stream": lambda _: None,
+        "synchronize": lambda _: None,
+        "Event": lambda: event,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    pool = torch.randint(0, 256, (2, 10, UNIT_BYTES), dtype=torch.uint8)
+    with interpreted() if request.param == "interpreter" else nullcontext():
+        yield DeviceMoves([pool], takes_digests=True)
+
+
+async def gathered(moves: DeviceMoves) -> torch.Tensor:
+    slot = torch.zeros(SLOT_BYTES, dtype=torch.uint8)
+    await moves.gather(slot, FRAME, after=None)
+    return slot
+
+
+def test_what_arrives_as_it_was_sent_is_verified(moves: DeviceMoves) -> None:
+    async def scenario() -> None:
+        assert await moves.scatter(await gathered(moves), FRAME)
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("at", [0, FRAME.num_units * UNIT_BYTES - 1, SLOT_BYTES - 1])
+def test_a_byte_that_changed_on_its_way_is_found(moves: DeviceMoves, at: int) -> None:
+    async def scenario() -> None:
+        slot = await gathered(moves)
+        slot[at] ^= 1
+        assert not await moves.scatter(slot, FRAME)
+
+    asyncio.run(scenario())
+
+
+def test_blocks_of_another_transfer_are_found(moves: DeviceMoves) -> None:
+    async def scenario() -> None:
+        other = FRAME._replace(seal=PlaceSeal(digest_seed(bytes(15), b""), 0, 2, (0, 1, 5)))
+        assert not await moves.scatter(await gathered(moves), other)
+
+    asyncio.run(scenario())
+
+
+def test_a_comparison_that_never_ran_verifies_nothing_even_after_one_that_did(
+    moves: DeviceMoves, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario() -> None:
+        slot = await gathered(moves)
+        assert await moves.scatter(slot, FRAME)
+        monkeypatch.setattr(device_moves, "check_digests", lambda *_: None)
+        assert not await moves.scatter(slot, FRAME)
+
+    asyncio.run(scenario())
