@@ -1,7 +1,7 @@
 """Where a kernel runs: CUDA tensors go to Triton, CPU tensors to the torch reference beside it.
 
 1. A kernel file decorates its Triton functions with `jit` and asks `runs_triton(tensor)` in its
-   public function.
+   public function. `kernel[grid](...)` is then a launch by `launch.py`.
 2. On a platform without a Triton wheel the decorated functions stay plain and are never called.
 3. Tests enter `interpreted()` in a process started with TRITON_INTERPRET=1: CPU tensors then take
    the Triton path too, executed by Triton's interpreter.
@@ -22,6 +22,8 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
+
+from kernels.launch import direct
 
 try:
     import triton
@@ -55,8 +57,9 @@ _INTERPRETER_MULTIPROCESSORS = 8
 
 
 def jit(function: Callable[..., Any]) -> Any:
-    """`triton.jit`, or the function itself where Triton does not exist."""
-    return function if triton is None else triton.jit(function)
+    """`triton.jit`, launched by `kernels.launch`; or the function itself where Triton does not
+    exist."""
+    return function if triton is None else direct(triton.jit(function))
 
 
 def jit_for_any(*arguments: str) -> Callable[[Callable[..., Any]], Any]:
@@ -69,7 +72,7 @@ def jit_for_any(*arguments: str) -> Callable[[Callable[..., Any]], Any]:
     def decorate(function: Callable[..., Any]) -> Any:
         if triton is None:
             return function
-        return triton.jit(function, do_not_specialize=list(arguments))
+        return direct(triton.jit(function, do_not_specialize=list(arguments)))
 
     return decorate
 

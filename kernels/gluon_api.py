@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from kernels.launch import direct
+
 try:
     from triton.experimental import gluon
     from triton.experimental.gluon import language as gl
@@ -62,7 +64,7 @@ HAS_GLUON = gluon is not None
 
 def gluon_jit(function: Callable[..., Any]) -> Any:
     """`gluon.jit`, or the function itself where there is no Gluon."""
-    return function if gluon is None else gluon.jit(function)
+    return function if gluon is None else direct(gluon.jit(function))
 
 
 def gluon_constexpr(function: Callable[..., Any]) -> Any:
@@ -76,7 +78,7 @@ def gluon_jit_for_any(*arguments: str) -> Callable[[Callable[..., Any]], Any]:
     def decorate(function: Callable[..., Any]) -> Any:
         if gluon is None:
             return function
-        return gluon.jit(function, do_not_specialize=list(arguments))
+        return direct(gluon.jit(function, do_not_specialize=list(arguments)))
 
     return decorate
 
