@@ -26,8 +26,8 @@ Who attends:
 The rest: rope_store (norm of heads, rotation, store), rms_norm, decode_inputs, sample (on a GPU by
 sample_*, on a CPU by draw), between ranks peer_sum and peer_add (small and large tensors) and
 peer_push (logits), copy_blocks and block_digest (the hand-off, host memory). What kernels share is
-in dispatch and gluon_api; launch is how all of them are launched. Parts of one kernel each are row_programs, row_phases, row_walk,
-row_input, row_peers, skinny_stream, skinny_walk, skinny_copies, skinny_input, skinny_operand,
-skinny_output, skinny_peers, thin_ring, decode_tiles and combine_parts, gluon_prefill,
-gluon_producer, gluon_consumer.
+in dispatch and gluon_api; launch is how all of them are launched. Parts of one kernel each are
+row_programs, row_phases, row_walk, row_input, row_peers, skinny_stream, skinny_walk, skinny_copies,
+skinny_input, skinny_operand, skinny_output, skinny_peers, thin_ring, decode_tiles, combine_parts,
+gluon_prefill, gluon_producer and gluon_consumer.
 """
