@@ -18,7 +18,14 @@ from starlette.routing import Route as HttpRoute
 from cluster.errors import InvalidRequest, MethodNotAllowed, RouteNotFound, ServingError
 from cluster.version import VERSION
 from gateway.edge import Edge, KeyCheck
-from gateway.http_errors import JSON, as_serving_error, error_headers, error_json, unexplained
+from gateway.http_errors import (
+    JSON,
+    as_serving_error,
+    error_headers,
+    error_json,
+    log_refusal,
+    unexplained,
+)
 from gateway.request import Route
 from gateway.routes.generate import GenerateEndpoint
 from gateway.routes.health import health_router
@@ -35,13 +42,16 @@ if TYPE_CHECKING:
 
 NOT_FOUND = 404
 METHOD_NOT_ALLOWED = 405
+MAX_PATH_CHARS = 200
 _REF = "#/components/schemas/{model}"
 
 
 def public_app(gateway: Gateway, metrics: CollectorRegistry) -> ASGIApp:
     """Everything on the public port."""
     app = FastAPI(title="Baton", version=VERSION, docs_url=None, redoc_url=None)
-    translate_errors(app)
+    translate_errors(
+        app, advice="GET /v1/models lists the models, POST /v1/chat/completions asks one."
+    )
     raw: list[tuple[str, Any, type[BaseModel], str]] = [
         (
             "/v1/chat/completions",
@@ -64,28 +74,34 @@ def public_app(gateway: Gateway, metrics: CollectorRegistry) -> ASGIApp:
     app.include_router(health_router(gateway, metrics))
     bodies = [(path, body, summary) for path, _, body, summary in raw]
     app.openapi = lambda: _document(app, bodies)  # type: ignore[method-assign]
-    refusal = "This API key is not valid. Send it as `Authorization: Bearer` or `x-api-key`."
-    return Edge(app, KeyCheck(gateway.config.api_key, refusal))
+    keys = KeyCheck(
+        gateway.config.api_key, "API key", "Send it as `Authorization: Bearer` or `x-api-key`."
+    )
+    return Edge(app, keys)
 
 
-def translate_errors(app: FastAPI) -> None:
-    """Whatever a route raises, as an error object."""
+def translate_errors(app: FastAPI, *, advice: str) -> None:
+    """Whatever a route raises, as an error object. `advice` is for who asks for no route."""
 
-    async def on_serving_error(_: Request, error: Exception) -> Response:
-        return error_response(as_serving_error(error))
+    async def on_serving_error(request: Request, error: Exception) -> Response:
+        return refusal(request, as_serving_error(error))
 
-    async def on_http_error(_: Request, error: Exception) -> Response:
+    async def on_http_error(request: Request, error: Exception) -> Response:
+        path = request.url.path[:MAX_PATH_CHARS]
         status = error.status_code if isinstance(error, HTTPException) else 500
         if status == NOT_FOUND:
-            return error_response(RouteNotFound("There is no such route."))
-        if status == METHOD_NOT_ALLOWED:
-            return error_response(MethodNotAllowed("This route does not take this method."))
-        return error_response(as_serving_error(error))
+            return refusal(request, RouteNotFound(f"There is no route {path}. {advice}"))
+        if isinstance(error, HTTPException) and status == METHOD_NOT_ALLOWED:
+            allowed = (error.headers or {}).get("Allow", "another method")
+            answer = refusal(request, MethodNotAllowed(f"{path} takes {allowed}."))
+            answer.headers["Allow"] = allowed
+            return answer
+        return refusal(request, as_serving_error(error))
 
-    async def on_invalid(_: Request, error: Exception) -> Response:
+    async def on_invalid(request: Request, error: Exception) -> Response:
         fields = error.errors() if isinstance(error, RequestValidationError) else []
         path = ".".join(str(step) for step in fields[0]["loc"][1:]) if fields else None
-        return error_response(InvalidRequest("The request is not valid.", param=path))
+        return refusal(request, InvalidRequest("The request is not valid.", param=path))
 
     async def on_bug(_: Request, __: Exception) -> Response:
         return error_response(unexplained())  # raised again by the framework, logged by `Edge`
@@ -94,6 +110,11 @@ def translate_errors(app: FastAPI) -> None:
     app.add_exception_handler(ServingError, on_serving_error)
     app.add_exception_handler(HTTPException, on_http_error)
     app.add_exception_handler(RequestValidationError, on_invalid)
+
+
+def refusal(request: Request, error: ServingError) -> Response:
+    log_refusal(error, request.url.path[:MAX_PATH_CHARS])
+    return error_response(error)
 
 
 def error_response(error: ServingError) -> Response:

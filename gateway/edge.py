@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from cluster.errors import AuthenticationFailed
 from cluster.logging import log_context
-from gateway.http_errors import as_serving_error, send_error
+from gateway.http_errors import as_serving_error, log_refusal, send_error
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Sequence
@@ -36,21 +36,25 @@ _UNCLEAN = re.compile(rb"[^A-Za-z0-9._:-]")
 class KeyCheck:
     """Compares digests in constant time, all of them each time. No keys: everyone may pass."""
 
-    def __init__(self, keys: Sequence[str], refusal: str) -> None:
+    def __init__(self, keys: Sequence[str], name: str, advice: str) -> None:
+        """`name` is what such a key is called, `advice` tells who is refused what to do."""
         self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
-        self._refusal = refusal
+        self._name = name
+        self._advice = advice
 
     def check(self, headers: Sequence[tuple[bytes, bytes]]) -> None:
         """Raises `AuthenticationFailed`. Takes `Authorization: Bearer` and `x-api-key`."""
         if not self._digests:
             return
         found = False
-        for given in presented_keys(headers):
+        presented = presented_keys(headers)
+        for given in presented:
             digest = hashlib.sha256(given).digest()
             for known in self._digests:
                 found |= hmac.compare_digest(digest, known)
         if not found:
-            raise AuthenticationFailed(self._refusal)
+            what = f"This {self._name} is not valid." if presented else f"No {self._name} was sent."
+            raise AuthenticationFailed(f"{what} {self._advice}")
 
 
 def presented_keys(headers: Sequence[tuple[bytes, bytes]]) -> list[bytes]:
@@ -88,6 +92,7 @@ class Edge:
                 await self._app(inner, receive, tagged)
             except Exception as error:  # the last resort of a request
                 known = as_serving_error(error)
+                log_refusal(known, path)
                 if not tagged.has_started:
                     await send_error(tagged, known)
 

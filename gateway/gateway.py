@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from cluster.errors import ModelNotFound, NodeUnavailable, Overloaded, ServingError
 from gateway.generation import Generation
+from gateway.http_errors import log_refusal
 from gateway.streaming import StreamTimes
 
 if TYPE_CHECKING:
@@ -86,7 +87,10 @@ class Gateway:
             return self.model_names[0]
         if any(asked == name or fnmatch.fnmatchcase(asked, name) for name in self._names):
             return asked
-        raise ModelNotFound(f"The model {asked[:200]!r} does not exist.", param="model")
+        served = ", ".join(repr(name) for name in self._names)
+        raise ModelNotFound(
+            f"The model {asked[:200]!r} does not exist; this server has {served}.", param="model"
+        )
 
     def max_model_len(self) -> int:
         """Longest prompt plus output, in tokens. Raises while no node is there to say."""
@@ -104,6 +108,7 @@ class Gateway:
             admitted = self.admission.admit(request.num_sequences, num_tokens)
         except Overloaded as error:
             self.measures.rejections[error.reason or "overloaded"] += 1
+            log_refusal(error, request.route.value)
             raise
         generation = Generation(
             request,

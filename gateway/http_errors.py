@@ -34,6 +34,13 @@ def unexplained() -> InternalError:
     return InternalError("Something went wrong here; the request's id helps to find out what.")
 
 
+def log_refusal(error: ServingError, route: str) -> None:
+    """For what is refused before it is a `Generation`, which logs its own end. The message stays
+    out: it may quote the body."""
+    facts = {"route": route, "status": error.http_status, "error": error.code, "param": error.param}
+    logger.info("request refused", extra=facts)
+
+
 def error_body(error: ServingError) -> dict[str, Any]:
     body = {
         "message": error.message,

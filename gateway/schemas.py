@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 MAX_PROBLEMS = 10
 MAX_INPUT_CHARS = 200
+_SAYS_WHAT_IT_GOT = frozenset({"missing", "too_short", "too_long"})
 
 # What these fields ask for would change the answer, and is not built.
 _UNSUPPORTED = (
@@ -209,8 +210,8 @@ def invalid(error: ValidationError) -> InvalidRequest:
 
 
 def _problem(problem: Any) -> str:
-    given = repr(problem["input"])[:MAX_INPUT_CHARS] if problem["type"] != "missing" else ""
-    text = str(problem["msg"])
+    given = "" if problem["type"] in _SAYS_WHAT_IT_GOT else repr(problem["input"])[:MAX_INPUT_CHARS]
+    text = str(problem["msg"]).replace(" after validation", "")
     text = text[0].lower() + text[1:]
     return f"{field_path(problem['loc'])}: {text}" + (f", not {given}" if given else "")
 

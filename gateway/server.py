@@ -168,7 +168,9 @@ async def shut_down(gateway: Gateway, servers: list[HttpServer], hurry: asyncio.
     hurrying.cancel()
     if not waiting.done():
         num_cut = len(gateway.dispatcher.active)
-        logger.warning("%d sequences still ran at the end of the shutdown timeout", num_cut)
+        if num_cut:
+            why = "told again to stop" if hurry.is_set() else f"{timeout:.0f} s after that"
+            logger.warning("told to stop; %s, %d sequences that still run are cut", why, num_cut)
         gateway.dispatcher.fail_all(
             NodeUnavailable(
                 "This gateway is shutting down.", reason="shutting_down", retry_after_seconds=1.0

@@ -216,8 +216,9 @@ class Budget:
 
     def max_tokens(self, num_prompt_tokens: int) -> int:
         left = self.max_model_len - num_prompt_tokens
-        wanted = self.asked if self.asked is not None else min(self.default or left, max(left, 1))
-        if self.asked is not None and self.asked < 1:
+        room = max(left, 1)  # a prompt that leaves none still asks for a token: an overflow
+        wanted = min(self.default or room, room) if self.asked is None else self.asked
+        if wanted < 1:
             raise InvalidRequest("max_tokens must be at least 1.", param="max_tokens")
         if wanted <= left:
             return wanted

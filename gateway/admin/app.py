@@ -67,11 +67,13 @@ def admin_app(
         docs_url=None,
         redoc_url=None,
     )
-    translate_errors(app)
+    translate_errors(app, advice=f"GET {PREFIX}/openapi.json lists them.")
     app.include_router(_views(gateway))
     app.include_router(_levers(gateway, observe))
     app.include_router(_policy(gateway))
-    keys = KeyCheck([token], "This admin token is not valid.")
+    keys = KeyCheck(
+        [token], "admin token", "Send it as `Authorization: Bearer`, or use `baton admin`."
+    )
     return Edge(HostGuard(app, host), keys, open_paths=frozenset())
 
 

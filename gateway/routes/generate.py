@@ -10,11 +10,11 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any
 
-from cluster.errors import InvalidRequest
+from cluster.errors import InvalidRequest, ServingError
 from cluster.request import KVLoadFailurePolicy
 from gateway.body import read_object
 from gateway.edge import REQUEST_ID
-from gateway.http_errors import as_serving_error, send_error
+from gateway.http_errors import as_serving_error, log_refusal, send_error
 from gateway.request import Route
 from gateway.schemas import parse_chat, parse_completion
 from gateway.streaming import StreamWriter, write_whole
@@ -43,7 +43,7 @@ class GenerateEndpoint:
         gateway = self._gateway
         arrived_at = gateway.clock()
         try:
-            request = await self._read_request(scope, receive, arrived_at)
+            request = await self._read_request(scope, receive)
             generation = await gateway.begin(request, arrived_at=arrived_at)
         except Exception as error:  # the top of a request: whatever it is becomes its answer
             known = as_serving_error(error)
@@ -55,7 +55,14 @@ class GenerateEndpoint:
         finally:
             gateway.measures.request_ended(self._route.value, generation.error)
 
-    async def _read_request(self, scope: Scope, receive: Receive, arrived_at: float) -> Request:
+    async def _read_request(self, scope: Scope, receive: Receive) -> Request:
+        try:
+            return await self._parsed(scope, receive)
+        except ServingError as error:
+            log_refusal(error, self._route.value)
+            raise
+
+    async def _parsed(self, scope: Scope, receive: Receive) -> Request:
         gateway = self._gateway
         gateway.admission.check_open()
         fields = await read_object(
