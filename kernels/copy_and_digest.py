@@ -1,7 +1,8 @@
-"""Packs and unpacks KV blocks and takes their digests in the same pass over the bytes.
+"""Packs and unpacks KV blocks, takes their digests, and seals or compares these, in one kernel.
 
-What `copy_blocks` and `block_digest` do one after the other, with the same results: a hand-off
-needs both, on both sides, and reading each byte once leaves more of the memory to the model.
+What `copy_blocks`, `block_digest` and sealing do one after the other, with the same results: a
+hand-off needs all of it, on both sides. Reading each byte once leaves more of the memory to the
+model, and a second launch costs the host more than a small frame costs the device.
 
 `pools` are the parts of one pool, as `copy_blocks` has them: one, or those of all ranks of a model.
 """
@@ -13,134 +14,150 @@ from typing import TYPE_CHECKING
 from kernels.block_digest import block_digests, multipliers_of
 from kernels.copy_blocks import pack_blocks, unpack_blocks
 from kernels.dispatch import jit_for_any, num_multiprocessors, runs_triton, tl
+from kernels.seal_digests import MAX_STRETCHES, num_right_on_host, seal_on_host, seal_units
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     import torch
 
+    from kernels.seal_digests import Places, Sums
+
 # Words that one program copies and multiplies; their multipliers stay in its registers.
 _CHUNK_WORDS = 2048
 # Enough for a link to another GPU, and for half of this GPU's memory; more would leave the kernels
 # of the model less room.
 _PROGRAMS_PER_MULTIPROCESSOR = 1
+_SEALED_AT_ONCE = 128  # a thread each
 
 
-def pack_and_digest(
-    out: torch.Tensor,
+def pack_and_seal(
+    slot: torch.Tensor,
     pools: Sequence[torch.Tensor],
-    layer_start: int,
-    num_layers: int,
     block_ids: torch.Tensor,
-    num_ids: int,
-    digests: torch.Tensor | None,
+    places: Places,
+    sums: Sums | None,
 ) -> None:
-    """Copies as `pack_blocks` of each part; the digest of `out[l, i]` is added to
-    `digests[l * num_ids + i]`.
+    """Copies the blocks of `places` to the front of `slot`, as `pack_blocks` does of each part, and
+    writes their sealed digests behind them.
 
-    block_ids: int64, the first `num_ids` count. out: uint8, contiguous; its front is taken as
-    `[num_layers, num_ids, unit_bytes]`, of whole units. digests: int64, on the same device, the
-    first `num_layers * num_ids` zero before; None: no digests. Parts of units start at multiples
-    of 4 bytes.
+    slot: uint8, contiguous; its front is taken as `[num_layers, num_positions, unit_bytes]`, of
+    whole units, a multiple of 8 bytes in all. block_ids: int64, the first `num_positions` count;
+    none twice. sums: on the same device; None: no digests. Parts of units start at multiples of
+    4 bytes.
     """
-    if runs_triton(out) and digests is not None:
-        _move(pools, layer_start, num_layers, block_ids, num_ids, out, digests, unpacks=False)
+    if runs_triton(slot) and sums is not None:
+        _move(slot, pools, block_ids, places, sums, None)
         return
-    units, ids = _front(pools, out, num_layers, num_ids), block_ids[:num_ids]
+    units, ids = _front(pools, slot, places), block_ids[: places.num_positions]
+    start, count = places.layer_start, places.num_layers
     for part, pool in enumerate(pools):
-        pack_blocks(pool, layer_start, num_layers, ids, units, part=part, num_parts=len(pools))
-    _add_digests(digests, units)
+        pack_blocks(pool, start, count, ids, units, part=part, num_parts=len(pools))
+    if sums is not None:
+        digests = block_digests(units, places.num_units)
+        seal_on_host(digests, places, _behind(slot, units, places))
 
 
-def unpack_and_digest(
-    src: torch.Tensor,
+def unpack_and_check(
+    slot: torch.Tensor,
     pools: Sequence[torch.Tensor],
-    layer_start: int,
-    num_layers: int,
     block_ids: torch.Tensor,
-    num_ids: int,
-    digests: torch.Tensor | None,
+    places: Places,
+    sums: Sums | None,
+    num_right: torch.Tensor,
 ) -> None:
-    """Copies as `unpack_blocks` to each part; `src` and digests as `out` and digests there. `src`
-    may be the memory of another GPU, mapped: it is read once."""
-    if runs_triton(src) and digests is not None:
-        _move(pools, layer_start, num_layers, block_ids, num_ids, src, digests, unpacks=True)
+    """Copies the front of `slot` to blocks, as `unpack_blocks` does to each part, and counts the
+    units whose digests, sealed, are the ones behind them.
+
+    slot: as there; it may be the memory of another GPU, mapped: it is read once. num_right: that of
+    a `Verdict` that was reset.
+    """
+    if runs_triton(slot) and sums is not None:
+        _move(slot, pools, block_ids, places, sums, num_right)
         return
-    units, ids = _front(pools, src, num_layers, num_ids), block_ids[:num_ids]
+    units, ids = _front(pools, slot, places), block_ids[: places.num_positions]
+    start, count = places.layer_start, places.num_layers
     for part, pool in enumerate(pools):
-        unpack_blocks(units, pool, layer_start, num_layers, ids, part=part, num_parts=len(pools))
-    _add_digests(digests, units)
+        unpack_blocks(units, pool, start, count, ids, part=part, num_parts=len(pools))
+    if sums is not None:
+        digests = block_digests(units, places.num_units)
+        num_right[0] = num_right_on_host(digests, places, _behind(slot, units, places))
 
 
-def _front(
-    pools: Sequence[torch.Tensor], packed: torch.Tensor, num_layers: int, num_ids: int
-) -> torch.Tensor:
+def _front(pools: Sequence[torch.Tensor], slot: torch.Tensor, places: Places) -> torch.Tensor:
     unit_bytes = len(pools) * pools[0].shape[2]
-    front = packed.view(-1)[: num_layers * num_ids * unit_bytes]
-    return front.view(num_layers, num_ids, unit_bytes)
+    front = slot.view(-1)[: places.num_units * unit_bytes]
+    return front.view(places.num_layers, places.num_positions, unit_bytes)
 
 
-def _add_digests(digests: torch.Tensor | None, units: torch.Tensor) -> None:
-    if digests is not None:
-        num_units = units.shape[0] * units.shape[1]
-        digests[:num_units] += block_digests(units, num_units)
+def _behind(slot: torch.Tensor, units: torch.Tensor, places: Places) -> torch.Tensor:
+    return slot[units.numel() : units.numel() + 8 * places.num_units]
 
 
 def _move(
+    slot: torch.Tensor,
     pools: Sequence[torch.Tensor],
-    layer_start: int,
-    num_layers: int,
     block_ids: torch.Tensor,
-    num_ids: int,
-    packed: torch.Tensor,
-    digests: torch.Tensor,
-    *,
-    unpacks: bool,
+    places: Places,
+    sums: Sums,
+    num_right: torch.Tensor | None,
 ) -> None:
     """Tensors go to the kernel as they are: a view of one takes longer than it copies."""
-    num_units = num_layers * num_ids
-    num_parts, (_, num_blocks, part_bytes) = len(pools), pools[0].shape
-    assert num_units * num_parts * part_bytes <= packed.numel()
-    assert num_ids <= block_ids.numel()
-    assert num_units <= digests.numel()
+    num_units, num_parts = places.num_units, len(pools)
+    _, num_blocks, part_bytes = pools[0].shape
+    units_bytes = num_units * num_parts * part_bytes
+    assert units_bytes % 8 == 0
+    assert units_bytes + 8 * num_units <= slot.numel()
+    assert places.num_positions <= min(block_ids.numel(), places.positions.numel())
+    assert num_units <= sums.digests.numel()
     if num_units == 0:
         return
     num_words = num_parts * part_bytes // 4
     pieces = 1 if num_parts == 1 else 2  # stretches of a part that stay together when packed
     piece = part_bytes // 4 // pieces
-    chunks = -(-piece // _CHUNK_WORDS)
-    programs = _PROGRAMS_PER_MULTIPROCESSOR * num_multiprocessors(packed.device)
-    units_per_program = max(1, num_units * pieces * chunks // programs)
-    grid = (pieces * chunks * -(-num_units // units_per_program),)
-    multipliers = multipliers_of(num_words, packed.device)
+    columns = pieces * -(-piece // _CHUNK_WORDS)
+    programs = min(_PROGRAMS_PER_MULTIPROCESSOR * num_multiprocessors(slot.device), MAX_STRETCHES)
+    units_per_program = -(-num_units * columns // programs)
+    num_stretches = -(-num_units // units_per_program)
+    multipliers = multipliers_of(num_words, slot.device)
     for part, pool in enumerate(pools):
-        _move_kernel[grid](
-            pool, packed, block_ids, multipliers, digests,
-            layer_start, num_ids, num_blocks, num_units, units_per_program, chunks,
-            PIECES=pieces, PIECE=piece, PACKED_PIECE=num_words // pieces, BEGIN=part * piece,
-            BLOCK=_CHUNK_WORDS, UNPACKS=unpacks, num_warps=4,
+        _move_kernel[(columns * num_stretches,)](
+            pool, slot, block_ids, multipliers, sums.digests, sums.num_added,
+            slot if num_right is None else num_right, places.positions, places.seed,
+            places.layer_start, places.num_positions, num_blocks, num_units, units_per_program,
+            columns * num_parts, COLUMNS=columns, PIECES=pieces, PIECE=piece,
+            PACKED_PIECE=num_words // pieces, BEGIN=part * piece,
+            BLOCK=_CHUNK_WORDS, SEALED=_SEALED_AT_ONCE, UNPACKS=num_right is not None, num_warps=4,
         )  # fmt: skip
 
 
-@jit_for_any("layer_start", "num_ids", "num_units", "units_per_program")
+@jit_for_any(
+    "seed", "layer_start", "num_ids", "num_blocks", "num_units", "units_per_program", "num_adding"
+)
 def _move_kernel(
-    pool_ptr: tl.tensor, packed_ptr: tl.tensor, ids_ptr: tl.tensor, multipliers_ptr: tl.tensor,
-    digests_ptr: tl.tensor, layer_start: tl.tensor, num_ids: tl.tensor, num_blocks: tl.tensor,
-    num_units: tl.tensor, units_per_program: tl.tensor, chunks: tl.tensor, PIECES: tl.constexpr,
-    PIECE: tl.constexpr, PACKED_PIECE: tl.constexpr, BEGIN: tl.constexpr, BLOCK: tl.constexpr,
+    pool_ptr: tl.tensor, slot_ptr: tl.tensor, ids_ptr: tl.tensor, multipliers_ptr: tl.tensor,
+    digests_ptr: tl.tensor, num_added_ptr: tl.tensor, num_right_ptr: tl.tensor,
+    positions_ptr: tl.tensor, seed: tl.tensor, layer_start: tl.tensor, num_ids: tl.tensor,
+    num_blocks: tl.tensor, num_units: tl.tensor, units_per_program: tl.tensor,
+    num_adding: tl.tensor, COLUMNS: tl.constexpr, PIECES: tl.constexpr, PIECE: tl.constexpr,
+    PACKED_PIECE: tl.constexpr, BEGIN: tl.constexpr, BLOCK: tl.constexpr, SEALED: tl.constexpr,
     UNPACKS: tl.constexpr,
 ) -> None:  # fmt: skip
+    """`num_adding` programs, of all parts, work on one stretch of `units_per_program` units; the
+    last of them seals it."""
     pool_words = pool_ptr.to(tl.pointer_type(tl.int32))
-    packed_words = packed_ptr.to(tl.pointer_type(tl.int32))
-    columns = chunks * PIECES
-    program = tl.program_id(0)
-    piece = program % columns // chunks
-    word = program % chunks * BLOCK + tl.arange(0, BLOCK)
+    packed_words = slot_ptr.to(tl.pointer_type(tl.int32))
+    column = tl.program_id(0) % COLUMNS
+    stretch = tl.program_id(0) // COLUMNS
+    CHUNKS: tl.constexpr = COLUMNS // PIECES
+    piece = column // CHUNKS
+    word = column % CHUNKS * BLOCK + tl.arange(0, BLOCK)
     mask = word < PIECE
     packed_word = piece * PACKED_PIECE + BEGIN + word
     multipliers = tl.load(multipliers_ptr + packed_word, mask=mask, other=0)
-    first_unit = program // columns * units_per_program
-    for unit in range(first_unit, tl.minimum(first_unit + units_per_program, num_units)):
+    first = stretch * units_per_program
+    end = tl.minimum(first + units_per_program, num_units)
+    for unit in range(first, end):
         block_id = tl.load(ids_ptr + unit % num_ids)
         pool_unit = tl.cast(layer_start + unit // num_ids, tl.int64) * num_blocks + block_id
         in_pool = pool_words + pool_unit * (PIECES * PIECE) + piece * PIECE + word
@@ -153,3 +170,12 @@ def _move_kernel(
             tl.store(in_packed, words, mask=mask)
         unsigned = words.to(tl.int64) & 0xFFFFFFFF
         tl.atomic_add(digests_ptr + unit, tl.sum(unsigned * multipliers, axis=0), sem="relaxed")
+    tl.debug_barrier()
+    if tl.atomic_add(num_added_ptr + stretch, 1, sem="acq_rel") == num_adding - 1:
+        tl.store(num_added_ptr + stretch, 0)
+        units = tl.cast(num_units, tl.int64) * (PIECES * PACKED_PIECE)
+        behind = (packed_words + units).to(tl.pointer_type(tl.int64))
+        seal_units(
+            digests_ptr, behind, num_right_ptr + stretch, positions_ptr, seed, layer_start,
+            num_ids, first, end, CHECKS=UNPACKS, BLOCK=SEALED,
+        )  # fmt: skip

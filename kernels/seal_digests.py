@@ -17,13 +17,14 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 
-from kernels.dispatch import jit, jit_for_any, runs_triton, tl
+from kernels.dispatch import jit, tl
 from kernels.splitmix import GOLDEN, finalize, finalized
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-_BLOCK = 256
+# Of units of one move; more programs than a GPU has multiprocessors need no more.
+MAX_STRETCHES = 1024
 _LAYER = np.uint64(0xA0761D6478BD642F)
 _POSITION = np.uint64(0xD6E8FEB86659FD93)
 
@@ -55,18 +56,31 @@ class Places(NamedTuple):
         return self.num_layers * self.num_positions
 
 
+class Sums:
+    """Digests of one move at a time, while its programs add to them; all zero between two moves.
+
+    `digests`: int64 `[max_units]`, of the units. `num_added`: int32 `[MAX_STRETCHES]`, for each
+    stretch of units that the same programs work on, how many of these have added their part.
+    """
+
+    __slots__ = ("digests", "num_added")
+
+    def __init__(self, max_units: int, device: torch.device) -> None:
+        self.digests = torch.zeros(max_units, dtype=torch.int64, device=device)
+        self.num_added = torch.zeros(MAX_STRETCHES, dtype=torch.int32, device=device)
+
+
 class Verdict:
     """Of one comparison at a time, in host memory that the device writes to. A comparison that
     never ran, or only in part, has not verified anything.
 
-    `num_right`: int32, the units that each program of the comparison found right.
+    `num_right`: int32 `[MAX_STRETCHES]`, the units of each stretch that were found right.
     """
 
     __slots__ = ("_view", "num_right")
 
-    def __init__(self, max_units: int, *, is_pinned: bool) -> None:
-        size = _num_programs(max_units)
-        self.num_right = torch.zeros(size, dtype=torch.int32, pin_memory=is_pinned)
+    def __init__(self, *, is_pinned: bool) -> None:
+        self.num_right = torch.zeros(MAX_STRETCHES, dtype=torch.int32, pin_memory=is_pinned)
         self._view = self.num_right.numpy()
 
     def reset(self) -> None:
@@ -78,75 +92,22 @@ class Verdict:
         return int(self._view.sum()) == num_units
 
 
-def _num_programs(num_units: int) -> int:
-    return -(-num_units // _BLOCK)
+def seal_on_host(digests: torch.Tensor, places: Places, behind: torch.Tensor) -> None:
+    """Write the sealed `digests` (int64 `[num_units]`) to `behind`, uint8 of as many bytes."""
+    behind.numpy()[:] = _sealed_on_host(digests, places).view(np.uint8)
 
 
-def seal_digests(
-    digests: torch.Tensor, places: Places, slot: torch.Tensor, units_bytes: int
-) -> None:
-    """Write the sealed digests of units behind them in their slot; `digests` are 0 after.
-
-    digests: int64, the first are those of the units. slot: uint8; its units take `units_bytes`, a
-    multiple of 8.
-    """
-    _run(digests, places, slot, units_bytes, None)
+def num_right_on_host(digests: torch.Tensor, places: Places, behind: torch.Tensor) -> int:
+    """How many of them are the sealed ones of `behind`."""
+    claimed = np.frombuffer(behind.numpy().tobytes(), dtype=np.uint64)
+    return int((claimed == _sealed_on_host(digests, places)).sum())
 
 
-def check_digests(
-    digests: torch.Tensor,
-    places: Places,
-    slot: torch.Tensor,
-    units_bytes: int,
-    num_right: torch.Tensor,
-) -> None:
-    """Count the sealed digests that are the ones behind the units of `slot`. `num_right`: that of a
-    `Verdict` that was reset, or int32 on the device. The rest as for `seal_digests`."""
-    _run(digests, places, slot, units_bytes, num_right)
-
-
-def _run(
-    digests: torch.Tensor,
-    places: Places,
-    slot: torch.Tensor,
-    units_bytes: int,
-    num_right: torch.Tensor | None,
-) -> None:
-    num_units = places.num_units
-    assert units_bytes % 8 == 0
-    assert num_units <= digests.numel()
-    assert units_bytes + 8 * num_units <= slot.numel()
-    assert num_right is None or _num_programs(num_units) <= num_right.numel()
-    if num_units == 0:
-        return
-    if not runs_triton(slot):
-        _run_reference(digests, places, slot, units_bytes, num_right)
-        return
-    _seal_kernel[(_num_programs(num_units),)](
-        digests, slot, slot if num_right is None else num_right, places.positions,
-        places.seed, places.layer_start, places.num_positions, num_units, units_bytes // 8,
-        CHECKS=num_right is not None, BLOCK=_BLOCK, num_warps=4,
-    )  # fmt: skip
-
-
-def _run_reference(
-    digests: torch.Tensor,
-    places: Places,
-    slot: torch.Tensor,
-    units_bytes: int,
-    num_right: torch.Tensor | None,
-) -> None:
+def _sealed_on_host(digests: torch.Tensor, places: Places) -> NDArray[np.uint64]:
     layers = np.arange(places.layer_start, places.layer_start + places.num_layers, dtype=np.uint64)
     positions = places.positions[: places.num_positions].numpy().view(np.uint64)
-    found = digests.numpy()[: places.num_units]
     added = places_of(places.seed, layers[:, None], positions).reshape(-1)
-    sealed = (found.view(np.uint64) + added).view(np.uint8)
-    found[:] = 0
-    behind = slot.numpy()[units_bytes : units_bytes + sealed.nbytes]
-    if num_right is None:
-        behind[:] = sealed
-    else:
-        num_right[0] = int((behind.view(np.uint64) == sealed.view(np.uint64)).sum())
+    return digests.numpy().view(np.uint64) + added
 
 
 @jit
@@ -155,25 +116,33 @@ def _mixed(bits: tl.tensor) -> tl.tensor:
     return finalized(bits + 0x9E3779B97F4A7C15)
 
 
-@jit_for_any("seed", "layer_start", "num_positions", "num_units", "begin")
-def _seal_kernel(
-    digests_ptr: tl.tensor, slot_ptr: tl.tensor, num_right_ptr: tl.tensor, positions_ptr: tl.tensor,
-    seed: tl.tensor, layer_start: tl.tensor, num_positions: tl.tensor, num_units: tl.tensor,
-    begin: tl.tensor, CHECKS: tl.constexpr, BLOCK: tl.constexpr,
+@jit
+def seal_units(
+    digests_ptr: tl.tensor, behind_ptr: tl.tensor, num_right_ptr: tl.tensor,
+    positions_ptr: tl.tensor, seed: tl.tensor, layer_start: tl.tensor, num_positions: tl.tensor,
+    first: tl.tensor, end: tl.tensor, CHECKS: tl.constexpr, BLOCK: tl.constexpr,
 ) -> None:  # fmt: skip
-    unit = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    mask = unit < num_units
-    layer = (layer_start + unit // num_positions).to(tl.uint64)
-    position = tl.load(positions_ptr + unit % num_positions, mask=mask, other=0).to(tl.uint64)
-    place = _mixed(_mixed(seed.to(tl.uint64) ^ (layer * 0xA0761D6478BD642F))
-                   ^ (position * 0xD6E8FEB86659FD93))  # fmt: skip
-    digest = tl.load(digests_ptr + unit, mask=mask, other=0).to(tl.uint64)
-    sealed = (digest + place).to(tl.int64, bitcast=True)
-    tl.store(digests_ptr + unit, tl.zeros_like(sealed), mask=mask)
-    behind = slot_ptr.to(tl.pointer_type(tl.int64)) + begin + unit
+    """Of the units `first .. end`, whose digests are complete: write the sealed ones behind the
+    units, or count to `num_right_ptr` those that are the ones there. The digests are zero then.
+
+    Other programs added to them: they are taken by an exchange, which no cache of this
+    multiprocessor can answer.
+    """
+    num_right = 0
+    for begin in range(first, end, BLOCK):
+        unit = begin + tl.arange(0, BLOCK)
+        mask = unit < end
+        layer = (layer_start + unit // num_positions).to(tl.uint64)
+        position = tl.load(positions_ptr + unit % num_positions, mask=mask, other=0).to(tl.uint64)
+        place = _mixed(_mixed(seed.to(tl.uint64) ^ (layer * 0xA0761D6478BD642F))
+                       ^ (position * 0xD6E8FEB86659FD93))  # fmt: skip
+        nothing = tl.zeros([BLOCK], tl.int64)
+        digest = tl.atomic_xchg(digests_ptr + unit, nothing, mask=mask, sem="relaxed")
+        sealed = (digest.to(tl.uint64) + place).to(tl.int64, bitcast=True)
+        if CHECKS:
+            claimed = tl.load(behind_ptr + unit, mask=mask, other=0)
+            num_right += tl.sum(((claimed == sealed) & mask).to(tl.int32), axis=0)
+        else:
+            tl.store(behind_ptr + unit, sealed, mask=mask)
     if CHECKS:
-        claimed = tl.load(behind, mask=mask, other=0)
-        num_right = tl.sum(((claimed == sealed) & mask).to(tl.int32), axis=0)
-        tl.store(num_right_ptr + tl.program_id(0), num_right)
-    else:
-        tl.store(behind, sealed, mask=mask)
+        tl.store(num_right_ptr, num_right)

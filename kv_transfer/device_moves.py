@@ -1,8 +1,8 @@
 """Moves between the paged pool and slots on a CUDA device.
 
 Life of a move
-    1. Queued on one side stream, ahead of the model's kernels: one pass that copies and takes
-       digests, one that seals them behind the units of a slot or compares them with what is there,
+    1. Queued on one side stream, ahead of the model's kernels: one kernel that copies, takes
+       digests, and seals them behind the units of a slot or compares them with what is there, and
        an event. The ids of the same blocks are sent to the device once: layers of a prompt differ
        in nothing else.
     2. The event loop asks for the event (`polling.py`). No thread waits, none is woken. Of the
@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
-from kernels.copy_and_digest import pack_and_digest, unpack_and_digest
-from kernels.seal_digests import Places, Verdict, check_digests, seal_digests
+from kernels.copy_and_digest import pack_and_seal, unpack_and_check
+from kernels.seal_digests import Places, Sums, Verdict
 from kv_transfer.digests import DigestKind, PlaceSeal, digest_seed
 from kv_transfer.frame_place import FramePlace
 from kv_transfer.polling import EventQueue
@@ -61,11 +61,8 @@ class DeviceMoves:
         try:
             if after is not None:
                 self._stream.wait_event(after)
-            notes, places = self._take_notes(), self._places_of(frame.seal)
-            self._copy(pack_and_digest, slot, frame, notes)
-            if self._takes_digests:
-                units_bytes = frame.num_units * self._unit_bytes
-                seal_digests(notes.digests, places, slot, units_bytes)
+            notes = self._take_notes()
+            pack_and_seal(slot, self._pools, *self._blocks_of(frame), self._sums_of(notes))
             notes.done.record(self._stream)
         finally:
             torch.cuda.set_stream(self._others)
@@ -75,12 +72,12 @@ class DeviceMoves:
         """Whether the digests of what was put into blocks are those behind it."""
         torch.cuda.set_stream(self._stream)
         try:
-            notes, places = self._take_notes(), self._places_of(frame.seal)
+            notes = self._take_notes()
             notes.verdict.reset()
-            self._copy(unpack_and_digest, slot, frame, notes)
-            if self._takes_digests:
-                units_bytes = frame.num_units * self._unit_bytes
-                check_digests(notes.digests, places, slot, units_bytes, notes.verdict.num_right)
+            unpack_and_check(
+                slot, self._pools, *self._blocks_of(frame), self._sums_of(notes),
+                notes.verdict.num_right,
+            )  # fmt: skip
             notes.done.record(self._stream)
         finally:
             torch.cuda.set_stream(self._others)
@@ -88,18 +85,15 @@ class DeviceMoves:
             return self._end(notes, lambda: True)
         return self._end(notes, lambda: notes.verdict.has_verified(frame.num_units))
 
-    def _copy(
-        self, kernel: Callable[..., None], slot: torch.Tensor, frame: FramePlace, notes: _Notes
-    ) -> None:
-        kernel(
-            slot, self._pools, frame.layer_start, frame.num_layers,
-            self._on_device(frame.block_ids), len(frame.block_ids),
-            notes.digests if self._takes_digests else None,
-        )  # fmt: skip
+    def _sums_of(self, notes: _Notes) -> Sums | None:
+        return notes.sums if self._takes_digests else None
 
-    def _places_of(self, seal: PlaceSeal) -> Places:
-        positions = self._on_device(seal.positions)
-        return Places(seal.seed, seal.layer_start, seal.num_layers, positions, len(seal.positions))
+    def _blocks_of(self, frame: FramePlace) -> tuple[torch.Tensor, Places]:
+        """Which blocks, and their places."""
+        seal = frame.seal
+        positions, ids = self._on_device(seal.positions), self._on_device(frame.block_ids)
+        num_positions = len(seal.positions)
+        return ids, Places(seal.seed, seal.layer_start, seal.num_layers, positions, num_positions)
 
     def _take_notes(self) -> _Notes:
         return self._notes.pop() if self._notes else _Notes(self._device)
@@ -136,24 +130,22 @@ class DeviceMoves:
         """Compile the kernels now: the first move must not stop the event loop."""
         slot = torch.empty(self._unit_bytes + 8, dtype=torch.uint8, device=self._device)
         frame = FramePlace(PlaceSeal(digest_seed(b"", b""), 0, 1, (0,)), (0,))
-        notes, places = self._take_notes(), self._places_of(frame.seal)
-        for kernel in (pack_and_digest, unpack_and_digest):
-            self._copy(kernel, slot, frame, notes)
-        seal_digests(notes.digests, places, slot, self._unit_bytes)
-        check_digests(notes.digests, places, slot, self._unit_bytes, notes.verdict.num_right)
+        notes, blocks = self._take_notes(), self._blocks_of(frame)
+        pack_and_seal(slot, self._pools, *blocks, notes.sums)
+        unpack_and_check(slot, self._pools, *blocks, notes.sums, notes.verdict.num_right)
         torch.cuda.synchronize(self._device)
         self._notes.append(notes)
 
 
 class _Notes:
-    """What one move needs beside its slot. Used again: to make them takes longer than most moves.
-    `digests` are zero between two moves."""
+    """What one move needs beside its slot. Used again: to make them takes longer than most
+    moves."""
 
-    __slots__ = ("digests", "done", "verdict")
+    __slots__ = ("done", "sums", "verdict")
 
     def __init__(self, device: torch.device) -> None:
-        self.digests = torch.zeros(MAX_UNITS_PER_FRAME, dtype=torch.int64, device=device)
-        self.verdict = Verdict(MAX_UNITS_PER_FRAME, is_pinned=device.type == "cuda")
+        self.sums = Sums(MAX_UNITS_PER_FRAME, device)
+        self.verdict = Verdict(is_pinned=device.type == "cuda")
         self.done = torch.cuda.Event()  # type: ignore[no-untyped-call]
 
 

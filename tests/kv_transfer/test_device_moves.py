@@ -81,7 +81,7 @@ def test_a_comparison_that_never_ran_verifies_nothing_even_after_one_that_did(
     async def scenario() -> None:
         slot = await gathered(moves)
         assert await moves.scatter(slot, FRAME)
-        monkeypatch.setattr(device_moves, "check_digests", lambda *_: None)
+        monkeypatch.setattr(device_moves, "unpack_and_check", lambda *_: None)
         assert not await moves.scatter(slot, FRAME)
 
     asyncio.run(scenario())

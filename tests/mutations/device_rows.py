@@ -22,8 +22,8 @@ DEVICE_ROWS = (
             ),
             Mutation(
                 KERNEL,
-                "sealed = (digest + place).to(tl.int64, bitcast=True)",
-                "sealed = digest.to(tl.int64, bitcast=True)",
+                "sealed = (digest.to(tl.uint64) + place).to(tl.int64, bitcast=True)",
+                "sealed = digest",
                 MOVES + "blocks_of_another_transfer_are_found",
             ),
             Mutation(
