@@ -130,6 +130,16 @@ DECODE = (
         16,
         "As on a prefill node: arrivals in flight at once.",
     ),
+    Row(
+        "kv_receive_rate",
+        64,
+        32,
+        0,
+        "KV that arrives takes memory and multiprocessors from those who decode: 155 GB/s a "
+        "seventh of their rate on an H200. One prefill GPU computes 5 GB/s of an 8B model's; of "
+        "many at once, some wait.",
+        "GPU",
+    ),
 )
 GATEWAY = (
     Row(

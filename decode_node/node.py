@@ -119,7 +119,11 @@ class DecodeNode:
         """The ends of its hand-offs: prompts come in, prefixes go out."""
         compatibility = Compatibility(PROTOCOL_VERSION, self.info.compatibility_hash)
         self._receiver = KVReceiver(
-            node_id=node_id, compatibility=compatibility, agent=self._agent, source=self.handler
+            node_id=node_id,
+            compatibility=compatibility,
+            agent=self._agent,
+            source=self.handler,
+            is_decoding=lambda: self.loop.is_busy,
         )
         self._prefixes = PrefixSender(self._hold_prefix, self.info.block_size)
         self._sender = KVSender(

@@ -112,6 +112,11 @@ class EngineLoop:
         since = self._busy_since
         return 0.0 if since is None else time.perf_counter() - since
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether there is a step or command to run. Any thread."""
+        return self._busy_since is not None
+
     def start(self) -> None:
         self._thread.start()
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from cluster.errors import ConfigError, cannot_listen
+from cluster.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -142,6 +142,8 @@ def _listen(host: str, port: int, param: str) -> socket.socket:
         listener.bind(address[4])
     except OSError as error:
         listener.close()
-        raise cannot_listen(f"{host}:{port}", f"{error.strerror}.", param=param) from error
+        raise ConfigError(
+            f"cannot listen on {host}:{port}: {error.strerror}", param=param
+        ) from error
     listener.setblocking(False)
     return listener

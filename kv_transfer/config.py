@@ -50,6 +50,13 @@ class KVTransferConfig:
     num_staging_slots: int = option(
         8, help="Staging slots of this node.", group=_TRANSFER, advanced=True
     )
+    kv_receive_rate: int = option(
+        64,
+        help="GB/s at which a node that decodes reads KV from other GPUs of its machine, on "
+        "average; the last layer of a prompt, and everything while nothing is decoded, comes as "
+        "fast as the link takes it. 0: everything does.",
+        group=_TRANSFER,
+    )
     lease_seconds: float = option(
         30.0,
         help="How long blocks in transfer are kept for a peer that says nothing.",
@@ -109,6 +116,8 @@ class KVTransferConfig:
             raise _refused("num_staging_slots", "must be at least 2")
         if not 0.0 < self.max_quarantined_share <= 1.0:
             raise _refused("max_quarantined_share", "must be in (0, 1]")
+        if self.kv_receive_rate < 0:
+            raise _refused("kv_receive_rate", "must not be negative")
         if self.max_recomputes < 0:
             raise _refused("max_recomputes", "must not be negative")
         if not 0.0 <= self.recompute_tokens_per_second < float("inf"):
@@ -116,6 +125,17 @@ class KVTransferConfig:
         for name in ("lease_seconds", "drain_seconds", "stall_seconds", "pairing_seconds"):
             if not 0.0 < getattr(self, name) < 86400.0:
                 raise _refused(name, "must be in (0, 86400)")
+
+    @property
+    def receive_bytes_per_second(self) -> float:
+        """0: as fast as it goes."""
+        return self.kv_receive_rate * 1e9
+
+    @property
+    def patience_seconds(self) -> float:
+        """How long a read may wait for its turn at the most: too short to be taken for a stall, or
+        to hold up a drain."""
+        return min(self.drain_seconds, self.stall_seconds) / 4
 
     def slot_bytes_for(self, device_type: str, *, stays_empty: bool = False) -> int:
         """Bytes of a staging slot on a device of this type ("cpu", "cuda"). One in host memory fits

@@ -106,6 +106,11 @@ class TransferCollector(Collector):
         stats = self._stats
         values: tuple[tuple[str, str, float], ...] = (
             ("baton_kv_transfer_frames", "Frames moved.", stats.frames),
+            (
+                "baton_kv_reads_held_back",
+                "Frames that waited for --kv-receive-rate.",
+                stats.reads_held_back,
+            ),
             ("baton_kv_transfers_done", "Hand-offs that were committed.", stats.transfers_done),
             ("baton_kv_transfer_seconds", "Reserve to commit, summed.", stats.transfer_seconds),
             ("baton_kv_handshakes_refused", "Pairings refused.", stats.handshakes_refused),

@@ -16,6 +16,7 @@ class TransferStats:
     bytes_by_transport: Counter[str] = field(default_factory=Counter)  # KV moved
     seconds_by_transport: dict[str, float] = field(default_factory=dict)  # in flight, summed
     frames: int = 0
+    reads_held_back: int = 0  # frames that waited for the pace
     transfers_done: int = 0
     transfer_seconds: float = 0.0  # reserve to commit, summed over transfers done
     failures: Counter[tuple[str, str]] = field(default_factory=Counter)  # by reason and policy

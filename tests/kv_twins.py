@@ -225,6 +225,7 @@ async def decode_side(
     host: str = "127.0.0.1",
     port: int = 0,
     unit_bytes: int = UNIT_BYTES,
+    is_decoding: Callable[[], bool] = lambda: False,
     **options: object,
 ) -> AsyncIterator[DecodeSide]:
     pool = make_pool(2, unit_bytes=unit_bytes)
@@ -233,7 +234,12 @@ async def decode_side(
     node_id = NodeId(NodeName(name), new_incarnation())
     agent = TransferAgent((pool,), make_config(**options), transport)
     receiver = KVReceiver(
-        node_id=node_id, compatibility=compatibility, agent=agent, source=source, clock=clock
+        node_id=node_id,
+        compatibility=compatibility,
+        agent=agent,
+        source=source,
+        is_decoding=is_decoding,
+        clock=clock,
     )
     server = create_server()
     node_pb2_grpc.add_KvReceiverServicer_to_server(KvReceiverService(receiver), server)  # type: ignore[no-untyped-call]

@@ -5,7 +5,8 @@
     PiecesArrival   received into the blocks themselves (host memory, plain TCP)
 
 Life of an arrival
-    1. `receive`: done when the payload has come; None when there is nothing to wait for.
+    1. `receive`: done when the payload has come. What is read is there with its header; when it is
+       placed is for `read_pace.py` to say.
     2. `place`, if it is still wanted: done when nothing of it writes any more, with the verdict on
        its digests. Until then the blocks are the transfer's alone.
     3. `finish`, once, however it ended: slots go back to who owns them.
@@ -35,9 +36,12 @@ class Arrival(Protocol):
     def is_ours(self) -> bool:
         """The memory it came to is still its own."""
 
-    def receive(self) -> asyncio.Future[None] | None: ...
     def place(self) -> asyncio.Future[bool]: ...
     def finish(self) -> None: ...
+
+
+class ReceivedArrival(Arrival, Protocol):
+    def receive(self) -> asyncio.Future[None]: ...
 
 
 class _InSlot:
@@ -91,9 +95,6 @@ class ReadArrival:
     @property
     def is_ours(self) -> bool:
         return True  # whatever else has come to stand there has other digests
-
-    def receive(self) -> None:
-        return None
 
     def place(self) -> asyncio.Future[bool]:
         slot = self._reader.slot(self._name)

@@ -47,7 +47,9 @@ class BlockProgress:
     Arrays, since a long prompt comes in dozens of frames of hundreds of blocks.
     """
 
-    __slots__ = ("_announced", "_positions", "_rows", "_verified", "num_verified")
+    __slots__ = (
+        "_announced", "_num_announced", "_positions", "_rows", "_verified", "num_verified",
+    )  # fmt: skip
 
     def __init__(self, positions: Sequence[int], num_layers: int) -> None:
         """`positions` ascending."""
@@ -56,7 +58,8 @@ class BlockProgress:
         self._rows[self._positions] = np.arange(len(positions))
         self._announced = np.zeros((len(positions), num_layers), dtype=np.bool_)
         self._verified = np.zeros_like(self._announced)
-        self.num_verified = 0  # units
+        self._num_announced = 0  # units
+        self.num_verified = 0
 
     def announce(self, header: FrameHeader) -> bool:
         """False when the frame holds what was not asked for, or what came before."""
@@ -70,6 +73,7 @@ class BlockProgress:
         if units.any():
             return False
         self._announced[_stretch(rows), _layers(header)] = True
+        self._num_announced += units.size
         return True
 
     def verify(self, header: FrameHeader) -> None:
@@ -77,6 +81,11 @@ class BlockProgress:
         rows = self._rows[positions_array(header.positions)]
         self._verified[_stretch(rows), _layers(header)] = True
         self.num_verified += header.num_layers * len(header.positions)
+
+    @property
+    def is_announced(self) -> bool:
+        """All of it has come, or is about to."""
+        return self._num_announced == self._announced.size
 
     @property
     def is_complete(self) -> bool:

@@ -188,7 +188,8 @@ class Intake:
             dropping = Dropping(header.transfer_id, problem, is_counted=True)
             return dropping, self._endings.abort(transfer, failure(problem), now)
         block_ids = transfer.block_ids_at(header.positions)
-        return Landing(header.transfer_id, header.seq, block_ids, transfer.digest_seed), []
+        is_last = transfer.progress.is_announced
+        return Landing(header.transfer_id, header.seq, block_ids, transfer.digest_seed, is_last), []
 
     def may_scatter(self, transfer_id: bytes) -> bool:
         """Whether a landed payload is still wanted; asked right before it is scattered."""

@@ -41,12 +41,14 @@ from kv_transfer.receiving.intake_instructions import (
     Start,
     StopAsking,
 )
+from kv_transfer.receiving.paced_reads import PacedReads
+from kv_transfer.receiving.read_pace import ReadPace
 from kv_transfer.receiving.receiver_session import ReceiverSession
 from kv_transfer.receiving.succession import Succession
 from kv_transfer.trace import TRACE
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine, Sequence
+    from collections.abc import Callable, Coroutine, Sequence
     from typing import Any
 
     from cluster.node import NodeId
@@ -72,8 +74,10 @@ class KVReceiver:
         compatibility: Compatibility,
         agent: TransferAgent,
         source: BlockSource,
+        is_decoding: Callable[[], bool] = lambda: False,
         clock: Clock = monotonic,
     ) -> None:
+        """`is_decoding`: whether reads would hold up what this node computes."""
         self.node_id = node_id
         self.agent = agent
         self._compatibility = compatibility
@@ -93,6 +97,13 @@ class KVReceiver:
             drain_seconds=config.drain_seconds,
             stall_seconds=config.stall_seconds,
             draw_nonce=_draw_nonce,
+        )
+        self._reads = PacedReads(
+            ReadPace(config.receive_bytes_per_second, patience_seconds=config.patience_seconds),
+            is_wanted=self.may_scatter,
+            is_decoding=is_decoding,
+            clock=clock,
+            stats=agent.stats,
         )
 
     @property
@@ -166,7 +177,7 @@ class KVReceiver:
         for session in list(self._sessions.values()):
             if session.peer.name == peer.name:
                 self.link_lost(session.id, FailureReason.SENDER_LOST)
-        session = ReceiverSession(_draw_nonce(), peer, self.agent, self)
+        session = ReceiverSession(_draw_nonce(), peer, self.agent, self, self._reads)
         self._sessions[session.id] = session
         self._intake.session_opened(session.id)
         return session

@@ -35,8 +35,9 @@ if TYPE_CHECKING:
 
     from cluster.node import NodeId
     from kv_transfer.agent import TransferAgent
-    from kv_transfer.receiving.arrivals import Arrival
+    from kv_transfer.receiving.arrivals import Arrival, ReceivedArrival
     from kv_transfer.receiving.intake_instructions import Instruction
+    from kv_transfer.receiving.paced_reads import PacedReads
     from kv_transfer.transports.base import Endpoint, PieceEndpoint
 
 logger = logging.getLogger(__name__)
@@ -73,7 +74,12 @@ class _Frame:
 
 class ReceiverSession:
     def __init__(
-        self, session_id: int, peer: NodeId, agent: TransferAgent, events: FrameEvents
+        self,
+        session_id: int,
+        peer: NodeId,
+        agent: TransferAgent,
+        events: FrameEvents,
+        reads: PacedReads,
     ) -> None:
         self.id = session_id
         self.peer = peer
@@ -82,6 +88,7 @@ class ReceiverSession:
         self.outbox: asyncio.Queue[Instruction | None] = asyncio.Queue()
         self._agent = agent
         self._events = events
+        self._reads = reads
         self._endpoint: Endpoint | None = None
         self._pieces: PieceEndpoint | None = None  # it, if payloads go straight into blocks
         self._transport_name = ""
@@ -171,7 +178,8 @@ class ReceiverSession:
         seal = PlaceSeal(fate.digest_seed, header.layer_start, header.num_layers, header.positions)
         place, kind = FramePlace(seal, fate.block_ids), self.digest_kind
         if header.slot is not None:
-            self._land(header, ReadArrival(self._agent, reader, header.slot, place, kind))
+            arrival = ReadArrival(self._agent, reader, header.slot, place, kind)
+            self._read(header, arrival, is_last=fate.is_last)
             return
         try:
             slot = await self._agent.staging.acquire(self.id)
@@ -203,31 +211,47 @@ class ReceiverSession:
         if fate.is_counted:
             self._events.frame_ended(fate.transfer_id, failure(fate.reason), None)
 
-    def _land(self, header: FrameHeader, arrival: Arrival) -> None:
+    def _read(self, header: FrameHeader, arrival: Arrival, *, is_last: bool) -> None:
+        """Begin when the pace allows it; the last layer of a prompt, if it comes alone, at once."""
+        frame = self._begin(header, arrival)
+        is_one_layer = header.layer_start == self._agent.pool.num_layers - 1
+        self._reads.begin(
+            header.transfer_id,
+            header.payload_bytes,
+            lambda: self._place_if_wanted(frame),
+            lambda: self._end(frame, failure(FailureReason.ABORTED)),
+            is_awaited=is_last and is_one_layer,
+        )
+
+    def _land(self, header: FrameHeader, arrival: ReceivedArrival) -> None:
         """Receive a payload; what follows is driven by callbacks, as a task for each frame would
         take longer than the wire."""
-        ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        frame = _Frame(header, arrival, time.perf_counter(), ended)
-        self._frames.add(ended)
+        frame = self._begin(header, arrival)
         received = arrival.receive()
         if TRACE.is_on:
             frame.mark("r.posted")
-        if received is None:
-            self._place(frame)
-        else:
-            received.add_done_callback(lambda done: self._landed(frame, done))
+        received.add_done_callback(lambda done: self._landed(frame, done))
+
+    def _begin(self, header: FrameHeader, arrival: Arrival) -> _Frame:
+        ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._frames.add(ended)
+        return _Frame(header, arrival, time.perf_counter(), ended)
 
     def _landed(self, frame: _Frame, received: asyncio.Future[None]) -> None:
-        """Put it into its blocks, if it is still wanted."""
+        """Put it into its blocks, if it has come."""
         if TRACE.is_on:
             frame.mark("r.landed")
         broken = received.exception()
         if broken is not None:
             self._spawn(self._end_broken(frame, broken))
-        elif not (frame.arrival.is_ours and self._events.may_scatter(frame.header.transfer_id)):
-            self._end(frame, failure(FailureReason.ABORTED))
         else:
+            self._place_if_wanted(frame)
+
+    def _place_if_wanted(self, frame: _Frame) -> None:
+        if frame.arrival.is_ours and self._events.may_scatter(frame.header.transfer_id):
             self._place(frame)
+        else:
+            self._end(frame, failure(FailureReason.ABORTED))
 
     def _place(self, frame: _Frame) -> None:
         try:

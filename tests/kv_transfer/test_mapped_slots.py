@@ -53,10 +53,15 @@ class World:
 
 
 @asynccontextmanager
-async def world(monkeypatch: pytest.MonkeyPatch, **options: Any) -> AsyncIterator[World]:
+async def world(
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    is_decoding: Callable[[], bool] = lambda: False,
+    **options: Any,
+) -> AsyncIterator[World]:
     network = LoopbackNetwork()
     async with (
-        decode_side(LoopbackTransport(network), **options) as decode,
+        decode_side(LoopbackTransport(network), is_decoding=is_decoding, **options) as decode,
         prefill_side(LoopbackTransport(network), **options) as prefill,
     ):
         here = World(prefill, decode)
