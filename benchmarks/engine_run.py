@@ -108,7 +108,7 @@ class EngineRun:
         self._loop.call(lambda: self._scheduler.add(sequence))
         while not (step := self._next()).deltas:
             pass
-        self._clear()
+        self.clear()
         return step.seconds - began
 
     def decode(self, num_seqs: int, context: int, steps: int) -> DecodeTimes:
@@ -116,19 +116,23 @@ class EngineRun:
         graphs wait for each other."""
         times, mean_context = self._decode(num_seqs, context, steps)
         on_device = self._loop.call(lambda: self._graph_seconds(num_seqs)).result(STEP_SECONDS)
-        self._clear()
+        self.clear()
         return DecodeTimes(times, mean_context, on_device)
 
     def decode_seconds(self, num_seqs: int, context: int, steps: int) -> list[float]:
         """Of each of `steps` steps of `num_seqs` sequences with `context` tokens or more."""
         times, _ = self._decode(num_seqs, context, steps)
-        self._clear()
+        self.clear()
         return times
 
     def _decode(self, num_seqs: int, context: int, steps: int) -> tuple[list[float], float]:
         """Seconds of each step, and the mean context they attend to."""
         drawn = self.start_decode(num_seqs, context)
         return self.step_seconds(steps), context + drawn / num_seqs + steps / 2
+
+    @property
+    def is_busy(self) -> bool:
+        return self._loop.is_busy
 
     def forget_steps(self) -> None:
         """What was not asked for."""
@@ -169,7 +173,7 @@ class EngineRun:
         while len(first) < num_seqs:
             for delta in self._next().deltas:
                 first.setdefault(delta.sequence_id, delta)
-        self._clear()
+        self.clear()
         tokens = {delta.token_ids for delta in first.values()}
         logprobs = [delta.logprobs[0].logprob for delta in first.values()]
         low, high = min(logprobs), max(logprobs)
@@ -208,7 +212,7 @@ class EngineRun:
 
         self._loop.call(add)
 
-    def _clear(self) -> None:
+    def clear(self) -> None:
         """End all sequences, and forget what they still gave."""
 
         def abort() -> None:

@@ -173,11 +173,20 @@ async def receive(
     where: Connection,
     *,
     traces: bool = False,
+    is_decoding: Callable[[], bool] = lambda: False,
+    on_receiver: Callable[[KVReceiver], None] = lambda _: None,
 ) -> None:
     """Be a decode node's receiver, until told to stop by way of `where`."""
     agent = options.make_agent(pool)
     node_id = NodeId(NodeName("decode"), new_incarnation())
-    receiver = KVReceiver(node_id=node_id, compatibility=_COMPATIBLE, agent=agent, source=source)
+    receiver = KVReceiver(
+        node_id=node_id,
+        compatibility=_COMPATIBLE,
+        agent=agent,
+        source=source,
+        is_decoding=is_decoding,
+    )
+    on_receiver(receiver)
     server = create_server()
     node_pb2_grpc.add_KvReceiverServicer_to_server(  # type: ignore[no-untyped-call]
         KvReceiverService(receiver), server

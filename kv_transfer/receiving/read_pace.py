@@ -49,8 +49,8 @@ class ReadPace:
     """Of all transfers of a receiver."""
 
     def __init__(self, bytes_per_second: float, *, patience_seconds: float) -> None:
-        """`bytes_per_second` is positive, or 0: as fast as it goes."""
-        self._rate = bytes_per_second
+        """`bytes_per_second` is positive, or 0: as fast as it goes. It may be changed."""
+        self.bytes_per_second = bytes_per_second
         self._patience_seconds = patience_seconds
         self._even_at = float("-inf")  # when all that has begun is within the rate
         self._waiting: dict[bytes, deque[Read]] = {}  # first the transfer whose turn it is
@@ -62,7 +62,7 @@ class ReadPace:
 
     def asked(self, read: Read, now: float, *, is_decoding: bool) -> list[Read]:
         """Those that begin now, in this order; the others wait for `due`."""
-        if read.is_awaited or not self._rate:
+        if read.is_awaited or not self.bytes_per_second:
             begun = [*self._waiting.pop(read.transfer_id, ()), read]
             for each in begun:
                 self._begun(each, now, is_decoding=is_decoding)
@@ -103,5 +103,5 @@ class ReadPace:
         return min((reads[0] for reads in self._waiting.values()), key=lambda read: read.asked_at)
 
     def _begun(self, read: Read, now: float, *, is_decoding: bool) -> None:
-        if self._rate and is_decoding:
-            self._even_at = max(self._even_at, now) + read.num_bytes / self._rate
+        if self.bytes_per_second and is_decoding:
+            self._even_at = max(self._even_at, now) + read.num_bytes / self.bytes_per_second

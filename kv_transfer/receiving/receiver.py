@@ -98,8 +98,11 @@ class KVReceiver:
             stall_seconds=config.stall_seconds,
             draw_nonce=_draw_nonce,
         )
+        self.pace = ReadPace(
+            config.receive_bytes_per_second, patience_seconds=config.patience_seconds
+        )
         self._reads = PacedReads(
-            ReadPace(config.receive_bytes_per_second, patience_seconds=config.patience_seconds),
+            self.pace,
             is_wanted=self.may_scatter,
             is_decoding=is_decoding,
             clock=clock,
