@@ -19,6 +19,7 @@ import signal
 import sys
 from contextlib import ExitStack, contextmanager, suppress
 from http import HTTPStatus
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -34,6 +35,7 @@ from baton.supervisor import Supervisor
 from cluster.config import load_config, render_config
 from cluster.errors import ConfigError
 from cluster.logging import redact
+from cluster.model_folder import check_model_folder
 from cluster.performance_mode import device_kind, node_choices, presets_of
 from cluster.redis_client import check_redis_url
 from engine.config import EngineConfig
@@ -67,6 +69,7 @@ def main(argv: Sequence[str]) -> int:
     if loaded.show_config:
         print(render_config(loaded, left_to_nodes(loaded)), end="")
         return 0
+    check_model_folder(loaded[ServeConfig].model)
     return asyncio.run(serve(loaded))
 
 
@@ -223,12 +226,16 @@ def announce(supervisor: Supervisor, loaded: LoadedConfig) -> None:
     facts = gateway_facts(supervisor)
     url, model = facts["url"], facts["model"]
     header = "  -H 'Authorization: Bearer YOUR_KEY' \\\n" if loaded[GatewayConfig].api_key else ""
+    baton = sys.argv[0] if Path(sys.argv[0]).name == "baton" else "baton"
     print(
         f"\nBaton serves {model} at {url}/v1  (admin: {facts['admin_url']})\n\n"
+        f"Ask it something, from another terminal:\n\n"
         f"curl {url}/v1/chat/completions -H 'Content-Type: application/json' \\\n{header}"
         f'  -d \'{{"model": "{model}", "stream": true, '
         f'"messages": [{{"role": "user", "content": "What is Python?"}}]}}\'\n\n'
-        "Ctrl-C stops it.",
+        f"{baton} admin nodes --admin-url {facts['admin_url']}   shows its nodes\n"
+        f"{baton} bench run --base-url {url} --num-prompts 50   measures it\n"
+        "Ctrl-C drains and stops it.",
         flush=True,
     )
 

@@ -84,7 +84,8 @@ def _refuse_unknown(program: str, unknown: Sequence[str], options: Sequence[Opti
         raise UsageError(f"{program}: unexpected argument {first!r}.")
     flags = [o.flag for o in options]
     flags += [f"--no-{o.flag[2:]}" for o in options if o.is_bool]
-    raise UsageError(f"{program}: unknown flag {first}.{_suggestion(first, flags)}")
+    hint = _suggestion(first, flags) or f" `{program} --help-all` lists them all."
+    raise UsageError(f"{program}: unknown flag {first}.{hint}")
 
 
 def _suggestion(word: str, known: Sequence[str]) -> str:

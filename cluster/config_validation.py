@@ -96,6 +96,7 @@ def _refuse_value(
             param=each.name,
         )
     message = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    message = message.partition(", unable to parse")[0].replace("valid integer", "whole number")
     got = REDACTED if each.secret else repr(first["input"])
     raise_for(each, f"{message}, got {got}", origins[each.name])
 

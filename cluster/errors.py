@@ -224,6 +224,14 @@ class UsageError(ConfigError):
     exit_code = 2
 
 
+def cannot_listen(where: str, why: str, *, param: str) -> ConfigError:
+    """A port that cannot be had. `param` is the option that names it."""
+    flag = f"--{param.replace('_', '-')}"
+    return ConfigError(
+        f"cannot listen on {where}: {why} {flag} takes another port, 0 any free one.", param=param
+    )
+
+
 class InternalError(ServingError):
     code = "internal"
 

@@ -52,7 +52,8 @@ def setup_logging(
     """Send all records to `stream` (standard error), replacing earlier set-ups.
 
     `log_format` "auto" means: JSON unless the stream is a terminal. `context` (role, node_id) is
-    put on every line of the process. Raises `ConfigError` for an unknown level.
+    put on every JSON line of the process; who reads a terminal sees which program speaks.
+    Raises `ConfigError` for an unknown level.
     """
     if level.lower() not in LOG_LEVELS:
         raise ConfigError(f"must be one of {', '.join(LOG_LEVELS)}", param="log_level")
@@ -103,7 +104,7 @@ def _formatter(
     gather: list[Any] = [
         structlog.stdlib.ExtraAdder(),
         structlog.contextvars.merge_contextvars,
-        add_context,
+        add_context if as_json else _without_none,
         structlog.stdlib.add_log_level,
         structlog.stdlib.add_logger_name,
         structlog.processors.TimeStamper(fmt="iso", utc=True, key="ts"),
@@ -127,6 +128,10 @@ def _formatter(
             )
         )
     return structlog.stdlib.ProcessorFormatter(foreign_pre_chain=gather, processors=render)
+
+
+def _without_none(_: Any, __: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    return {key: value for key, value in event.items() if value is not None}
 
 
 def _lead_with(*keys: str) -> Any:

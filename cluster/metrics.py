@@ -19,7 +19,7 @@ from prometheus_client import (
     start_http_server,
 )
 
-from cluster.errors import ConfigError
+from cluster.errors import cannot_listen
 
 if TYPE_CHECKING:
     import threading
@@ -125,7 +125,5 @@ def start_metrics_server(registry: CollectorRegistry, host: str, port: int) -> M
     try:
         server, thread = start_http_server(port, addr=host, registry=registry)
     except OSError as error:
-        raise ConfigError(
-            f"cannot listen for metrics on {host}:{port}: {error.strerror}", param="metrics_port"
-        ) from error
+        raise cannot_listen(f"{host}:{port}", f"{error.strerror}.", param="metrics_port") from error
     return MetricsServer(server, thread)

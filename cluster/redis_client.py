@@ -28,6 +28,7 @@ from redis.exceptions import RedisError
 
 from cluster import clock as clocks
 from cluster.errors import ConfigError, InternalError
+from cluster.logging import redact
 from cluster.metrics import StoreMetrics
 
 if TYPE_CHECKING:
@@ -122,6 +123,7 @@ class Store:
         self._breaker = Breaker() if breaker is None else breaker
         self._clock = clock
         self._client = _connect_lazily(url)
+        self._where = redact(url)
         self._late: set[asyncio.Task[Any]] = set()
         self.metrics.is_up.labels(name).set(1)
 
@@ -149,7 +151,7 @@ class Store:
             self._failed("timeout", f"no answer within {limit} s")
             raise StoreUnavailable("The store did not answer in time.") from error
         except (RedisError, OSError) as error:
-            self._failed("error", type(error).__name__)
+            self._failed("error", str(error).rstrip(".") or type(error).__name__)
             raise StoreUnavailable("The store refused or dropped a call.") from error
         except asyncio.CancelledError:
             self._breaker.abandoned()
@@ -196,7 +198,7 @@ class Store:
 
     def _succeeded(self) -> None:
         if self._breaker.is_open:
-            logger.info("%s: the store answers again", self.name)
+            logger.info("%s: Redis answers again", self.name)
         self._breaker.succeeded()
         self._count("ok")
         self.metrics.is_up.labels(self.name).set(1)
@@ -206,7 +208,10 @@ class Store:
         self._breaker.failed(self._clock())
         self._count(outcome)
         if self._breaker.is_open and not was_open:
-            logger.warning("%s: the store is not answering (%s)", self.name, cause)
+            logger.warning(
+                "%s: Redis at %s does not answer (%s); it is asked again and again",
+                *(self.name, self._where, cause),
+            )
             self.metrics.is_up.labels(self.name).set(0)
 
     def _count(self, outcome: str) -> None:

@@ -18,12 +18,12 @@ from google.protobuf.message import DecodeError
 from cluster.delta_codec import decode_error, encode_error
 from cluster.errors import (
     Cancelled,
-    ConfigError,
     DeadlineExceeded,
     InternalError,
     NodeLost,
     Overloaded,
     ServingError,
+    cannot_listen,
 )
 from cluster.proto import node_pb2 as pb
 from cluster.session_hub import Session, SessionHub
@@ -122,9 +122,9 @@ def bind(
         else:
             bound = server.add_secure_port(where, credentials)
     except RuntimeError as error:
-        raise ConfigError(f"cannot listen on {where}; is it in use?", param="port") from error
+        raise cannot_listen(where, "is it in use?", param="port") from error
     if bound == 0:
-        raise ConfigError(f"cannot listen on {where}; is it in use?", param="port")
+        raise cannot_listen(where, "is it in use?", param="port")
     return bound
 
 

@@ -37,6 +37,7 @@ class Phase:
         self._done = 0
         self._sink = sink
         self._told_at = 0.0
+        self.is_given_up = False  # set by who stops it halfway: its end is not told then
 
     def advance(self, amount: int) -> None:
         self._done += amount
@@ -59,7 +60,10 @@ class StartupReport:
     def phase(self, name: str, *, total: int | None = None) -> Iterator[Phase]:
         began = self._clock()
         self._sink({"event": "begin", "phase": name, "total": total})
-        yield Phase(name, total, self._sink)
+        phase = Phase(name, total, self._sink)
+        yield phase
+        if phase.is_given_up:
+            return
         seconds = self._clock() - began
         self.phase_seconds[name] = seconds
         self._sink({"event": "end", "phase": name, "seconds": round(seconds, 3)})
@@ -87,8 +91,8 @@ def log_sink(fact: Mapping[str, Fact]) -> None:
     if fact["event"] == "end":
         logger.info("%s took %.2f s", fact["phase"], fact["seconds"])
     elif fact["event"] == "ready":
-        extra = {key: value for key, value in fact.items() if key not in ("event", "seconds")}
-        logger.info("ready in %.2f s %s", fact["seconds"], extra)
+        words = [f"{key} {fact[key]}" for key in fact if key not in ("event", "seconds")]
+        logger.info("ready in %.2f s: %s", fact["seconds"], ", ".join(words))
 
 
 def pipe_sink(file_descriptor: int) -> Sink:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from cluster.errors import ConfigError
+from cluster.errors import ConfigError, cannot_listen
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -142,8 +142,6 @@ def _listen(host: str, port: int, param: str) -> socket.socket:
         listener.bind(address[4])
     except OSError as error:
         listener.close()
-        raise ConfigError(
-            f"cannot listen on {host}:{port}: {error.strerror}", param=param
-        ) from error
+        raise cannot_listen(f"{host}:{port}", f"{error.strerror}.", param=param) from error
     listener.setblocking(False)
     return listener

@@ -149,11 +149,20 @@ class Nodes:
     @property
     def is_ready(self) -> bool:
         """True when some pair could take a request now."""
+        return self.what_is_missing() is None
+
+    def what_is_missing(self) -> str | None:
+        """Why no pair could take a request now, for the operator; None when one could."""
         ready: dict[NodeRole, set[str]] = {role: set() for role in NodeRole}
         for candidate in self.candidates({}):
             if candidate.can_take_work:
                 ready[candidate.node.role].add(candidate.node.compatibility_hash)
-        return bool(ready[NodeRole.PREFILL] & ready[NodeRole.DECODE])
+        missing = [f"no {role} node is ready" for role in NodeRole if not ready[role]]
+        if missing:
+            return " and ".join(missing)
+        if not ready[NodeRole.PREFILL] & ready[NodeRole.DECODE]:
+            return "no prefill node and decode node are of the same model and KV layout"
+        return None
 
     def decode_load(self) -> NodeLoad:
         """Blocks of all decode nodes together."""

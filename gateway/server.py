@@ -50,6 +50,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 READY_POLL_SECONDS = 0.05
 FIRST_PAIR_SECONDS = 2.0
+FIRST_WORDS_SECONDS = 8.0
 STILL_WAITING_SECONDS = 30.0
 LAST_WORDS_SECONDS = 2.0
 
@@ -98,9 +99,12 @@ async def run(
     try:
         public, admin = parts.servers
         admin.start()
-        await _first_pair(parts.gateway, stop)
-        public.start()
-        if await _wait_for_nodes(parts.gateway, report, stop):
+        with report.phase("wait for nodes") as phase:
+            await _first_pair(parts.gateway, stop)
+            public.start()
+            await _wait_for_nodes(parts.gateway, stop)
+            phase.is_given_up = stop.is_set()
+        if not stop.is_set():
             _announce(parts, report, on_ready)
         await _first_done(stop, background)
         await shut_down(parts.gateway, parts.servers, hurry)
@@ -194,18 +198,17 @@ async def _first_pair(gateway: Gateway, stop: asyncio.Event) -> None:
         waited += READY_POLL_SECONDS
 
 
-async def _wait_for_nodes(gateway: Gateway, report: StartupReport, stop: asyncio.Event) -> bool:
-    """False when told to stop before a pair was there."""
-    waited = 0.0
-    with report.phase("wait for nodes"):
-        while not gateway.is_ready and not stop.is_set():
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(stop.wait(), READY_POLL_SECONDS)
-            waited += READY_POLL_SECONDS
-            if waited >= STILL_WAITING_SECONDS:
-                waited = 0.0
-                logger.warning("still waiting for a pair of prefill and decode nodes")
-    return not stop.is_set()
+async def _wait_for_nodes(gateway: Gateway, stop: asyncio.Event) -> None:
+    """Returns with the first pair of nodes, or when told to stop. What is missing is said soon,
+    then now and then."""
+    waited = STILL_WAITING_SECONDS - FIRST_WORDS_SECONDS
+    while not gateway.is_ready and not stop.is_set():
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(stop.wait(), READY_POLL_SECONDS)
+        waited += READY_POLL_SECONDS
+        if waited >= STILL_WAITING_SECONDS:
+            waited = 0.0
+            logger.warning("no request can be served yet: %s", gateway.nodes.what_is_missing())
 
 
 async def _first_done(stop: asyncio.Event, background: list[asyncio.Task[None]]) -> None:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from tokenizers import Tokenizer as Backend
 
 from cluster.errors import ConfigError
+from cluster.model_folder import check_model_folder
 from gateway.detokenizer import (
     ByteLevelDetokenizer,
     ByteLevelTable,
@@ -61,9 +62,10 @@ class Tokenizer:
     @classmethod
     def from_folder(cls, folder: Path) -> Tokenizer:
         """Raises `ConfigError` when the folder holds no tokenizer that can be read."""
+        check_model_folder(folder)
         path = folder / "tokenizer.json"
         if not path.is_file():
-            raise ConfigError(f"The model folder has no tokenizer.json: {folder}", param="model")
+            raise ConfigError(f"{folder} holds no tokenizer.json.", param="model")
         try:
             backend = Backend.from_file(str(path))
         except Exception as error:  # the library raises bare Exception

@@ -82,7 +82,7 @@ class BenchConfig:
     percentile_metrics: str = option(
         "ttft,tpot,itl", help="Metrics in the table: ttft, tpot, itl, e2el.", group="Report"
     )
-    metric_percentiles: str = option("50,90,99", help="Percentiles of each.", group="Report")
+    metric_percentiles: str = option("90,99", help="Percentiles of each.", group="Report")
     goodput: tuple[str, ...] = option(
         (), help="Limits in ms a good request keeps: ttft:MS tpot:MS e2el:MS.", group="Report"
     )

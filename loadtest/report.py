@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -57,7 +58,7 @@ def render_table(result: BenchResult) -> str:
     lines = [" Serving Benchmark Result ".center(WIDTH, "=")]
     lines += _count_rows(config, summary)
     for name in _HEADINGS:
-        if name in config.selected_metrics:
+        if name in config.selected_metrics and summary.completed:
             lines += _latency_rows(name, summary.latencies[name], config.percentiles)
     lines.append("=" * WIDTH)
     return "\n".join(lines)
@@ -67,11 +68,11 @@ def render_notes(result: BenchResult) -> str:
     """What the reader must know beside the table; empty when there is nothing."""
     summary = result.summary
     lines = [f"Errors: {count} x {name}" for name, count in summary.failures_by_class.items()]
-    failed = [record for record in result.records if record.failure is not None]
-    for record in failed[:MAX_ERRORS_SHOWN]:
-        failure = record.failure
-        message = failure.message if failure is not None else ""
-        lines.append(f"  request {record.index}: {message}")
+    messages = Counter(record.failure.message for record in result.records if record.failure)
+    lines += [
+        f"  {message}" + (f" ({count} times)" if count > 1 else "")
+        for message, count in messages.most_common(MAX_ERRORS_SHOWN)
+    ]
     if summary.total_cached_tokens:
         share = summary.total_cached_tokens / max(1, summary.total_input_tokens)
         lines.append(f"Cached prompt tokens: {summary.total_cached_tokens} ({share:.1%})")
@@ -80,7 +81,7 @@ def render_notes(result: BenchResult) -> str:
             f"Warning: {summary.num_uncounted} answers had no usage; each chunk was counted as "
             "one token. Pass --tokenizer to count them."
         )
-    if result.client_cpu > BUSY_CLIENT_CPU:
+    if result.client_cpu > BUSY_CLIENT_CPU and summary.completed:
         lines.append(
             f"Warning: the load client used {result.client_cpu:.0%} of a core; it may be what "
             "limits this result."

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, cast
 
 from cluster.errors import ConfigError
+from cluster.model_folder import check_model_folder
 from engine.models.json_facts import JsonFacts, read_json_object
 from engine.models.quantization import Quantization
 
@@ -85,8 +86,7 @@ class ModelConfig:
     @classmethod
     def from_folder(cls, folder: Path) -> ModelConfig:
         """Raises `ConfigError` when the folder holds no model that this engine can run."""
-        if not folder.is_dir():
-            raise ConfigError(f"There is no model folder at {folder}.", param="model")
+        check_model_folder(folder)
         facts = JsonFacts(read_json_object(folder / CONFIG_FILE), CONFIG_FILE)
         architecture = _architecture(facts)
         _refuse_what_is_not_computed(facts)

@@ -117,6 +117,7 @@ def test_what_works_when_pasted_is_said_once_all_is_ready(
     said = capfd.readouterr().out
     assert "Baton serves pocket at http://127.0.0.1:" in said
     assert "/v1/chat/completions" in said
+    assert "admin nodes --admin-url http://127.0.0.1:" in said
 
 
 def test_a_child_that_cannot_start_ends_all_with_its_message_once(
@@ -166,6 +167,14 @@ def test_work_that_fails_says_so_and_work_that_is_given_up_is_over() -> None:
         assert ended.is_set()
 
     asyncio.run(body())
+
+
+def test_a_model_that_is_no_folder_is_refused_before_anything_starts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(asyncio, "run", lambda _: pytest.fail("something was started"))
+    with pytest.raises(ConfigError, match="no model folder at /no/where"):
+        baton.serve.main(["/no/where"])
 
 
 def test_a_redis_that_does_not_answer_is_refused_before_anything_starts() -> None:

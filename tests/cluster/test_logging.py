@@ -76,8 +76,9 @@ def test_tasks_do_not_see_each_others_ids() -> None:
 def test_on_a_terminal_lines_are_for_people() -> None:
     stream = Terminal()
     setup_logging(stream=stream)
-    logger.info("hello")
+    logger.info("hello", extra={"error": None, "status": 200})
     assert "hello" in stream.getvalue()
+    assert "error" not in stream.getvalue(), "what there is none of is no news"
     assert not stream.getvalue().startswith("{")
 
 

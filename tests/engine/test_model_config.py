@@ -2,16 +2,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from cluster.errors import ConfigError
 from engine.models.config import ModelConfig, RopeScaling
 from engine.models.quantization import Quantization
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 Read = Callable[..., ModelConfig]
 
@@ -122,6 +120,11 @@ def test_end_tokens_beyond_the_vocabulary_are_left_out(read: Read) -> None:
 def test_a_missing_folder_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"no model folder at .*nowhere"):
         ModelConfig.from_folder(tmp_path / "nowhere")
+
+
+def test_a_name_of_the_hub_is_told_how_to_become_a_folder() -> None:
+    with pytest.raises(ConfigError, match=r"hf download some-org/Model-1\.5 --local-dir"):
+        ModelConfig.from_folder(Path("some-org/Model-1.5"))
 
 
 def test_a_folder_without_config_is_refused(tmp_path: Path) -> None:

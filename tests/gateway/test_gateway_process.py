@@ -81,5 +81,7 @@ def test_a_busy_port_is_one_clear_line(
         process, _ = start("--port", str(taken.getsockname()[1]))
         _, errors = process.communicate(timeout=30)
     assert process.returncode == 3
-    assert errors.strip().splitlines()[-1].startswith("baton gateway: cannot listen on")
+    last = errors.strip().splitlines()[-1]
+    assert last.startswith("baton gateway: cannot listen on")
+    assert last.endswith("--port takes another port, 0 any free one.")
     assert "Traceback" not in errors

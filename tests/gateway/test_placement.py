@@ -89,6 +89,6 @@ def test_nodes_of_another_model_in_the_same_registry_are_left_alone(
 
     running.call(add("another-model", "foreign"))
     assert {entry.info.id.name for entry in running.gateway.nodes} == {"decode-0"}
-    assert not running.gateway.is_ready
+    assert running.gateway.nodes.what_is_missing() == "no prefill node is ready"
     running.call(add("alias", "ours"))
     running.until(lambda: running.gateway.is_ready)

@@ -47,25 +47,21 @@ Total token throughput (tok/s):          14.00
 ---------------Time to First Token----------------
 Mean TTFT (ms):                          150.00    
 Median TTFT (ms):                        150.00    
-P50 TTFT (ms):                           150.00    
 P90 TTFT (ms):                           190.00    
 P99 TTFT (ms):                           199.00    
 -----Time per Output Token (excl. 1st token)------
 Mean TPOT (ms):                          250.00    
 Median TPOT (ms):                        250.00    
-P50 TPOT (ms):                           250.00    
 P90 TPOT (ms):                           316.67    
 P99 TPOT (ms):                           331.67    
 ---------------Inter-token Latency----------------
 Mean ITL (ms):                           250.00    
 Median ITL (ms):                         250.00    
-P50 ITL (ms):                            250.00    
 P90 ITL (ms):                            400.00    
 P99 ITL (ms):                            445.00    
 ----------------End-to-end Latency----------------
 Mean E2EL (ms):                          900.00    
 Median E2EL (ms):                        900.00    
-P50 E2EL (ms):                           900.00    
 P90 E2EL (ms):                           1140.00   
 P99 E2EL (ms):                           1194.00   
 ==================================================
@@ -121,7 +117,7 @@ def test_the_table_is_that_of_vllm_bench_serve(make_result: MakeResult) -> None:
 
 def test_rows_without_a_setting_are_left_out(make_result: MakeResult) -> None:
     table = render_table(make_result(percentile_metrics="itl", metric_percentiles="99.9"))
-    for absent in ("concurrency:", "configured", "goodput", "TTFT", "TPOT", "E2EL", "P50"):
+    for absent in ("concurrency:", "configured", "goodput", "TTFT", "TPOT", "E2EL", "P90"):
         assert absent not in table
     assert "P99.9 ITL (ms):" in table
 
@@ -129,7 +125,7 @@ def test_rows_without_a_setting_are_left_out(make_result: MakeResult) -> None:
 def test_notes_name_error_classes_and_messages(make_result: MakeResult) -> None:
     notes = render_notes(make_result())
     assert "Errors: 1 x http_503 overloaded" in notes
-    assert "request 2: all full" in notes
+    assert "all full" in notes
 
 
 def test_a_clean_run_has_no_notes(make_result: MakeResult) -> None:
@@ -193,3 +189,18 @@ def test_the_file_is_named_after_what_was_measured(make_result: MakeResult, tmp_
     result = make_result(result_dir=str(tmp_path / "new"), max_concurrency=4, request_rate=2.5)
     assert result_path(result).name == "openai-2.5qps-concurrency4-model-20260102-030405.json"
     assert json.loads(save(result).read_text())["completed"] == 2
+
+
+def test_without_a_success_there_are_no_times_to_show_and_each_reason_stands_once(
+    make_result: MakeResult,
+) -> None:
+    failures = [
+        RequestRecord(index=i, planned=0.0, failure=RequestFailure("http_404 model", "no such"))
+        for i in range(3)
+    ]
+    result = make_result(failures, client_cpu=2.0)
+    assert "TTFT" not in render_table(result)
+    assert render_notes(result).splitlines() == [
+        "Errors: 3 x http_404 model",
+        "  no such (3 times)",
+    ]

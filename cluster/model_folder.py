@@ -1,0 +1,28 @@
+"""Whether what was named as the model is a folder at all, said alike by gateways and nodes."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+from cluster.errors import ConfigError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def check_model_folder(folder: Path) -> None:
+    """Raises `ConfigError` that says what to name instead."""
+    if folder.is_dir():
+        return
+    if folder.exists():
+        raise ConfigError(f"{folder} is a file; name the folder that it lies in.", param="model")
+    message = f"There is no model folder at {folder}."
+    if _HUB_NAME.fullmatch(str(folder)):
+        message += (
+            " Baton downloads nothing; if that is a name on the Hugging Face Hub, "
+            f"`hf download {folder} --local-dir DIR` makes a folder to name."
+        )
+    raise ConfigError(message, param="model")
