@@ -26,6 +26,7 @@ from cluster.errors import (
     cannot_listen,
 )
 from cluster.proto import node_pb2 as pb
+from cluster.pulse import TICK_SECONDS
 from cluster.session_hub import Session, SessionHub
 
 if TYPE_CHECKING:
@@ -84,10 +85,11 @@ def channel_options() -> Options:
 
 
 def server_options() -> Options:
-    """Accepts the channels' pings; refuses a port that another process has."""
+    """Accepts the channels' pings and those of a pulse (`pulse.py`); refuses a port that another
+    process has."""
     return [
         *_common_options(),
-        ("grpc.http2.min_ping_interval_without_data_ms", int(KEEPALIVE_SECONDS * 500)),
+        ("grpc.http2.min_ping_interval_without_data_ms", int(TICK_SECONDS * 500)),
         ("grpc.max_concurrent_streams", MAX_CONCURRENT_STREAMS),
         ("grpc.so_reuseport", 0),
     ]

@@ -114,8 +114,9 @@ class DecodeHandler:
         elif stream.is_started or stream.is_recomputing:
             self._streams.say_started(stream)
         else:
-            # The transfer ends by itself: started, failed, or withdrawn by its sender.
+            # The transfer ends: started, failed, or withdrawn by its sender, or doubted.
             stream.is_orphaned = True
+            self._receiver.sender_doubted(sequence_id)
 
     def gateway_gone(self, gateway_id: str) -> None:
         for sequence_id in self._streams.of(gateway_id):

@@ -110,6 +110,7 @@ def _dispatcher(
             clock=clock,
             probe_after=config.probe_after,
             probe_timeout=config.probe_timeout,
+            pulse_timeout=config.pulse_timeout,
         )
 
     names = {config.model.resolve().name, *config.model_names}

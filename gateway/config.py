@@ -37,6 +37,12 @@ _TIMEOUTS = (
     "probe_after",
     "probe_timeout",
 )
+_NOT_NEGATIVE = (
+    "shutdown_timeout",
+    "local_prefill_tokens",
+    "sse_keep_alive_interval",
+    "pulse_timeout",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,13 +130,22 @@ class GatewayConfig:
     )
     probe_after: float = option(
         1.5,
-        help="Seconds a node that owes tokens may be silent before it is asked whether it lives.",
+        help="Seconds a node that owes tokens may be silent before it is asked whether its event "
+        "loop lives.",
         group=_CLUSTER,
         advanced=True,
     )
     probe_timeout: float = option(
         3.0,
         help="Seconds it has to answer that question before its requests end with node_lost.",
+        group=_CLUSTER,
+        advanced=True,
+    )
+    pulse_timeout: float = option(
+        1.25,
+        help="Seconds a node's process may leave pings unanswered before its requests end with "
+        "node_lost; up to three times as long where its answers were late before. A busy node "
+        "answers. 0: no pings, only the question above.",
         group=_CLUSTER,
         advanced=True,
     )
@@ -176,7 +191,7 @@ class GatewayConfig:
         for name in _TIMEOUTS:
             if not getattr(self, name) > 0:
                 raise _refused(name, "must be above 0")
-        for name in ("shutdown_timeout", "local_prefill_tokens", "sse_keep_alive_interval"):
+        for name in _NOT_NEGATIVE:
             if getattr(self, name) < 0:
                 raise _refused(name, "must not be negative")
         if any(not key or not key.isascii() for key in self.api_key):

@@ -3,8 +3,9 @@
 Life of a client (one per node and incarnation)
     1. `start` opens the channel and keeps a `Session` on it: hello, welcome, then frames.
     2. While the session stands the node may get work (`is_connected`).
-    3. A node that falls silent is asked whether it lives (`Describe`), soon when it owes tokens
-       and now and then when it does not; no answer in time ends the session.
+    3. Its process is pinged all the time (`pulse_watch.py`): silence ends the session within a
+       second or two. A node that sends nothing is asked whether its event loop lives (`Describe`),
+       soon when it owes tokens and now and then when it does not, and has more time to answer.
     4. The session's end is the loss of the node for every sequence that needs it: `on_lost` is
        called at once. The client tries again, with growing pauses, until `close`.
 
@@ -29,6 +30,7 @@ from cluster.proto import node_pb2 as pb
 from cluster.proto import node_pb2_grpc
 from cluster.request import TokenDelta
 from cluster.rpc import error_from_rpc, open_channel
+from gateway.pulse_watch import PulseWatch
 
 if TYPE_CHECKING:
     from cluster.clock import Clock
@@ -56,7 +58,8 @@ class SessionListener(Protocol):
 
 
 class NodeClient:
-    """See the module. `probe_after` and `probe_timeout` are seconds."""
+    """See the module. `probe_after`, `probe_timeout` and `pulse_timeout` are seconds, 0 of the last
+    means no pings."""
 
     def __init__(
         self,
@@ -67,6 +70,7 @@ class NodeClient:
         clock: Clock,
         probe_after: float,
         probe_timeout: float,
+        pulse_timeout: float = 0.0,
     ) -> None:
         self.node = node
         self._gateway_id = gateway_id
@@ -74,6 +78,14 @@ class NodeClient:
         self._clock = clock
         self._probe_after = probe_after
         self._probe_timeout = probe_timeout
+        self._pulse: PulseWatch | None = None
+        if pulse_timeout > 0:
+            self._pulse = PulseWatch(
+                node.grpc_address,
+                timeout=pulse_timeout,
+                is_urgent=lambda: listener.owes_tokens(self),
+                clock=clock,
+            )
         self._frames: deque[pb.GatewayFrame] = deque()
         self._has_frames = asyncio.Event()
         self._call: Any = None  # the running Session call; grpc.aio has no types
@@ -183,6 +195,7 @@ class NodeClient:
         helpers = [
             asyncio.create_task(self._write(call)),
             asyncio.create_task(self._watch(call)),
+            asyncio.create_task(self._watch_pulse(call)),
         ]
         logger.info("connected to %s node %s", self.node.role, self.node.id.name)
         self._listener.on_connected(self)
@@ -217,6 +230,13 @@ class NodeClient:
                 self._has_frames.clear()
                 await self._has_frames.wait()
         except (grpc.RpcError, asyncio.InvalidStateError):
+            call.cancel()
+
+    async def _watch_pulse(self, call: Any) -> None:
+        """End a session whose node is stopped or out of reach."""
+        if self._pulse is not None:
+            await self._pulse.until_silent()
+            logger.warning("node %s answers no pings", self.node.id.name)
             call.cancel()
 
     async def _watch(self, call: Any) -> None:

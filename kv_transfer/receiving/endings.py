@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     from kv_transfer.receiving.incoming_transfers import IncomingTransfers
 
 TOMBSTONE_LEASES = 2
+# How long a transfer whose sender a gateway has lost may stand still, and then drain: a sender that
+# lives answers in a fraction of it.
+DOUBT_SECONDS = 0.5
 
 
 class Endings:
@@ -72,10 +75,16 @@ class Endings:
                 instructions.append(refused)
         else:
             transfer.drain_deadline = now + self._drain_seconds
+            self.hurry(transfer, now)
             if tells_peer:
                 ids = (transfer.session_id, transfer.transfer_id)
                 instructions.append(SendAbort(*ids, transfer.abort_epoch, error))
         return instructions + self.settle(transfer, now)
+
+    def hurry(self, transfer: IncomingTransfer, now: float) -> None:
+        """A sender that is doubted gets less time to say that it has stopped."""
+        if transfer.is_doubted and transfer.drain_deadline is not None:
+            transfer.drain_deadline = min(transfer.drain_deadline, now + DOUBT_SECONDS)
 
     def settle(self, transfer: IncomingTransfer, now: float) -> list[Instruction]:
         """Free a quarantined transfer once nothing can write into its blocks."""

@@ -132,6 +132,7 @@ class IncomingTransfer:
     is_asking: bool = False  # the block source has not answered yet
     is_starting: bool = False
     is_taken_over: bool = False  # it failed, and the node computes what is missing
+    is_doubted: bool = False  # a gateway has lost its sender
     num_arrived: int = 0  # frames whose header came
     num_landing: int = 0
     num_verified: int = 0

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 
 from kv_transfer.failures import FailureReason, failure
 from kv_transfer.lease import LeaseTable
-from kv_transfer.receiving.endings import Endings
+from kv_transfer.receiving.endings import DOUBT_SECONDS, Endings
 from kv_transfer.receiving.incoming import (
     EPOCH_MASK,
     BlockProgress,
@@ -314,6 +314,16 @@ class Intake:
             return []
         return self._endings.abort(transfer, error, now, report=ReportWithdrawn(transfer.sequence))
 
+    def sender_doubted(self, sequence_id: str, now: float) -> list[Instruction]:
+        """A gateway has lost the node that sends it. What moves goes on: the gateway may be wrong.
+        What stands still ends as if its connection were lost, sooner than this end can know."""
+        transfer = self.transfers.latest(sequence_id)
+        if transfer is None or transfer.state.is_final:
+            return []
+        transfer.is_doubted = True
+        self._endings.hurry(transfer, now)
+        return self._end_if_overdue(transfer, now)
+
     def renewed(
         self, session_id: int, transfer_id: bytes, extend_seconds: float, now: float
     ) -> None:
@@ -324,9 +334,7 @@ class Intake:
         """Sweep everything: leases, deadlines, drains that take too long, tombstones."""
         instructions: list[Instruction] = []
         for transfer in self.transfers:
-            overdue = self._overdue(transfer, now)
-            if overdue is not None:
-                instructions += self._endings.abort(transfer, failure(overdue), now)
+            instructions += self._end_if_overdue(transfer, now)
             if transfer.drain_deadline is not None and now >= transfer.drain_deadline:
                 lost = FailureReason.LINK_LOST
                 instructions += self.session_lost(transfer.session_id, now, lost)
@@ -354,6 +362,10 @@ class Intake:
         self._leases.release(transfer.transfer_id)
         return [Start(transfer.sequence, transfer.first_token_id)]
 
+    def _end_if_overdue(self, transfer: IncomingTransfer, now: float) -> list[Instruction]:
+        overdue = self._overdue(transfer, now)
+        return [] if overdue is None else self._endings.abort(transfer, failure(overdue), now)
+
     def _overdue(self, transfer: IncomingTransfer, now: float) -> FailureReason | None:
         """Why time alone has ended it. Asked at every frame and commit too: a node that was stopped
         may find those before its timer runs."""
@@ -363,6 +375,8 @@ class Intake:
             return FailureReason.LEASE_EXPIRED
         if transfer.deadline is not None and now >= transfer.deadline:
             return FailureReason.DEADLINE
+        if transfer.is_doubted and now - transfer.progress_at >= DOUBT_SECONDS:
+            return FailureReason.SENDER_LOST
         is_stalled = now - transfer.progress_at >= self._stall_seconds
         return FailureReason.TRANSFER_TIMEOUT if is_stalled and transfer.waits_for_peer else None
 

@@ -145,6 +145,10 @@ class KVReceiver:
         error = Cancelled("The request was cancelled.", reason=FailureReason.ABORTED.value)
         self._execute(self._intake.cancelled(sequence_id, error, self._clock()))
 
+    def sender_doubted(self, sequence_id: str) -> None:
+        """A gateway has lost the prefill node. Nothing unless its transfer stands still."""
+        self._execute(self._intake.sender_doubted(sequence_id, self._clock()))
+
     def leases(self) -> list[pb.LeaseInfo]:
         now = self._clock()
         return [

@@ -46,6 +46,10 @@ class RecordingReceiver:
 
     def __init__(self) -> None:
         self.cancelled: list[str] = []
+        self.doubted: list[str] = []
+
+    def sender_doubted(self, sequence_id: str) -> None:
+        self.doubted.append(sequence_id)
 
     def cancel(self, sequence_id: str) -> None:
         self.cancelled.append(sequence_id)
@@ -279,6 +283,7 @@ def test_an_orphan_whose_transfer_completes_is_started() -> None:
         await world.reserve(request("a"))
         world.handler.orphaned(GATEWAY, "a")
         assert await world.gateway.published() == []
+        assert world.receiver.doubted == ["a"], "its transfer must end, whatever its sender says"
         await world.handler.start("a", 77)
         deltas = await world.gateway.until_end()
         assert deltas[0].started

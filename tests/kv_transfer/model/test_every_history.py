@@ -103,6 +103,15 @@ class History(RuleBasedStateMachine):
             decode, now = self.nodes.decode, self.nodes.now
             decode.execute(decode.intake.cancelled(name, Cancelled("left"), now), now)
 
+    @precondition(lambda self: self.nodes.latest and "trouble" in self.faults)
+    @rule(pick=PICK)
+    def doubt(self, pick: int) -> None:
+        """A gateway has lost the prefill node, rightly or not."""
+        decode, now = self.nodes.decode, self.nodes.now
+        if not decode.is_stalled:
+            name = chosen(list(self.nodes.latest), pick)
+            decode.execute(decode.intake.sender_doubted(name, now), now)
+
     # ---- the network ----------------------------------------------------------------------
 
     @rule(num_up=st.integers(0, 4), num_down=st.integers(0, 4))

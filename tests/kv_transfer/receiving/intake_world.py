@@ -15,6 +15,7 @@ from cluster.errors import Cancelled, ServingError, TransferFailed
 from cluster.request import SamplingParams, SequenceRequest
 from kv_transfer.failures import FailureReason, failure
 from kv_transfer.protocol import FrameHeader
+from kv_transfer.receiving.endings import DOUBT_SECONDS
 from kv_transfer.receiving.incoming import IncomingSequence
 from kv_transfer.receiving.intake import Intake
 from kv_transfer.receiving.intake_instructions import (
@@ -189,6 +190,7 @@ class IntakeWorld:
         steps: dict[str, Callable[[], None]] = {
             "expire": lambda: self.tick(LEASE_SECONDS),
             "drain": lambda: self.tick(DRAIN_SECONDS),
+            "still": lambda: self.tick(DOUBT_SECONDS),
         }
         if not self.is_lost:
             steps["lose"] = self.lose
@@ -200,7 +202,10 @@ class IntakeWorld:
         return steps
 
     def _of(self, side: Side) -> dict[str, Callable[[], None]]:
-        steps: dict[str, Callable[[], None]] = {"cancel": lambda: self.cancel(side)}
+        steps: dict[str, Callable[[], None]] = {
+            "cancel": lambda: self.cancel(side),
+            "doubt": lambda: self.doubt(side),
+        }
         if side.is_asking:
             steps["answer"] = lambda: self.answer(side)
             steps["full"] = lambda: self.refuse(side)
@@ -329,6 +334,9 @@ class IntakeWorld:
 
     def cancel(self, side: Side) -> None:
         self.run(self.intake.cancelled(side.sequence.sequence_id, Cancelled("left"), self.now))
+
+    def doubt(self, side: Side) -> None:
+        self.run(self.intake.sender_doubted(side.sequence.sequence_id, self.now))
 
     # ---- the end ----------------------------------------------------------------------------
 

@@ -49,6 +49,11 @@ def test_every_order_ends_once_with_no_block_held_and_none_freed_under_a_write(
 
 
 @pytest.mark.parametrize("trouble", TROUBLE)
+def test_every_order_with_a_sender_that_is_doubted_ends_once(trouble: str) -> None:
+    assert explore(IntakeWorld, (*HAPPY, *AFTERMATH, "doubt", "still", trouble)) > 1
+
+
+@pytest.mark.parametrize("trouble", TROUBLE)
 def test_every_order_of_two_frames_and_one_trouble_ends_once(trouble: str) -> None:
     steps = (*HAPPY, *AFTERMATH, "post1", "arrive1", "end1", trouble)
     assert explore(lambda: IntakeWorld(num_frames=2), steps) > 1
