@@ -344,7 +344,12 @@ class KVReceiver:
     async def _revoke(self, session_id: int) -> None:
         session = self._sessions.pop(session_id)
         self.agent.stats.revocations += 1
-        if await session.revoke():
+        try:
+            is_revoked = await session.revoke()
+        except Exception:  # the top of the task: who knows what still writes
+            logger.exception("a connection could not be cut")
+            is_revoked = False
+        if is_revoked:
             self._execute(self._intake.session_revoked(session_id, self._clock()))
         else:
             self.agent.quarantine.keep(
@@ -384,7 +389,10 @@ class KVReceiver:
         interval = min(MAX_SWEEP_SECONDS, self.agent.config.lease_seconds / 12)
         while True:
             await asyncio.sleep(interval)
-            self.sweep()
+            try:
+                self.sweep()
+            except Exception:  # the top of the task: all other leases and drains hang on it
+                logger.exception("a sweep broke off")
 
 
 async def _close(endpoint: Endpoint) -> None:

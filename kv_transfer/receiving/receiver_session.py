@@ -14,6 +14,7 @@ import asyncio
 import logging
 import time
 from collections import deque
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -199,8 +200,12 @@ class ReceiverSession:
             reader.done(header.slot)
             self._dropped(fate)
             return
-        scratch = self._agent.staging.scratch[: header.payload_bytes]
-        self._spawn(self._drain(fate, endpoint.recv(scratch, header.nonce)))
+        with ExitStack() as undo:
+            undo.callback(self._dropped, fate)  # without memory for it the session ends
+            scratch = self._agent.staging.scratch[: header.payload_bytes]
+            received = endpoint.recv(scratch, header.nonce)
+            undo.pop_all()
+        self._spawn(self._drain(fate, received))
 
     async def _drain(self, fate: Dropping, received: asyncio.Future[None]) -> None:
         await asyncio.wait([received])
@@ -227,7 +232,11 @@ class ReceiverSession:
         """Receive a payload; what follows is driven by callbacks, as a task for each frame would
         take longer than the wire."""
         frame = self._begin(header, arrival)
-        received = arrival.receive()
+        try:
+            received = arrival.receive()
+        except Exception as error:  # nor can what the peer sends behind it be told apart
+            self._spawn(self._end_broken(frame, error))
+            raise
         if TRACE.is_on:
             frame.mark("r.posted")
         received.add_done_callback(lambda done: self._landed(frame, done))

@@ -115,6 +115,11 @@ class OutgoingTransfer:
         return self.may_post and (is_committing or self._num_in_flight > 0)
 
     @property
+    def waits_for_sends(self) -> bool:
+        """The receiver has it all, but has not let go of what it was sent."""
+        return self.state is TransferState.DONE and self._num_in_flight > 0
+
+    @property
     def is_over(self) -> bool:
         """Nothing is left to do: the sources are free."""
         return self._is_freed
@@ -183,15 +188,16 @@ class OutgoingTransfer:
         if layer_end < part.layer_end:
             self._ready.appendleft(replace(part, layer_start=layer_end, positions=positions))
         planned = replace(part, layer_end=layer_end, positions=positions)
-        self._num_unplanned -= planned.num_units
-        self._num_packing += 1
-        return FramePlan(
+        plan = FramePlan(
             layer_start=planned.layer_start,
             num_layers=layer_end - planned.layer_start,
             positions=positions,
             block_ids=tuple(self._block_ids[position] for position in positions),
             after=planned.after,
         )
+        self._num_unplanned -= planned.num_units
+        self._num_packing += 1
+        return plan
 
     def posted(self) -> tuple[int, list[Instruction]]:
         """A planned frame goes out now; returns its `seq`. Only while `may_post`."""

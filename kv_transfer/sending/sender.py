@@ -134,9 +134,11 @@ class KVSender:
 
     def open(self, request: SequenceRequest, handoff: Handoff) -> None:
         """Ask the decode node for blocks. Raises `ValueError` for a sequence whose earlier
-        hand-off still holds sources."""
+        hand-off still holds sources, and for the id of a transfer that does."""
         if request.sequence_id in self._sendings:
             raise ValueError("the sequence is being handed off already")
+        if handoff.transfer_id in self._by_transfer:
+            raise ValueError("the transfer is another sequence's")
         num_blocks = -(-len(request.prompt_token_ids) // self._block_size)
         sending = Sending(
             request=request,
@@ -371,8 +373,11 @@ class KVSender:
         seconds, config = now - sending.progress_at, self.agent.config
         if sending.machine.is_draining and seconds >= config.drain_seconds:
             sending.peer.cut()
-        elif sending.machine.waits_for_peer and seconds >= config.stall_seconds:
-            self._expire(sending, FailureReason.TRANSFER_TIMEOUT)
+        elif seconds >= config.stall_seconds:
+            if sending.machine.waits_for_peer:
+                self._expire(sending, FailureReason.TRANSFER_TIMEOUT)
+            elif sending.machine.waits_for_sends:
+                sending.peer.cut()
 
     def _count_done(self, sending: Sending) -> None:
         self.agent.stats.transfers_done += 1
@@ -390,4 +395,7 @@ class KVSender:
         interval = min(MAX_SWEEP_SECONDS, self.agent.config.lease_seconds / 12)
         while True:
             await asyncio.sleep(interval)
-            self.sweep()
+            try:
+                self.sweep()
+            except Exception:  # the top of the task: all other leases and drains hang on it
+                logger.exception("a sweep broke off")

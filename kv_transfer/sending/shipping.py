@@ -16,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -80,6 +81,7 @@ class Shipping:
         self._agent = agent
         self._link = link
         self._shipper = shipper
+        self._cut = cut
         self._has_work = asyncio.Event()
         self._commits = SmallMessages(link.endpoint, link.session_id, COMMIT_BYTES)
         self._packing: set[asyncio.Future[Any]] = set()
@@ -100,20 +102,29 @@ class Shipping:
         await asyncio.gather(self._pumping, *self._packing, return_exceptions=True)
 
     async def _pump(self) -> None:
+        try:
+            while True:
+                await self._has_work.wait()
+                await self._plan_one()
+                await asyncio.sleep(0)  # what is packed meanwhile goes out before more is packed
+        except Exception:  # the top of the task: without it nothing is ever sent again
+            logger.exception("frames cannot be planned any more")
+            self._cut()
+
+    async def _plan_one(self) -> None:
         staging = self._agent.staging
-        while True:
-            await self._has_work.wait()
-            slot = await staging.acquire(self._shipper)
+        slot = await staging.acquire(self._shipper)
+        with ExitStack() as undo:
+            undo.callback(staging.release, slot)
             shipment = self._shipper.next_shipment()
             plan = None
             if shipment is not None:
                 plan = shipment.machine.next_frame(self._link.limits.max_units)
             if plan is None:
                 self._has_work.clear()
-                staging.release(slot)
-                continue
-            self._pack(shipment, plan, slot)
-            await asyncio.sleep(0)  # what is packed meanwhile goes out before more is packed
+                return
+            undo.pop_all()
+        self._pack(shipment, plan, slot)
 
     def _pack(self, shipment: Any, plan: FramePlan, slot: StagingSlot) -> None:
         if TRACE.is_on:
@@ -158,15 +169,10 @@ class Shipping:
         self._shipper.did(shipment, shipment.machine.dropped(error))
 
     def _post(self, frame: _Frame) -> None:
-        endpoint, slot = self._link.endpoint, frame.slot
         seq, instructions = frame.shipment.machine.posted()
         header = _header_of(frame, seq, self._link.limits)
-        header_bytes = pack_header(header, slot.header.numpy().data)
         began = time.perf_counter()
-        sends = (
-            endpoint.send(slot.header[:header_bytes], self._link.session_id),
-            frame.payload.send(header.payload_bytes, header.nonce),
-        )
+        sends = self._send(frame, header)
         num_left = len(sends)
 
         def ended(_: asyncio.Future[None]) -> None:
@@ -182,6 +188,23 @@ class Shipping:
             frame.mark("s.posted")
         self._shipper.did(frame.shipment, instructions)
         failpoint("prefill.after_frame")
+
+    def _send(self, frame: _Frame, header: FrameHeader) -> list[asyncio.Future[None]]:
+        """Header and payload, as far as they could be posted: a peer that got half of a frame gets
+        nothing more."""
+        endpoint, buffer = self._link.endpoint, frame.slot.header
+        sends: list[asyncio.Future[None]] = []
+        try:
+            header_bytes = pack_header(header, buffer.numpy().data)
+            sends.append(endpoint.send(buffer[:header_bytes], self._link.session_id))
+            sends.append(frame.payload.send(header.payload_bytes, header.nonce))
+        except Exception:
+            logger.exception("a frame could not be posted")
+            refused: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            refused.set_exception(failure(FailureReason.INTERNAL))
+            sends.append(refused)
+            self._cut()
+        return sends
 
     def _sent(self, frame: _Frame, broken: BaseException | None, began: float) -> None:
         if TRACE.is_on:

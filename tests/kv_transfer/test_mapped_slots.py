@@ -156,7 +156,8 @@ def test_a_frame_that_nobody_wants_gives_its_slot_back_unread(
     async def scenario(here: World) -> None:
         receiver, request = here.decode.receiver, make_request(32)
         here.prefill.hand_off(here.decode, request)
-        await until(lambda: here.decode.source.of(request.sequence_id) == ["reserved"])
+        [sending] = here.prefill.sender._sendings.values()
+        await until(lambda: sending.machine.ticket is not None)
         before = here.decode.pool.clone()
         heard = here.prefill.sender.received
         monkeypatch.setattr(here.prefill.sender, "received", lambda *_: None)
@@ -236,3 +237,23 @@ def test_what_a_receiver_says_of_other_slots_frees_none(
 )
 def test_slots_that_cannot_be_mapped_are_sent_instead(description: bytes) -> None:
     assert map_slots(description, torch.device("cpu")) == ()
+
+
+def test_a_slot_that_a_receiver_does_not_give_back_is_not_kept_for_ever(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The KV is there, and the sequence runs: nothing else would end the wait."""
+
+    async def scenario(here: World) -> None:
+        given_back = iter([pack_slot_read(SlotName(1, 99))])
+        monkeypatch.setattr(
+            "kv_transfer.receiving.slot_reader.pack_slot_read",
+            lambda name: next(given_back, None) or pack_slot_read(name),
+        )
+        request = here.hand_off()
+        await until(lambda: here.prefill.owner.of(request.sequence_id) == ["committed"])
+        here.prefill.clock.advance(61.0)
+        assert await here.ended(request) == ["committed", "free"]
+        assert here.staging.num_free == here.staging.num_slots
+
+    run(monkeypatch, scenario, stall_seconds=60.0, lease_seconds=300.0)

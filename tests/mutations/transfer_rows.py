@@ -219,8 +219,8 @@ TRANSFER_ROWS = (
             ),
             Mutation(
                 "kv_transfer/sending/peer.py",
-                "if self._endpoint is not None and not await self._endpoint.close():",
-                "if self._endpoint is not None and await self._endpoint.close() is None:",
+                "if self._endpoint is not None and not await _is_closed(self._endpoint):",
+                "if self._endpoint is not None and await _is_closed(self._endpoint) is None:",
                 CATALOGUE + STUCK_SENDS,
             ),
             Mutation(

@@ -1,0 +1,179 @@
+"""Errors of the machine under a hand-off, where no protocol expects one: blocks, slots and timers
+outlive them."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+from kv_transfer.receiving.arrivals import SlotArrival
+from kv_transfer.sending.outgoing import OutgoingTransfer
+from kv_transfer.sending.payloads import SlotPayload
+from kv_transfer.staging import Staging
+from kv_transfer.transports.loopback import LoopbackEndpoint
+from tests.kv_faults import HandDriven, two_frames
+from tests.kv_transfer.catalogue_worlds import TABLE, with_pair, with_peer
+from tests.kv_twins import (
+    BLOCK_SIZE,
+    NUM_BLOCKS,
+    DecodeSide,
+    PrefillSide,
+    handoff_to,
+    make_request,
+    until,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+def broken(*_: Any, **__: Any) -> Any:
+    raise RuntimeError("nobody foresaw this")
+
+
+def test_blocks_come_back_when_there_is_no_memory_for_what_nobody_wants(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The scratch memory is allocated with the first frame that is dropped."""
+
+    def full(_: Staging) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    async def scenario(peer: HandDriven, decode: DecodeSide) -> None:
+        request = make_request(2 * BLOCK_SIZE)
+        _, frames = await two_frames(peer, request)
+        monkeypatch.setattr(Staging, "scratch", property(full))
+        decode.receiver.cancel(request.sequence_id)
+        peer.post(*frames[0])
+        await until(lambda: peer.is_ended)
+        await until(lambda: len(decode.source.free) == NUM_BLOCKS)
+
+    with_peer(scenario)
+
+
+def test_blocks_come_back_when_a_payload_cannot_be_received(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def scenario(peer: HandDriven, decode: DecodeSide) -> None:
+        request = make_request(2 * BLOCK_SIZE)
+        _, frames = await two_frames(peer, request)
+        monkeypatch.setattr(SlotArrival, "receive", broken)
+        peer.post(*frames[0])
+        await until(lambda: len(decode.source.free) == NUM_BLOCKS)
+        assert decode.source.errors[request.sequence_id].reason == "unknown"
+
+    with_peer(scenario)
+
+
+@pytest.mark.parametrize("owner", [SlotPayload, LoopbackEndpoint], ids=["payload", "header"])
+def test_sources_and_slots_come_back_when_a_frame_cannot_be_posted(
+    owner: type[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario(prefill: PrefillSide, decode: DecodeSide) -> None:
+        request = make_request(32)
+        prefill.hand_off(decode, request)
+        await until(lambda: decode.source.of(request.sequence_id) == ["reserved"])
+        monkeypatch.setattr(owner, "send", broken)
+        prefill.compute(request, TABLE)
+        await until(lambda: prefill.owner.of(request.sequence_id) == ["failed", "free"])
+        monkeypatch.undo()
+        await until(lambda: len(decode.source.free) == NUM_BLOCKS)
+        await handed_off(prefill, decode)
+
+    with_pair(scenario)
+
+
+def test_a_hand_off_whose_frames_cannot_be_planned_ends_and_the_next_ones_go_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def scenario(prefill: PrefillSide, decode: DecodeSide) -> None:
+        request = make_request(32)
+        prefill.hand_off(decode, request)
+        await until(lambda: decode.source.of(request.sequence_id) == ["reserved"])
+        monkeypatch.setattr(OutgoingTransfer, "next_frame", broken)
+        prefill.compute(request, TABLE)
+        await until(lambda: prefill.owner.of(request.sequence_id) == ["failed", "free"])
+        monkeypatch.undo()
+        await handed_off(prefill, decode)
+
+    with_pair(scenario)
+
+
+def test_a_transfer_id_that_is_in_use_is_refused() -> None:
+    """By whoever draws such ids: the hand-off that has it already must not lose its books."""
+
+    async def scenario(prefill: PrefillSide, decode: DecodeSide) -> None:
+        handoff = handoff_to(decode)
+        first = make_request(32)
+        prefill.sender.open(first, handoff)
+        with pytest.raises(ValueError, match="transfer"):
+            prefill.sender.open(make_request(32), handoff)
+        prefill.compute(first, TABLE)
+        prefill.sender.commit(first.sequence_id, 7)
+        await until(lambda: prefill.owner.of(first.sequence_id) == ["committed", "free"])
+
+    with_pair(scenario)
+
+
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+def test_what_a_connection_that_cannot_be_cut_may_still_touch_is_counted(
+    role: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario(prefill: PrefillSide, decode: DecodeSide) -> None:
+        request = make_request(32)
+        prefill.hand_off(decode, request)
+        await until(lambda: decode.source.of(request.sequence_id) == ["reserved"])
+        agent = (prefill.sender if role == "prefill" else decode.receiver).agent
+        kept: list[str] = []
+        monkeypatch.setattr(agent.quarantine, "keep", lambda *, peer, **_: kept.append(peer))
+        monkeypatch.setattr(LoopbackEndpoint, "close", broken)
+        [peer] = prefill.sender._peers.values()
+        peer.cut()
+        await until(lambda: bool(kept))
+        monkeypatch.undo()
+        for endpoint in agent.transport._endpoints:  # type: ignore[attr-defined]
+            await endpoint.close()
+
+    with_pair(scenario)
+
+
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+def test_a_timer_outlives_an_error_of_what_it_calls(
+    role: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Leases, drains and tombstones of all others hang on it."""
+
+    async def scenario(prefill: PrefillSide, decode: DecodeSide) -> None:
+        swept: Any = prefill.sender if role == "prefill" else decode.receiver
+        monkeypatch.setattr(swept, "sweep", broken_once(swept.sweep))
+        request = make_request(32)
+        prefill.hand_off(decode, request)
+        await until(lambda: decode.source.of(request.sequence_id) == ["reserved"])
+        await asyncio.sleep(0)
+        side: Any = prefill if role == "prefill" else decode
+        side.clock.advance(31.0)
+        log = prefill.owner if role == "prefill" else decode.source
+        await until(lambda: "failed" in log.of(request.sequence_id))
+
+    with_pair(scenario, lease_seconds=30.0)
+
+
+def broken_once(works: Callable[[], None]) -> Callable[[], None]:
+    calls = iter([broken])
+
+    def call() -> None:
+        next(calls, works)()
+
+    return call
+
+
+async def handed_off(prefill: PrefillSide, decode: DecodeSide) -> None:
+    """Another prompt goes the same way."""
+    request = make_request(32)
+    prefill.hand_off(decode, request)
+    prefill.compute(request, TABLE)
+    prefill.sender.commit(request.sequence_id, 7)
+    await until(lambda: prefill.owner.of(request.sequence_id) == ["committed", "free"])
