@@ -73,9 +73,16 @@ TRANSFER_ROWS = (
             ),
             Mutation(
                 SENDER,
-                "            sending.peer.cut()\n",
-                "            pass\n",
+                "config.drain_seconds:\n            sending.peer.cut()\n",
+                "config.drain_seconds:\n            pass\n",
                 CATALOGUE + "sends_that_nobody_takes_end_the_transfer_and_then_the_connection",
+            ),
+            Mutation(
+                SENDER,
+                "                sending.peer.cut()\n",
+                "                pass\n",
+                "tests/kv_transfer/test_mapped_slots.py::"
+                "test_a_slot_that_a_receiver_does_not_give_back_is_not_kept_for_ever",
             ),
         ),
     ),
