@@ -23,7 +23,7 @@ EXIT_INTERRUPTED = 130
 
 ROOMS = (
     *("baton", "gateway", "prefill_node", "decode_node", "loadtest"),
-    *("engine", "kv_transfer", "kernels", "cluster"),
+    *("node_parts", "engine", "kv_transfer", "kernels", "cluster"),
 )
 
 

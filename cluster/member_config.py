@@ -50,6 +50,12 @@ class MemberConfig:
     def reachable_host(self) -> str:
         return self.advertise_host or self.host
 
+    def lasting_name(self, role: NodeRole) -> str | None:
+        """The name it has at every start; None when nothing tells it from others of its role."""
+        if not self.node_name and not self.port:
+            return None
+        return self.node_name or f"{role}-{self.reachable_host}-{self.port}"
+
     def node_id(self, role: NodeRole, incarnation: Incarnation) -> NodeId:
-        name = self.node_name or f"{role}-{self.reachable_host}-{self.port}"
+        name = self.lasting_name(role) or f"{role}-{self.reachable_host}-{incarnation:x}"
         return NodeId(NodeName(name), incarnation)

@@ -220,7 +220,7 @@ def node_main(
         member.log_level,
         log_format=member.log_format,
         role=role.value,
-        node_id=member.node_name or role.value,
+        node_id=member.lasting_name(role) or role.value,
     )
     return _run(loaded, load_body)
 

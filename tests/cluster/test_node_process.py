@@ -16,7 +16,7 @@ from cluster.errors import ConfigError, InternalError
 from cluster.member import MemberSources
 from cluster.member_config import MemberConfig
 from cluster.metrics import new_registry
-from cluster.node import NodeLoad, NodeRole
+from cluster.node import Incarnation, NodeLoad, NodeRole
 from cluster.node_process import EXIT_FAILED, NodeProcess, node_main, run_node
 from cluster.options import option
 from cluster.rpc import SessionHub
@@ -284,3 +284,13 @@ def test_a_node_that_was_told_to_stop_ends_well(told: Any) -> None:
         assert loaded[MemberConfig].port == 0
 
     assert main_with(body) == 0
+
+
+def test_a_node_without_a_name_is_told_from_others_in_logs_and_registry() -> None:
+    by_port = MemberConfig(host="10.0.0.7", port=9101)
+    assert by_port.lasting_name(NodeRole.DECODE) == "decode-10.0.0.7-9101"
+    assert by_port.node_id(NodeRole.DECODE, Incarnation(1)).name == "decode-10.0.0.7-9101"
+    portless = MemberConfig(port=0)
+    assert portless.lasting_name(NodeRole.DECODE) is None
+    names = {portless.node_id(NodeRole.DECODE, Incarnation(n)).name for n in (1, 2)}
+    assert len(names) == 2, "one would end the other: a name belongs to one node"

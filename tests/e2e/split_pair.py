@@ -139,9 +139,9 @@ class ServedNode:
         """Wait for the last send to end, and for copies to and from host memory; then no block may
         have an owner."""
         await until(self.is_idle)
-        host = self.node.engine.block_manager.host
+        host = self.node.parts.engine.block_manager.host
         await until(lambda: host is None or host.is_settled)
-        await check_all_free(self.node.loop, self.node.engine.block_manager)
+        await check_all_free(self.node.parts.loop, self.node.parts.engine.block_manager)
         self.agent.staging.check_integrity()
         assert self.agent.staging.num_free == self.agent.staging.num_slots
 
@@ -296,7 +296,7 @@ async def _serve(
             await session.done_writing()
             await listening
             await member.stop()
-            node.hub.close_all()
+            node.parts.hub.close_all()
             await server.stop(None)
             await node.close()
             await stores.close()

@@ -66,7 +66,7 @@ def prompt_of(salt: bytes) -> SequenceRequest:
 
 
 def manager_of(pair: SplitPair) -> BlockManager:
-    return pair.decode.node.engine.block_manager
+    return pair.decode.node.parts.engine.block_manager
 
 
 def host_of(pair: SplitPair) -> HostBlocks:
@@ -76,7 +76,7 @@ def host_of(pair: SplitPair) -> HostBlocks:
 
 
 def restored(pair: SplitPair) -> RestoreStats:
-    return pair.decode.node.engine.restores.stats
+    return pair.decode.node.parts.engine.restores.stats
 
 
 def fetched(pair: SplitPair) -> FetchStats:
@@ -118,11 +118,11 @@ def test_a_prefix_in_the_holders_host_memory_alone_is_not_computed_again(pair_of
         async with pair_of() as pair:
             wanted = await computed(pair)
             await leave_in_host_memory(pair, b"tenant")
-            before = pair.prefill.node.loop.stats.num_computed_tokens
+            before = pair.prefill.node.parts.loop.stats.num_computed_tokens
             tokens, num_cached = await ask(pair, b"tenant")
             assert tokens == wanted
             assert num_cached == NUM_WHOLE * BLOCK_SIZE
-            assert pair.prefill.node.loop.stats.num_computed_tokens - before == 6
+            assert pair.prefill.node.parts.loop.stats.num_computed_tokens - before == 6
             assert restored(pair).num_restored == NUM_WHOLE
             assert fetched(pair).num_tokens == NUM_WHOLE * BLOCK_SIZE
             assert fetched(pair).num_failed == 0
@@ -135,7 +135,7 @@ def test_a_holder_without_room_gives_nothing_and_waits_for_nobody(pair_of: PairO
         async with pair_of() as pair:
             wanted = await computed(pair)
             await leave_in_host_memory(pair, b"tenant")
-            manager, loop = manager_of(pair), pair.decode.node.loop
+            manager, loop = manager_of(pair), pair.decode.node.parts.loop
             running = make_sequence(range(5, 5 + 14 * BLOCK_SIZE), block_size=BLOCK_SIZE)
             taking = loop.call(lambda: manager.allocate(running, running.num_tokens))
             assert await asyncio.wrap_future(taking)
@@ -154,7 +154,7 @@ def test_what_changed_in_host_memory_is_computed(pair_of: PairOf) -> None:
         async with pair_of() as pair:
             wanted = await computed(pair)
             await leave_in_host_memory(pair, b"tenant")
-            copier = pair.decode.node.engine.copier
+            copier = pair.decode.node.parts.engine.copier
             assert copier is not None
             third = host_of(pair).tier.match(hashes_of(pair, b"tenant"))[2]
             copier.slots[third.slot, 17] ^= 1
@@ -175,7 +175,7 @@ def test_a_fetch_that_is_given_up_while_blocks_are_brought_leaves_nothing(
         async with pair_of() as pair:
             wanted = await computed(pair)
             await leave_in_host_memory(pair, b"tenant")
-            copier = pair.decode.node.engine.copier
+            copier = pair.decode.node.parts.engine.copier
             assert copier is not None
             begun: list[Callable[[], None]] = []
             start = copier.start

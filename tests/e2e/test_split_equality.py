@@ -108,7 +108,7 @@ async def check(pair: SplitPair, cases: Sequence[Case]) -> None:
     assert [len(answer.finish_reasons) for answer in answers] == [1] * len(cases)
     assert [a.was_handed_off for a in answers] == [case.goes_on for case in cases]
     assert [a.num_cached_tokens for a in answers] == [case.num_cached_tokens for case in cases]
-    layout = pair.decode.node.engine.kv_cache.layout
+    layout = pair.decode.node.parts.engine.kv_cache.layout
     block_bytes = layout.num_layers * layout.unit_bytes
     # One that ends with its first token is withdrawn: its blocks may have been on their way.
     most = block_bytes * sum(case.num_missing_blocks for case in cases)
@@ -283,11 +283,11 @@ def test_a_sequence_that_the_decode_node_preempts_goes_on_with_the_same_tokens(
             answers = await pair.split([make_request(prompt, GREEDY) for prompt in prompts])
             assert token_ids(answers) == [each["tokens"] for each in reference]
             assert all(answer.was_handed_off for answer in answers)
-            num_preemptions = pair.decode.node.loop.stats.num_preemptions
+            num_preemptions = pair.decode.node.parts.loop.stats.num_preemptions
             assert num_preemptions > 0
             await pair.check_nothing_held()
             drawn = await pair.split(sampled(prompts, salt=b""))
             assert token_ids(drawn) == token_ids(undisturbed)
-            assert pair.decode.node.loop.stats.num_preemptions > num_preemptions
+            assert pair.decode.node.parts.loop.stats.num_preemptions > num_preemptions
 
     asyncio.run(main())
