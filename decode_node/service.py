@@ -165,6 +165,8 @@ class DecodeHandler:
         stream = self._streams.get(sequence_id)
         if stream is None:
             raise Cancelled("The request was cancelled.")
+        if first_token_id >= self._engine.model_config.vocab_size:
+            raise TransferFailed("The first token is none of this model's.", reason="unknown")
         failpoint("decode.before_start")
         await asyncio.wrap_future(self._loop.call(lambda: self._start(sequence_id, first_token_id)))
         if not stream.is_started:

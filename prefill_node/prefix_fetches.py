@@ -32,9 +32,11 @@ from cluster.proto import node_pb2 as pb
 from cluster.proto import node_pb2_grpc as rpc
 from cluster.request import Handoff
 from prefill_node.fetch_estimate import Lacking
+from prefill_node.holder_channels import HolderChannels
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from concurrent.futures import Future
 
     from cluster.node import NodeId
     from cluster.request import PrefixHolder, SequenceRequest
@@ -101,11 +103,10 @@ class PrefixFetches:
         self._node_id = node_id
         self._block_manager = block_manager
         self._estimate = estimate
-        self._open_channel = open_channel
         self._clock = clock
         self._fetches: dict[str, _Fetch] = {}
         self._reservations: dict[str, Reservation] = {}  # of fetches, maybe given up
-        self._channels: dict[str, grpc.aio.Channel] = {}
+        self._channels = HolderChannels(open_channel)
         self._exploring: dict[NodeId, asyncio.Task[None]] = {}
         self._counted = (0, 0.0)  # tokens and seconds of the engine's steps
         self._loop: EngineLoop
@@ -122,8 +123,7 @@ class PrefixFetches:
         for task in exploring:
             task.cancel()
         await asyncio.gather(*exploring, return_exceptions=True)
-        for channel in self._channels.values():
-            await channel.close()
+        await self._channels.close()
 
     async def fetch(self, sequence: Sequence, holder: PrefixHolder) -> None:
         """Bring what `holder` has of a sequence that is not queued yet, if that pays. Raises
@@ -186,15 +186,27 @@ class PrefixFetches:
             raise TransferFailed("This is not the prefix that was asked for.", reason="unknown")
         hashes = sequence.block_hashes[:num_blocks]
         owner = f"fetch for {sequence.sequence_id}"
-        reservation = await asyncio.wrap_future(
-            self._loop.call(lambda: self._block_manager.reserve(hashes, num_blocks * size, owner))
+        asking = self._loop.call(
+            lambda: self._block_manager.reserve(hashes, num_blocks * size, owner)
         )
+        try:
+            reservation = await asyncio.wrap_future(asking)
+        except asyncio.CancelledError:  # it may be on its way here
+            asking.add_done_callback(self._give_back)
+            raise
         if reservation is None:
             raise Overloaded("There are no blocks for a prefix.")
         self._reservations[request.sequence_id] = reservation
         fetch.num_tokens_moved = (num_blocks - reservation.num_held_blocks) * size
         fetch.reserved_at = self._clock()
         return PrefixBlocks(reservation.block_ids, reservation.num_held_blocks)
+
+    def _give_back(self, late: Future[Reservation | None]) -> None:
+        """On any thread."""
+        if not late.cancelled() and late.exception() is None:
+            reservation = late.result()
+            if reservation is not None:
+                self._loop.call(reservation.cancel)
 
     async def start(self, sequence_id: str, first_token_id: int) -> None:
         reservation = self._reservations.get(sequence_id)
@@ -273,10 +285,7 @@ class PrefixFetches:
                 self._receiver.cancel(name)
 
     def _stub(self, address: str) -> rpc.NodeStub:
-        channel = self._channels.get(address)
-        if channel is None:
-            channel = self._channels[address] = self._open_channel(address)
-        return rpc.NodeStub(channel)  # type: ignore[no-untyped-call]
+        return rpc.NodeStub(self._channels.get(address))  # type: ignore[no-untyped-call]
 
     def _measure(self) -> None:
         """What the engine has computed since the last look."""

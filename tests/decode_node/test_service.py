@@ -613,3 +613,19 @@ def test_over_the_budget_the_policy_is_to_fail() -> None:
         await world.check_over()
 
     run(body)
+
+
+def test_a_first_token_that_the_model_does_not_have_starts_nothing() -> None:
+    """It would be looked up, with the tokens of everybody else's sequences, in the next step."""
+
+    async def scenario() -> None:
+        world = World()
+        world.engine.model_config.vocab_size = 50
+        await world.reserve(request("s"))
+        with pytest.raises(TransferFailed) as refused:
+            await world.handler.start("s", 50)
+        world.handler.on_transfer_failed("s", refused.value)
+        world.handler.release("s")
+        await world.check_over()
+
+    asyncio.run(scenario())

@@ -17,7 +17,8 @@ from cluster.request import PrefixHolder
 from engine.block_manager import BlockManager
 from engine.loop_parts import LoopStats
 from prefill_node.fetch_estimate import FIXED_SECONDS, FetchEstimate
-from prefill_node.prefix_fetches import PrefixFetches
+from prefill_node.holder_channels import MAX_CHANNELS, HolderChannels
+from prefill_node.prefix_fetches import PrefixFetches, _Fetch
 from tests.kv_twins import until
 from tests.sequences import BLOCK_SIZE, compute, make_sequence
 
@@ -208,3 +209,75 @@ def test_the_first_fetch_from_a_node_is_not_waited_for() -> None:
 
     asyncio.run(run())
     assert bench.manager.num_cached(bench.sequence.block_hashes) == 5
+
+
+class LateLoop:
+    """Has run what it was given when the test says so."""
+
+    def __init__(self) -> None:
+        self.stats = LoopStats()
+        self.given: list[tuple[Callable[[], Any], Future[Any]]] = []
+
+    def call(self, run: Callable[[], Any]) -> Future[Any]:
+        future: Future[Any] = Future()
+        future.set_running_or_notify_cancel()
+        self.given.append((run, future))
+        return future
+
+    def work(self) -> None:
+        while self.given:
+            run, future = self.given.pop(0)
+            future.set_result(run())
+
+
+def test_blocks_that_come_when_nobody_waits_for_them_any_more_go_back() -> None:
+    """The engine's thread was reserving them when the fetch was given up."""
+    bench, loop = Bench(), LateLoop()
+    bench.fetches._loop = cast("Any", loop)
+
+    async def scenario() -> None:
+        sequence = make_sequence(PROMPT)
+        done: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        bench.fetches._fetches["f"] = _Fetch(sequence, 4, done)
+        prefix = replace(
+            sequence.request,
+            sequence_id="f",
+            prompt_token_ids=sequence.prompt_token_ids[: 4 * BLOCK_SIZE],
+        )
+        asking = asyncio.create_task(bench.fetches.reserve(prefix, "d0"))
+        await until(lambda: bool(loop.given))
+        asking.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asking
+        loop.work()
+        assert bench.manager.num_free_blocks == 12
+
+    asyncio.run(scenario())
+
+
+def test_channels_to_holders_that_came_and_went_do_not_gather() -> None:
+    closed: list[str] = []
+
+    class Channel:
+        def __init__(self, address: str) -> None:
+            self.address = address
+
+        def unary_unary(self, *_: Any, **__: Any) -> None: ...
+        def stream_stream(self, *_: Any, **__: Any) -> None: ...
+
+        async def close(self) -> None:
+            closed.append(self.address)
+
+    async def scenario() -> None:
+        fetches = Bench().fetches
+        fetches._channels = HolderChannels(cast("Any", Channel))
+        for index in range(2 * MAX_CHANNELS):
+            fetches._stub("kept:1")
+            fetches._stub(f"node-{index}:1")
+        await asyncio.sleep(0)
+        assert len(closed) == MAX_CHANNELS + 1
+        assert "kept:1" not in closed
+        await fetches.close()
+        assert len(closed) == 2 * MAX_CHANNELS + 1
+
+    asyncio.run(scenario())
