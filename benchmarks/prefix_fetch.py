@@ -7,7 +7,9 @@
 4. cached    the same again: the prefill node has it.
 5. restored  with `--host-gib`: as `fetched`, but before it the decode node computes others until
              its small pool has nothing of it. It is fetched out of the node's host memory.
-Prompts come one at a time. What was fetched and restored is read from the nodes' metrics.
+Prompts come one at a time. What was fetched and restored, and how many prompts waited for that, is
+read from the nodes' metrics: only what was waited for can be sooner. The first turn, which is not
+timed, counts there: in it two nodes meet, and nobody waits.
 """
 
 from __future__ import annotations
@@ -35,6 +37,7 @@ BLOCK_SIZE = 16
 POOL_PROMPTS = 3  # of the longest, in a pool that is to be left
 ARMS = ("computed", "fetched", "cached", "restored")
 FETCHED = "baton_prefix_fetched_tokens_total"
+OUTCOMES = ("waited", "explored", "not_worthwhile", "failed")
 RESTORED = 'baton_host_kv_given_blocks_total{outcome="restored"}'
 
 
@@ -81,6 +84,11 @@ def counted(admin_url: str, name: str) -> float:
     return total
 
 
+def outcome(name: str) -> str:
+    """The counter of prompts of which another node had more."""
+    return f'baton_prefix_fetches_total{{outcome="{name}"}}'
+
+
 class Turns:
     """The arms with prompts of one length. `pool_tokens`: of a pool below which is host memory; 0:
     there is none, and no arm `restored`."""
@@ -124,19 +132,22 @@ class Turns:
 
 
 def measure(turns: Turns, serve: ServeProcess, length: int, repeats: int, seed: int) -> str:
-    """One row: medians of each arm, and how many of the tokens were fetched and restored."""
-    draw = random.Random(seed)
-    fetched, restored = (counted(serve.admin_url, name) for name in (FETCHED, RESTORED))
+    """One row: medians of each arm, how many of the tokens were fetched and restored, and what
+    became of the prompts of which the other node had more."""
+    draw = random.Random(f"{seed}, {length}")  # else short prompts would begin long ones
+    names = (FETCHED, RESTORED, *map(outcome, OUTCOMES))
+    before = [counted(serve.admin_url, name) for name in names]
     for turn in range(repeats + 1):
         turns.run(draw, is_warm=turn > 0)  # the first warms up
-    fetched = counted(serve.admin_url, FETCHED) - fetched
-    restored = (counted(serve.admin_url, RESTORED) - restored) * BLOCK_SIZE
+    after = [counted(serve.admin_url, name) for name in names]
+    fetched, restored, *outcomes = (b - a for a, b in zip(before, after, strict=True))
     medians = {arm: statistics.median(times) for arm, times in turns.times.items()}
     cells = [f"{medians[arm]:.1f}" if arm in medians else "-" for arm in ARMS]
     asked = length * (repeats + 1)
     ratio = medians["computed"] / medians["fetched"]
-    moved = f"{fetched:.0f}, {restored:.0f} of {asked}"
-    return f"| {length} | {' | '.join(cells)} | {ratio:.1f} | {moved} |"
+    moved = f"{fetched:.0f}, {restored * BLOCK_SIZE:.0f} of {asked}"
+    became = ", ".join(f"{count:.0f}" for count in outcomes)
+    return f"| {length} | {' | '.join(cells)} | {ratio:.1f} | {moved} | {became} |"
 
 
 def serve_options(arguments: argparse.Namespace, pool_tokens: int) -> list[str]:
@@ -165,8 +176,9 @@ def main(argv: list[str] | None = None) -> int:
     pool_tokens = POOL_PROMPTS * (max(arguments.input_len) + 1024) if arguments.host_gib else 0
     rows = [
         "| prompt | computed (ms) | fetched (ms) | cached (ms) | restored (ms) "
-        "| computed / fetched | tokens fetched, restored |",
-        "|---:|---:|---:|---:|---:|---:|---:|",
+        "| computed / fetched | tokens fetched, restored "
+        "| prompts that waited, explored, not worthwhile, failed |",
+        "|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     with tempfile.TemporaryDirectory() as folder:
         write_model_folder(Path(folder), arguments.shape, arguments.num_layers)

@@ -1,9 +1,16 @@
 """Whether fetching a cached prefix is quicker than computing it, by what was measured so far.
 
-The engine's rate, and that of the way from each holder, are averages that follow what happened
-last. A way that was never measured, or not lately, is not known: the only way to learn is to fetch,
-which `prefix_fetches.py` does then beside computing. A holder that failed is not asked again for a
-while.
+What the engine computes and what comes from each holder is added up, with earlier sums counting
+less: so a long prompt says more of a rate than a short one, of which most is waiting.
+
+A way from a holder is learned in two steps.
+    1. Nobody waits for the first contact, in which two nodes may have to connect. It says only
+       that something comes from there. How fast it was says nothing: it shares the GPU and the
+       event loop with the prompt, and what it brings may have been computed meanwhile.
+    2. From then on a prompt waits. As long as no rate was measured, the way is taken to be as fast
+       as need be: a guess that is too slow would never be put right, one that is too fast costs
+       one prompt at most `limit_seconds`.
+After a while all of it is forgotten. A holder that failed is not asked again for a moment.
 
 What the holder has in host memory alone it must bring into its pool first. It alone knows how much
 that is, and how fast: so it is told what a token may take there for the fetch still to be the
@@ -22,10 +29,12 @@ if TYPE_CHECKING:
 
 FIRST_TOKENS_PER_SECOND = 10_000.0
 FIXED_SECONDS = 0.003  # two calls, a reservation, the last frame
-REMEMBER_SECONDS = 300.0
+REMEMBER_SECONDS = 120.0
 AVOID_SECONDS = 30.0
 MIN_LIMIT_SECONDS = 0.25
-_WEIGHT = 0.3  # of the newest measurement
+# Steps of fewer tokens take as long as the weights take to be read: they say nothing of a rate.
+MIN_TOKENS_PER_STEP = 256
+_KEPT = 0.7  # of earlier sums, with each measurement
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,27 +47,46 @@ class Lacking:
 
 
 @dataclass(frozen=True, slots=True)
-class _Way:
-    """From one holder to here."""
+class _Sums:
+    """So many tokens took so long."""
 
-    bytes_per_second: float
-    measured_at: float
+    num_tokens: float
+    seconds: float
+
+    def seconds_of(self, num_tokens: int) -> float:
+        return num_tokens * self.seconds / self.num_tokens
+
+    def plus(self, num_tokens: int, seconds: float) -> _Sums:
+        return _Sums(_KEPT * self.num_tokens + num_tokens, _KEPT * self.seconds + seconds)
+
+
+_NOTHING = _Sums(0.0, 0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class _Way:
+    """From one holder to here. `moved` None: something came, but nobody waited for it."""
+
+    moved: _Sums | None
+    known_at: float
+
+    def seconds_of(self, num_tokens: int) -> float:
+        return 0.0 if self.moved is None else self.moved.seconds_of(num_tokens)
 
 
 class FetchEstimate:
-    """`bytes_per_token`: of KV over all layers."""
-
-    def __init__(self, bytes_per_token: float) -> None:
-        self._bytes_per_token = bytes_per_token
-        self._tokens_per_second: float | None = None
+    def __init__(self) -> None:
+        self._computed = _NOTHING
         self._ways: dict[NodeId, _Way] = {}
         self._avoided_until: dict[NodeId, float] = {}
 
     def compute_seconds(self, num_tokens: int) -> float:
-        return num_tokens / (self._tokens_per_second or FIRST_TOKENS_PER_SECOND)
+        if self._computed is _NOTHING:
+            return num_tokens / FIRST_TOKENS_PER_SECOND
+        return self._computed.seconds_of(num_tokens)
 
     def is_known(self, holder: NodeId, now: float) -> bool:
-        """Whether the way from there was measured lately."""
+        """Whether something came from there lately."""
         return self._way(holder, now) is not None
 
     def is_avoided(self, holder: NodeId, now: float) -> bool:
@@ -71,42 +99,42 @@ class FetchEstimate:
         return max(MIN_LIMIT_SECONDS, 2 * self.compute_seconds(num_tokens))
 
     def pays(self, holder: NodeId, lacking: Lacking, now: float) -> bool:
-        """False for a way that is not known."""
+        """False for a way that is not known. Where this is false, it is for parts of it, too."""
         way = self._way(holder, now)
         if way is None or self.is_avoided(holder, now):
             return False
         return self._spare_seconds(way, lacking) > 0
 
     def restore_seconds_per_token(self, holder: NodeId, lacking: Lacking, now: float) -> float:
-        """What each token may take until it is in the holder's pool. On a way that is not known it
-        may take the time of computing, for nobody waits."""
+        """What each token may take until it is in the holder's pool; 0 on a way that is not
+        known."""
         way = self._way(holder, now)
-        spare = self.compute_seconds(lacking.num_computed_tokens)
-        if way is not None:
-            spare = self._spare_seconds(way, lacking)
+        spare = 0.0 if way is None else self._spare_seconds(way, lacking)
         return max(0.0, spare) / max(1, lacking.num_moved_tokens)
 
     def _spare_seconds(self, way: _Way, lacking: Lacking) -> float:
         """By how much moving is sooner than computing."""
-        moving = lacking.num_moved_tokens * self._bytes_per_token / way.bytes_per_second
-        return self.compute_seconds(lacking.num_computed_tokens) - FIXED_SECONDS - moving
+        moving = FIXED_SECONDS + way.seconds_of(lacking.num_moved_tokens)
+        return self.compute_seconds(lacking.num_computed_tokens) - moving
 
-    def computed(self, num_tokens: int, seconds: float) -> None:
-        """So many tokens took the engine so long."""
-        if num_tokens > 0 and seconds > 0:
-            self._tokens_per_second = _average(self._tokens_per_second, num_tokens / seconds)
+    def computed(self, num_tokens: int, num_steps: int, seconds: float) -> None:
+        """So many tokens took the engine so many steps, and so long."""
+        if num_steps > 0 and num_tokens >= MIN_TOKENS_PER_STEP * num_steps:
+            self._computed = self._computed.plus(num_tokens, seconds)
+
+    def reached(self, holder: NodeId, now: float) -> None:
+        """Something came from there, for which nobody waited."""
+        way = self._way(holder, now)
+        self._keep(holder, _Way(None if way is None else way.moved, now))
 
     def fetched(self, holder: NodeId, num_tokens: int, seconds: float, now: float) -> None:
-        """So many tokens took so long on their way from there."""
-        if num_tokens <= 0 or seconds <= 0:
+        """So many tokens took so long on their way from there, and a prompt waited for them."""
+        if num_tokens <= 0:
             return
-        before = self._way(holder, now)
-        rate = _average(
-            None if before is None else before.bytes_per_second,
-            num_tokens * self._bytes_per_token / seconds,
-        )
-        self._ways = {node: way for node, way in self._ways.items() if self._way(node, now)}
-        self._ways[holder] = _Way(rate, now)
+        way = self._way(holder, now)
+        before = _NOTHING if way is None or way.moved is None else way.moved
+        moving = max(0.0, seconds - FIXED_SECONDS)
+        self._keep(holder, _Way(before.plus(num_tokens, moving), now))
 
     def failed(self, holder: NodeId, now: float) -> None:
         for node, until in list(self._avoided_until.items()):
@@ -116,8 +144,9 @@ class FetchEstimate:
 
     def _way(self, holder: NodeId, now: float) -> _Way | None:
         way = self._ways.get(holder)
-        return None if way is None or now - way.measured_at >= REMEMBER_SECONDS else way
+        return None if way is None or now - way.known_at >= REMEMBER_SECONDS else way
 
-
-def _average(before: float | None, measured: float) -> float:
-    return measured if before is None else (1 - _WEIGHT) * before + _WEIGHT * measured
+    def _keep(self, holder: NodeId, way: _Way) -> None:
+        now = way.known_at
+        self._ways = {node: each for node, each in self._ways.items() if self._way(node, now)}
+        self._ways[holder] = way

@@ -24,11 +24,18 @@ class FetchCollector(Collector):
         yield counter_by(
             ["outcome"],
             "baton_prefix_fetches",
-            "Prefixes that other nodes were asked for; what failed was computed.",
-            {"failed": stats.num_failed, "done": stats.num_done},
+            "Prompts of which another node had more: their prefix was waited for and came, "
+            "nobody waited for it, it was not worthwhile, or it failed. All but the first were "
+            "computed.",
+            {
+                "waited": stats.num_waited,
+                "explored": stats.num_explored,
+                "not_worthwhile": stats.num_not_worthwhile,
+                "failed": stats.num_failed,
+            },
         )
         yield CounterMetricFamily(
             "baton_prefix_fetched_tokens",
-            "Prompt tokens whose KV came from another node's cache.",
+            "Prompt tokens whose KV came from another node's cache instead of being computed.",
             value=stats.num_tokens,
         )

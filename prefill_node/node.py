@@ -77,7 +77,9 @@ class PrefillNode:
         self.fetches: PrefixFetches | None = None
         self._receiver: KVReceiver | None = None
         if parts.fetches_prefixes:
-            self.fetches = _new_fetches(engine, node_id)
+            self.fetches = PrefixFetches(
+                node_id, engine.block_manager, FetchEstimate(), open_channel
+            )
             self._receiver = parts.new_receiver(self.fetches, agent=agent.beside(NUM_FETCH_SLOTS))
 
     def sources(self, on_replaced: Callable[[], None]) -> MemberSources:
@@ -118,12 +120,6 @@ class PrefillNode:
             num_transfers=sender.num_transfers,
             num_quarantined_blocks=sender.num_quarantined_blocks,
         )
-
-
-def _new_fetches(engine: Engine, node_id: NodeId) -> PrefixFetches:
-    layout = engine.kv_layout
-    estimate = FetchEstimate(layout.block_bytes / layout.block_size)
-    return PrefixFetches(node_id, engine.block_manager, estimate, open_channel)
 
 
 def _layer_facts(engine: Engine, agent: TransferAgent) -> LayerFacts:

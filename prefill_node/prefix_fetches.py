@@ -3,12 +3,13 @@
 Life of a fetch
     1. `fetch`: a prompt's request named a node that has more of it cached. If what it has and we
        lack is fetched sooner than computed (`fetch_estimate.py`), that node is asked. If the way
-       from there is not known, it is asked as well, but the prompt does not wait.
+       from there is not known, it is asked for one block, and the prompt does not wait: the two
+       nodes are connected then, and the next prompt need not wait for that.
     2. What it had in host memory alone is in its pool, if that was quick enough. It opens a
        hand-off to us, and our receiver asks for blocks (`reserve`): for whole blocks of the
        prompt's beginning and nothing else. What we have already is not sent.
     3. All of it has arrived and is verified: `start` gives the blocks to the prefix cache. The
-       prompt is queued now, and finds them like any others.
+       prompt is queued now, behind that, and finds them like any others.
     4. A refusal, a failure, or more time than computing would take: the prompt is queued as it
        is. Blocks that may still be written to stay with the transfer until it has ended.
 
@@ -31,6 +32,7 @@ from cluster.errors import Cancelled, NodeUnavailable, Overloaded, ServingError,
 from cluster.proto import node_pb2 as pb
 from cluster.proto import node_pb2_grpc as rpc
 from cluster.request import Handoff
+from cluster.rpc import error_from_rpc
 from prefill_node.fetch_estimate import Lacking
 from prefill_node.holder_channels import HolderChannels
 
@@ -49,6 +51,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 MAX_FETCHES = 16
 EXPLORE_SECONDS = 10.0  # the two nodes may have to connect first
+# What a refusal is for that says nothing of the way, and cost one call.
+_HAS_NONE = "not_cached"
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,11 +75,11 @@ class _Wanted:
 
 @dataclass(slots=True)
 class _Fetch:
-    """One under way. `done` gives the tokens that are cached now."""
+    """One under way. `done`: it has arrived."""
 
     sequence: Sequence
     num_blocks: int  # asked for
-    done: asyncio.Future[int]
+    done: asyncio.Future[None]
     num_tokens_moved: int = 0
     reserved_at: float = 0.0
     seconds: float = 0.0  # from the reservation to the last byte: what the way took, not the steps
@@ -83,9 +87,13 @@ class _Fetch:
 
 @dataclass(slots=True)
 class FetchStats:
-    num_fetches: int = 0
+    """Of prompts whose request named a holder that had more of them; each counts once, at most.
+    `num_tokens`: that came for prompts that waited."""
+
+    num_waited: int = 0  # for a fetch, which came
+    num_explored: int = 0  # nobody waited
+    num_not_worthwhile: int = 0  # computing was believed to be sooner
     num_failed: int = 0
-    num_done: int = 0
     num_tokens: int = 0
 
 
@@ -108,7 +116,7 @@ class PrefixFetches:
         self._reservations: dict[str, Reservation] = {}  # of fetches, maybe given up
         self._channels = HolderChannels(open_channel)
         self._exploring: dict[NodeId, asyncio.Task[None]] = {}
-        self._counted = (0, 0.0)  # tokens and seconds of the engine's steps
+        self._counted = (0, 0, 0.0)  # tokens, steps and their seconds of the engine
         self._loop: EngineLoop
         self._receiver: KVReceiver
         self._address: Callable[[], str]
@@ -129,45 +137,78 @@ class PrefixFetches:
         """Bring what `holder` has of a sequence that is not queued yet, if that pays. Raises
         nothing but `CancelledError`."""
         num_blocks = min(holder.num_tokens, sequence.num_tokens - 1) // sequence.block_size
-        lacking = await self._lacking(sequence, num_blocks)
-        self._measure()
-        if lacking.num_computed_tokens == 0 or len(self._fetches) >= MAX_FETCHES:
+        if num_blocks == 0:
             return
-        now = self._clock()
-        seconds_per_token = self._estimate.restore_seconds_per_token(holder.node, lacking, now)
-        wanted = _Wanted(sequence, num_blocks, holder, seconds_per_token)
-        if self._estimate.pays(holder.node, lacking, now):
-            await self._try(wanted, self._estimate.limit_seconds(lacking.num_computed_tokens))
-        elif not self._estimate.is_known(holder.node, now):
-            self._explore(wanted)
+        self._measure()
+        node = holder.node
+        if not self._estimate.is_known(node, self._clock()):
+            self._explore(sequence, holder)
+            return
+        num_tokens = num_blocks * sequence.block_size
+        # The engine may be at a step: it is asked for what we lack only if that can matter.
+        if not self._pays(node, Lacking(num_tokens, num_tokens)):
+            self.stats.num_not_worthwhile += 1
+            return
+        lacking = await self._lacking(sequence, num_blocks)
+        if lacking.num_computed_tokens == 0:
+            return
+        if not self._pays(node, lacking) or len(self._fetches) >= MAX_FETCHES:
+            self.stats.num_not_worthwhile += 1
+            return
+        await self._wait_for(sequence, num_blocks, holder, lacking)
 
-    def _explore(self, wanted: _Wanted) -> None:
-        """Learn how fast the way from there is, while the prompt is computed."""
-        node = wanted.holder.node
+    def _pays(self, node: NodeId, lacking: Lacking) -> bool:
+        return self._estimate.pays(node, lacking, self._clock())
+
+    async def _wait_for(
+        self, sequence: Sequence, num_blocks: int, holder: PrefixHolder, lacking: Lacking
+    ) -> None:
+        began, node, estimate = self._clock(), holder.node, self._estimate
+        seconds_per_token = estimate.restore_seconds_per_token(node, lacking, began)
+        limit = estimate.limit_seconds(lacking.num_computed_tokens)
+        fetch = await self._try(_Wanted(sequence, num_blocks, holder, seconds_per_token), limit)
+        now = self._clock()
+        if fetch is not None:
+            self.stats.num_waited += 1
+            self.stats.num_tokens += fetch.num_tokens_moved
+            estimate.fetched(node, fetch.num_tokens_moved, fetch.seconds, now)
+        elif now - began >= limit:  # it takes that long at least
+            estimate.fetched(node, lacking.num_moved_tokens, now - began, now)
+
+    def _explore(self, sequence: Sequence, holder: PrefixHolder) -> None:
+        """Learn whether anything comes from there, while the prompt is computed."""
+        node = holder.node
         if node not in self._exploring and not self._estimate.is_avoided(node, self._clock()):
-            trying = self._try(wanted, EXPLORE_SECONDS)
-            task = self._exploring[node] = asyncio.create_task(trying)
+            task = self._exploring[node] = asyncio.create_task(self._reach(sequence, holder))
             task.add_done_callback(lambda _: self._exploring.pop(node))
 
-    async def _try(self, wanted: _Wanted, limit_seconds: float) -> None:
-        holder = wanted.holder
-        self.stats.num_fetches += 1
+    async def _reach(self, sequence: Sequence, holder: PrefixHolder) -> None:
+        wanted = _Wanted(sequence, 1, holder, EXPLORE_SECONDS)
+        if await self._try(wanted, EXPLORE_SECONDS) is not None:
+            self.stats.num_explored += 1
+            self._estimate.reached(holder.node, self._clock())
+
+    async def _try(self, wanted: _Wanted, limit_seconds: float) -> _Fetch | None:
+        """What came; None if it failed, of which everybody has heard then."""
+        name = wanted.holder.node.name
         try:
             async with asyncio.timeout(limit_seconds):
-                fetch = await self._bring(wanted)
-        except (ServingError, grpc.aio.AioRpcError, TimeoutError) as error:
-            logger.warning("a prefix on %s is computed here: %r", holder.node.name, error)
-            self.stats.num_failed += 1
-            self._estimate.failed(holder.node, self._clock())
-        except Exception:  # the top of the task: the prefix is computed here
-            logger.exception("a prefix could not be fetched from %s", holder.node.name)
-            self.stats.num_failed += 1
-            self._estimate.failed(holder.node, self._clock())
-        else:
-            self.stats.num_done += 1
-            self.stats.num_tokens += fetch.done.result()
-            now = self._clock()
-            self._estimate.fetched(holder.node, fetch.num_tokens_moved, fetch.seconds, now)
+                return await self._bring(wanted)
+        except grpc.aio.AioRpcError as error:
+            self._failed(wanted, error_from_rpc(error))
+        except (ServingError, TimeoutError) as error:
+            self._failed(wanted, error)
+        except Exception as error:  # the top of the task: the prefix is computed here
+            logger.exception("a prefix could not be fetched from %s", name)
+            self._failed(wanted, error)
+        return None
+
+    def _failed(self, wanted: _Wanted, error: Exception) -> None:
+        node = wanted.holder.node
+        logger.warning("a prefix on %s is computed here: %r", node.name, error)
+        self.stats.num_failed += 1
+        if getattr(error, "reason", None) != _HAS_NONE:
+            self._estimate.failed(node, self._clock())
 
     # ---- the receiver's source of blocks ----------------------------------------------------
 
@@ -215,10 +256,11 @@ class PrefixFetches:
             raise Cancelled("Nobody waits for this prefix.")
         fetch.seconds = self._clock() - fetch.reserved_at
         hashes = fetch.sequence.block_hashes[: len(reservation.block_ids)]
-        await asyncio.wrap_future(self._loop.call(lambda: reservation.keep(hashes)))
-        self._reservations.pop(sequence_id, None)
+        del self._reservations[sequence_id]
+        # Not waited for, which would be for the step that runs: the prompt is queued behind it.
+        self._loop.call(lambda: reservation.keep(hashes))
         if not fetch.done.done():
-            fetch.done.set_result(reservation.num_tokens)
+            fetch.done.set_result(None)
 
     def release(self, sequence_id: str) -> None:
         reservation = self._reservations.pop(sequence_id, None)
@@ -256,7 +298,7 @@ class PrefixFetches:
         sequence, num_blocks = wanted.sequence, wanted.num_blocks
         transfer_id = os.urandom(16)
         name = f"prefix-{transfer_id.hex()}"
-        done: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         fetch = self._fetches[name] = _Fetch(sequence, num_blocks, done)
         prefix = sequence.prompt_token_ids[: num_blocks * sequence.block_size]
         asked = replace(
@@ -290,6 +332,7 @@ class PrefixFetches:
     def _measure(self) -> None:
         """What the engine has computed since the last look."""
         stats = self._loop.stats
-        now = stats.num_computed_tokens, stats.step_seconds
-        self._estimate.computed(now[0] - self._counted[0], now[1] - self._counted[1])
+        now = stats.num_computed_tokens, stats.num_steps, stats.step_seconds
+        num_tokens, num_steps, seconds = self._counted
+        self._estimate.computed(now[0] - num_tokens, now[1] - num_steps, now[2] - seconds)
         self._counted = now

@@ -15,6 +15,7 @@ from kv_transfer.sending.sender import KVSender
 from prefill_node.fetch_estimate import FetchEstimate
 from prefill_node.node import PrefillNode
 from tests.e2e.split_pair import make_request, split_pair
+from tests.kv_twins import until
 
 if TYPE_CHECKING:
     import torch
@@ -34,6 +35,7 @@ GREEDY = SamplingParams(max_tokens=NUM_TOKENS, seed=0, temperature=0.0, ignore_e
 @pytest.fixture(autouse=True)
 def always_pays(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small models are computed sooner than anything is fetched."""
+    monkeypatch.setattr(FetchEstimate, "is_known", lambda self, holder, now: True)
     monkeypatch.setattr(
         FetchEstimate, "pays", lambda self, holder, lacking, now: lacking.num_computed_tokens > 0
     )
@@ -81,7 +83,27 @@ def test_a_prefix_that_the_decode_node_has_is_not_computed_again(pair_of: PairOf
             # Both have it now: nothing is asked.
             again = await ask(pair, b"second")
             assert again.token_ids == wanted
-            assert fetched(pair).num_fetches == 1
+            assert fetched(pair).num_waited == 1
+
+    asyncio.run(run())
+
+
+def test_the_second_prompt_waits_and_the_first_one_only_connects(
+    pair_of: PairOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()
+    monkeypatch.setattr(FetchEstimate, "limit_seconds", lambda self, num_tokens: 60.0)
+
+    async def run() -> None:
+        async with pair_of() as pair:
+            await pair.warm([], [prompt_of(b"first"), prompt_of(b"second")])
+            first = await ask(pair, b"first")
+            assert first.num_cached_tokens == 0
+            await until(lambda: fetched(pair).num_explored == 1)
+            second = await ask(pair, b"second")
+            assert second.num_cached_tokens == 64
+            assert second.token_ids == first.token_ids
+            assert fetched(pair).num_waited == 1
 
     asyncio.run(run())
 

@@ -11,15 +11,21 @@ import pytest
 
 from cluster.clock import monotonic
 from cluster.codec import decode_sequence
-from cluster.errors import Cancelled, Overloaded, ServingError, TransferFailed
+from cluster.errors import (
+    Cancelled,
+    NodeUnavailable,
+    Overloaded,
+    ServingError,
+    TransferFailed,
+)
 from cluster.node import Incarnation, NodeId, NodeName
 from cluster.request import PrefixHolder
 from engine.block_manager import BlockManager
 from engine.loop_parts import LoopStats
-from prefill_node.fetch_estimate import FIXED_SECONDS, FetchEstimate
+from prefill_node.fetch_estimate import AVOID_SECONDS, FIXED_SECONDS, FetchEstimate, Lacking
 from prefill_node.holder_channels import MAX_CHANNELS, HolderChannels
-from prefill_node.prefix_fetches import PrefixFetches, _Fetch
-from tests.kv_twins import until
+from prefill_node.prefix_fetches import FetchStats, PrefixFetches, _Fetch
+from tests.kv_twins import ManualClock, until
 from tests.sequences import BLOCK_SIZE, compute, make_sequence
 
 if TYPE_CHECKING:
@@ -32,15 +38,26 @@ PROMPT = range(5 * BLOCK_SIZE + 1)
 
 
 class InlineLoop:
-    """Runs what it is given at once."""
+    """Runs what it is given at once, or, while the engine is at a step, at its end."""
 
     def __init__(self) -> None:
         self.stats = LoopStats()
+        self.is_stepping = False
+        self.given: list[tuple[Callable[[], Any], Future[Any]]] = []
 
     def call(self, run: Callable[[], Any]) -> Future[Any]:
         future: Future[Any] = Future()
-        future.set_result(run())
+        future.set_running_or_notify_cancel()
+        self.given.append((run, future))
+        if not self.is_stepping:
+            self.end_step()
         return future
+
+    def end_step(self) -> None:
+        self.is_stepping = False
+        while self.given:
+            run, future = self.given.pop(0)
+            future.set_result(run())
 
 
 class Receiver:
@@ -59,15 +76,16 @@ class Bench:
     ) -> None:
         self.manager = BlockManager(num_blocks, BLOCK_SIZE, num_host_blocks=num_host_blocks)
         self.receiver = Receiver()
-        self.estimate = estimate = FetchEstimate(1.0)
-        estimate.computed(1, 1.0)
+        self.loop = InlineLoop()
+        self.estimate = estimate = FetchEstimate()
+        estimate.computed(1000, 1, 1000.0)
         if is_known:
-            estimate.fetched(HOLDER, 1000, 0.1, monotonic())
+            estimate.fetched(HOLDER, 1000, FIXED_SECONDS + 0.1, monotonic())
         self.fetches = PrefixFetches(US, self.manager, estimate, lambda address: None)
-        self.fetches.bind(cast("Any", InlineLoop()), cast("Any", self.receiver), lambda: "here:1")
+        self.fetches.bind(cast("Any", self.loop), cast("Any", self.receiver), lambda: "here:1")
         self.restore_seconds: list[float] = []
 
-    async def fetch(self, answer: Callable[[SequenceRequest], Any]) -> None:
+    async def fetch(self, answer: Callable[[SequenceRequest], Any], prompt: range = PROMPT) -> None:
         """`answer` does what the holder does."""
 
         class Stub:
@@ -76,8 +94,8 @@ class Bench:
                 await answer(decode_sequence(request.sequence))
 
         self.fetches._stub = lambda address: cast("Any", Stub())  # type: ignore[method-assign]
-        self.sequence = make_sequence(PROMPT)
-        await self.fetches.fetch(self.sequence, PrefixHolder(HOLDER, "there:1", len(PROMPT)))
+        self.sequence = make_sequence(prompt)
+        await self.fetches.fetch(self.sequence, PrefixHolder(HOLDER, "there:1", len(prompt)))
         self.manager.check_integrity()
 
 
@@ -166,7 +184,7 @@ def test_nothing_is_asked_for_what_is_here() -> None:
         raise AssertionError("It was asked.")
 
     asyncio.run(bench.fetch(give))
-    assert bench.fetches.stats.num_fetches == 0
+    assert bench.fetches.stats == FetchStats()
 
 
 def test_what_our_host_memory_has_saves_nothing_though_it_is_moved() -> None:
@@ -192,52 +210,122 @@ def test_what_our_host_memory_has_saves_nothing_though_it_is_moved() -> None:
     assert bench.restore_seconds == [pytest.approx(spare / (5 * BLOCK_SIZE))]
 
 
-def test_the_first_fetch_from_a_node_is_not_waited_for() -> None:
+def test_the_first_contact_asks_for_one_block_and_nobody_waits() -> None:
     bench = Bench(is_known=False)
-    asked = asyncio.Event()
+    asked: list[SequenceRequest] = []
 
     async def give(prefix: SequenceRequest) -> None:
-        asked.set()
+        asked.append(prefix)
         await bench.fetches.reserve(prefix, "d0")
         await bench.fetches.start(prefix.sequence_id, 0)
 
     async def run() -> None:
         await bench.fetch(give)
-        assert not asked.is_set()
-        await until(lambda: bench.fetches.stats.num_done == 1)
+        assert not asked
+        await until(lambda: bench.fetches.stats.num_explored == 1)
         assert bench.estimate.is_known(HOLDER, monotonic())
+        assert len(asked[0].prompt_token_ids) == BLOCK_SIZE
+        assert bench.restore_seconds[0] >= 1.0, "it may be in host memory, and nobody waits"
+        await bench.fetch(give)
+        assert bench.fetches.stats.num_waited == 1
 
     asyncio.run(run())
     assert bench.manager.num_cached(bench.sequence.block_hashes) == 5
 
 
-class LateLoop:
-    """Has run what it was given when the test says so."""
+def test_a_first_contact_that_finds_all_of_it_computed_makes_the_next_prompt_wait() -> None:
+    """The step of the prompt ends before there are blocks for what is fetched beside it."""
+    bench = Bench(num_blocks=24, is_known=False)
+    other = range(900, 900 + 5 * BLOCK_SIZE + 1)
 
-    def __init__(self) -> None:
-        self.stats = LoopStats()
-        self.given: list[tuple[Callable[[], Any], Future[Any]]] = []
+    async def give(prefix: SequenceRequest) -> None:
+        await bench.fetches.reserve(prefix, "d0")
+        await bench.fetches.start(prefix.sequence_id, 0)
 
-    def call(self, run: Callable[[], Any]) -> Future[Any]:
-        future: Future[Any] = Future()
-        future.set_running_or_notify_cancel()
-        self.given.append((run, future))
-        return future
+    async def run() -> None:
+        await bench.fetch(give)
+        bench.loop.is_stepping = True
+        compute(bench.manager, bench.sequence)
+        bench.loop.end_step()
+        await until(lambda: bench.fetches.stats.num_explored == 1)
+        await bench.fetch(give, other)
 
-    def work(self) -> None:
-        while self.given:
-            run, future = self.given.pop(0)
-            future.set_result(run())
+    asyncio.run(run())
+    assert bench.fetches.stats.num_waited == 1
+    assert bench.fetches.stats.num_tokens == 5 * BLOCK_SIZE
+
+
+def test_a_prompt_goes_on_when_all_has_arrived_though_the_engine_is_at_a_step() -> None:
+    bench = Bench()
+
+    async def give(prefix: SequenceRequest) -> None:
+        await bench.fetches.reserve(prefix, "d0")
+        bench.loop.is_stepping = True
+        await bench.fetches.start(prefix.sequence_id, 0)
+
+    async def run() -> None:
+        async with asyncio.timeout(10):
+            await bench.fetch(give)
+        queued = bench.loop.call(lambda: bench.manager.num_cached(bench.sequence.block_hashes))
+        bench.loop.end_step()
+        assert queued.result() == 5, "what is queued behind it finds it"
+
+    asyncio.run(run())
+
+
+def test_the_engine_is_not_asked_where_nothing_could_be_worthwhile() -> None:
+    bench = Bench()
+    bench.estimate.fetched(HOLDER, 1_000_000, 1e9, monotonic())
+    bench.loop.is_stepping = True
+
+    async def give(prefix: SequenceRequest) -> None:
+        raise AssertionError("It was asked.")
+
+    asyncio.run(bench.fetch(give))
+    assert bench.fetches.stats == FetchStats(num_not_worthwhile=1)
+
+
+def test_a_holder_that_has_lost_it_is_asked_for_the_next_prompt() -> None:
+    bench = Bench()
+
+    async def refuse(prefix: SequenceRequest) -> None:
+        raise NodeUnavailable("Nothing of this prefix is cached here.", reason="not_cached")
+
+    async def vanish(prefix: SequenceRequest) -> None:
+        raise NodeUnavailable("It is gone.")
+
+    asyncio.run(bench.fetch(refuse))
+    assert bench.fetches.stats.num_failed == 1
+    assert not bench.estimate.is_avoided(HOLDER, monotonic())
+    asyncio.run(bench.fetch(vanish))
+    assert bench.estimate.is_avoided(HOLDER, monotonic())
+
+
+def test_what_did_not_come_in_time_is_not_waited_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench(is_known=False)
+    clock = ManualClock()
+    bench.fetches._clock = clock
+    bench.estimate.reached(HOLDER, clock())
+    monkeypatch.setattr(FetchEstimate, "limit_seconds", lambda self, num_tokens: 0.05)
+
+    async def never(prefix: SequenceRequest) -> None:
+        clock.advance(1000.0)
+        await asyncio.Event().wait()
+
+    asyncio.run(bench.fetch(never))
+    later = clock() + AVOID_SECONDS
+    assert not bench.estimate.is_avoided(HOLDER, later)
+    assert not bench.estimate.pays(HOLDER, Lacking(80, 80), later)
 
 
 def test_blocks_that_come_when_nobody_waits_for_them_any_more_go_back() -> None:
     """The engine's thread was reserving them when the fetch was given up."""
-    bench, loop = Bench(), LateLoop()
-    bench.fetches._loop = cast("Any", loop)
+    bench = Bench()
+    bench.loop.is_stepping = True
 
     async def scenario() -> None:
         sequence = make_sequence(PROMPT)
-        done: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         bench.fetches._fetches["f"] = _Fetch(sequence, 4, done)
         prefix = replace(
             sequence.request,
@@ -245,11 +333,11 @@ def test_blocks_that_come_when_nobody_waits_for_them_any_more_go_back() -> None:
             prompt_token_ids=sequence.prompt_token_ids[: 4 * BLOCK_SIZE],
         )
         asking = asyncio.create_task(bench.fetches.reserve(prefix, "d0"))
-        await until(lambda: bool(loop.given))
+        await until(lambda: bool(bench.loop.given))
         asking.cancel()
         with pytest.raises(asyncio.CancelledError):
             await asking
-        loop.work()
+        bench.loop.end_step()
         assert bench.manager.num_free_blocks == 12
 
     asyncio.run(scenario())
