@@ -64,7 +64,8 @@ class _Command:
 
 @dataclass(slots=True)
 class _Flight:
-    """A launched step, and when the device could begin with it."""
+    """A launched step, and when the device could begin with it: with the first of what the launch
+    queues. On a CPU the launch is the step."""
 
     decision: ScheduleDecision
     step: Launched
@@ -214,11 +215,12 @@ class EngineLoop:
 
     def _launch(self, decision: ScheduleDecision) -> _Flight | Exception:
         """The step, or why there is none, which `_launched` says when it is its turn."""
+        began = time.perf_counter()
         try:
             self._observer.before_step(decision)
             on_layer = None if self._layer_hook is None else self._layer_hook(decision)
             step = self._engine.launch(decision, on_layer=on_layer)
-            return _Flight(decision, step, time.perf_counter())
+            return _Flight(decision, step, began)
         except RankLost:  # no step can run any more
             raise
         except Exception as error:  # one bad step must not end the node

@@ -116,6 +116,24 @@ class Harness:
             assert self.recorder.settled_once.acquire(timeout=10)
 
 
+def test_a_step_takes_its_launch_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("engine.loop.time", SimpleNamespace(perf_counter=lambda: now[0]))
+    harness = Harness()
+    launch = ScriptedEngine.launch
+
+    def slow(self: ScriptedEngine, decision: ScheduleDecision, **options: Any) -> Any:
+        now[0] += 7.0
+        return launch(self, decision, **options)
+
+    monkeypatch.setattr(ScriptedEngine, "launch", slow)
+    harness.loop.start()
+    harness.add("first", "second")
+    harness.wait_for_steps(2)
+    harness.loop.stop()
+    assert harness.loop.stats.step_seconds == 14.0
+
+
 def _note_thread(order: list[tuple[int, int]], number: int) -> None:
     order.append((number, threading.get_ident()))
 
