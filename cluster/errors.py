@@ -12,7 +12,6 @@
     |  `- UnsupportedMediaType   415 unsupported_media_type
     |- AuthenticationFailed      401 invalid_api_key
     |- PermissionDenied          403 permission_denied
-    |- RateLimited               429 rate_limit_exceeded
     |- Overloaded                503 overloaded
     |  `- OutOfMemory            503 overloaded
     |- NodeUnavailable           503 no_capacity
@@ -126,14 +125,6 @@ class PermissionDenied(ServingError):
     http_status = 403
     grpc_code = "PERMISSION_DENIED"
     openai_type = "permission_error"
-
-
-class RateLimited(ServingError):
-    code = "rate_limit_exceeded"
-    http_status = 429
-    grpc_code = "RESOURCE_EXHAUSTED"
-    openai_type = "rate_limit_error"
-    retryable = True
 
 
 class Overloaded(ServingError):

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, MutableMapping
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
-LOG_FORMATS = ("auto", "console", "json")
 _AS_JSON = {"auto": None, "console": False, "json": True}
 
 _REDACTED = "[redacted]"

@@ -71,12 +71,6 @@ class ClusterView:
         """Of the nodes that may take new work: what the prefix index is asked about."""
         return {info.id.name: info.id.incarnation for info in (*self.prefill, *self.decode)}
 
-    def compatible_decode(self, prefill: NodeInfo) -> tuple[NodeInfo, ...]:
-        """The decode nodes that can read the KV of `prefill`."""
-        return tuple(
-            info for info in self.decode if info.compatibility_hash == prefill.compatibility_hash
-        )
-
 
 EMPTY_VIEW = ClusterView.of(())
 

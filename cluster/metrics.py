@@ -42,9 +42,6 @@ REQUEST_SECONDS_BUCKETS = (
 INTERNAL_SECONDS_BUCKETS = (
     *(0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0),
 )
-TRANSFER_SECONDS_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 5.0)
-TRANSFER_BYTES_BUCKETS = tuple(float(2**exponent) for exponent in range(11, 34, 2))
-ITERATION_TOKENS_BUCKETS = (1.0, *(float(2**exponent) for exponent in range(3, 15)))
 
 
 def token_count_buckets(max_model_len: int) -> tuple[float, ...]:

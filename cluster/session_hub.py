@@ -202,10 +202,6 @@ class SessionHub:
         session = self._sessions.get(gateway_id)
         return session is not None and not session.is_closed
 
-    @property
-    def gateway_ids(self) -> list[str]:
-        return [gateway_id for gateway_id in self._sessions if self.is_open(gateway_id)]
-
     def close_all(self) -> None:
         """End every iteration, for an orderly exit."""
         for session in self._sessions.values():

@@ -33,16 +33,15 @@ from cluster.errors import (
 )
 from cluster.failpoints import failpoint
 from cluster.node import NodeState
-from cluster.prefix_hash import root_hash
-from cluster.proto import node_pb2 as pb
 from decode_node.streams import LAUNCH_SECONDS, Remembered, Stream, Streams, orphan_error
 from engine.loop_errors import refusal
-from engine.sequence import Sequence, check_request
+from node_parts.requests import inspect_reply, runnable
 
 if TYPE_CHECKING:
     from collections.abc import Sequence as SequenceOf
 
     from cluster.member import Member
+    from cluster.proto import node_pb2 as pb
     from cluster.request import Handoff, SequenceRequest, TokenDelta
     from cluster.rpc import SessionHub
     from decode_node.recompute import RecomputeBudget
@@ -50,6 +49,7 @@ if TYPE_CHECKING:
     from decode_node.scheduler import DecodeScheduler
     from engine.engine import Engine
     from engine.loop import EngineLoop
+    from engine.sequence import Sequence
     from kv_transfer.receiving.receiver import KVReceiver
 
 logger = logging.getLogger(__name__)
@@ -94,9 +94,9 @@ class DecodeHandler:
             raise InvalidRequest("A decode node does not hand off.")
         if self._member.state is not NodeState.READY:
             raise NodeUnavailable("This decode node takes no new work.", reason="not_ready")
-        runnable = self._accept(sequence, gateway_id)
+        accepted = self._accept(sequence, gateway_id)
         self._streams.open(Stream(sequence, gateway_id, is_started=True), self._on_deadline)
-        adding = asyncio.wrap_future(self._loop.call(lambda: self._scheduler.add(runnable)))
+        adding = asyncio.wrap_future(self._loop.call(lambda: self._scheduler.add(accepted)))
         adding.add_done_callback(lambda done: self._on_added(sequence.sequence_id, done))
 
     def cancel(self, sequence_id: str) -> None:
@@ -126,20 +126,11 @@ class DecodeHandler:
         self._loop.call(self._engine.block_manager.reset_prefix_cache)
 
     async def inspect(self) -> pb.InspectReply:
-        now = time.monotonic()
-        sequences = [
-            pb.SequenceInfo(
-                sequence_id=sequence_id,
-                request_id=stream.request.request_id,
-                status="running" if stream.is_started else "waiting_for_kv",
-                num_prompt_tokens=len(stream.request.prompt_token_ids),
-                age_seconds=now - stream.began_at,
-            )
-            for sequence_id, stream in self._streams.items()
-        ]
-        return pb.InspectReply(
-            sequences=sequences, leases=self._receiver.leases(), load=self._member.load_message()
+        streams = (
+            (s.request, "running" if s.is_started else "waiting_for_kv", s.began_at)
+            for _, s in self._streams.items()
         )
+        return inspect_reply(streams, self._receiver.leases(), self._member.load_message())
 
     # ---- the receiver's source of blocks ----------------------------------------------
 
@@ -282,16 +273,7 @@ class DecodeHandler:
             raise InvalidRequest("This sequence was submitted before.")
         if not self._hub.is_open(gateway_id):
             raise Cancelled("The gateway of this request is not connected to the decode node.")
-        check_request(
-            request,
-            vocab_size=self._engine.model_config.vocab_size,
-            max_model_len=self._engine.max_model_len,
-        )
-        return Sequence(
-            request,
-            block_size=self._engine.block_manager.block_size,
-            root=root_hash(self._member.model_key, request.cache_salt),
-        )
+        return runnable(request, self._engine, self._member.model_key)
 
     def _on_added(self, sequence_id: str, adding: asyncio.Future[None]) -> None:
         error = refusal(adding)

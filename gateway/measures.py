@@ -59,7 +59,6 @@ class Measures:
         self.errors: Counter[tuple[str, str]] = Counter()  # requests by code and reason
         self.endings: Counter[str] = Counter()  # sequences by finish reason
         self.rejections: Counter[str] = Counter()  # by admission's reason
-        self.lookups: Counter[str] = Counter()  # of the prefix index, by outcome
         self.retries: Counter[tuple[str, str]] = Counter()  # by kind and the error's reason
         self.num_disconnected = 0
         self.num_prompt_tokens = 0

@@ -53,13 +53,12 @@ def estimate(reported: int, now: int, then: int) -> int:
 class NodeEntry:
     """One node in use. `info` is its latest registry entry."""
 
-    __slots__ = ("client", "info", "is_retired", "tally")
+    __slots__ = ("client", "info", "tally")
 
     def __init__(self, info: NodeInfo, client: NodeClient) -> None:
         self.info = info
         self.client = client
         self.tally = Tally()
-        self.is_retired = False
 
     def refresh(self, info: NodeInfo) -> None:
         if info.load != self.info.load:
@@ -126,7 +125,6 @@ class Nodes:
         if entry is None or entry.info.id != node:
             return
         del self._entries[node.name]
-        entry.is_retired = True
         self._retired.add(entry)
         self.close_if_idle(entry)
 

@@ -31,20 +31,20 @@ from cluster.errors import (
 )
 from cluster.failpoints import failpoint
 from cluster.node import NodeState
-from cluster.prefix_hash import root_hash
-from cluster.proto import node_pb2 as pb
 from cluster.request import TokenDelta
 from engine.loop_errors import refusal
-from engine.sequence import Sequence, check_request
+from node_parts.requests import inspect_reply, runnable
 
 if TYPE_CHECKING:
     from collections.abc import Sequence as SequenceOf
 
     from cluster.member import Member
+    from cluster.proto import node_pb2 as pb
     from cluster.request import Handoff, PrefixHolder, SequenceRequest
     from cluster.rpc import SessionHub
     from engine.engine import Engine
     from engine.loop import EngineLoop
+    from engine.sequence import Sequence
     from kv_transfer.sending.sender import KVSender
     from prefill_node.loop import ComputedLayers, PrefillObserver, StepReport
     from prefill_node.prefix_fetches import PrefixFetches
@@ -120,16 +120,7 @@ class PrefillHandler:
             raise NodeUnavailable("This prefill node takes no new work.", reason="not_ready")
         if sequence.sequence_id in self._prompts:
             raise InvalidRequest("This sequence was submitted before.")
-        check_request(
-            sequence,
-            vocab_size=self._engine.model_config.vocab_size,
-            max_model_len=self._engine.max_model_len,
-        )
-        runnable = Sequence(
-            sequence,
-            block_size=self._engine.block_manager.block_size,
-            root=root_hash(self._member.model_key, sequence.cache_salt),
-        )
+        accepted = runnable(sequence, self._engine, self._member.model_key)
         prompt = Prompt(sequence, gateway_id, handoff)
         self._prompts[sequence.sequence_id] = prompt
         if sequence.sampling.max_tokens > 1:
@@ -140,21 +131,21 @@ class PrefillHandler:
                 sequence.deadline_seconds, self._on_deadline, sequence.sequence_id, prompt
             )
         if self._fetches is None or handoff.holder is None:
-            self._queue(runnable)
+            self._queue(accepted)
         else:
-            fetching = self._fetch(self._fetches, prompt, runnable, handoff.holder)
+            fetching = self._fetch(self._fetches, prompt, accepted, handoff.holder)
             prompt.fetching = asyncio.create_task(fetching)
 
     async def _fetch(
-        self, fetches: PrefixFetches, prompt: Prompt, runnable: Sequence, holder: PrefixHolder
+        self, fetches: PrefixFetches, prompt: Prompt, accepted: Sequence, holder: PrefixHolder
     ) -> None:
-        await fetches.fetch(runnable, holder)
+        await fetches.fetch(accepted, holder)
         if not prompt.is_done:
-            self._queue(runnable)
+            self._queue(accepted)
 
-    def _queue(self, runnable: Sequence) -> None:
-        adding = asyncio.wrap_future(self._loop.call(lambda: self._scheduler.add(runnable)))
-        adding.add_done_callback(lambda done: self._on_added(runnable.sequence_id, done))
+    def _queue(self, accepted: Sequence) -> None:
+        adding = asyncio.wrap_future(self._loop.call(lambda: self._scheduler.add(accepted)))
+        adding.add_done_callback(lambda done: self._on_added(accepted.sequence_id, done))
 
     def _on_added(self, sequence_id: str, adding: asyncio.Future[None]) -> None:
         error = refusal(adding)
@@ -183,20 +174,11 @@ class PrefillHandler:
         self._loop.call(self._engine.block_manager.reset_prefix_cache)
 
     async def inspect(self) -> pb.InspectReply:
-        now = time.monotonic()
-        sequences = [
-            pb.SequenceInfo(
-                sequence_id=sequence_id,
-                request_id=prompt.request.request_id,
-                status="sending" if prompt.is_sending else "queued",
-                num_prompt_tokens=len(prompt.request.prompt_token_ids),
-                age_seconds=now - prompt.submitted_at,
-            )
-            for sequence_id, prompt in self._prompts.items()
-        ]
-        return pb.InspectReply(
-            sequences=sequences, leases=self._sender.leases(), load=self._member.load_message()
+        prompts = (
+            (p.request, "sending" if p.is_sending else "queued", p.submitted_at)
+            for p in self._prompts.values()
         )
+        return inspect_reply(prompts, self._sender.leases(), self._member.load_message())
 
     # ---- reports of the engine --------------------------------------------------------
 

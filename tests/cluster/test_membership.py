@@ -64,7 +64,7 @@ def test_the_view_sorts_nodes_by_role_and_readiness() -> None:
             seen("p0"),
             seen("p2", state=NodeState.STARTING),
             seen("d0", 7, role=decode),
-            seen("d1", role=decode, compatibility_hash="other"),
+            seen("d1", role=decode),
             seen("d2", role=decode, state=NodeState.DRAINING),
         ],
         0.0,
@@ -73,7 +73,6 @@ def test_the_view_sorts_nodes_by_role_and_readiness() -> None:
     assert names(view.prefill) == ["p0", "p1"]
     assert names(view.decode) == ["d0", "d1"]
     assert list(view.nodes) == ["d0", "d1", "d2", "p0", "p1", "p2"]
-    assert names(view.compatible_decode(view.prefill[0])) == ["d0"]
     assert view.incarnations == {"p0": 1, "p1": 1, "d0": 7, "d1": 1}
     assert view.find(NodeId(NodeName("d0"), Incarnation(7))) is view.get(NodeName("d0"))
     assert view.find(NodeId(NodeName("d0"), Incarnation(8))) is None
