@@ -40,6 +40,7 @@ __all__ = [
     "gdc_launch_dependents",
     "gdc_wait",
     "interpreted",
+    "is_hopper",
     "jit",
     "jit_for_any",
     "next_power_of_two",
@@ -121,6 +122,12 @@ def chained_launch(device: torch.device) -> bool:
     if device.type != "cuda" or gdc_wait is None:
         return False
     return torch.cuda.get_device_capability(device)[0] >= 9
+
+
+@lru_cache(maxsize=16)
+def is_hopper(device: torch.device) -> bool:
+    """Whether it is a GPU of compute capability 9."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
 
 
 @lru_cache(maxsize=16)

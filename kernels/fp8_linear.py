@@ -90,21 +90,24 @@ def fp8_linear(
     eps: float = 0.0,
     residual: torch.Tensor | None = None,
     silu_mul: bool = False,
+    spare: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`act(norm(x) @ (weight * weight_scale).T + bias) + residual` with `norm(x)` quantised, in x's
-    dtype; norm_weight, residual and silu_mul as in `skinny_linear`.
+    dtype; norm_weight, residual and silu_mul as in `skinny_linear`. The result may take the memory
+    of residual.
 
     x: `[M, K]`. weight: float8_e4m3fn `[N, K]`, N and K multiples of 16. weight_scale: float32
     `[N]` or `[1]`. input_scale: static, float32 `[1]`; None quantises every row by its own largest
-    value. On a GPU the first call must not be captured in a graph.
+    value. spare: `[M, N]` in x's dtype, contiguous: memory for the product, taken where that is
+    free. On a GPU the first call must not be captured in a graph.
     """
     assert weight.dtype == FP8
     quantized, scales = quantize_rows(x, input_scale, norm_weight=norm_weight, eps=eps)
     if x.dtype == torch.bfloat16 and x.shape[0] > _FEW_ROWS and _library_scales(x.device):
-        y = _scaled_by_library(quantized, scales, weight, weight_scale, bias)
+        y = _scaled_by_library(quantized, scales, weight, weight_scale, bias, spare)
         if silu_mul:
             y = silu_mul_of(y)
-        return y if residual is None else y.add_(residual)
+        return y if residual is None else residual.add_(y)
     return scale_product(
         _product(quantized, weight, x.dtype), scales, weight_scale, x.dtype,
         bias=bias, residual=residual, silu_mul=silu_mul,
@@ -128,12 +131,15 @@ def _scaled_by_library(
     weight: torch.Tensor,
     weight_scale: torch.Tensor,
     bias: torch.Tensor | None,
+    out: torch.Tensor | None,
 ) -> torch.Tensor:
     """With a scale per row and column, which the library knows with bfloat16 results only."""
-    columns = weight_scale.view(1, -1).expand(1, weight.shape[0]).contiguous()
+    columns = weight_scale.view(1, -1)
+    if columns.shape[1] == 1:
+        columns = columns.expand(1, weight.shape[0]).contiguous()
     return torch._scaled_mm(
         x, weight.t(), scale_a=scales, scale_b=columns, bias=bias, out_dtype=torch.bfloat16,
-        use_fast_accum=True,
+        use_fast_accum=True, out=out,
     )  # fmt: skip
 
 

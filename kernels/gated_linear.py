@@ -23,10 +23,9 @@ from __future__ import annotations
 
 import torch
 
-from kernels.dispatch import num_multiprocessors
+from kernels.dispatch import is_hopper, num_multiprocessors
 from kernels.gluon_api import (
     HAS_GLUON,
-    TensorDescriptor,
     async_load,
     async_store,
     barrier,
@@ -34,6 +33,7 @@ from kernels.gluon_api import (
     gl,
     gluon_jit,
     gluon_jit_for_any,
+    in_blocks,
     mbarrier,
     next_stage,
     reinterpret,
@@ -54,7 +54,7 @@ def fits_gated_linear(num_rows: int, weight: torch.Tensor) -> bool:
     """Whether `gated_linear` runs here and beats the library's product with `silu_mul` behind."""
     if not HAS_GLUON or not weight.is_cuda or weight.dtype not in (torch.bfloat16, torch.float16):
         return False
-    if torch.cuda.get_device_capability(weight.device)[0] != 9 or weight.shape[1] % 8:
+    if not is_hopper(weight.device) or weight.shape[1] % 8:
         return False
     columns = weight.shape[0] // 2
     tiles = -(-num_rows // _ROWS) * -(-columns // _COLUMNS)
@@ -79,12 +79,9 @@ def gated_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     columns = weight.shape[0] // 2
     out = torch.empty(num_rows, columns, dtype=x.dtype, device=x.device)
     grid = num_multiprocessors(x.device)
-    layout = gl.NVMMASharedLayout(128, 16, rank=2)
     _gated_kernel[(grid,)](
-        TensorDescriptor.from_tensor(x, [_ROWS // 2, _DEPTH], layout),
-        TensorDescriptor.from_tensor(weight[:columns], [_COLUMNS, _DEPTH], layout),
-        TensorDescriptor.from_tensor(weight[columns:], [_COLUMNS, _DEPTH], layout),
-        TensorDescriptor.from_tensor(out, [_ROWS // 2, _COLUMNS], layout),
+        in_blocks(x, _ROWS // 2, _DEPTH), in_blocks(weight[:columns], _COLUMNS, _DEPTH),
+        in_blocks(weight[columns:], _COLUMNS, _DEPTH), in_blocks(out, _ROWS // 2, _COLUMNS),
         num_rows, COLUMNS=columns, STEPS=-(-in_size // _DEPTH), GRID=grid, STAGES=_STAGES,
         TILE_ROWS=_ROWS, TILE_COLUMNS=_COLUMNS, DEPTH=_DEPTH, AT_ONCE=_ROWS_AT_ONCE,
         num_warps=4, maxnreg=168,

@@ -50,31 +50,34 @@ def gather_kv(
     width = -(-num_pages * page // block_size)
     shape = (num_seqs * width, 2, num_kv_heads, block_size, head_size)
     gathered = torch.empty(shape, dtype=dtype, device=kv_layer.device)
-    tables = torch.arange(num_seqs * width, dtype=torch.int32, device=kv_layer.device)
+    tables = torch.empty((num_seqs, width), dtype=torch.int32, device=kv_layer.device)
     assert runs_triton(kv_layer)
     assert block_size % _TOKENS == 0
     if num_seqs > 0:
         _gather_kernel[(width * (block_size // _TOKENS), 2 * num_kv_heads, num_seqs)](
-            kv_layer, block_tables, cu_seqlens_q, seq_lens, kv_scales, gathered,
+            kv_layer, block_tables, cu_seqlens_q, seq_lens, kv_scales, gathered, tables,
             block_tables.stride(0), width,
             KV_HEADS=num_kv_heads, HEAD_SIZE=head_size, BLOCK_DIM=next_power_of_two(head_size),
             PAGE=page, BLOCK_SIZE=block_size, TOKENS=_TOKENS, SCALED=kv_scales is not None,
             WINDOW=sliding_window or 0, num_warps=4,
         )  # fmt: skip
-    return GatheredKV(gathered, tables.view(num_seqs, width))
+    return GatheredKV(gathered, tables)
 
 
 @jit_for_any("table_stride", "width")
 def _gather_kernel(
     kv_ptr: tl.tensor, tables_ptr: tl.tensor, starts_ptr: tl.tensor, lens_ptr: tl.tensor,
-    scales_ptr: tl.tensor, out_ptr: tl.tensor, table_stride: tl.tensor, width: tl.tensor,
-    KV_HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr, BLOCK_DIM: tl.constexpr,
+    scales_ptr: tl.tensor, out_ptr: tl.tensor, out_tables_ptr: tl.tensor, table_stride: tl.tensor,
+    width: tl.tensor, KV_HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr, BLOCK_DIM: tl.constexpr,
     PAGE: tl.constexpr, BLOCK_SIZE: tl.constexpr, TOKENS: tl.constexpr, SCALED: tl.constexpr,
     WINDOW: tl.constexpr,
 ) -> None:  # fmt: skip
     side_head, sequence = tl.program_id(1), tl.program_id(2).to(tl.int64)
     first_token = tl.program_id(0) * TOKENS
     seq_len = tl.load(lens_ptr + sequence)
+    out_block = sequence * width + first_token // BLOCK_SIZE
+    is_first = (side_head == 0) & (first_token % BLOCK_SIZE == 0)
+    tl.store(out_tables_ptr + out_block, out_block.to(tl.int32), mask=is_first)
     # The rest of a block that holds tokens is zeroed, what is behind it left alone.
     if first_token >= (seq_len + BLOCK_SIZE - 1) // BLOCK_SIZE * BLOCK_SIZE:
         return
@@ -91,7 +94,6 @@ def _gather_kernel(
     kv = tl.load(kv_ptr + row[:, None] * HEAD_SIZE + column, mask=mask, other=0.0)
     if SCALED:
         kv = kv.to(tl.float32) * tl.load(scales_ptr + side_head)
-    out_block = sequence * width + first_token // BLOCK_SIZE
     out_row = (out_block * (2 * KV_HEADS) + side_head) * BLOCK_SIZE + token % BLOCK_SIZE
     out_ptrs = out_ptr + out_row[:, None] * HEAD_SIZE + column
     tl.store(out_ptrs, kv.to(out_ptr.dtype.element_ty), mask=column < HEAD_SIZE)

@@ -37,8 +37,11 @@ except ImportError:
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    import torch
+
 __all__ = [
     "HAS_GLUON",
+    "SHARED_MATRIX",
     "TensorDescriptor",
     "async_load",
     "async_store",
@@ -48,6 +51,7 @@ __all__ = [
     "gluon_constexpr",
     "gluon_jit",
     "gluon_jit_for_any",
+    "in_blocks",
     "mbarrier",
     "mma_v2",
     "next_stage",
@@ -60,6 +64,8 @@ __all__ = [
 ]
 
 HAS_GLUON = gluon is not None
+# Where the tensor cores take blocks of a 16-bit matrix from; made once, as that takes microseconds.
+SHARED_MATRIX: Any = None if gl is None else gl.NVMMASharedLayout(128, 16, rank=2)
 
 
 def gluon_jit(function: Callable[..., Any]) -> Any:
@@ -81,6 +87,11 @@ def gluon_jit_for_any(*arguments: str) -> Callable[[Callable[..., Any]], Any]:
         return direct(gluon.jit(function, do_not_specialize=list(arguments)))
 
     return decorate
+
+
+def in_blocks(matrix: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """A 16-bit matrix for the bulk copy engine, in blocks of so many rows and columns."""
+    return TensorDescriptor.from_tensor(matrix, [rows, columns], SHARED_MATRIX)
 
 
 @gluon_jit

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING
 
 from kernels.dispatch import num_multiprocessors
 from kernels.gluon_api import (
+    SHARED_MATRIX,
     TensorDescriptor,
     fence_async_shared,
     gl,
@@ -80,11 +81,13 @@ def gluon_prefill(
     assert query.stride(1) == head_size
     assert query.stride(2) == block_tables.stride(1) == 1
     num_rows = kv_layer.numel() // head_size
-    layout = gl.NVMMASharedLayout(128, 16, rank=2)
     queries = TensorDescriptor(
-        query, [num_tokens, num_heads * head_size], [query.stride(0), 1], [PIECE // 2, 64], layout
+        query, [num_tokens, num_heads * head_size], [query.stride(0), 1], [PIECE // 2, 64],
+        SHARED_MATRIX,
+    )  # fmt: skip
+    pool = TensorDescriptor(
+        kv_layer, [num_rows, head_size], [head_size, 1], [page, 64], SHARED_MATRIX
     )
-    pool = TensorDescriptor(kv_layer, [num_rows, head_size], [head_size, 1], [page, 64], layout)
     section = num_heads // num_kv_heads
     if num_tokens < 4 * max_seqlen_q:
         section *= kv_heads_at_a_time(num_kv_heads, block_tables.numel() * page * head_size)

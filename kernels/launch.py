@@ -41,14 +41,25 @@ _stream_of_cuda: Callable[[int], int] | None = getattr(torch._C, "_cuda_getCurre
 
 # The kind of what only Triton knows how to launch with.
 _STRANGE = object()
+# Of this version the function in C is known that launchers call after asking for scratch memory.
+_KNOWN = triton is not None and triton.__version__.startswith("3.6.")
 
 
 class _Compiled(NamedTuple):
-    """What Triton launches for a key: its launcher, and what that is told of the kernel."""
+    """What is called for a key: `run(*grid, stream, *kernel, *values)`."""
 
     run: Callable[..., object]
-    function: int
-    metadata: object
+    kernel: tuple[object, ...]
+
+    @classmethod
+    def of(cls, compiled: Any) -> _Compiled:
+        """compiled: Triton's, launched before."""
+        run, hooks = compiled.run, (None, None, None)  # metadata for hooks, and two hooks
+        if not _KNOWN or run.global_scratch_size or run.profile_scratch_size:
+            return cls(run, (compiled.function, compiled.packed_metadata, *hooks))
+        modes, scratch = (run.launch_cooperative_grid, run.launch_pdl), (None, None)
+        metadata = compiled.packed_metadata
+        return cls(run.launch, (compiled.function, *modes, *scratch, metadata, *hooks))
 
 
 class Launches:
@@ -82,18 +93,14 @@ class Launches:
             if len(args) == self._num_given and _STRANGE not in kinds:
                 self._remember(key, ran)
             return
-        run, function, metadata = compiled
+        run, kernel = compiled
         x, y, z = (*grid, 1, 1)[:3]
-        run(
-            x, y, z, self._stream(device), function, metadata, None, None, None,
-            *values, *self._constants,
-        )  # fmt: skip
+        run(x, y, z, self._stream(device), *kernel, *values, *self._constants)
 
     def _remember(self, key: Hashable, ran: Any) -> None:
         """ran: what Triton says that it launched; unknown versions may say anything else."""
-        function = getattr(ran, "function", None)
-        if isinstance(function, int):
-            self._compiled[key] = _Compiled(ran.run, function, ran.packed_metadata)
+        if isinstance(getattr(ran, "function", None), int):
+            self._compiled[key] = _Compiled.of(ran)
 
 
 def direct(kernel: Any) -> Any:

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from kernels.dispatch import chained_launch, num_multiprocessors
+from kernels.dispatch import chained_launch, is_hopper, num_multiprocessors
 from kernels.gluon_api import HAS_GLUON
 from kernels.rope_store import rope_store
 from kernels.row_programs import layer_kernel
@@ -92,9 +92,7 @@ def fits_row_layer(transform: Transform, qkv: RowMatrix, num_ranks: int = 1) -> 
     many ranks sum."""
     weights = [matrix.weight for matrix in (*transform[:3], qkv)]
     device, dtype = weights[0].device, weights[0].dtype
-    if not HAS_GLUON or device.type != "cuda":
-        return False
-    if torch.cuda.get_device_capability(device)[0] != 9:
+    if not HAS_GLUON or not is_hopper(device):
         return False
     block = 128 // weights[0].itemsize
     return (

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from kernels.dispatch import chained_launch, next_power_of_two, num_multiprocessors
+from kernels.dispatch import chained_launch, is_hopper, next_power_of_two, num_multiprocessors
 from kernels.gluon_api import HAS_GLUON
 from kernels.skinny_operand import TILE_OUT, WARPS, descriptor, word_layouts
 from kernels.skinny_walk import stream_kernel
@@ -40,7 +40,7 @@ def can_stream(
     device: torch.device, in_size: int, weight_dtype: torch.dtype, *, gated_out: int = TILE_OUT
 ) -> bool:
     """Whether `stream` takes such weights (int32: four-bit ones); gated_out: half their outputs."""
-    if not HAS_GLUON or device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
+    if not HAS_GLUON or not is_hopper(device):
         return False
     if weight_dtype == torch.int32:
         return in_size % 64 == 0 and gated_out % TILE_OUT == 0

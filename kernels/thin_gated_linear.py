@@ -24,12 +24,13 @@ from kernels.gluon_api import (
     gl,
     gluon_jit,
     gluon_jit_for_any,
+    in_blocks,
     mbarrier,
     next_stage,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from kernels.thin_ring import DEPTH, OUT, fill_ring, fits_ring, make_ring, num_columns, tiles_of
+from kernels.thin_ring import DEPTH, OUT, fill_ring, fits_ring, make_ring, num_columns
 
 if TYPE_CHECKING:
     import torch
@@ -65,10 +66,10 @@ def thin_gated_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     columns = num_columns(num_rows)
     chained = chained_launch(x.device)
     _thin_gated_kernel[(-(-out_size // OUT),)](
-        tiles_of(weight[:out_size], OUT), tiles_of(weight[out_size:], OUT), tiles_of(x, columns),
-        out, num_rows, OUT_SIZE=out_size, COLUMNS=columns, STEPS=in_size // DEPTH,
-        STAGES=_RING_BYTES // (2 * DEPTH * (2 * OUT + columns)), OUT=OUT, DEPTH=DEPTH,
-        CHAINED=chained, num_warps=4, maxnreg=128, launch_pdl=chained,
+        in_blocks(weight[:out_size], OUT, DEPTH), in_blocks(weight[out_size:], OUT, DEPTH),
+        in_blocks(x, columns, DEPTH), out, num_rows, OUT_SIZE=out_size, COLUMNS=columns,
+        STEPS=in_size // DEPTH, STAGES=_RING_BYTES // (2 * DEPTH * (2 * OUT + columns)),
+        OUT=OUT, DEPTH=DEPTH, CHAINED=chained, num_warps=4, maxnreg=128, launch_pdl=chained,
     )  # fmt: skip
     return out
 

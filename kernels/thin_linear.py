@@ -26,12 +26,13 @@ from kernels.gluon_api import (
     gl,
     gluon_jit,
     gluon_jit_for_any,
+    in_blocks,
     mbarrier,
     next_stage,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from kernels.thin_ring import DEPTH, OUT, fill_ring, fits_ring, make_ring, num_columns, tiles_of
+from kernels.thin_ring import DEPTH, OUT, fill_ring, fits_ring, make_ring, num_columns
 
 if TYPE_CHECKING:
     import torch
@@ -70,7 +71,7 @@ def thin_linear(
     columns = num_columns(num_rows)
     chained = chained_launch(x.device)
     _thin_kernel[(-(-out_size // OUT),)](
-        tiles_of(weight, OUT), tiles_of(x, columns),
+        in_blocks(weight, OUT, DEPTH), in_blocks(x, columns, DEPTH),
         residual, out, num_rows, OUT_SIZE=out_size, COLUMNS=columns, STEPS=in_size // DEPTH,
         STAGES=_RING_BYTES // (2 * DEPTH * (OUT + columns)), OUT=OUT, DEPTH=DEPTH,
         CHAINED=chained, num_warps=4, maxnreg=128, launch_pdl=chained,

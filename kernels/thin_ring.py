@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import torch
 
-from kernels.dispatch import gdc_wait, next_power_of_two
+from kernels.dispatch import gdc_wait, is_hopper, next_power_of_two
 from kernels.gluon_api import (
     HAS_GLUON,
-    TensorDescriptor,
     async_load,
     fence_async_shared,
     gl,
@@ -29,19 +28,12 @@ def fits_ring(weight: torch.Tensor) -> bool:
     """Whether these kernels take such weights, and run where they are."""
     if not HAS_GLUON or not weight.is_cuda or weight.dtype not in (torch.bfloat16, torch.float16):
         return False
-    return torch.cuda.get_device_capability(weight.device)[0] == 9 and weight.shape[1] % DEPTH == 0
+    return is_hopper(weight.device) and weight.shape[1] % DEPTH == 0
 
 
 def num_columns(num_rows: int) -> int:
     """Of the narrow operand, which rows of x are."""
     return max(16, next_power_of_two(num_rows))
-
-
-def tiles_of(matrix: torch.Tensor, rows: int) -> TensorDescriptor:
-    """A matrix for the bulk copy engine, in blocks of so many rows and of a stage's depth."""
-    return TensorDescriptor.from_tensor(
-        matrix, [rows, DEPTH], gl.NVMMASharedLayout(128, 16, rank=2)
-    )
 
 
 @gluon_jit

@@ -121,7 +121,7 @@ class Float8Linear:
         )
 
     def __call__(self, x: torch.Tensor, spare: torch.Tensor | None = None) -> torch.Tensor:
-        return self._product(x)
+        return self._product(x, spare)
 
     def normed(self, residual: torch.Tensor, norm_weight: torch.Tensor, eps: float) -> torch.Tensor:
         return self._product(residual, norm_weight=norm_weight, eps=eps)
@@ -134,7 +134,9 @@ class Float8Linear:
     def add_to(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         return self._product(x, residual=residual)
 
-    def _product(self, x: torch.Tensor, **options: Any) -> torch.Tensor:
+    def _product(
+        self, x: torch.Tensor, spare: torch.Tensor | None = None, **options: Any
+    ) -> torch.Tensor:
         """`options`: what belongs to the product, named alike by both kernels."""
         if self._widens(x):
             return skinny_linear(
@@ -146,6 +148,7 @@ class Float8Linear:
             self.weight_scale,
             input_scale=self.input_scale,
             bias=self.bias,
+            spare=spare,
             **options,
         )
 

@@ -104,3 +104,25 @@ def test_what_stands_around_the_product_is_part_of_it(
     expected = gate * torch.sigmoid(gate) * up + residual.double().cpu()
     error = (y.double().cpu() - expected).norm()
     assert error.item() <= max(4e-3, 2 * torch.finfo(dtype).eps) * expected.norm().item()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("per_channel", [True, False])
+def test_products_of_many_rows_take_memory_that_is_there(per_channel: bool) -> None:
+    """Which between ranks spares a copy: sums are taken from where the stream lies."""
+    device = torch.device("cuda")
+    x = torch.randn(600, 192, device=device, dtype=torch.bfloat16)
+    weight, scale = quantize_weight(torch.randn(80, 192) / 14, per_channel=per_channel)
+    weight, scale = weight.to(device), scale.to(device)
+    y = fp8_linear(x, weight, scale)
+    quantized, scales = quantize_rows(x)
+    left, right = quantized.double() * scales.double(), weight.double() * scale.double().view(-1, 1)
+    expected = left @ right.T
+    assert (y.double() - expected).norm() <= 4e-3 * expected.norm()
+    spare = torch.empty_like(y)
+    assert fp8_linear(x, weight, scale, spare=spare) is spare
+    assert torch.equal(spare, y)
+    residual = torch.randn_like(y)
+    wanted = residual + y
+    assert fp8_linear(x, weight, scale, residual=residual) is residual
+    assert torch.equal(residual, wanted)
