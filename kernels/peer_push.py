@@ -18,8 +18,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from kernels.dispatch import chained_launch, gdc_launch_dependents, gdc_wait, jit, jit_for_any, tl
-from kernels.peer_sum import MAX_PROGRAMS
+from kernels.dispatch import chained_launch, gdc_launch_dependents, gdc_wait, jit_for_any, tl
+from kernels.peer_sum import MAX_PROGRAMS, fence
 
 if TYPE_CHECKING:
     import torch
@@ -54,17 +54,6 @@ def peer_push(part: torch.Tensor, out: torch.Tensor, inboxes: PeerInboxes) -> No
     )  # fmt: skip
 
 
-@jit
-def _fence(COMPILED: tl.constexpr) -> None:
-    """Orders what all threads of the program did before it and after it, for all GPUs."""
-    if COMPILED:
-        tl.inline_asm_elementwise(
-            "fence.acq_rel.sys; mov.u32 $0, 0;", "=r,r", [tl.program_id(0)], dtype=tl.int32,
-            is_pure=False, pack=1,
-        )  # fmt: skip
-    tl.debug_barrier()
-
-
 @jit_for_any("num_tiles")
 def _peer_push_kernel(
     part_ptr: tl.tensor, out_ptr: tl.tensor, inboxes_ptr: tl.tensor, epochs_ptr: tl.tensor,
@@ -84,7 +73,7 @@ def _peer_push_kernel(
         mask = column < WIDTH
         got = tl.load(part_ptr + row * WIDTH + column, mask=mask)
         tl.store(out_ptr + row * (SIZE * COLUMNS) + RANK * COLUMNS + column, got, mask=mask)
-    _fence(COMPILED)
+    fence(COMPILED)
     place = (epoch & 1).to(tl.int64) * (SIZE * CAPACITY) + program * REGION
     for peer in tl.static_range(SIZE):
         if peer != RANK:
@@ -96,5 +85,5 @@ def _peer_push_kernel(
             letter = own + place + sender * CAPACITY
             while (tl.load(letter, volatile=True) >> 32).to(tl.int32) != epoch:
                 pass
-    _fence(COMPILED)
+    fence(COMPILED)
     tl.store(epochs_ptr + program, epoch)

@@ -17,6 +17,11 @@ Why two parities are enough: a program that writes epoch e has received all of e
 sends in a kernel that runs after its kernel of e - 2 has ended, inbox read. Whatever an earlier
 call with other sizes left in an inbox has another epoch.
 
+Whoever has a sum may also read what another rank had written before, into memory of its own that
+others map: a kernel that has ended leaves its writes where NVLink reads. With `fences` that needs
+no knowledge of the hardware: one before the words are sent, and one when all have come, order it
+for all GPUs. (What was written into another GPU's memory does need them, see `peer_push`.)
+
 A launch has at most `MAX_PROGRAMS` programs, so all of them run at once and none waits for a peer
 that cannot start. In a chain (`chained_launch`) the kernel behind may start when they all do: it
 reads its weights while this one waits for the other GPU.
@@ -75,12 +80,15 @@ def inbox_words(num_bytes: int) -> int:
     return MAX_PROGRAMS * min(region, _LARGEST_BLOCK)
 
 
-def peer_sum(x: torch.Tensor, inboxes: PeerInboxes, *, contributes: bool = True) -> torch.Tensor:
+def peer_sum(
+    x: torch.Tensor, inboxes: PeerInboxes, *, contributes: bool = True, fences: bool = False
+) -> torch.Tensor:
     """Replaces x by its sum over all ranks, and returns it.
 
     x: contiguous, bfloat16, float16 or float32, a multiple of 4 bytes, within the capacity.
     `contributes` False: this rank adds nothing and the contents of x do not matter. That makes a
-    broadcast of a sum with one contributor.
+    broadcast of a sum with one contributor. `fences`: this is also a meeting, behind which all find
+    what each has written before.
     """
     assert x.is_contiguous()
     assert inboxes.holds(x)
@@ -96,10 +104,21 @@ def peer_sum(x: torch.Tensor, inboxes: PeerInboxes, *, contributes: bool = True)
         words, inboxes.addresses, inboxes.epochs, num_words,
         RANK=inboxes.rank, SIZE=inboxes.size, CAPACITY=inboxes.capacity,
         REGION=inboxes.capacity // MAX_PROGRAMS, BLOCK=block, CONTRIBUTES=contributes,
-        KIND=_KINDS[x.dtype], CHAINED=chained, num_warps=min(8, max(1, block // 256)),
-        launch_pdl=chained,
+        KIND=_KINDS[x.dtype], FENCES=fences, COMPILED=x.is_cuda, CHAINED=chained,
+        num_warps=min(8, max(1, block // 256)), launch_pdl=chained,
     )  # fmt: skip
     return x
+
+
+@jit
+def fence(COMPILED: tl.constexpr) -> None:
+    """Orders what all threads of the program did before it and after it, for all GPUs."""
+    if COMPILED:
+        tl.inline_asm_elementwise(
+            "fence.acq_rel.sys; mov.u32 $0, 0;", "=r,r", [tl.program_id(0)], dtype=tl.int32,
+            is_pure=False, pack=1,
+        )  # fmt: skip
+    tl.debug_barrier()
 
 
 _KINDS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -109,7 +128,8 @@ _KINDS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 def _peer_sum_kernel(
     x_ptr: tl.tensor, inboxes_ptr: tl.tensor, epochs_ptr: tl.tensor, num_words: tl.tensor,
     RANK: tl.constexpr, SIZE: tl.constexpr, CAPACITY: tl.constexpr, REGION: tl.constexpr,
-    BLOCK: tl.constexpr, CONTRIBUTES: tl.constexpr, KIND: tl.constexpr, CHAINED: tl.constexpr,
+    BLOCK: tl.constexpr, CONTRIBUTES: tl.constexpr, KIND: tl.constexpr, FENCES: tl.constexpr,
+    COMPILED: tl.constexpr, CHAINED: tl.constexpr,
 ) -> None:  # fmt: skip
     if CHAINED:
         gdc_launch_dependents()
@@ -124,6 +144,8 @@ def _peer_sum_kernel(
         mine = tl.load(x_ptr + word, mask=mask, other=0)
     place = (epoch & 1).to(tl.int64) * (SIZE * CAPACITY) + program * REGION + column
     letter = (epoch.to(tl.int64) << 32) | (mine.to(tl.int64) & 0xFFFFFFFF)
+    if FENCES:
+        fence(COMPILED)
     for peer in tl.static_range(SIZE):
         if peer != RANK:
             inbox = tl.load(inboxes_ptr + peer).to(tl.pointer_type(tl.int64))
@@ -141,6 +163,8 @@ def _peer_sum_kernel(
             words = got.to(tl.int32)
         low += _lower(words, KIND)
         high += _upper(words, KIND)
+    if FENCES:
+        fence(COMPILED)
     total = low.to(tl.int32, bitcast=True)
     if KIND != "fp32":
         total = _as_bits(high, KIND) << 16 | _as_bits(low, KIND) & 0xFFFF

@@ -118,7 +118,7 @@ class GpuRanks:
         return logits if logits.is_contiguous() else logits.contiguous()
 
     def settle(self) -> None:
-        peer_sum(self._tick, self._inboxes)
+        peer_sum(self._tick, self._inboxes, fences=True)
 
     def close(self) -> None:
         self._group.abort()

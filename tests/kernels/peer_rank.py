@@ -63,7 +63,7 @@ def main(rank: int, size: int, path: str) -> None:
         for case in range(len(CASES)):
             summed = peer_sum(drawn(case, rank), inboxes)
             sent = drawn(case, rank) if rank == 1 else torch.full_like(summed, float("nan"))
-            peer_sum(sent, inboxes, contributes=rank == 1)
+            peer_sum(sent, inboxes, contributes=rank == 1, fences=True)
             results["summed"].append([each.view(torch.uint8).tolist() for each in (summed, sent)])
             part = columns(case, rank, size)
             matrix = matrices.view(part.dtype)[: len(part) * PUSHED[case][1] * size]

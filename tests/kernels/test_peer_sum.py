@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -68,3 +69,21 @@ def check_sums(case: int, num_ranks: int, summed: torch.Tensor, sent: torch.Tens
 @pytest.mark.parametrize("num_bytes", [1, 4 * 64 * MAX_PROGRAMS, 2 << 20, 4 << 20])
 def test_an_inbox_holds_what_it_was_made_for(num_bytes: int) -> None:
     assert num_bytes <= 4 * inbox_words(num_bytes) <= max(4 * 64 * MAX_PROGRAMS, 2 * num_bytes)
+
+
+@pytest.mark.parametrize(("how", "fences"), [("fences", ["fence"]), ("none", [])])
+def test_a_meeting_is_fenced_before_its_words_are_sent_and_when_all_have_come(
+    how: str, fences: list[str]
+) -> None:
+    """By what is compiled for Hopper: no run shows that memory is ordered."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    child = subprocess.run(
+        [sys.executable, "-m", "tests.kernels.compile_peer_sum", how],
+        cwd=REPOSITORY,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    words = [word for word, _ in itertools.groupby(child.stdout.split())]
+    assert words == [*fences, "send", "poll", *fences], child.stderr
