@@ -6,6 +6,7 @@ plain and are never called.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from kernels.launch import direct
@@ -21,7 +22,7 @@ try:
         warpgroup_mma,
         warpgroup_mma_wait,
     )
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as _Descriptor
 
     # By the names of Triton 3.9, or those of 3.6.
     barrier = getattr(gl, "barrier", None) or gl.thread_barrier
@@ -32,17 +33,17 @@ try:
 except ImportError:
     gluon = gl = fence_async_shared = mbarrier = tma = None
     mma_v2 = warpgroup_mma = warpgroup_mma_wait = None
-    TensorDescriptor = barrier = async_load = async_store = reinterpret = None
+    barrier = async_load = async_store = reinterpret = None
+    _Descriptor = object
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     import torch
 
 __all__ = [
     "HAS_GLUON",
-    "SHARED_MATRIX",
-    "TensorDescriptor",
+    "Blocks",
     "async_load",
     "async_store",
     "barrier",
@@ -58,14 +59,13 @@ __all__ = [
     "post",
     "read",
     "reinterpret",
+    "shared_layout",
     "tma",
     "warpgroup_mma",
     "warpgroup_mma_wait",
 ]
 
 HAS_GLUON = gluon is not None
-# Where the tensor cores take blocks of a 16-bit matrix from; made once, as that takes microseconds.
-SHARED_MATRIX: Any = None if gl is None else gl.NVMMASharedLayout(128, 16, rank=2)
 
 
 def gluon_jit(function: Callable[..., Any]) -> Any:
@@ -89,9 +89,38 @@ def gluon_jit_for_any(*arguments: str) -> Callable[[Callable[..., Any]], Any]:
     return decorate
 
 
-def in_blocks(matrix: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
-    """A 16-bit matrix for the bulk copy engine, in blocks of so many rows and columns."""
-    return TensorDescriptor.from_tensor(matrix, [rows, columns], SHARED_MATRIX)
+@lru_cache(maxsize=16)
+def shared_layout(bits: int, rank: int) -> Any:
+    """Where the tensor cores take blocks of such elements from. Kept: one takes microseconds."""
+    return gl.NVMMASharedLayout(128, bits, rank=rank)
+
+
+class Blocks(_Descriptor):  # type: ignore[misc]
+    """A tensor for the bulk copy engine, which copies it block by block.
+
+    What `TensorDescriptor` takes microseconds to check the driver checks again: strides and
+    address are multiples of 16 bytes, the last stride is 1.
+    """
+
+    def __init__(
+        self,
+        base: torch.Tensor,
+        shape: Sequence[int],
+        strides: Sequence[int],
+        block_shape: list[int],
+        layout: Any,
+    ) -> None:
+        self.base = base
+        self.shape = shape
+        self.strides = strides
+        self.block_shape = block_shape
+        self.layout = layout
+
+
+def in_blocks(matrix: torch.Tensor, rows: int, columns: int) -> Blocks:
+    """A 16-bit matrix in blocks of so many rows and columns."""
+    layout = shared_layout(16, 2)
+    return Blocks(matrix, matrix.shape, matrix.stride(), [rows, columns], layout)
 
 
 @gluon_jit

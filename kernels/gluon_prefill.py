@@ -26,12 +26,12 @@ from typing import TYPE_CHECKING
 
 from kernels.dispatch import num_multiprocessors
 from kernels.gluon_api import (
-    SHARED_MATRIX,
-    TensorDescriptor,
+    Blocks,
     fence_async_shared,
     gl,
     gluon_jit_for_any,
     mbarrier,
+    shared_layout,
 )
 from kernels.gluon_consumer import consume
 from kernels.gluon_producer import produce
@@ -81,13 +81,11 @@ def gluon_prefill(
     assert query.stride(1) == head_size
     assert query.stride(2) == block_tables.stride(1) == 1
     num_rows = kv_layer.numel() // head_size
-    queries = TensorDescriptor(
-        query, [num_tokens, num_heads * head_size], [query.stride(0), 1], [PIECE // 2, 64],
-        SHARED_MATRIX,
-    )  # fmt: skip
-    pool = TensorDescriptor(
-        kv_layer, [num_rows, head_size], [head_size, 1], [page, 64], SHARED_MATRIX
+    layout = shared_layout(16, 2)
+    queries = Blocks(
+        query, [num_tokens, num_heads * head_size], [query.stride(0), 1], [PIECE // 2, 64], layout
     )
+    pool = Blocks(kv_layer, [num_rows, head_size], [head_size, 1], [page, 64], layout)
     section = num_heads // num_kv_heads
     if num_tokens < 4 * max_seqlen_q:
         section *= kv_heads_at_a_time(num_kv_heads, block_tables.numel() * page * head_size)

@@ -163,6 +163,6 @@ def _kind_of_int(value: int) -> Hashable:
 
 def _kind_of_other(arg: Any) -> Hashable:
     """Of a matrix that is copied in blocks, what these are like."""
-    if type(arg) is TensorDescriptor and isinstance(arg.base, torch.Tensor):
+    if isinstance(arg, TensorDescriptor):
         return arg.base.dtype, tuple(arg.block_shape), arg.layout
     return _STRANGE

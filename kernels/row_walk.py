@@ -16,7 +16,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from kernels.gluon_api import (
-    TensorDescriptor,
+    Blocks,
     async_load,
     barrier,
     gl,
@@ -25,6 +25,7 @@ from kernels.gluon_api import (
     mbarrier,
     next_stage,
     reinterpret,
+    shared_layout,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
@@ -43,8 +44,8 @@ def tiles_of(weight: torch.Tensor) -> Any:
     inputs = BLOCK_BYTES // weight.itemsize
     out_size, row = weight.shape
     shape, strides = [row // inputs, out_size, inputs], [inputs, row, 1]
-    shared = gl.NVMMASharedLayout(128, 8 * weight.itemsize, 3)
-    return TensorDescriptor(weight, shape, strides, [BLOCKS, TILE_OUT, inputs], shared)
+    shared = shared_layout(8 * weight.itemsize, 3)
+    return Blocks(weight, shape, strides, [BLOCKS, TILE_OUT, inputs], shared)
 
 
 def tiles_of_halves(weight: torch.Tensor, half: int) -> Any:
@@ -54,8 +55,8 @@ def tiles_of_halves(weight: torch.Tensor, half: int) -> Any:
     out_size, row = weight.shape
     shape = [row // inputs, out_size // (2 * half), 2, half, inputs]
     strides = [inputs, 2 * half * row, half * row, row, 1]
-    shared = gl.NVMMASharedLayout(128, 8 * weight.itemsize, 5)
-    return TensorDescriptor(weight, shape, strides, [BLOCKS, 1, 2, TILE_OUT // 2, inputs], shared)
+    shared = shared_layout(8 * weight.itemsize, 5)
+    return Blocks(weight, shape, strides, [BLOCKS, 1, 2, TILE_OUT // 2, inputs], shared)
 
 
 @gluon_constexpr

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from kernels.gluon_api import TensorDescriptor, gl, gluon_jit
+from kernels.gluon_api import Blocks, gl, gluon_jit, shared_layout
 
 WARPS = 8
 TILE_OUT = 16
@@ -48,7 +48,7 @@ def descriptor(weight: torch.Tensor, bits: int, blocks: int, *, paired: bool = F
     shared, _ = word_layouts(bits)
     if bits == 4:
         shape, strides = list(weight.shape), list(weight.stride())
-        return TensorDescriptor(weight, shape, strides, [1, blocks * WARPS, 128], shared)
+        return Blocks(weight, shape, strides, [1, blocks * WARPS, 128], shared)
     words = weight if bits == 16 else weight.view(torch.int32)
     out_size, row = words.shape
     block = 64 if bits == 16 else 32
@@ -57,10 +57,10 @@ def descriptor(weight: torch.Tensor, bits: int, blocks: int, *, paired: bool = F
             [row // block, 2, out_size // 2, block],
             [block, out_size // 2 * row, row, 1],
         )
-        shared = gl.NVMMASharedLayout(128, 16 if bits == 16 else 32, 4)
-        return TensorDescriptor(words, shape, strides, [blocks * WARPS, 2, 8, block], shared)
+        shared = shared_layout(16 if bits == 16 else 32, 4)
+        return Blocks(words, shape, strides, [blocks * WARPS, 2, 8, block], shared)
     shape, strides = [row // block, out_size, block], [block, row, 1]
-    return TensorDescriptor(words, shape, strides, [blocks * WARPS, TILE_OUT, block], shared)
+    return Blocks(words, shape, strides, [blocks * WARPS, TILE_OUT, block], shared)
 
 
 @gluon_jit

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from kernels.dispatch import jit, jit_for_any, tl
+from kernels.gluon_api import HAS_GLUON, in_blocks
 from kernels.launch import Launches, read
 
 triton = pytest.importorskip("triton")
@@ -41,6 +42,17 @@ def test_what_triton_compiles_apart_is_told_apart() -> None:
             flags = (False, for_any, on_alignment)
             if specialize(backend, one, *flags) != specialize(backend, other, *flags):
                 assert kind(one) != kind(other), (one, other)
+
+
+@pytest.mark.skipif(not HAS_GLUON, reason="no Gluon here")
+def test_matrices_in_blocks_are_told_apart_by_type_and_block_alone() -> None:
+    matrix, other = torch.zeros(64, 64).half(), torch.zeros(32, 128).half()
+    blocks = in_blocks(matrix, 16, 64)
+    kinds, values = read((blocks,))
+    assert values[0] is blocks
+    assert kinds[0] == kind(in_blocks(other, 16, 64))
+    assert kinds[0] != kind(in_blocks(matrix, 32, 64))
+    assert kinds[0] != kind(in_blocks(matrix.bfloat16(), 16, 64))
 
 
 def test_the_value_of_a_tensor_on_the_host_is_left_to_the_launcher_to_judge() -> None:
