@@ -77,7 +77,7 @@ class KvReceiverService(rpc.KvReceiverServicer):
         agent = self._receiver.agent
         slots = await asyncio.to_thread(agent.map_slots, hello.slots) if hello.slots else ()
         session = self._receiver.open_session(peer, theirs)
-        session.sender_slots = slots
+        session.sender_slots.extend(slots)
         ours = agent.pool.digest_kinds
         session.digest_kind = agreed_kind(ours, hello.digest_kinds)
         return session

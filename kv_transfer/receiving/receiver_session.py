@@ -32,8 +32,6 @@ from kv_transfer.receiving.slot_reader import SlotReader
 from kv_transfer.trace import TRACE
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from cluster.node import NodeId
     from kv_transfer.agent import TransferAgent
     from kv_transfer.receiving.arrivals import Arrival, ReceivedArrival
@@ -85,7 +83,7 @@ class ReceiverSession:
         self.id = session_id
         self.peer = peer
         self.digest_kind = DigestKind.MULTIPLY_SHIFT  # until the hellos agree on another
-        self.sender_slots: Sequence[torch.Tensor] = ()  # if they are mapped here
+        self.sender_slots: list[torch.Tensor] = []  # if they are mapped here
         self.outbox: asyncio.Queue[Instruction | None] = asyncio.Queue()
         self._agent = agent
         self._events = events
@@ -127,6 +125,7 @@ class ReceiverSession:
         if self._frames:
             await asyncio.wait(self._frames)
         await self._agent.pool.settle()
+        self.sender_slots.clear()  # unmapped, whoever else still knows the list
         return True
 
     # ---- frames ---------------------------------------------------------------------------

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 
 class SlotReader:
-    """`slots`: uint8, each of a slot's size; none when they could not be mapped."""
+    """`slots`: uint8, each of a slot's size; none when they could not be mapped, or when they are
+    not mapped any more."""
 
     def __init__(self, slots: Sequence[torch.Tensor], endpoint: Endpoint, session_id: int) -> None:
         self._slots = slots

@@ -142,7 +142,7 @@ class UcxTransport:
         self._endpoints.add(endpoint)
         try:
             await asyncio.wait_for(endpoint.send_hello(session_id), self._connect_seconds)
-        except (TimeoutError, asyncio.CancelledError):
+        except (TimeoutError, ServingError, asyncio.CancelledError):
             await endpoint.close()
             raise failure(FailureReason.LINK_LOST) from None
         return endpoint

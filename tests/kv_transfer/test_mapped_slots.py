@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
+import weakref
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -257,3 +259,32 @@ def test_a_slot_that_a_receiver_does_not_give_back_is_not_kept_for_ever(
         assert here.staging.num_free == here.staging.num_slots
 
     run(monkeypatch, scenario, stall_seconds=60.0, lease_seconds=300.0)
+
+
+def test_the_slots_of_a_peer_that_is_gone_are_not_kept_mapped(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Their memory is given back with the last mapping, not when a collector comes by."""
+
+    async def scenario(here: World) -> None:
+        mapped: list[weakref.ref[torch.Tensor]] = []
+
+        def map_anew(_: bytes) -> tuple[torch.Tensor, ...]:
+            slots = tuple(slot.view(-1) for slot in here.staging._memory)
+            mapped.extend(weakref.ref(slot) for slot in slots)
+            return slots
+
+        receiver = here.decode.receiver
+        monkeypatch.setattr(receiver.agent, "map_slots", map_anew)
+        request = here.hand_off()
+        assert await here.ended(request) == ["committed", "free"]
+        gc.disable()
+        try:
+            [peer] = here.prefill.sender._peers.values()
+            peer.cut()
+            await until(lambda: receiver.num_sessions == 0)
+            await until(lambda: all(slot() is None for slot in mapped))
+        finally:
+            gc.enable()
+
+    run(monkeypatch, scenario)

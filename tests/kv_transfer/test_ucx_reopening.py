@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
+from cluster.errors import TransferFailed
 from kv_transfer.transports.ucx import UcxTransport
 from tests.kv_twins import until
 
@@ -60,5 +61,19 @@ def test_peers_that_connect_and_are_not_heard_make_it_open_anew_if_memory_is_sha
         assert torch.equal(sent, received)
         for each in (after, before, *mutes, listening):
             await each.close()
+
+    asyncio.run(main())
+
+
+def test_a_peer_that_does_not_listen_leaves_no_endpoint_behind() -> None:
+    """Every hand-off to a node that is gone tries it once more."""
+
+    async def main() -> None:
+        connecting = transport("tcp")
+        for _ in range(3):
+            with pytest.raises(TransferFailed):
+                await connecting.connect("127.0.0.1", 9, 1)
+        assert not connecting._endpoints
+        await connecting.close()
 
     asyncio.run(main())
