@@ -84,10 +84,11 @@ class Model:
             raise RuntimeError("a batch of this program samples")
         return self.decoder.logits(hidden)
 
-    def prefill(self, num_tokens: int) -> Batch:
-        """One prompt."""
-        positions = torch.arange(num_tokens, device=DEVICE)
-        return self._batch(1, num_tokens, positions[None], is_decode=False)
+    def prefill(self, num_tokens: int, cached: int = 0) -> Batch:
+        """The last tokens of one prompt, behind `cached` ones."""
+        length = cached + num_tokens
+        positions = torch.arange(cached, length, device=DEVICE)
+        return self._batch(1, length, positions[None], is_decode=False)
 
     def decode(self, num_seqs: int, context: int) -> Batch:
         positions = torch.full((num_seqs, 1), context - 1, device=DEVICE)
