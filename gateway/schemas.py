@@ -197,7 +197,7 @@ def parse_detokenize(fields: Mapping[str, Any]) -> DetokenizeBody:
 def refuse_unsupported(fields: Mapping[str, Any]) -> None:
     for name in _UNSUPPORTED:
         if fields.get(name) not in (None, False):
-            raise Unsupported(f"{name} is not supported.", param=name)
+            raise Unsupported(f"{name} is not supported here; leave it out.", param=name)
 
 
 def invalid(error: ValidationError) -> InvalidRequest:

@@ -1,0 +1,67 @@
+"""What the documents say can be followed: links, options, targets, and figures as measured."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from baton.serve import SECTIONS
+from cluster.member_config import MemberConfig
+from cluster.options import options_of
+from loadtest.config import BenchConfig
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = ["README.md", "ARCHITECTURE.md", "deploy/README.md", "kv_transfer/PROTOCOL.md"]
+# Of other programs, or of every program.
+OTHER_FLAGS = {
+    *("--help", "--help-all", "--config", "--show-config"),
+    *("--pairs", "--listen", "--to", "--admin-token"),  # `baton doctor`, `baton admin`
+    *("--minutes", "--seed"),  # tests.faults.soak
+    *("--profile", "--build"),  # docker compose
+}
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_links_lead_somewhere(name: str) -> None:
+    here = ROOT / name
+    for target in re.findall(r"\]\(([^)\s]+)\)", here.read_text()):
+        if target.startswith("http"):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (here.parent / path).resolve() if path else here
+        assert file.exists(), target
+        if anchor:
+            assert anchor in anchors(file.read_text()), target
+
+
+def anchors(text: str) -> set[str]:
+    titles = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_options_are_those_that_there_are(name: str) -> None:
+    sections = (*SECTIONS, MemberConfig, BenchConfig)
+    known = OTHER_FLAGS | {each.flag for section in sections for each in options_of(section)}
+    text = (ROOT / name).read_text()
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)) <= known
+
+
+def test_make_has_the_targets_that_the_readme_names() -> None:
+    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    text = (ROOT / "README.md").read_text()
+    assert set(re.findall(r"(?:^|`)make ([a-z]+)", text, re.MULTILINE)) <= targets
+
+
+def test_figures_of_the_readme_are_published_results() -> None:
+    """Whoever publishes them anew brings the README along."""
+    text = (ROOT / "README.md").read_text()
+    table = text.partition("<!-- figures: begin -->")[2].partition("<!-- figures: end -->")[0]
+    rows = [line.split("|") for line in table.strip().splitlines()[2:]]
+    figures = [cell.strip() for row in rows for cell in row[2:4]]
+    assert len(figures) >= 10
+    results = (ROOT / "benchmarks" / "RESULTS.md").read_text()
+    cells = {cell.strip() for line in results.splitlines() for cell in line.split("|")}
+    assert [figure for figure in figures if figure not in cells] == []
