@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 _BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>\Z")
 _REPLACEMENT = "\ufffd"
+# A character has four bytes at most, and an id one at least. More ids that end in a replacement are
+# text of their own, and to wait on would decode all of them again with each that follows.
+_MAX_UNFINISHED_IDS = 8
 
 
 class Detokenizer(Protocol):
@@ -103,7 +106,8 @@ class WindowDetokenizer:
         if self._is_byte(new_ids[-1]):
             return ""  # a run of bytes is text or U+FFFD as a whole: wait for its end
         text = self._decode_window()
-        return "" if text.endswith(_REPLACEMENT) else self._advance(text)
+        may_go_on = len(self._ids) - self._read < _MAX_UNFINISHED_IDS
+        return "" if may_go_on and text.endswith(_REPLACEMENT) else self._advance(text)
 
     def flush(self) -> str:
         return self._advance(self._decode_window())

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gateway.detokenizer import WindowDetokenizer
 from gateway.tokenizer import Tokenizer
 from tests.gateway.model_folder import byte_level_backend, sentencepiece_backend
 
@@ -97,3 +98,28 @@ def test_plain_prompts_get_the_beginning_token_and_templated_ones_do_not() -> No
     bos = backend.token_to_id("<bos>")
     assert tokenizer.encode_now("one", add_special_tokens=True)[0] == bos
     assert bos not in tokenizer.encode_now("one", add_special_tokens=False)
+
+
+def test_ids_of_the_replacement_itself_are_not_decoded_again_and_again() -> None:
+    """A client can ask for nothing else, by a bias, for as long as the model has room."""
+    backend = sentencepiece_backend()
+    backend.add_tokens(["\ufffd"])
+    counting = Counting(backend)
+    detokenizer = WindowDetokenizer(cast("Any", counting), ())
+    ids = [cast("int", backend.token_to_id("\ufffd"))] * 400
+    text = "".join(detokenizer.push([i]) for i in ids)
+    assert text + detokenizer.flush() == backend.decode(ids)
+    assert counting.num_decoded < 20 * len(ids)
+
+
+class Counting:
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+        self.num_decoded = 0
+
+    def decode(self, ids: list[int], **options: Any) -> str:
+        self.num_decoded += len(ids)
+        return self._backend.decode(ids, **options)
+
+    def id_to_token(self, token_id: int) -> str | None:
+        return self._backend.id_to_token(token_id)
