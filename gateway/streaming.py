@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from cluster.clock import Clock
     from gateway.detokenizer import TokenBytes
     from gateway.generation import Generation
+    from gateway.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +78,7 @@ async def _in_flight(receive: Receive, generation: Generation) -> AsyncIterator[
 
 
 async def write_whole(
-    generation: Generation, token_bytes: TokenBytes, receive: Receive, send: Send, *, clock: Clock
+    generation: Generation, tokenizer: Tokenizer, receive: Receive, send: Send, *, clock: Clock
 ) -> None:
     """The answer as one JSON object, or the error that ended it."""
     async with _in_flight(receive, generation):
@@ -92,7 +93,11 @@ async def write_whole(
         if generation.error is not None:
             await send_error(send, generation.error)
             return
-        body = orjson.dumps(whole_answer(generation, pieces, token_bytes))
+        num_logprobs = sum(1 + len(each.top) for piece in pieces for each in piece.logprobs)
+        body = await tokenizer.run(
+            lambda: orjson.dumps(whole_answer(generation, pieces, tokenizer.token_bytes)),
+            num_logprobs,
+        )
         took_ms = str(int((clock() - generation.arrived_at) * 1000)).encode()
         generation.first_token_sent(generation.first_at)
         await send_json(send, HTTP_OK, body, [(b"openai-processing-ms", took_ms)])

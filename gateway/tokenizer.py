@@ -16,7 +16,7 @@ import asyncio
 import json
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from tokenizers import Tokenizer as Backend
 
@@ -32,9 +32,10 @@ from gateway.detokenizer import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
+T = TypeVar("T")
 INLINE_CHARS = 2000
 _NUM_THREADS = 2
 _NO_IDS: frozenset[int] = frozenset()
@@ -81,12 +82,15 @@ class Tokenizer:
         """Threads for work on text that is too long for the event loop."""
         return self._pool
 
+    async def run(self, work: Callable[[], T], size: int) -> T:
+        """Work on so many characters or ids: at once, or on a thread when there are many."""
+        if size <= INLINE_CHARS:
+            return work()
+        return await asyncio.get_running_loop().run_in_executor(self._pool, work)
+
     async def encode(self, text: str, *, add_special_tokens: bool) -> tuple[int, ...]:
-        if len(text) <= INLINE_CHARS:
-            return self.encode_now(text, add_special_tokens=add_special_tokens)
-        loop = asyncio.get_running_loop()
         work = partial(self.encode_now, text, add_special_tokens=add_special_tokens)
-        return await loop.run_in_executor(self._pool, work)
+        return await self.run(work, len(text))
 
     def encode_now(self, text: str, *, add_special_tokens: bool) -> tuple[int, ...]:
         return tuple(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)

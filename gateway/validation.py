@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import random
 from dataclasses import dataclass
 from functools import partial
@@ -27,7 +26,6 @@ from gateway.request_rules import (
     stream_rules,
     text_rules,
 )
-from gateway.tokenizer import INLINE_CHARS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -123,9 +121,7 @@ class Validator:
             variables=template_variables(body),
         )
         num_chars = sum(_MESSAGE_CHARS + len(message["content"]) for message in messages)
-        if num_chars <= INLINE_CHARS:
-            return render()
-        return await asyncio.get_running_loop().run_in_executor(self._tokenizer.executor, render)
+        return await self._tokenizer.run(render, num_chars)
 
     async def _prompt(self, given: str | list[int], body: CompletionBody) -> Prompt:
         if isinstance(given, str):
@@ -135,7 +131,8 @@ class Validator:
                 raise InvalidRequest("The prompt is empty.", param="prompt")
             return Prompt(token_ids=token_ids, text=given if body.echo else None)
         self.check_token_ids(given, "prompt")
-        text = self._tokenizer.decode(given) if body.echo else None
+        decode = partial(self._tokenizer.decode, given)
+        text = await self._tokenizer.run(decode, len(given)) if body.echo else None
         return Prompt(token_ids=tuple(given), text=text)
 
     def check_token_ids(self, token_ids: Sequence[int], param: str) -> None:

@@ -97,12 +97,12 @@ class GenerateEndpoint:
 
     async def _write(self, generation: Generation, receive: Receive, send: Send) -> None:
         gateway = self._gateway
-        token_bytes = gateway.tokenizer.token_bytes
+        tokenizer = gateway.tokenizer
         if not generation.request.stream.is_stream:
-            await write_whole(generation, token_bytes, receive, send, clock=gateway.clock)
+            await write_whole(generation, tokenizer, receive, send, clock=gateway.clock)
             return
         writer = StreamWriter(
-            generation, token_bytes, send, times=gateway.times, clock=gateway.clock
+            generation, tokenizer.token_bytes, send, times=gateway.times, clock=gateway.clock
         )
         await writer.run(receive)
 
@@ -112,7 +112,7 @@ def deadline_of(scope: Scope) -> float | None:
     value: Any = dict(scope["headers"]).get(DEADLINE_HEADER)
     if value is None:
         return None
-    if not value.isdigit() or not 0 < int(value[:12]) <= MAX_DEADLINE_MS:
+    if not value.isdigit() or len(value) > 12 or not 0 < int(value) <= MAX_DEADLINE_MS:
         raise InvalidRequest(
             "X-Request-Deadline-Ms must be a positive number of milliseconds.",
             param="X-Request-Deadline-Ms",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import orjson
@@ -36,12 +37,16 @@ class TokenizeEndpoint:
         else:
             adds = body.add_special_tokens is not False
             tokens = await gateway.tokenizer.encode(body.prompt, add_special_tokens=adds)
-        pieces = [gateway.tokenizer.piece(token) for token in tokens]
+        pieces: list[str | None] | None = None
+        if body.return_token_strs:
+            pieces = await gateway.tokenizer.run(
+                lambda: [gateway.tokenizer.piece(token) for token in tokens], len(tokens)
+            )
         return {
             "count": len(tokens),
             "max_model_len": gateway.nodes.max_model_len(),
             "tokens": tokens,
-            "token_strs": pieces if body.return_token_strs else None,
+            "token_strs": pieces,
         }
 
 
@@ -54,7 +59,8 @@ class DetokenizeEndpoint:
         body = parse_detokenize(await _read(gateway, scope, receive))
         gateway.model_for(body.model)
         gateway.validator.check_token_ids(body.tokens, "tokens")
-        text = gateway.tokenizer.decode(body.tokens, skip_special_tokens=False)
+        decode = partial(gateway.tokenizer.decode, body.tokens, skip_special_tokens=False)
+        text = await gateway.tokenizer.run(decode, len(body.tokens))
         await send_json(send, 200, orjson.dumps({"prompt": text}))
 
 
