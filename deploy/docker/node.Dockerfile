@@ -19,10 +19,9 @@ RUN if [ -n "$TORCH_INDEX_URL" ]; then \
 
 FROM ${PYTHON_IMAGE}
 # gcc and libc6-dev: Triton compiles a small launcher for each kernel when it first runs.
-# The RDMA libraries let UCX use InfiniBand and RoCE where the host has them.
 RUN apt-get update \
     && apt-get install -y --no-install-recommends \
-      tini gcc libc6-dev libibverbs1 ibverbs-providers librdmacm1 \
+      tini gcc libc6-dev \
     && rm -rf /var/lib/apt/lists/* \
     && useradd --uid 10001 --create-home --shell /usr/sbin/nologin baton
 COPY --from=build /opt/baton /opt/baton
