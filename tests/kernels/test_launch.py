@@ -189,7 +189,7 @@ def _shift_kernel(
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = place < size
     y = tl.load(x_ptr + place, mask=mask, other=0.0) * factor
-    tl.store(y_ptr + place, y + step.to(tl.float32), mask=mask)
+    tl.store(y_ptr + place, y + step * 1.0, mask=mask)
 
 
 @jit_for_any("size", "step")
@@ -200,7 +200,7 @@ def _shift_any_kernel(
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = place < size
     y = tl.load(x_ptr + place, mask=mask, other=0.0) * factor
-    tl.store(y_ptr + place, y + step.to(tl.float32), mask=mask)
+    tl.store(y_ptr + place, y + step * 1.0, mask=mask)
 
 
 def shifts(kernel: Any, x: torch.Tensor, begin: int, size: int, step: int, factor: float) -> None:
