@@ -15,8 +15,8 @@ so no other peer can know them.
 Digests are made and compared where the units are: on a device they never pass through the host.
 
 A receiver that has the sender's slots mapped reads a payload from there. The header then names the
-slot, and no payload is sent: a message under the session's tag in the other direction says when the
-slot may be used again.
+slot, and no payload is sent. Headers and commits take a local socket (`local_messages.py`), and a
+message in the other direction says when the slot may be used again.
 
 A commit is a message like a header, behind all headers of its transfer: over the control stream it
 would arrive some hundred microseconds later, and a client's second token waits for it.
@@ -149,8 +149,14 @@ def positions_array(positions: tuple[int, ...]) -> NDArray[np.int64]:
     return array
 
 
-def pack_header(header: FrameHeader, out: memoryview) -> int:
+def write_header(header: FrameHeader, out: memoryview) -> int:
     """Write the header to the start of `out`; returns its length in bytes."""
+    message = pack_header(header)
+    out[: len(message)] = message
+    return len(message)
+
+
+def pack_header(header: FrameHeader) -> bytes:
     fixed = _FIXED.pack(
         MAGIC,
         FRAME_VERSION,
@@ -167,9 +173,7 @@ def pack_header(header: FrameHeader, out: memoryview) -> int:
         0 if header.slot is None else header.slot.generation,
     )
     positions = _packed_positions(header.positions)
-    message = fixed + _checksum(fixed, positions) + positions
-    out[: len(message)] = message
-    return len(message)
+    return fixed + _checksum(fixed, positions) + positions
 
 
 @lru_cache(maxsize=256)
@@ -182,8 +186,10 @@ def pack_slot_read(slot: SlotName) -> bytes:
     return _SLOT_READ.pack(_SLOT_READ_MAGIC, slot.index, slot.generation)
 
 
-def parse_slot_read(data: bytes) -> SlotName:
+def parse_slot_read(data: bytes | memoryview) -> SlotName:
     """Raises `FrameMalformed`."""
+    if len(data) != SLOT_READ_BYTES:
+        raise FrameMalformed("its length is wrong")
     magic, index, generation = _SLOT_READ.unpack(data)
     if magic != _SLOT_READ_MAGIC:
         raise FrameMalformed("its magic is wrong")

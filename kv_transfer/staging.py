@@ -121,6 +121,12 @@ class Staging:
             self._forget(waiter)
             raise
 
+    def take(self, owner: Hashable) -> StagingSlot | None:
+        """A slot, if one is free that nobody else waits for."""
+        if not self._free or self._num_owned[owner] >= self._share:
+            return None  # whoever waits beside a free slot has his share
+        return self._give(owner)
+
     def owns(self, slot: StagingSlot) -> bool:
         """Whether it is still his who acquired it. To be asked before its bytes are believed."""
         return slot in self._owners
@@ -146,10 +152,13 @@ class Staging:
             if waiter.future.done() or self._num_owned[waiter.owner] >= self._share:
                 continue
             self._waiters.remove(waiter)
-            slot = self._free.pop()  # the one used last: its memory is in the cache
-            self._owners[slot] = waiter.owner
-            self._num_owned[waiter.owner] += 1
-            waiter.future.set_result(slot)
+            waiter.future.set_result(self._give(waiter.owner))
+
+    def _give(self, owner: Hashable) -> StagingSlot:
+        slot = self._free.pop()  # the one used last: its memory is in the cache
+        self._owners[slot] = owner
+        self._num_owned[owner] += 1
+        return slot
 
     def _forget(self, waiter: _Waiter) -> None:
         if waiter in self._waiters:

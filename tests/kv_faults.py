@@ -23,7 +23,7 @@ from kv_transfer.protocol import (
     CommitMessage,
     FrameHeader,
     pack_commit,
-    pack_header,
+    write_header,
 )
 from kv_transfer.sending.kv_session import KvSessionStream, decode_ticket, reserve_frame
 from kv_transfer.transports.loopback import LoopbackEndpoint, LoopbackNetwork, LoopbackTransport
@@ -126,7 +126,7 @@ class HandDriven:
 
     def post_header(self, header: FrameHeader) -> asyncio.Future[None]:
         buffer = np.zeros(4096, dtype=np.uint8)
-        length = pack_header(header, buffer.data)
+        length = write_header(header, buffer.data)
         return self.endpoint.send(torch.from_numpy(buffer[:length]), self.session_id)
 
     def post(self, header: FrameHeader, payload: torch.Tensor) -> asyncio.Future[tuple[None, None]]:

@@ -439,7 +439,7 @@ class ReceiverFrame(_message.Message):
     def __init__(self, hello: _Optional[_Union[ReceiverHello, _Mapping]] = ..., refused_hello: _Optional[_Union[Error, _Mapping]] = ..., ticket: _Optional[_Union[Ticket, _Mapping]] = ..., refused: _Optional[_Union[Refused, _Mapping]] = ..., committed: _Optional[_Union[Committed, _Mapping]] = ..., abort: _Optional[_Union[ReceiverAbort, _Mapping]] = ..., renew: _Optional[_Union[Renew, _Mapping]] = ...) -> None: ...
 
 class ReceiverHello(_message.Message):
-    __slots__ = ("name", "incarnation", "data_host", "data_port", "slot_bytes", "session_id", "digest_kind", "maps_slots")
+    __slots__ = ("name", "incarnation", "data_host", "data_port", "slot_bytes", "session_id", "digest_kind", "messages_at")
     NAME_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     DATA_HOST_FIELD_NUMBER: _ClassVar[int]
@@ -447,7 +447,7 @@ class ReceiverHello(_message.Message):
     SLOT_BYTES_FIELD_NUMBER: _ClassVar[int]
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     DIGEST_KIND_FIELD_NUMBER: _ClassVar[int]
-    MAPS_SLOTS_FIELD_NUMBER: _ClassVar[int]
+    MESSAGES_AT_FIELD_NUMBER: _ClassVar[int]
     name: str
     incarnation: int
     data_host: str
@@ -455,8 +455,8 @@ class ReceiverHello(_message.Message):
     slot_bytes: int
     session_id: int
     digest_kind: str
-    maps_slots: bool
-    def __init__(self, name: _Optional[str] = ..., incarnation: _Optional[int] = ..., data_host: _Optional[str] = ..., data_port: _Optional[int] = ..., slot_bytes: _Optional[int] = ..., session_id: _Optional[int] = ..., digest_kind: _Optional[str] = ..., maps_slots: _Optional[bool] = ...) -> None: ...
+    messages_at: bytes
+    def __init__(self, name: _Optional[str] = ..., incarnation: _Optional[int] = ..., data_host: _Optional[str] = ..., data_port: _Optional[int] = ..., slot_bytes: _Optional[int] = ..., session_id: _Optional[int] = ..., digest_kind: _Optional[str] = ..., messages_at: _Optional[bytes] = ...) -> None: ...
 
 class Ticket(_message.Message):
     __slots__ = ("transfer_id", "incarnation", "epoch", "nonce", "expires_in_seconds", "missing_positions")

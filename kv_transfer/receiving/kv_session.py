@@ -92,7 +92,7 @@ class KvReceiverService(rpc.KvReceiverServicer):
             slot_bytes=receiver.agent.limits.slot_bytes,
             session_id=session.id,
             digest_kind=session.digest_kind,
-            maps_slots=bool(session.sender_slots),
+            messages_at=receiver.messages_at if session.sender_slots else b"",
         )
 
     async def _read(self, session: ReceiverSession, frames: AsyncIterator[pb.SenderFrame]) -> None:

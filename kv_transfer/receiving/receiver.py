@@ -46,6 +46,7 @@ from kv_transfer.receiving.read_pace import ReadPace
 from kv_transfer.receiving.receiver_session import ReceiverSession
 from kv_transfer.receiving.succession import Succession
 from kv_transfer.trace import TRACE
+from kv_transfer.transports.local_messages import LocalListener
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Sequence
@@ -58,6 +59,7 @@ if TYPE_CHECKING:
     from kv_transfer.receiving.block_source import BlockSource
     from kv_transfer.receiving.incoming import IncomingSequence
     from kv_transfer.transports.base import Endpoint
+    from kv_transfer.transports.local_messages import LocalMessages
 
 logger = logging.getLogger(__name__)
 
@@ -90,6 +92,11 @@ class KVReceiver:
         self._tasks: set[asyncio.Task[None]] = set()
         self._sweeping: asyncio.Task[None] | None = None
         config = agent.config
+        self._local = LocalListener(
+            self._on_messages,
+            max_bytes=agent.limits.max_header_bytes,
+            hello_seconds=config.pairing_seconds,
+        )
         self._intake = Intake(
             incarnation=node_id.incarnation,
             num_layers=agent.pool.num_layers,
@@ -114,6 +121,11 @@ class KVReceiver:
         return self.agent.transport.port
 
     @property
+    def messages_at(self) -> bytes:
+        """Where senders on this machine connect for messages, if their slots are mapped here."""
+        return self._local.name
+
+    @property
     def num_transfers(self) -> int:
         return self._intake.transfers.num_active
 
@@ -133,6 +145,7 @@ class KVReceiver:
     async def close(self) -> None:
         if self._sweeping is not None:
             self._sweeping.cancel()
+        self._local.close()
         for session_id in list(self._sessions):
             self.link_lost(session_id, FailureReason.RECEIVER_LOST)
         while self._tasks:
@@ -374,6 +387,14 @@ class KVReceiver:
             self.link_lost(session_id, FailureReason.TRANSPORT_REFUSED)
         else:
             self.agent.stats.pairings += 1
+
+    def _on_messages(self, session_id: int, messages: LocalMessages) -> None:
+        session = self._sessions.get(session_id)
+        if session is None or not session.sender_slots or session.has_messages:
+            logger.warning("closed a connection from this machine that names no session")
+            messages.close()
+        else:
+            session.messages_connected(messages)
 
     def _peer_name(self, session_id: int) -> str:
         session = self._sessions.get(session_id)

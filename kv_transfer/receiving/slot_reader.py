@@ -6,35 +6,42 @@ when nobody wants it. Nothing of the sender's can be written from here.
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING
 
-from kv_transfer.protocol import SLOT_READ_BYTES, FrameMalformed, SlotName, pack_slot_read
-from kv_transfer.small_messages import SmallMessages
+from kv_transfer.protocol import FrameMalformed, SlotName, pack_slot_read
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     import torch
 
-    from kv_transfer.transports.base import Endpoint
+    from kv_transfer.protocol import FrameHeader
+    from kv_transfer.transports.local_messages import LocalMessages
 
 
 class SlotReader:
-    """`slots`: uint8, each of a slot's size; none when they could not be mapped, or when they are
-    not mapped any more."""
+    """`slots`: uint8, each of a slot's size; none when they are not mapped any more."""
 
-    def __init__(self, slots: Sequence[torch.Tensor], endpoint: Endpoint, session_id: int) -> None:
+    def __init__(self, slots: Sequence[torch.Tensor], messages: LocalMessages) -> None:
         self._slots = slots
-        self._messages = SmallMessages(endpoint, session_id, SLOT_READ_BYTES)
+        self._messages = messages
+        self._loop = asyncio.get_running_loop()
 
-    def check(self, name: SlotName, num_bytes: int) -> None:
-        """Raises `FrameMalformed` for a slot that is not there, or smaller than that."""
-        if not (name.index < len(self._slots) and num_bytes <= self._slots[name.index].numel()):
+    def check(self, header: FrameHeader) -> SlotName:
+        """The slot it names. Raises `FrameMalformed` if it names none, or one that is not there or
+        smaller than its payload."""
+        name = header.slot
+        if name is None or name.index >= len(self._slots):
             raise FrameMalformed("its slot is not mapped here")
+        if header.payload_bytes > self._slots[name.index].numel():
+            raise FrameMalformed("its slot is not mapped here")
+        return name
 
     def slot(self, name: SlotName) -> torch.Tensor:
         return self._slots[name.index]
 
     def done(self, name: SlotName) -> None:
-        """Should the message not arrive, the link is lost, and its owner knows."""
-        self._messages.send(pack_slot_read(name))
+        """Told after what this round of the loop has begun: a sequence that starts now waits for
+        no message. Should that not arrive, the link is lost, and its owner knows."""
+        self._loop.call_soon(self._messages.send, pack_slot_read(name))

@@ -15,13 +15,14 @@ import asyncio
 import logging
 from typing import TYPE_CHECKING, Any, Protocol
 
-from cluster.errors import InternalError, ServingError
+from cluster.errors import InternalError, ServingError, TransferFailed
 from kv_transfer.digests import agreed_kind
 from kv_transfer.failures import FailureReason, failure
-from kv_transfer.protocol import FrameLimits
+from kv_transfer.protocol import SLOT_READ_BYTES, FrameLimits
 from kv_transfer.sending.data_link import DataLink
 from kv_transfer.sending.kv_session import KvSessionStream
 from kv_transfer.sending.shipping import Shipping
+from kv_transfer.transports.local_messages import connect as connect_messages
 
 if TYPE_CHECKING:
     import grpc
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from kv_transfer.protocol import CommitMessage
     from kv_transfer.sending.outgoing import Instruction
     from kv_transfer.transports.base import Endpoint
+    from kv_transfer.transports.local_messages import LocalMessages
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +74,7 @@ class Peer:
         self._events = events
         self._stream: KvSessionStream | None = None
         self._endpoint: Endpoint | None = None
+        self._messages: LocalMessages | None = None
         self._shipping: Shipping | None = None
         self._is_lost = False
         self._running = asyncio.create_task(self._run())
@@ -109,6 +112,8 @@ class Peer:
                 stream, link = await self._pair()
             self._shipping = Shipping(self._agent, link, self, self.cut)
             link.endpoint.on_close(stream.cancel)
+            if link.messages is not None:
+                link.messages.on_close(stream.cancel)
             self.is_ready = True
             self._events.paired(self)
             async for frame in stream.receive():
@@ -148,6 +153,7 @@ class Peer:
         self._agent.stats.pairings += 1
         logger.info("paired with decode node %s over %s", self.node_id.name, self.transport_name)
         digest = agreed_kind(self._agent.pool.digest_kinds, (hello.digest_kind,))
+        self._messages = await self._connect_messages(hello)
         return stream, DataLink(
             endpoint=endpoint,
             session_id=hello.session_id,
@@ -155,8 +161,25 @@ class Peer:
             limits=limits,
             digest=digest,
             pieces=self._agent.pieces_of(endpoint, digest),
-            is_mapped=hello.maps_slots and self.transport_name == "cuda_ipc",
+            messages=self._messages,
         )
+
+    async def _connect_messages(self, hello: pb.ReceiverHello) -> LocalMessages | None:
+        """None where payloads are to be sent: our slots are not mapped there, or the operator keeps
+        UCX from what reads them."""
+        if not hello.messages_at or self.transport_name != "cuda_ipc":
+            return None
+        try:
+            return await connect_messages(
+                hello.messages_at, hello.session_id, max_bytes=SLOT_READ_BYTES
+            )
+        except TransferFailed:
+            logger.warning(
+                "decode node %s has mapped our slots, but its local socket cannot be reached from "
+                "here, so payloads are sent. Only nodes in one network namespace read slots",
+                self.node_id.name,
+            )
+            return None
 
     async def _lose(self, error: ServingError) -> None:
         """Tell first, so that no frame is posted any more; then end what was."""
@@ -166,6 +189,8 @@ class Peer:
             await self._shipping.stop()
         if self._stream is not None:
             await self._stream.close()
+        if self._messages is not None:
+            self._messages.close()
         if self._endpoint is not None and not await _is_closed(self._endpoint):
             self._agent.quarantine.keep(
                 num_blocks=self._events.stuck(self),

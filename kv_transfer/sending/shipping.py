@@ -31,6 +31,7 @@ from kv_transfer.protocol import (
     FrameHeader,
     pack_commit,
     pack_header,
+    write_header,
 )
 from kv_transfer.sending.payloads import PiecesPayload, ReadPayload, SlotPayload
 from kv_transfer.sending.slot_reads import SlotReads
@@ -83,21 +84,32 @@ class Shipping:
         self._shipper = shipper
         self._cut = cut
         self._has_work = asyncio.Event()
-        self._commits = SmallMessages(link.endpoint, link.session_id, COMMIT_BYTES)
+        self._is_stopped = False
         self._packing: set[asyncio.Future[Any]] = set()
-        self._reads = SlotReads(link.endpoint, link.session_id, cut) if link.is_mapped else None
+        self._messages = link.messages or SmallMessages(
+            link.endpoint, link.session_id, COMMIT_BYTES
+        )
+        self._reads = SlotReads(link.messages, cut) if link.messages is not None else None
         self._pumping = asyncio.create_task(self._pump())
 
     def wake(self) -> None:
-        """A transfer may have a frame to ship."""
-        self._has_work.set()
+        """A transfer may have a frame to ship: one is packed at once, where there is a slot."""
+        if self._has_work.is_set() or self._is_stopped:
+            return
+        try:
+            slot = self._agent.staging.take(self._shipper)
+            if slot is None or self._ship(slot):
+                self._has_work.set()  # the rest, one a round
+        except Exception:  # whoever wakes us has others to care for
+            self._give_up()
 
     def commit(self, commit: CommitMessage) -> None:
         """Behind the headers of all its frames. Should it not arrive, the link is lost."""
-        self._commits.send(pack_commit(commit))
+        self._messages.send(pack_commit(commit))
 
     async def stop(self) -> None:
         """Plan no more frames, and wait until those that are packed were dropped or posted."""
+        self._is_stopped = True
         self._pumping.cancel()
         await asyncio.gather(self._pumping, *self._packing, return_exceptions=True)
 
@@ -105,26 +117,28 @@ class Shipping:
         try:
             while True:
                 await self._has_work.wait()
-                await self._plan_one()
+                if not self._ship(await self._agent.staging.acquire(self._shipper)):
+                    self._has_work.clear()
                 await asyncio.sleep(0)  # what is packed meanwhile goes out before more is packed
-        except Exception:  # the top of the task: without it nothing is ever sent again
-            logger.exception("frames cannot be planned any more")
-            self._cut()
+        except Exception:  # the top of the task
+            self._give_up()
 
-    async def _plan_one(self) -> None:
-        staging = self._agent.staging
-        slot = await staging.acquire(self._shipper)
+    def _give_up(self) -> None:
+        logger.exception("frames cannot be planned any more")
+        self._cut()  # nothing is ever sent again
+
+    def _ship(self, slot: StagingSlot) -> bool:
+        """Pack one frame into it. Whether there may be more."""
         with ExitStack() as undo:
-            undo.callback(staging.release, slot)
-            shipment = self._shipper.next_shipment()
-            plan = None
+            undo.callback(self._agent.staging.release, slot)
+            shipment, plan = self._shipper.next_shipment(), None
             if shipment is not None:
                 plan = shipment.machine.next_frame(self._link.limits.max_units)
             if plan is None:
-                self._has_work.clear()
-                return
+                return False
             undo.pop_all()
         self._pack(shipment, plan, slot)
+        return self._shipper.next_shipment() is not None
 
     def _pack(self, shipment: Any, plan: FramePlan, slot: StagingSlot) -> None:
         if TRACE.is_on:
@@ -170,9 +184,8 @@ class Shipping:
 
     def _post(self, frame: _Frame) -> None:
         seq, instructions = frame.shipment.machine.posted()
-        header = _header_of(frame, seq, self._link.limits)
         began = time.perf_counter()
-        sends = self._send(frame, header)
+        sends = self._send(frame, _header_of(frame, seq, self._link.limits))
         num_left = len(sends)
 
         def ended(_: asyncio.Future[None]) -> None:
@@ -191,12 +204,15 @@ class Shipping:
 
     def _send(self, frame: _Frame, header: FrameHeader) -> list[asyncio.Future[None]]:
         """Header and payload, as far as they could be posted: a peer that got half of a frame gets
-        nothing more."""
-        endpoint, buffer = self._link.endpoint, frame.slot.header
+        nothing more. What is to be waited for before slot and blocks are touched again."""
+        link, buffer = self._link, frame.slot.header
         sends: list[asyncio.Future[None]] = []
         try:
-            header_bytes = pack_header(header, buffer.numpy().data)
-            sends.append(endpoint.send(buffer[:header_bytes], self._link.session_id))
+            if link.messages is not None:
+                link.messages.send(pack_header(header))
+            else:
+                header_bytes = write_header(header, buffer.numpy().data)
+                sends.append(link.endpoint.send(buffer[:header_bytes], link.session_id))
             sends.append(frame.payload.send(header.payload_bytes, header.nonce))
         except Exception:
             logger.exception("a frame could not be posted")

@@ -13,33 +13,26 @@ import asyncio
 import logging
 from typing import TYPE_CHECKING
 
-import torch
-
 from kv_transfer.failures import FailureReason, failure
-from kv_transfer.protocol import SLOT_READ_BYTES, FrameMalformed, SlotName, parse_slot_read
+from kv_transfer.protocol import FrameMalformed, SlotName, parse_slot_read
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from kv_transfer.transports.base import Endpoint
+    from kv_transfer.transports.local_messages import LocalMessages
 
 logger = logging.getLogger(__name__)
-
-_MESSAGES_AHEAD = 8
 
 
 class SlotReads:
     """Of one pairing. `on_malformed` is called for a message that cannot be: the link must go."""
 
-    def __init__(
-        self, endpoint: Endpoint, session_id: int, on_malformed: Callable[[], None]
-    ) -> None:
-        self._endpoint, self._session_id = endpoint, session_id
+    def __init__(self, messages: LocalMessages, on_malformed: Callable[[], None]) -> None:
         self._on_malformed = on_malformed
         self._expected: dict[SlotName, asyncio.Future[None]] = {}
         self._is_broken = False
-        for _ in range(_MESSAGES_AHEAD):
-            self._listen(torch.zeros(SLOT_READ_BYTES, dtype=torch.uint8))
+        messages.listen(self._heard)
+        messages.on_close(self._break)
 
     def expect(self, slot: SlotName) -> asyncio.Future[None]:
         read: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -49,16 +42,9 @@ class SlotReads:
             self._expected[slot] = read
         return read
 
-    def _listen(self, buffer: torch.Tensor) -> None:
-        received = self._endpoint.recv(buffer, self._session_id)
-        received.add_done_callback(lambda done: self._heard(buffer, done))
-
-    def _heard(self, buffer: torch.Tensor, received: asyncio.Future[None]) -> None:
-        if received.cancelled() or received.exception() is not None:
-            self._break()
-            return
+    def _heard(self, message: memoryview) -> None:
         try:
-            slot = parse_slot_read(buffer.numpy().tobytes())
+            slot = parse_slot_read(message)
         except FrameMalformed:
             logger.warning("a peer says of its reads what cannot be understood")
             self._break()
@@ -67,7 +53,6 @@ class SlotReads:
         read = self._expected.pop(slot, None)
         if read is not None:
             read.set_result(None)
-        self._listen(buffer)
 
     def _break(self) -> None:
         self._is_broken = True

@@ -29,8 +29,8 @@ from kv_transfer.protocol import (
     DIGEST_BYTES,
     MAX_UNITS_PER_FRAME,
     FrameLimits,
-    pack_header,
     parse_header,
+    write_header,
 )
 
 if TYPE_CHECKING:
@@ -335,7 +335,7 @@ def lying(message: torch.Tensor, payload_bytes: int) -> torch.Tensor:
     limits = FrameLimits(1 << 15, unit_bytes, MAX_UNITS_PER_FRAME * unit_bytes)
     header = parse_header(message.numpy().data, limits)
     out = np.zeros(message.numel(), dtype=np.uint8)
-    pack_header(replace(header, payload_bytes=HUGE), out.data)
+    write_header(replace(header, payload_bytes=HUGE), out.data)
     return torch.from_numpy(out)
 
 

@@ -11,7 +11,13 @@ import pytest
 import torch
 
 from cluster.errors import ServingError
-from kv_transfer.protocol import FrameHeader, FrameLimits, FrameMalformed, pack_header, parse_header
+from kv_transfer.protocol import (
+    FrameHeader,
+    FrameLimits,
+    FrameMalformed,
+    parse_header,
+    write_header,
+)
 from kv_transfer.transports.loopback import LoopbackNetwork, LoopbackTransport
 from tests.faults.kv_link import Order, Spoil, SpoiledTransport, shots_done, withdraw
 
@@ -77,7 +83,7 @@ def frame_of(seq: int) -> tuple[torch.Tensor, torch.Tensor]:
         payload_bytes=payload.numel(),
     )
     out = np.zeros(LIMITS.max_header_bytes, dtype=np.uint8)
-    length = pack_header(header, out.data)
+    length = write_header(header, out.data)
     return torch.from_numpy(out[:length]), payload
 
 

@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
+from kv_transfer.failures import FailureReason, failure
 from kv_transfer.mapped_slots import map_slots
 from kv_transfer.protocol import SLOT_READ_BYTES, SlotName, pack_slot_read
+from kv_transfer.transports.local_messages import LocalMessages
 from kv_transfer.transports.loopback import LoopbackEndpoint, LoopbackNetwork, LoopbackTransport
 from tests.kv_transfer.catalogue_worlds import TABLE, Gate
 from tests.kv_twins import (
@@ -38,7 +40,8 @@ if TYPE_CHECKING:
 class World:
     def __init__(self, prefill: PrefillSide, decode: DecodeSide) -> None:
         self.prefill, self.decode = prefill, decode
-        self.messages: list[int] = []  # their bytes, of both directions
+        self.sent: list[int] = []  # by the endpoints, in bytes
+        self.messages: list[int] = []  # of both directions, their bytes
         self.staging = prefill.sender.agent.staging
 
     def hand_off(self, *, commits: bool = True) -> SequenceRequest:
@@ -73,13 +76,18 @@ async def world(
         monkeypatch.setattr(agent, "map_slots", lambda said: slots if said else ())
         name = property(lambda _: "cuda_ipc")
         monkeypatch.setattr(LoopbackEndpoint, "transport_name", name)
-        send = LoopbackEndpoint.send
+        send, send_message = LoopbackEndpoint.send, LocalMessages.send
 
         def counted(endpoint: LoopbackEndpoint, buffer: torch.Tensor, tag: int) -> Any:
-            here.messages.append(buffer.numel())
+            here.sent.append(buffer.numel())
             return send(endpoint, buffer, tag)
 
+        def counted_message(messages: LocalMessages, message: bytes) -> None:
+            here.messages.append(len(message))
+            send_message(messages, message)
+
         monkeypatch.setattr(LoopbackEndpoint, "send", counted)
+        monkeypatch.setattr(LocalMessages, "send", counted_message)
         yield here
 
 
@@ -99,6 +107,7 @@ def test_blocks_arrive_and_no_payload_is_sent(monkeypatch: pytest.MonkeyPatch) -
             taken = list(here.decode.source.owned[request.sequence_id])
             assert torch.equal(here.decode.pool[:, taken], here.prefill.pool[:, TABLE])
             here.decode.source.free.extend(here.decode.source.owned.pop(request.sequence_id))
+        assert here.sent == []
         assert max(here.messages) < 256, "headers, commits, and what was read"
         assert here.staging.num_free == here.staging.num_slots
         receiver_slots = here.decode.receiver.agent.staging
@@ -136,13 +145,13 @@ def test_what_changed_in_a_slot_is_refused_on_both_ends(
     byte: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def scenario(here: World) -> None:
-        send = LoopbackEndpoint.send
+        send = LocalMessages.send
 
-        def spoil(endpoint: LoopbackEndpoint, buffer: torch.Tensor, tag: int) -> Any:
+        def spoil(messages: LocalMessages, message: bytes) -> None:
             here.staging._memory[:, byte] ^= 4
-            return send(endpoint, buffer, tag)
+            send(messages, message)
 
-        monkeypatch.setattr(LoopbackEndpoint, "send", spoil)
+        monkeypatch.setattr(LocalMessages, "send", spoil)
         request = here.hand_off(commits=False)
         assert await here.ended(request) == ["failed", "free"]
         assert here.prefill.owner.errors[request.sequence_id].reason == "digest_mismatch"
@@ -206,6 +215,64 @@ def test_a_header_that_names_no_slot_of_ours_cuts_the_link(
         assert await here.ended(request) == ["failed", "free"]
         await until(lambda: len(here.decode.source.free) == NUM_BLOCKS)
         assert here.decode.source.errors[request.sequence_id].reason == "frame_malformed"
+
+    run(monkeypatch, scenario)
+
+
+@pytest.mark.parametrize("end", ["sender", "receiver"])
+def test_the_loss_of_the_messages_alone_ends_the_pairing(
+    end: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario(here: World) -> None:
+        request = here.hand_off(commits=False)
+        await until(lambda: here.decode.receiver.agent.stats.frames == 1)
+        [peer] = here.prefill.sender._peers.values()
+        [session] = here.decode.receiver._sessions.values()
+        messages = peer._messages if end == "sender" else session._messages
+        assert messages is not None
+        messages.close()
+        assert await here.ended(request) == ["failed", "free"]
+        await until(lambda: len(here.decode.source.free) == NUM_BLOCKS)
+        assert here.staging.num_free == here.staging.num_slots
+
+    run(monkeypatch, scenario)
+
+
+def test_a_header_by_messages_must_name_a_slot(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario(here: World) -> None:
+        monkeypatch.setattr("kv_transfer.sending.payloads.ReadPayload.read_from", None)
+        request = here.hand_off()
+        assert await here.ended(request) == ["failed", "free"]
+        await until(lambda: len(here.decode.source.free) == NUM_BLOCKS)
+        assert here.decode.source.errors[request.sequence_id].reason == "frame_malformed"
+
+    run(monkeypatch, scenario)
+
+
+def test_a_header_by_the_transport_must_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario(here: World) -> None:
+        monkeypatch.setattr("kv_transfer.sending.payloads.SlotPayload.read_from", SlotName(0, 0))
+        monkeypatch.setattr("kv_transfer.sending.peer.connect_messages", unreachable)
+        request = here.hand_off()
+        assert await here.ended(request) == ["failed", "free"]
+        assert here.decode.source.errors[request.sequence_id].reason == "frame_malformed"
+
+    run(monkeypatch, scenario)
+
+
+async def unreachable(*_: object, **__: object) -> LocalMessages:
+    raise failure(FailureReason.LINK_LOST)
+
+
+def test_payloads_are_sent_where_the_socket_cannot_be_reached(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def scenario(here: World) -> None:
+        monkeypatch.setattr("kv_transfer.sending.peer.connect_messages", unreachable)
+        request = here.hand_off()
+        assert await here.ended(request) == ["committed", "free"]
+        assert here.messages == []
+        assert max(here.sent) > 256
 
     run(monkeypatch, scenario)
 

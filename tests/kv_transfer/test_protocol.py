@@ -14,11 +14,11 @@ from kv_transfer.protocol import (
     FrameMalformed,
     SlotName,
     pack_commit,
-    pack_header,
     pack_slot_read,
     parse_header,
     parse_message,
     parse_slot_read,
+    write_header,
 )
 
 LIMITS = FrameLimits(num_layers=4, unit_bytes=32, slot_bytes=32 * 4 * 8)
@@ -48,7 +48,7 @@ def make_header(
 
 def packed(header: FrameHeader) -> bytearray:
     buffer = bytearray(LIMITS.max_header_bytes)
-    del buffer[pack_header(header, memoryview(buffer)) :]
+    del buffer[write_header(header, memoryview(buffer)) :]
     return buffer
 
 
@@ -67,7 +67,7 @@ def test_what_is_said_of_a_slot_is_read_as_it_was_written() -> None:
 
 def test_what_an_earlier_header_left_in_the_buffer_is_ignored() -> None:
     buffer = bytearray(b"\xff" * LIMITS.max_header_bytes)
-    pack_header(make_header(), memoryview(buffer))
+    write_header(make_header(), memoryview(buffer))
     assert parse_header(memoryview(buffer), LIMITS).seq == 5
 
 
@@ -112,7 +112,7 @@ def test_a_map_that_cannot_be_is_refused(header: FrameHeader) -> None:
 def test_a_frame_larger_than_a_slot_is_refused_by_its_counts() -> None:
     header = make_header(positions=tuple(range(11)), num_layers=3)
     buffer = bytearray(10_000)
-    pack_header(header, memoryview(buffer))
+    write_header(header, memoryview(buffer))
     with pytest.raises(FrameMalformed, match="size"):
         parse_header(memoryview(buffer), LIMITS)
 
@@ -135,7 +135,7 @@ def make_commit() -> CommitMessage:
 
 def test_a_commit_and_a_header_are_told_apart_in_the_buffer_they_share() -> None:
     buffer = bytearray(LIMITS.max_header_bytes)
-    pack_header(make_header(), memoryview(buffer))
+    write_header(make_header(), memoryview(buffer))
     message = parse_message(memoryview(buffer), LIMITS)
     assert isinstance(message, FrameHeader)
     commit = pack_commit(make_commit())

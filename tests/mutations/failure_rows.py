@@ -15,6 +15,7 @@ from tests.mutations.transfer_rows import (
 )
 
 CATALOGUE = "tests/kv_transfer/test_bug_catalogue_failures.py::test_"
+LANDINGS = "kv_transfer/receiving/landings.py"
 SHIPPING = "kv_transfer/sending/shipping.py"
 
 FAILURE_ROWS = (
@@ -23,21 +24,21 @@ FAILURE_ROWS = (
         "vllm#52234, 52232, 52276; vllm-backport#33",
         (
             Mutation(
-                SESSION,
+                LANDINGS,
                 "        await self._agent.pool.settle()\n        self._end(frame, error)\n",
                 "        await self._agent.pool.settle()\n        self._end(frame, None)\n",
                 CATALOGUE + "a_receive_that_fails_starts_nothing",
             ),
             Mutation(
-                SESSION,
+                LANDINGS,
                 "else failure(FailureReason.UNKNOWN)\n",
                 "else None\n",
                 CATALOGUE + "an_error_that_nobody_foresaw_is_a_failure",
             ),
             Mutation(
                 SESSION,
-                "            self._events.link_lost(self.id, FailureReason.UNKNOWN)\n",
-                "            pass\n",
+                "        self._events.link_lost(self.id, reason)\n",
+                "        pass\n",
                 CATALOGUE + "a_receiver_that_cannot_go_on_gives_the_session_up",
             ),
             Mutation(
@@ -89,7 +90,7 @@ FAILURE_ROWS = (
         "sgl#13231",
         (
             Mutation(
-                SESSION,
+                LANDINGS,
                 "placing.add_done_callback(lambda done: self._scattered(frame, done))",
                 "self._end(frame, None)",
                 CATALOGUE + "nothing_starts_before_the_copy_into_its_blocks_has_ended",

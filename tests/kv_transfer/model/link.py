@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kv_transfer.protocol import pack_header, parse_header
+from kv_transfer.protocol import parse_header, write_header
 from tests.kv_transfer.model.memory import LIMITS
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ class Frame:
     @classmethod
     def of(cls, header: FrameHeader, payload: NDArray[np.uint64]) -> Frame:
         buffer = np.zeros(LIMITS.max_header_bytes, dtype=np.uint8)
-        length = pack_header(header, buffer.data)
+        length = write_header(header, buffer.data)
         return cls(buffer[:length].tobytes(), payload.copy())
 
     def end(self, error: ServingError | None) -> None:
