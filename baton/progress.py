@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from typing import TYPE_CHECKING
 
@@ -68,7 +69,7 @@ class StartupView:
     def take_fact(self, child: Child, fact: Facts) -> None:
         """A failure is marked here and said, once, by who waits for the start."""
         if fact["event"] == "died":
-            phase = f"died (exit code {fact['exit_code']}), starting again"
+            phase = f"{_death(fact['exit_code'])}; starting again"
             self._rows[child.spec.name] = _Row(phase)
         self._rows.setdefault(child.spec.name, _Row()).take(fact)
         quiet = self._live is not None and self._live.is_started
@@ -96,11 +97,16 @@ def _describe(fact: Facts) -> str:
         case "died":
             why = f" ({fact['message']})" if fact["message"] else ""
             return (
-                f"died with exit code {fact['exit_code']}{why}; "
-                f"starting again in {fact['pause_seconds']:.1f} s"
+                f"{_death(fact['exit_code'])}{why}; starting again in {fact['pause_seconds']:.1f} s"
             )
         case _:
             return str(fact["event"])
+
+
+def _death(exit_code: int) -> str:
+    if exit_code < 0:
+        return f"was ended by {signal.Signals(-exit_code).name}"
+    return f"died with exit code {exit_code}"
 
 
 def _phase(row: _Row) -> Text:

@@ -151,14 +151,18 @@ class NodeClient:
 
     async def _run(self) -> None:
         pause = FIRST_PAUSE_SECONDS
+        told = None  # a reason is news once, however often it is met
         while True:
             began = self._clock()
             try:
                 await self._session()
             except (grpc.RpcError, TimeoutError, ServingError) as error:
-                logger.info("no session with node %s: %s", self.node.id.name, _reason(error))
+                if (reason := _reason(error)) != told:
+                    name = self.node.id.name
+                    logger.info("no session with node %s, tried on and on: %s", name, reason)
+                    told = reason
             if self._clock() - began > MAX_PAUSE_SECONDS:
-                pause = FIRST_PAUSE_SECONDS
+                pause, told = FIRST_PAUSE_SECONDS, None
             await asyncio.sleep(pause * random.uniform(0.5, 1.0))
             pause = min(pause * 2, MAX_PAUSE_SECONDS)
 
@@ -277,5 +281,7 @@ def _decoded(message: pb.TokenDelta) -> TokenDelta:
 
 def _reason(error: BaseException) -> str:
     if isinstance(error, grpc.RpcError):
-        return str(error.code())
-    return error.message if isinstance(error, ServingError) else type(error).__name__
+        return f"its address does not answer ({error.code().name})"
+    if isinstance(error, ServingError):
+        return error.message
+    return f"it gave no welcome within {WELCOME_SECONDS:g} s"

@@ -60,9 +60,11 @@ def test_a_failure_is_left_to_who_ends_the_start() -> None:
 
 def test_a_death_is_said_with_its_reason_and_what_comes_next() -> None:
     (line,) = lines_of(DIED)
-    assert line == "decode-0 | died with exit code -9 (port taken); starting again in 0.5 s"
+    assert line == "decode-0 | was ended by SIGKILL (port taken); starting again in 0.5 s"
     (line,) = lines_of(DIED | {"message": None})
-    assert line == "decode-0 | died with exit code -9; starting again in 0.5 s"
+    assert line == "decode-0 | was ended by SIGKILL; starting again in 0.5 s"
+    (line,) = lines_of(DIED | {"message": None, "exit_code": 1})
+    assert line == "decode-0 | died with exit code 1; starting again in 0.5 s"
 
 
 def test_on_a_terminal_a_row_shows_the_phase_of_each_process() -> None:
