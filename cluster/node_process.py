@@ -7,7 +7,9 @@ Life of a node's process
     3. `run_until_stopped` waits for SIGTERM or SIGINT, for a fatal error, or for the name to
        be taken by another incarnation.
     4. The end, in this order: take no new work, let what runs finish within the shutdown
-       timeout, withdraw from the registry, end the streams, close the role's parts, exit.
+       timeout, withdraw from the registry, end the streams, close the role's parts, exit. What
+       hangs from the withdrawal on is cut short (`last_resort.py`): a node may end because
+       something on its device does not.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ import uvloop
 from cluster.config import LoadedConfig, load_config, render_config
 from cluster.errors import ConfigError, InternalError, ServingError
 from cluster.failpoints import arm as arm_failpoints
+from cluster.last_resort import end_within
 from cluster.logging import setup_logging
 from cluster.loop_watch import LoopWatch
 from cluster.member import Member
@@ -73,6 +76,7 @@ class NodeProcess:
         try:
             await self.start(member, report)
         except ConfigError:
+            end_within()
             await close()
             self._close_metrics()
             raise
@@ -104,6 +108,7 @@ class NodeProcess:
             self._event_loop.add_signal_handler(number, self._stop.set)
         await self._stop.wait()
         await self._drain(member)
+        end_within()
         await member.stop()
         self._hub.close_all()
         await self.server.stop(CLOSE_GRACE_SECONDS)

@@ -107,6 +107,7 @@ class Nodes:
         return self._entries.get(NodeName(name))
 
     def apply(self, view: ClusterView) -> None:
+        self._foreign.intersection_update({info.id for info in view.nodes.values()})
         for info in view.nodes.values():
             if not self._is_ours(info):
                 continue

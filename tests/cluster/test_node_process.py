@@ -7,6 +7,8 @@ import json
 import os
 import signal
 import socket
+import subprocess
+import sys
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -27,6 +29,14 @@ if TYPE_CHECKING:
 
     from cluster.node import NodeInfo
     from cluster.startup import Fact
+
+
+@pytest.fixture(autouse=True)
+def last_resort(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What would end the process of these tests, too."""
+    asked: list[str] = []
+    monkeypatch.setattr("cluster.node_process.end_within", lambda: asked.append("armed"))
+    return asked
 
 
 class RecordingMember:
@@ -294,3 +304,35 @@ def test_a_node_without_a_name_is_told_from_others_in_logs_and_registry() -> Non
     assert portless.lasting_name(NodeRole.DECODE) is None
     names = {portless.node_id(NodeRole.DECODE, Incarnation(n)).name for n in (1, 2)}
     assert len(names) == 2, "one would end the other: a name belongs to one node"
+
+
+def test_what_hangs_while_a_node_ends_does_not_keep_it(run: Any, last_resort: list[str]) -> None:
+    async def body(world: World) -> None:
+        async def close() -> None:
+            world.log.append(f"closing, {last_resort}")
+
+        world._close = close  # type: ignore[method-assign]
+        running = world.start()
+        await world.ready.wait()
+        assert last_resort == []
+        world.process.fail("Too much KV memory is lost.")
+        with pytest.raises(InternalError):
+            await running
+        assert world.log[-2:] == ["withdrawn", "closing, ['armed']"]
+
+    run(body)
+
+
+def test_a_process_ends_whatever_its_threads_wait_for() -> None:
+    """Python itself would wait for the thread."""
+    program = """
+import threading
+from cluster.last_resort import end_within
+threading.Thread(target=threading.Event().wait, name="stuck").start()
+end_within(0.2)
+"""
+    ended = subprocess.run(
+        [sys.executable, "-c", program], timeout=60, stderr=subprocess.PIPE, check=False
+    )
+    assert ended.returncode == EXIT_FAILED
+    assert b"Timeout" in ended.stderr

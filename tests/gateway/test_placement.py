@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import httpx
 
-from cluster.node import NodeName, NodeRole
+from cluster.membership import ClusterView
+from cluster.node import Incarnation, NodeName, NodeRole
 from tests.gateway.fake_node import FakeNode
 
 if TYPE_CHECKING:
@@ -92,3 +94,17 @@ def test_nodes_of_another_model_in_the_same_registry_are_left_alone(
     assert running.gateway.nodes.what_is_missing() == "no prefill node is ready"
     running.call(add("alias", "ours"))
     running.until(lambda: running.gateway.is_ready)
+
+
+def test_foreign_nodes_that_left_are_forgotten(new_gateway: Callable[..., RunningGateway]) -> None:
+    running = new_gateway()
+    ours = running.prefill.info
+
+    def see_restarts() -> None:
+        for number in range(1, 9):
+            identity = replace(ours.id, name=NodeName("foreign"), incarnation=Incarnation(number))
+            foreign = replace(ours, id=identity, model_name="another-model")
+            running.gateway.nodes.apply(ClusterView.of((ours, foreign)))
+
+    running.do(see_restarts)
+    assert len(running.gateway.nodes._foreign) == 1
