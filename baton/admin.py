@@ -6,27 +6,28 @@ Exit codes: 0 done, 1 refused, 2 usage, 4 not reachable.
 
 from __future__ import annotations
 
-import ipaddress
 import json
-import os
 import sys
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any
-from urllib.parse import urlsplit
 
 import typer
 
-from baton.admin_client import AdminClient, AdminRefused, AdminUnreachable
+from baton.admin_client import (
+    DEFAULT_URL,
+    AdminClient,
+    AdminRefused,
+    AdminUnreachable,
+    admin_client,
+)
 from baton.admin_tables import LEASES, NODES, REQUESTS, Column, render_policy, render_rows, shown
-from baton.admin_token import read_admin_token
+from cluster.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 EXIT_REFUSED = 1
 EXIT_NOT_READY = 4
-DEFAULT_URL = "http://127.0.0.1:8001"
-DEFAULT_PORT = 8001
 
 
 class Output(StrEnum):
@@ -134,21 +135,10 @@ def policy_set(
 
 
 def connect(url: str, token: str | None) -> AdminClient:
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise typer.BadParameter("must be an http:// or https:// URL", param_hint="--admin-url")
-    return AdminClient(url, token or local_token(parts.hostname, parts.port or DEFAULT_PORT))
-
-
-def local_token(host: str, port: int) -> str | None:
-    """The token a local `baton serve` left. Never for another host: it would be given away."""
-    if host != "localhost":
-        try:
-            if not ipaddress.ip_address(host).is_loopback:
-                return None
-        except ValueError:
-            return None
-    return read_admin_token(port, os.environ)
+    try:
+        return admin_client(url, token)
+    except ConfigError as error:
+        raise typer.BadParameter(error.message, param_hint="--admin-url") from error
 
 
 def parse_setting(text: str) -> tuple[str, object]:

@@ -6,20 +6,25 @@ redirects are not followed.
 
 from __future__ import annotations
 
+import ipaddress
 import json
+import os
 import urllib.error
 import urllib.request
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
-from cluster.errors import NodeUnavailable, ServingError
+from baton.admin_token import read_admin_token
+from cluster.errors import ConfigError, NodeUnavailable, ServingError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from email.message import Message
     from http.client import HTTPResponse
 
+DEFAULT_URL = "http://127.0.0.1:8001"
+DEFAULT_PORT = 8001
 TIMEOUT_SECONDS = 30.0
 _PREFIX = "/admin/v1"
 
@@ -57,7 +62,17 @@ class AdminClient:
         """POST `/admin/v1/{collection}/{name}:{verb}`."""
         return self._call("POST", f"/{collection}/{quote(name, safe='')}:{verb}", {})
 
-    def _call(self, method: str, path: str, body: Mapping[str, object] | None) -> dict[str, Any]:
+    def post(self, path: str, body: Mapping[str, object], timeout_seconds: float) -> dict[str, Any]:
+        """POST `/admin/v1` + path, for what takes its time."""
+        return self._call("POST", path, body, timeout_seconds)
+
+    def _call(
+        self,
+        method: str,
+        path: str,
+        body: Mapping[str, object] | None,
+        timeout_seconds: float = TIMEOUT_SECONDS,
+    ) -> dict[str, Any]:
         request = urllib.request.Request(self.url.rstrip("/") + _PREFIX + path, method=method)
         request.add_header("Accept", "application/json")
         if self.token is not None:
@@ -67,7 +82,7 @@ class AdminClient:
             request.add_header("Content-Type", "application/json")
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), _NoRedirects())
         try:
-            with opener.open(request, timeout=TIMEOUT_SECONDS) as response:
+            with opener.open(request, timeout=timeout_seconds) as response:
                 return self._document(response)
         except urllib.error.HTTPError as error:
             raise self._refusal(error, path) from error
@@ -97,6 +112,25 @@ class AdminClient:
         if error.code == 404:
             return AdminRefused(told or f"{self.url} knows no {_PREFIX}{path}.")
         return AdminRefused(f"{told or error.reason} (HTTP {error.code}).")
+
+
+def admin_client(url: str, token: str | None) -> AdminClient:
+    """`token` None: what a local `baton serve` left. Raises `ConfigError` for what is no URL."""
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ConfigError("--admin-url must be an http:// or https:// URL.", param="admin_url")
+    return AdminClient(url, token or local_token(parts.hostname, parts.port or DEFAULT_PORT))
+
+
+def local_token(host: str, port: int) -> str | None:
+    """The token a local `baton serve` left. Never for another host: it would be given away."""
+    if host != "localhost":
+        try:
+            if not ipaddress.ip_address(host).is_loopback:
+                return None
+        except ValueError:
+            return None
+    return read_admin_token(port, os.environ)
 
 
 def _told_message(body: bytes) -> str:

@@ -2,7 +2,8 @@
 
     1. Each check runs on its own; what could crash (torch, UCX) runs in a process of its own.
     2. A check answers ok, warning or problem, and says in one line what it saw.
-    3. With `--pairs` it also measures how fast KV moves (`doctor_pairs.py`).
+    3. With `--pairs` it also measures how fast KV moves (`doctor_pairs.py`). `--cluster` does so
+       between the nodes of a running cluster (`doctor_cluster.py`), and nothing else.
     4. The run metadata that every benchmark report embeds is printed last.
 
 Exit code 0 when there is no problem, 4 otherwise.
@@ -26,6 +27,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from baton.admin_client import DEFAULT_URL, AdminRefused, AdminUnreachable, admin_client
+from baton.doctor_cluster import LEGEND, PairVerdict, cluster_table, measure_cluster
 from baton.doctor_pairs import MeasuredPair, measure_machine, measure_pairs, pair_table
 from baton.embedded_redis import find_redis_server
 from baton.pair_plan import Plan
@@ -72,10 +75,27 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--device", default="cpu", help="where the KV of --listen and --to is: cpu, cuda:0 …"
     )
+    parser.add_argument(
+        "--cluster",
+        action="store_true",
+        help="do nothing but measure how fast KV moves between the nodes of a running cluster",
+    )
+    parser.add_argument(
+        "--admin-url",
+        default=os.environ.get("BATON_ADMIN_URL", DEFAULT_URL),
+        help="where the admin API of that cluster's gateway is (BATON_ADMIN_URL)",
+    )
+    parser.add_argument(
+        "--admin-token",
+        default=os.environ.get("BATON_ADMIN_TOKEN"),
+        help="its token (BATON_ADMIN_TOKEN); default: what `baton serve` left for this user",
+    )
     parser.add_argument("--json", action="store_true", help="print everything as one JSON object")
     arguments = parser.parse_args(list(argv))
     if arguments.listen is not None:
         return listen(arguments.listen, arguments.device)
+    if arguments.cluster:
+        return look_at_cluster(arguments.admin_url, arguments.admin_token, arguments.json)
     findings = examine()
     pairs = measure_pairs() if arguments.pairs else []
     if arguments.to is not None:
@@ -101,6 +121,25 @@ def listen(address: str, device: str) -> int:
         print(f"baton doctor: --listen {address}: {error}", file=sys.stderr)
         return EXIT_NOT_READY
     return 0
+
+
+def look_at_cluster(url: str, token: str | None, as_json: bool) -> int:
+    """0 when every pair was measured, whatever its rate."""
+    try:
+        pairs = measure_cluster(admin_client(url, token))
+    except (ConfigError, AdminRefused, AdminUnreachable) as error:
+        print(f"baton doctor: --cluster: {error.message}", file=sys.stderr)
+        return EXIT_NOT_READY
+    if as_json:
+        print(json.dumps({"pairs": [asdict(pair) for pair in pairs]}))
+    elif pairs:
+        console = Console()
+        console.print(cluster_table(pairs))
+        console.print(f"\n{LEGEND}", style="dim")
+    else:
+        print("No prefill node and decode node of this cluster exchange KV.")
+    is_whole = all(pair.verdict is not PairVerdict.NOT_MEASURED for pair in pairs)
+    return 0 if pairs and is_whole else EXIT_NOT_READY
 
 
 def examine() -> list[Finding]:

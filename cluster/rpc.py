@@ -21,6 +21,7 @@ from cluster.errors import (
     DeadlineExceeded,
     InternalError,
     NodeLost,
+    NodeUnavailable,
     Overloaded,
     ServingError,
     cannot_listen,
@@ -124,9 +125,9 @@ def bind(
         else:
             bound = server.add_secure_port(where, credentials)
     except RuntimeError as error:
-        raise cannot_listen(where, None, param="port") from error
+        raise cannot_listen(where, "is it in use?", param="port") from error
     if bound == 0:
-        raise cannot_listen(where, None, param="port")
+        raise cannot_listen(where, "is it in use?", param="port")
     return bound
 
 
@@ -216,6 +217,8 @@ def error_from_rpc(error: grpc.aio.AioRpcError) -> ServingError:
             return Overloaded("The node refused the call.", reason="resource_exhausted")
         case grpc.StatusCode.UNAVAILABLE:
             return NodeLost("The node cannot be reached.")
+        case grpc.StatusCode.UNIMPLEMENTED:
+            return NodeUnavailable("The node cannot do this; is it older?", reason="not_offered")
         case _:
             return InternalError("The node failed to answer.", reason=error.code().name.lower())
 

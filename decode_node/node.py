@@ -11,7 +11,11 @@ from cluster.clock import monotonic
 from cluster.member_config import MemberConfig
 from cluster.node import NodeRole
 from cluster.node_process import run_node
+from cluster.proto import node_pb2_grpc
+from cluster.rpc import open_channel
 from decode_node.loop import DecodeObserver
+from decode_node.measured_source import MeasuredSource
+from decode_node.measuring import HandoffMeasuring
 from decode_node.recompute import RecomputeBudget
 from decode_node.reservations import Reservations
 from decode_node.scheduler import DecodeScheduler
@@ -78,7 +82,15 @@ class DecodeNode:
         )
         parts.run_engine(scheduler, observer, self._snapshot)
         parts.open_sender()
-        self._receiver = parts.new_receiver(self.handler, is_decoding=lambda: parts.loop.is_busy)
+        source = MeasuredSource(manager, self.handler, parts.loop, monotonic)
+        self._receiver = parts.new_receiver(source, is_decoding=lambda: parts.loop.is_busy)
+        self._measuring = HandoffMeasuring(
+            source,
+            self._receiver,
+            block_size=manager.block_size,
+            is_idle=lambda: self.handler.num_streams == 0,
+            open_channel=open_channel,
+        )
 
     def sources(self, on_replaced: Callable[[], None]) -> MemberSources:
         """What its membership tells the cluster."""
@@ -86,12 +98,14 @@ class DecodeNode:
 
     def add_services(self, server: grpc.aio.Server, member: Member) -> None:
         self.parts.add_services(server, member, self.handler, self._receiver)
+        node_pb2_grpc.add_MeasuringServicer_to_server(self._measuring, server)  # type: ignore[no-untyped-call]
 
     def add_metrics(self, registry: CollectorRegistry, sources: MemberSources) -> None:
         self.parts.add_metrics(registry, sources)
 
     async def start(self, member: Member) -> None:
         self.handler.bind(self.parts.loop, self._receiver, member)
+        self._measuring.bind(member)
         self.parts.loop.start()
         await self._receiver.start()
         await self.parts.sender.start()

@@ -40,6 +40,7 @@ logger = logging.getLogger(__name__)
 
 WELCOME_SECONDS = 5.0
 CALL_SECONDS = 5.0
+MEASURE_SECONDS = 30.0
 FIRST_PAUSE_SECONDS = 0.1
 MAX_PAUSE_SECONDS = 3.0
 WATCH_SECONDS = 0.25
@@ -142,6 +143,19 @@ class NodeClient:
         try:
             reply: pb.ControlReply = await self._stub.Control(
                 pb.ControlRequest(action=action), timeout=CALL_SECONDS
+            )
+        except grpc.aio.AioRpcError as error:
+            raise error_from_rpc(error) from error
+        return reply
+
+    async def measure(self, prefill: NodeInfo) -> pb.MeasureHandoffReply:
+        """Of a decode node: what a hand-off from `prefill` takes. Raises the node's typed error, or
+        `NodeLost` when it does not answer."""
+        stub = node_pb2_grpc.MeasuringStub(self._channel)  # type: ignore[no-untyped-call]
+        asked = pb.MeasureHandoffRequest(name=prefill.id.name, address=prefill.grpc_address)
+        try:
+            reply: pb.MeasureHandoffReply = await stub.MeasureHandoff(
+                asked, timeout=MEASURE_SECONDS
             )
         except grpc.aio.AioRpcError as error:
             raise error_from_rpc(error) from error

@@ -12,12 +12,14 @@ import torch
 from cluster.member_config import MemberConfig
 from cluster.node import NodeRole
 from cluster.node_process import run_node
+from cluster.proto import node_pb2_grpc
 from cluster.rpc import open_channel
 from engine.load import LoadSnapshot
 from node_parts.wiring import NodeParts, open_engine
 from prefill_node.fetch_estimate import FetchEstimate
 from prefill_node.layer_groups import CPU_GROUP_BYTES, GPU_GROUP_BYTES
 from prefill_node.loop import LayerFacts, PrefillObserver
+from prefill_node.measuring import ScratchSender
 from prefill_node.metrics import FetchCollector
 from prefill_node.prefix_fetches import PrefixFetches
 from prefill_node.scheduler import PrefillScheduler
@@ -73,16 +75,18 @@ class PrefillNode:
             on_step=self.handler.on_step,
         )
         parts.run_engine(scheduler, self._observer, self._snapshot, self._observer.layer_hook)
-        parts.open_sender(self.handler)
+        self._scratch = ScratchSender(
+            engine.block_manager, parts.loop, self.handler, is_idle=self._is_idle
+        )
+        parts.open_sender(self._scratch.events)
+        self._scratch.bind(parts.sender)
         self.fetches: PrefixFetches | None = None
         self._receiver: KVReceiver | None = None
         if parts.fetches_prefixes:
             self.fetches = PrefixFetches(
                 node_id, engine.block_manager, FetchEstimate(), open_channel
             )
-            self._receiver = parts.new_receiver(
-                self.fetches.incoming, agent=agent.beside(NUM_FETCH_SLOTS)
-            )
+            self._receiver = parts.new_receiver(self.fetches, agent=agent.beside(NUM_FETCH_SLOTS))
 
     def sources(self, on_replaced: Callable[[], None]) -> MemberSources:
         """What its membership tells the cluster."""
@@ -90,6 +94,7 @@ class PrefillNode:
 
     def add_services(self, server: grpc.aio.Server, member: Member) -> None:
         self.parts.add_services(server, member, self.handler, self._receiver)
+        node_pb2_grpc.add_MeasuringServicer_to_server(self._scratch, server)  # type: ignore[no-untyped-call]
 
     def add_metrics(self, registry: CollectorRegistry, sources: MemberSources) -> None:
         self.parts.add_metrics(registry, sources)

@@ -356,6 +356,60 @@ class TokenLogprobs(_message.Message):
     top_logprobs: _containers.RepeatedScalarFieldContainer[float]
     def __init__(self, logprob: _Optional[float] = ..., top_ids: _Optional[_Iterable[int]] = ..., top_logprobs: _Optional[_Iterable[float]] = ...) -> None: ...
 
+class MeasureHandoffRequest(_message.Message):
+    __slots__ = ("name", "address")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    address: str
+    def __init__(self, name: _Optional[str] = ..., address: _Optional[str] = ...) -> None: ...
+
+class MeasureHandoffReply(_message.Message):
+    __slots__ = ("transport", "num_bytes", "seconds", "reference", "reference_bytes_per_second", "device")
+    TRANSPORT_FIELD_NUMBER: _ClassVar[int]
+    NUM_BYTES_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    REFERENCE_FIELD_NUMBER: _ClassVar[int]
+    REFERENCE_BYTES_PER_SECOND_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
+    transport: str
+    num_bytes: int
+    seconds: float
+    reference: str
+    reference_bytes_per_second: float
+    device: str
+    def __init__(self, transport: _Optional[str] = ..., num_bytes: _Optional[int] = ..., seconds: _Optional[float] = ..., reference: _Optional[str] = ..., reference_bytes_per_second: _Optional[float] = ..., device: _Optional[str] = ...) -> None: ...
+
+class SendScratchRequest(_message.Message):
+    __slots__ = ("sequence", "handoff")
+    SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    HANDOFF_FIELD_NUMBER: _ClassVar[int]
+    sequence: Sequence
+    handoff: Handoff
+    def __init__(self, sequence: _Optional[_Union[Sequence, _Mapping]] = ..., handoff: _Optional[_Union[Handoff, _Mapping]] = ...) -> None: ...
+
+class SendScratchReply(_message.Message):
+    __slots__ = ("num_tokens",)
+    NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    num_tokens: int
+    def __init__(self, num_tokens: _Optional[int] = ...) -> None: ...
+
+class SendPlainRequest(_message.Message):
+    __slots__ = ("host", "port", "nonce")
+    HOST_FIELD_NUMBER: _ClassVar[int]
+    PORT_FIELD_NUMBER: _ClassVar[int]
+    NONCE_FIELD_NUMBER: _ClassVar[int]
+    host: str
+    port: int
+    nonce: bytes
+    def __init__(self, host: _Optional[str] = ..., port: _Optional[int] = ..., nonce: _Optional[bytes] = ...) -> None: ...
+
+class SendPlainReply(_message.Message):
+    __slots__ = ("bytes_per_second",)
+    BYTES_PER_SECOND_FIELD_NUMBER: _ClassVar[int]
+    bytes_per_second: float
+    def __init__(self, bytes_per_second: _Optional[float] = ...) -> None: ...
+
 class SenderFrame(_message.Message):
     __slots__ = ("hello", "reserve", "abort", "abort_ack", "renew")
     HELLO_FIELD_NUMBER: _ClassVar[int]

@@ -360,3 +360,175 @@ class KvReceiver:
             timeout,
             metadata,
             _registered_method=True)
+
+
+class MeasuringStub:
+    """---- how fast KV moves between two nodes ------------------------------------------------
+    For `baton doctor --cluster`. Nodes that do not have this service say so (UNIMPLEMENTED).
+
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.MeasureHandoff = channel.unary_unary(
+                '/baton.v1.Measuring/MeasureHandoff',
+                request_serializer=cluster_dot_proto_dot_node__pb2.MeasureHandoffRequest.SerializeToString,
+                response_deserializer=cluster_dot_proto_dot_node__pb2.MeasureHandoffReply.FromString,
+                _registered_method=True)
+        self.SendScratch = channel.unary_unary(
+                '/baton.v1.Measuring/SendScratch',
+                request_serializer=cluster_dot_proto_dot_node__pb2.SendScratchRequest.SerializeToString,
+                response_deserializer=cluster_dot_proto_dot_node__pb2.SendScratchReply.FromString,
+                _registered_method=True)
+        self.SendPlain = channel.unary_unary(
+                '/baton.v1.Measuring/SendPlain',
+                request_serializer=cluster_dot_proto_dot_node__pb2.SendPlainRequest.SerializeToString,
+                response_deserializer=cluster_dot_proto_dot_node__pb2.SendPlainReply.FromString,
+                _registered_method=True)
+
+
+class MeasuringServicer:
+    """---- how fast KV moves between two nodes ------------------------------------------------
+    For `baton doctor --cluster`. Nodes that do not have this service say so (UNIMPLEMENTED).
+
+    """
+
+    def MeasureHandoff(self, request, context):
+        """Of a decode node: what a hand-off from this prefill node takes, and a plain copy. One at a
+        time, and only while neither has work.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SendScratch(self, request, context):
+        """Of a prefill node, by the decode node: hand off free blocks for this sequence, which stands
+        for their number.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SendPlain(self, request, context):
+        """The same, of plain bytes over a socket.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_MeasuringServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'MeasureHandoff': grpc.unary_unary_rpc_method_handler(
+                    servicer.MeasureHandoff,
+                    request_deserializer=cluster_dot_proto_dot_node__pb2.MeasureHandoffRequest.FromString,
+                    response_serializer=cluster_dot_proto_dot_node__pb2.MeasureHandoffReply.SerializeToString,
+            ),
+            'SendScratch': grpc.unary_unary_rpc_method_handler(
+                    servicer.SendScratch,
+                    request_deserializer=cluster_dot_proto_dot_node__pb2.SendScratchRequest.FromString,
+                    response_serializer=cluster_dot_proto_dot_node__pb2.SendScratchReply.SerializeToString,
+            ),
+            'SendPlain': grpc.unary_unary_rpc_method_handler(
+                    servicer.SendPlain,
+                    request_deserializer=cluster_dot_proto_dot_node__pb2.SendPlainRequest.FromString,
+                    response_serializer=cluster_dot_proto_dot_node__pb2.SendPlainReply.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'baton.v1.Measuring', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('baton.v1.Measuring', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class Measuring:
+    """---- how fast KV moves between two nodes ------------------------------------------------
+    For `baton doctor --cluster`. Nodes that do not have this service say so (UNIMPLEMENTED).
+
+    """
+
+    @staticmethod
+    def MeasureHandoff(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/baton.v1.Measuring/MeasureHandoff',
+            cluster_dot_proto_dot_node__pb2.MeasureHandoffRequest.SerializeToString,
+            cluster_dot_proto_dot_node__pb2.MeasureHandoffReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SendScratch(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/baton.v1.Measuring/SendScratch',
+            cluster_dot_proto_dot_node__pb2.SendScratchRequest.SerializeToString,
+            cluster_dot_proto_dot_node__pb2.SendScratchReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SendPlain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/baton.v1.Measuring/SendPlain',
+            cluster_dot_proto_dot_node__pb2.SendPlainRequest.SerializeToString,
+            cluster_dot_proto_dot_node__pb2.SendPlainReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)

@@ -22,6 +22,7 @@ from cluster.proto import node_pb2 as pb
 from cluster.request import KVLoadFailurePolicy
 from cluster.version import VERSION
 from gateway.admin.access import HostGuard
+from gateway.admin.measuring import measuring_routes
 from gateway.admin.views import lease_view, node_view, request_views
 from gateway.app import translate_errors
 from gateway.body import read_object
@@ -70,6 +71,7 @@ def admin_app(
     translate_errors(app, advice=f"GET {PREFIX}/openapi.json lists them.")
     app.include_router(_views(gateway))
     app.include_router(_levers(gateway, observe))
+    app.include_router(measuring_routes(gateway, PREFIX))
     app.include_router(_policy(gateway))
     keys = KeyCheck(
         [token], "admin token", "Send it as `Authorization: Bearer`, or use `baton admin`."

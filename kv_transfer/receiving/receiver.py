@@ -137,6 +137,11 @@ class KVReceiver:
     def num_sessions(self) -> int:
         return len(self._sessions)
 
+    def session_with(self, name: str) -> ReceiverSession | None:
+        """The connected one of this peer."""
+        sessions = (each for each in self._sessions.values() if each.peer.name == name)
+        return next((session for session in sessions if session.is_connected), None)
+
     async def start(self) -> None:
         config = self.agent.config
         await self.agent.transport.listen(config.kv_host, config.kv_port, self._on_endpoint)

@@ -87,6 +87,11 @@ class ReceiverSession:
         return self._endpoint is not None
 
     @property
+    def transport_name(self) -> str:
+        """What carries its payloads; empty before it is connected."""
+        return self._landings.transport_name
+
+    @property
     def has_messages(self) -> bool:
         return self._messages is not None
 

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from rich.console import Console
 
-from baton.admin import EXIT_NOT_READY, EXIT_REFUSED, local_token, main
+from baton.admin import EXIT_NOT_READY, EXIT_REFUSED, main
+from baton.admin_client import local_token
 from baton.admin_tables import NODES, render_rows, shown
 from baton.admin_token import (
     admin_token_path,

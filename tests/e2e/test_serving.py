@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
@@ -10,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.e2e.cluster_process import ClusterProcess, eventually
+from tests.e2e.cluster_process import ADMIN_TOKEN, ClusterProcess, eventually
 
 if TYPE_CHECKING:
     import openai
@@ -108,6 +110,27 @@ def test_models_and_health_are_served(cluster: ClusterProcess, client: openai.Op
     for path in ("health", "livez", "readyz", "version", "metrics"):
         with urllib.request.urlopen(f"{cluster.base_url}/{path}", timeout=10) as response:
             assert response.status == 200
+
+
+def test_the_doctor_measures_the_pair_and_leaves_no_trace(
+    cluster: ClusterProcess, client: openai.OpenAI
+) -> None:
+    complete(client, "what is cached before is cached after " * 8)
+    eventually(cluster.all_blocks_are_back)
+    cached = {name: node["load"]["num_cached_blocks"] for name, node in cluster.nodes().items()}
+    command = [sys.executable, "-m", "baton", "doctor", "--cluster", "--json"]
+    options = ["--admin-url", cluster.admin_url, "--admin-token", ADMIN_TOKEN]
+    done = subprocess.run([*command, *options], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    (pair,) = json.loads(done.stdout)["pairs"]
+    assert (pair["prefill"], pair["decode"]) == ("prefill-0", "decode-0")
+    assert pair["verdict"] in ("ok", "slow")
+    assert pair["num_bytes"] > 1 << 20
+    assert pair["rate"] > 0 < pair["reference_rate"]
+    eventually(cluster.all_blocks_are_back)
+    nodes = cluster.nodes().items()
+    assert cached == {name: node["load"]["num_cached_blocks"] for name, node in nodes}
+    assert all(cached.values())
 
 
 BAD_BODIES = [
