@@ -7,10 +7,10 @@ A way from a holder is learned in two steps.
     1. Nobody waits for the first contact, in which two nodes may have to connect. It says only
        that something comes from there. How fast it was says nothing: it shares the GPU and the
        event loop with the prompt, and what it brings may have been computed meanwhile.
-    2. From then on a prompt waits. As long as no rate was measured, the way is taken to be as fast
-       as need be: a guess that is too slow would never be put right, one that is too fast costs
-       one prompt at most `limit_seconds`.
-After a while all of it is forgotten. A holder that failed is not asked again for a moment.
+    2. From then on a prompt waits. As long as no rate was measured lately, the way is taken to be
+       as fast as need be: a guess that is too slow would never be put right, one that is too fast
+       costs one prompt at most `limit_seconds`.
+A holder that failed is not asked again for a moment, and then nobody waits for the first contact.
 
 What the holder has in host memory alone it must bring into its pool first. It alone knows how much
 that is, and how fast: so it is told what a token may take there for the fetch still to be the
@@ -21,7 +21,7 @@ Pure: time is an argument.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ AVOID_SECONDS = 30.0
 MIN_LIMIT_SECONDS = 0.25
 # Steps of fewer tokens take as long as the weights take to be read: they say nothing of a rate.
 MIN_TOKENS_PER_STEP = 256
+MAX_WAYS = 1024  # the latest; nodes come and go
 _KEPT = 0.7  # of earlier sums, with each measurement
 
 
@@ -65,13 +66,16 @@ _NOTHING = _Sums(0.0, 0.0)
 
 @dataclass(frozen=True, slots=True)
 class _Way:
-    """From one holder to here. `moved` None: something came, but nobody waited for it."""
+    """From one holder to here."""
 
-    moved: _Sums | None
-    known_at: float
+    is_reached: bool = False
+    moved: _Sums = _NOTHING
+    measured_at: float = 0.0
 
-    def seconds_of(self, num_tokens: int) -> float:
-        return 0.0 if self.moved is None else self.moved.seconds_of(num_tokens)
+    def seconds_of(self, num_tokens: int, now: float) -> float:
+        """At least that; 0 for whatever nobody has measured lately."""
+        is_old = now - self.measured_at >= REMEMBER_SECONDS
+        return 0.0 if is_old or self.moved is _NOTHING else self.moved.seconds_of(num_tokens)
 
 
 class FetchEstimate:
@@ -85,9 +89,9 @@ class FetchEstimate:
             return num_tokens / FIRST_TOKENS_PER_SECOND
         return self._computed.seconds_of(num_tokens)
 
-    def is_known(self, holder: NodeId, now: float) -> bool:
-        """Whether something came from there lately."""
-        return self._way(holder, now) is not None
+    def is_known(self, holder: NodeId) -> bool:
+        """Whether something came from there, and nothing failed since."""
+        return self._way(holder).is_reached
 
     def is_avoided(self, holder: NodeId, now: float) -> bool:
         """Whether it failed a moment ago."""
@@ -100,21 +104,16 @@ class FetchEstimate:
 
     def pays(self, holder: NodeId, lacking: Lacking, now: float) -> bool:
         """False for a way that is not known. Where this is false, it is for parts of it, too."""
-        way = self._way(holder, now)
-        if way is None or self.is_avoided(holder, now):
-            return False
-        return self._spare_seconds(way, lacking) > 0
+        return self.is_known(holder) and self._spare_seconds(holder, lacking, now) > 0
 
     def restore_seconds_per_token(self, holder: NodeId, lacking: Lacking, now: float) -> float:
-        """What each token may take until it is in the holder's pool; 0 on a way that is not
-        known."""
-        way = self._way(holder, now)
-        spare = 0.0 if way is None else self._spare_seconds(way, lacking)
+        """What each token may take until it is in the holder's pool."""
+        spare = self._spare_seconds(holder, lacking, now)
         return max(0.0, spare) / max(1, lacking.num_moved_tokens)
 
-    def _spare_seconds(self, way: _Way, lacking: Lacking) -> float:
+    def _spare_seconds(self, holder: NodeId, lacking: Lacking, now: float) -> float:
         """By how much moving is sooner than computing."""
-        moving = FIXED_SECONDS + way.seconds_of(lacking.num_moved_tokens)
+        moving = FIXED_SECONDS + self._way(holder).seconds_of(lacking.num_moved_tokens, now)
         return self.compute_seconds(lacking.num_computed_tokens) - moving
 
     def computed(self, num_tokens: int, num_steps: int, seconds: float) -> None:
@@ -122,31 +121,33 @@ class FetchEstimate:
         if num_steps > 0 and num_tokens >= MIN_TOKENS_PER_STEP * num_steps:
             self._computed = self._computed.plus(num_tokens, seconds)
 
-    def reached(self, holder: NodeId, now: float) -> None:
+    def reached(self, holder: NodeId) -> None:
         """Something came from there, for which nobody waited."""
-        way = self._way(holder, now)
-        self._keep(holder, _Way(None if way is None else way.moved, now))
+        self._keep(holder, replace(self._way(holder), is_reached=True))
 
     def fetched(self, holder: NodeId, num_tokens: int, seconds: float, now: float) -> None:
-        """So many tokens took so long on their way from there, and a prompt waited for them."""
+        """So many tokens took so long on their way from there, or longer, and a prompt waited."""
         if num_tokens <= 0:
             return
-        way = self._way(holder, now)
-        before = _NOTHING if way is None or way.moved is None else way.moved
+        way = self._way(holder)
+        is_old = now - way.measured_at >= REMEMBER_SECONDS
         moving = max(0.0, seconds - FIXED_SECONDS)
-        self._keep(holder, _Way(before.plus(num_tokens, moving), now))
+        moved = (_NOTHING if is_old else way.moved).plus(num_tokens, moving)
+        self._keep(holder, _Way(way.is_reached, moved, now))
 
     def failed(self, holder: NodeId, now: float) -> None:
+        """What was measured stays: it may have failed by being slow."""
+        self._keep(holder, replace(self._way(holder), is_reached=False))
         for node, until in list(self._avoided_until.items()):
             if until <= now:
                 del self._avoided_until[node]
         self._avoided_until[holder] = now + AVOID_SECONDS
 
-    def _way(self, holder: NodeId, now: float) -> _Way | None:
-        way = self._ways.get(holder)
-        return None if way is None or now - way.known_at >= REMEMBER_SECONDS else way
+    def _way(self, holder: NodeId) -> _Way:
+        return self._ways.get(holder, _Way())
 
     def _keep(self, holder: NodeId, way: _Way) -> None:
-        now = way.known_at
-        self._ways = {node: each for node, each in self._ways.items() if self._way(node, now)}
+        self._ways.pop(holder, None)
         self._ways[holder] = way
+        if len(self._ways) > MAX_WAYS:
+            del self._ways[next(iter(self._ways))]

@@ -141,7 +141,7 @@ class PrefixFetches:
             return
         self._measure()
         node = holder.node
-        if not self._estimate.is_known(node, self._clock()):
+        if not self._estimate.is_known(node):
             self._explore(sequence, holder)
             return
         num_tokens = num_blocks * sequence.block_size
@@ -186,7 +186,7 @@ class PrefixFetches:
         wanted = _Wanted(sequence, 1, holder, EXPLORE_SECONDS)
         if await self._try(wanted, EXPLORE_SECONDS) is not None:
             self.stats.num_explored += 1
-            self._estimate.reached(holder.node, self._clock())
+            self._estimate.reached(holder.node)
 
     async def _try(self, wanted: _Wanted, limit_seconds: float) -> _Fetch | None:
         """What came; None if it failed, of which everybody has heard then."""

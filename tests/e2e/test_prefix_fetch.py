@@ -35,7 +35,7 @@ GREEDY = SamplingParams(max_tokens=NUM_TOKENS, seed=0, temperature=0.0, ignore_e
 @pytest.fixture(autouse=True)
 def always_pays(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small models are computed sooner than anything is fetched."""
-    monkeypatch.setattr(FetchEstimate, "is_known", lambda self, holder, now: True)
+    monkeypatch.setattr(FetchEstimate, "is_known", lambda self, holder: True)
     monkeypatch.setattr(
         FetchEstimate, "pays", lambda self, holder, lacking, now: lacking.num_computed_tokens > 0
     )

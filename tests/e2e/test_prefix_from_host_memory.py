@@ -42,7 +42,7 @@ SECONDS_PER_TOKEN = 1.0
 @pytest.fixture(autouse=True)
 def always_pays(monkeypatch: pytest.MonkeyPatch) -> None:
     """A pocket model is computed sooner than anything is fetched."""
-    monkeypatch.setattr(FetchEstimate, "is_known", lambda self, holder, now: True)
+    monkeypatch.setattr(FetchEstimate, "is_known", lambda self, holder: True)
     monkeypatch.setattr(FetchEstimate, "pays", lambda self, holder, lacking, now: True)
     monkeypatch.setattr(
         FetchEstimate,

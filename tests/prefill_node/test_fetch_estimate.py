@@ -8,6 +8,7 @@ from cluster.node import Incarnation, NodeId, NodeName
 from prefill_node.fetch_estimate import (
     AVOID_SECONDS,
     FIXED_SECONDS,
+    MAX_WAYS,
     MIN_LIMIT_SECONDS,
     REMEMBER_SECONDS,
     FetchEstimate,
@@ -22,6 +23,7 @@ def measured(computed: int, moved: int) -> FetchEstimate:
     """By tokens a second."""
     estimate = FetchEstimate()
     estimate.computed(computed, 1, 1.0)
+    estimate.reached(HOLDER)
     estimate.fetched(HOLDER, moved, 1.0 + FIXED_SECONDS, now=0.0)
     return estimate
 
@@ -45,10 +47,10 @@ def test_it_does_not_pay_over_a_slow_link_nor_for_a_few_tokens() -> None:
 def test_a_holder_that_failed_is_avoided_for_a_while_and_others_are_not() -> None:
     estimate = measured(1000, 100_000)
     estimate.failed(HOLDER, now=5.0)
-    assert not estimate.pays(HOLDER, lacking(1000), now=5.0 + AVOID_SECONDS - 0.1)
-    assert estimate.is_avoided(HOLDER, now=5.0)
+    assert not estimate.pays(HOLDER, lacking(1000), now=5.0)
+    assert estimate.is_avoided(HOLDER, now=5.0 + AVOID_SECONDS - 0.1)
     assert not estimate.is_avoided(OTHER, now=5.0)
-    assert estimate.pays(HOLDER, lacking(1000), now=5.0 + AVOID_SECONDS)
+    assert not estimate.is_avoided(HOLDER, now=5.0 + AVOID_SECONDS)
 
 
 def test_later_measurements_weigh_more_than_early_ones() -> None:
@@ -67,13 +69,32 @@ def test_a_fetch_is_given_up_when_computing_would_have_been_done_twice() -> None
     assert estimate.limit_seconds(4000) == 8.0, "nothing was measured"
 
 
-def test_a_way_that_was_not_measured_lately_is_not_known() -> None:
-    estimate = measured(1000, 100_000)
-    assert estimate.is_known(HOLDER, now=REMEMBER_SECONDS - 1)
-    assert estimate.pays(HOLDER, lacking(1000), now=REMEMBER_SECONDS - 1)
-    assert not estimate.is_known(HOLDER, now=REMEMBER_SECONDS)
-    assert not estimate.pays(HOLDER, lacking(1000), now=REMEMBER_SECONDS)
-    assert not estimate.pays(OTHER, lacking(1000), now=0.0), "each holder has its own"
+def test_what_was_not_measured_lately_counts_no_more_but_the_way_stays_known() -> None:
+    """Where a prompt comes every few minutes, too, it is fetched."""
+    slow = measured(1000, 500)
+    assert not slow.pays(HOLDER, lacking(1000), now=REMEMBER_SECONDS - 1)
+    assert slow.pays(HOLDER, lacking(1000), now=REMEMBER_SECONDS)
+    slow.fetched(HOLDER, 100, 60.0, now=REMEMBER_SECONDS)
+    assert not slow.pays(HOLDER, lacking(1000), now=REMEMBER_SECONDS)
+    assert not slow.pays(OTHER, lacking(1000), now=0.0), "each holder has its own"
+
+
+def test_behind_a_failure_nobody_waits_for_the_first_contact_and_a_rate_is_remembered() -> None:
+    estimate = measured(1000, 500)
+    estimate.failed(HOLDER, now=1.0)
+    assert not estimate.is_known(HOLDER)
+    estimate.reached(HOLDER)
+    assert estimate.is_known(HOLDER)
+    assert not estimate.pays(HOLDER, lacking(1000), now=2.0 + AVOID_SECONDS)
+
+
+def test_ways_from_nodes_that_came_and_went_do_not_gather() -> None:
+    estimate = measured(1000, 500)
+    nodes = [NodeId(NodeName(f"d{index}"), Incarnation(1)) for index in range(MAX_WAYS + 1)]
+    for node in nodes:
+        estimate.reached(node)
+    assert not estimate.is_known(HOLDER)
+    assert estimate.is_known(nodes[1])
 
 
 def test_what_we_have_in_host_memory_is_moved_again_and_saves_nothing() -> None:
@@ -95,8 +116,6 @@ def test_the_holder_may_restore_for_as_long_as_computing_is_slower_than_moving()
 
 def test_on_a_way_that_nobody_measured_the_holder_may_take_the_time_of_computing() -> None:
     estimate = measured(computed=1000, moved=2000)
-    assert estimate.restore_seconds_per_token(OTHER, lacking(100), now=0.0) == 0.0
-    estimate.reached(OTHER, now=0.0)
     seconds = estimate.restore_seconds_per_token(OTHER, lacking(100), now=0.0)
     assert seconds == pytest.approx((0.1 - FIXED_SECONDS) / 100)
 
@@ -104,21 +123,14 @@ def test_on_a_way_that_nobody_measured_the_holder_may_take_the_time_of_computing
 def test_once_reached_a_way_is_believed_to_be_fast_until_a_prompt_has_waited() -> None:
     estimate = FetchEstimate()
     assert not estimate.pays(HOLDER, lacking(1000), now=0.0)
-    estimate.reached(HOLDER, now=0.0)
-    assert estimate.is_known(HOLDER, now=0.0)
+    estimate.reached(HOLDER)
+    assert estimate.is_known(HOLDER)
     assert estimate.pays(HOLDER, lacking(1000), now=0.0)
     assert not estimate.pays(HOLDER, lacking(1), now=0.0), "calls take longer than one token"
     estimate.fetched(HOLDER, 1000, 60.0, now=1.0)
     assert not estimate.pays(HOLDER, lacking(1000), now=1.0)
-    estimate.reached(HOLDER, now=2.0)
+    estimate.reached(HOLDER)
     assert not estimate.pays(HOLDER, lacking(1000), now=2.0), "what was measured stays"
-
-
-def test_a_way_that_did_not_pay_is_tried_again_after_a_while() -> None:
-    estimate = measured(1000, 500)
-    later = REMEMBER_SECONDS + 1
-    estimate.reached(HOLDER, now=later)
-    assert estimate.pays(HOLDER, lacking(1000), now=later)
 
 
 def test_steps_of_few_tokens_say_nothing_of_the_engine() -> None:

@@ -80,6 +80,7 @@ class Bench:
         self.estimate = estimate = FetchEstimate()
         estimate.computed(1000, 1, 1000.0)
         if is_known:
+            estimate.reached(HOLDER)
             estimate.fetched(HOLDER, 1000, FIXED_SECONDS + 0.1, monotonic())
         self.fetches = PrefixFetches(US, self.manager, estimate, lambda address: None)
         self.fetches.bind(cast("Any", self.loop), cast("Any", self.receiver), lambda: "here:1")
@@ -223,7 +224,7 @@ def test_the_first_contact_asks_for_one_block_and_nobody_waits() -> None:
         await bench.fetch(give)
         assert not asked
         await until(lambda: bench.fetches.stats.num_explored == 1)
-        assert bench.estimate.is_known(HOLDER, monotonic())
+        assert bench.estimate.is_known(HOLDER)
         assert len(asked[0].prompt_token_ids) == BLOCK_SIZE
         assert bench.restore_seconds[0] >= 1.0, "it may be in host memory, and nobody waits"
         await bench.fetch(give)
@@ -305,7 +306,7 @@ def test_what_did_not_come_in_time_is_not_waited_for_again(monkeypatch: pytest.M
     bench = Bench(is_known=False)
     clock = ManualClock()
     bench.fetches._clock = clock
-    bench.estimate.reached(HOLDER, clock())
+    bench.estimate.reached(HOLDER)
     monkeypatch.setattr(FetchEstimate, "limit_seconds", lambda self, num_tokens: 0.05)
 
     async def never(prefix: SequenceRequest) -> None:
@@ -314,7 +315,8 @@ def test_what_did_not_come_in_time_is_not_waited_for_again(monkeypatch: pytest.M
 
     asyncio.run(bench.fetch(never))
     later = clock() + AVOID_SECONDS
-    assert not bench.estimate.is_avoided(HOLDER, later)
+    assert not bench.estimate.is_known(HOLDER)
+    bench.estimate.reached(HOLDER)
     assert not bench.estimate.pays(HOLDER, Lacking(80, 80), later)
 
 
