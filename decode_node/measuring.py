@@ -34,6 +34,8 @@ from kv_transfer.plain_copy import PlainListener, peer_copy_rate
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    import torch
+
     from cluster.member import Member
     from decode_node.measured_source import MeasuredSource
     from kv_transfer.receiving.receiver import KVReceiver
@@ -149,12 +151,12 @@ class HandoffMeasuring(rpc.MeasuringServicer):
     async def _plain_copy(self, prefill: Any, session: ReceiverSession) -> tuple[str, float]:
         """What it is called, and its bytes per second."""
         if session.sender_slots:
-            return "peer copy", await asyncio.to_thread(peer_copy_rate, session.sender_slots[0])
+            return "peer copy", await self._peer_copy_rate(session.sender_slots[0])
         host = self._receiver.agent.config.kv_host
         listener = PlainListener(host)
         taking = asyncio.create_task(asyncio.to_thread(listener.take))
         # Not before its thread has ended: another socket could get the same number.
-        taking.add_done_callback(partial(_taken, listener))
+        taking.add_done_callback(partial(_ended, listener.close))
         if host in ANY_HOST:
             host = self._member.info.grpc_address.rpartition(":")[0].strip("[]")
         asked = pb.SendPlainRequest(host=host, port=listener.port, nonce=listener.nonce)
@@ -165,8 +167,17 @@ class HandoffMeasuring(rpc.MeasuringServicer):
             raise NodeUnavailable(f"No plain copy: {error}", reason="plain_copy") from error
         return "plain socket", reply.bytes_per_second
 
+    async def _peer_copy_rate(self, theirs: torch.Tensor) -> float:
+        staging = self._receiver.agent.staging
+        ours = await staging.acquire(self)
+        copying = asyncio.create_task(asyncio.to_thread(peer_copy_rate, theirs, ours.payload))
+        # Whoever waits for it may give up, but the copy goes on.
+        copying.add_done_callback(partial(_ended, lambda: staging.release(ours)))
+        return await asyncio.shield(copying)
 
-def _taken(listener: PlainListener, taking: asyncio.Task[None]) -> None:
-    listener.close()
-    if not taking.cancelled():
-        taking.exception()  # looked at, also where the sender's error came first
+
+def _ended(give_back: Callable[[], None], work: asyncio.Task[Any]) -> None:
+    """A thread does not use it any more."""
+    give_back()
+    if not work.cancelled():
+        work.exception()  # looked at, also where nobody waits for it any more

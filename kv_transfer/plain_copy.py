@@ -103,19 +103,19 @@ def send_plain(host: str, port: int, nonce: bytes) -> float:
         return COPY_BYTES / _median_seconds(copy)
 
 
-def peer_copy_rate(slot: torch.Tensor) -> float:
-    """Bytes per second of copies of a mapped slot of another GPU into memory of this one."""
-    device = torch.device("cuda", torch.cuda.current_device())
-    with torch.cuda.device(device):
-        target = torch.empty_like(slot, device=device)
-        stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+def peer_copy_rate(source: torch.Tensor, target: torch.Tensor) -> float:
+    """Bytes per second of copies of another GPU's slot, mapped for ours, into one of ours; as much
+    as both have. uint8."""
+    num_bytes = min(source.numel(), target.numel())
+    with torch.cuda.device(target.device):  # a thread of a pool begins on the first
+        stream = torch.cuda.Stream(target.device)  # type: ignore[no-untyped-call]
 
         def copy() -> None:
             with torch.cuda.stream(stream):
-                target.copy_(slot, non_blocking=True)
+                target[:num_bytes].copy_(source[:num_bytes], non_blocking=True)
             stream.synchronize()
 
-        return slot.numel() / _median_seconds(copy)
+        return num_bytes / _median_seconds(copy)
 
 
 def _median_seconds(copy: Callable[[], None]) -> float:
