@@ -20,6 +20,7 @@ import torch
 
 from kernels.copy_and_digest import pack_and_seal, unpack_and_check
 from kernels.seal_digests import Places, Sums, Verdict
+from kv_transfer.device_lists import DeviceLists
 from kv_transfer.digests import DigestKind, PlaceSeal, digest_seed
 from kv_transfer.frame_place import FramePlace
 from kv_transfer.polling import EventQueue
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
 
 
 T = TypeVar("T")
-_KEPT_LISTS = 128  # of numbers, that stay on the device
 
 
 class DeviceMoves:
@@ -44,7 +44,7 @@ class DeviceMoves:
         self._stream = torch.cuda.Stream(self._device, priority=-1)  # type: ignore[no-untyped-call]
         self._others = torch.cuda.current_stream(self._device)
         self._unit_bytes = pools[0].shape[2] * len(pools)
-        self._lists: dict[tuple[int, ...], _Numbers] = {}  # the one used last is last
+        self._lists = DeviceLists(self._device, MAX_UNITS_PER_FRAME)
         self._notes: deque[_Notes] = deque()
         self._ends = EventQueue()
         self._warm_up()
@@ -91,25 +91,12 @@ class DeviceMoves:
     def _blocks_of(self, frame: FramePlace) -> tuple[torch.Tensor, Places]:
         """Which blocks, and their places."""
         seal = frame.seal
-        positions, ids = self._on_device(seal.positions), self._on_device(frame.block_ids)
+        positions, ids = self._lists.get(seal.positions), self._lists.get(frame.block_ids)
         num_positions = len(seal.positions)
         return ids, Places(seal.seed, seal.layer_start, seal.num_layers, positions, num_positions)
 
     def _take_notes(self) -> _Notes:
         return self._notes.pop() if self._notes else _Notes(self._device)
-
-    def _on_device(self, numbers: tuple[int, ...]) -> torch.Tensor:
-        """Ids of blocks, or positions. All moves share a stream: who finds them there comes after
-        the copy, and the memory of a list that is put out is written anew behind its readers."""
-        kept = self._lists.pop(numbers, None)
-        if kept is None:
-            if len(self._lists) < _KEPT_LISTS:
-                kept = _Numbers(self._device)
-            else:
-                kept = self._lists.pop(next(iter(self._lists)))
-            kept.fill(numbers)
-        self._lists[numbers] = kept
-        return kept.on_device
 
     def _end(self, notes: _Notes, finish: Callable[[], T]) -> asyncio.Future[T]:
         ended: asyncio.Future[T] = asyncio.get_running_loop().create_future()
@@ -147,23 +134,3 @@ class _Notes:
         self.sums = Sums(MAX_UNITS_PER_FRAME, device)
         self.verdict = Verdict(is_pinned=device.type == "cuda")
         self.done = torch.cuda.Event()  # type: ignore[no-untyped-call]
-
-
-class _Numbers:
-    """A list of integers on the device, and the pinned memory that it comes from."""
-
-    __slots__ = ("_copied", "_pinned", "_view", "on_device")
-
-    def __init__(self, device: torch.device) -> None:
-        is_pinned = device.type == "cuda"
-        self._pinned = torch.empty(MAX_UNITS_PER_FRAME, dtype=torch.int64, pin_memory=is_pinned)
-        self._view = self._pinned.numpy()
-        self.on_device = torch.empty(MAX_UNITS_PER_FRAME, dtype=torch.int64, device=device)
-        self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
-
-    def fill(self, numbers: tuple[int, ...]) -> None:
-        self._copied.synchronize()  # of the list before, long ago
-        num = len(numbers)
-        self._view[:num] = numbers
-        self.on_device[:num].copy_(self._pinned[:num], non_blocking=True)
-        self._copied.record()

@@ -9,10 +9,20 @@ import numpy as np
 from kv_transfer.protocol import DIGEST_BYTES
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import torch
     from numpy.typing import NDArray
 
     from kv_transfer.digests import PlaceSeal
+
+
+def at_positions(table: Sequence[int], positions: tuple[int, ...]) -> tuple[int, ...]:
+    """The entries of a table at ascending positions, which mostly follow each other."""
+    begin, end = positions[0], positions[-1] + 1
+    if end - begin == len(positions):
+        return tuple(table[begin:end])
+    return tuple([table[position] for position in positions])
 
 
 class FramePlace(NamedTuple):

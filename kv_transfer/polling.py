@@ -12,9 +12,12 @@ A thread that waits for an event and then wakes the loop would take longer than 
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import deque
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
+
+logger = logging.getLogger(__name__)
 
 REST_SECONDS = 0.001  # what an event loop's timers can tell apart
 
@@ -59,7 +62,10 @@ class EventQueue:
             except Exception as problem:  # the device's; whoever waits must hear of it
                 error = problem
             self._questions.popleft()
-            loop.call_soon(question.tell, error)
+            try:
+                question.tell(error)  # now: another round of the loop takes its time
+            except Exception:  # his; others wait too
+                logger.exception("an event was told to nobody who could hear it")
         self._is_asking = False
 
     def _ask_again(self, loop: asyncio.AbstractEventLoop, question: _Question) -> None:

@@ -11,6 +11,7 @@ from cluster.errors import Cancelled, DeadlineExceeded
 from cluster.request import KVLoadFailurePolicy, SequenceRequest
 from kv_transfer.digests import digest_seed
 from kv_transfer.failures import FailureReason
+from kv_transfer.frame_place import at_positions
 from kv_transfer.protocol import positions_array
 from kv_transfer.transfer import Ticket, TransferState
 
@@ -48,39 +49,41 @@ class BlockProgress:
     """
 
     __slots__ = (
-        "_announced", "_num_announced", "_positions", "_rows", "_verified", "num_verified",
+        "_announced", "_begin", "_end", "_num_announced", "_positions", "_rows", "_verified",
+        "num_verified",
     )  # fmt: skip
 
     def __init__(self, positions: Sequence[int], num_layers: int) -> None:
         """`positions` ascending."""
         self._positions = np.array(positions, dtype=np.int64)
-        self._rows = np.full(positions[-1] + 1 if positions else 0, -1, dtype=np.int64)
-        self._rows[self._positions] = np.arange(len(positions))
-        self._announced = np.zeros((len(positions), num_layers), dtype=np.bool_)
+        self._begin, self._end = (positions[0], positions[-1] + 1) if positions else (0, 0)
+        self._rows: NDArray[np.int64] | None = None  # by position after the first; -1: no such
+        if self._end - self._begin != len(positions):
+            self._rows = np.full(self._end - self._begin, -1, dtype=np.int64)
+            self._rows[self._positions - self._begin] = np.arange(len(positions))
+        self._announced = np.zeros((num_layers, len(positions)), dtype=np.bool_)
         self._verified = np.zeros_like(self._announced)
         self._num_announced = 0  # units
         self.num_verified = 0
 
     def announce(self, header: FrameHeader) -> bool:
         """False when the frame holds what was not asked for, or what came before."""
-        positions = positions_array(header.positions)
-        if positions[-1] >= len(self._rows):
+        rows = self._rows_of(header.positions)
+        if rows is None:
             return False
-        rows = self._rows[positions]
-        if rows.min() < 0:
-            return False
-        units = self._announced[_stretch(rows), _layers(header)]
+        units = self._announced[_layers(header), rows]
         if units.any():
             return False
-        self._announced[_stretch(rows), _layers(header)] = True
+        self._announced[_layers(header), rows] = True
         self._num_announced += units.size
         return True
 
     def verify(self, header: FrameHeader) -> None:
         """What it holds is in the blocks, and its digests were right."""
-        rows = self._rows[positions_array(header.positions)]
-        self._verified[_stretch(rows), _layers(header)] = True
-        self.num_verified += header.num_layers * len(header.positions)
+        rows = self._rows_of(header.positions)
+        assert rows is not None  # noqa: S101 (it was announced)
+        self._verified[_layers(header), rows] = True
+        self.num_verified += header.num_units
 
     @property
     def is_announced(self) -> bool:
@@ -93,14 +96,22 @@ class BlockProgress:
 
     def num_good_blocks(self, num_blocks: int) -> int:
         """Of `num_blocks` of a prompt: those before the first that lacks a verified layer."""
-        lacking = self._positions[~self._verified.all(axis=1)]
+        lacking = self._positions[~self._verified.all(axis=0)]
         return int(lacking[0]) if lacking.size else num_blocks
 
-
-def _stretch(rows: NDArray[np.int64]) -> NDArray[np.int64] | slice:
-    """Ascending rows; those without gaps as a slice, which is faster by far."""
-    first, last = int(rows[0]), int(rows[-1])
-    return slice(first, last + 1) if last - first + 1 == len(rows) else rows
+    def _rows_of(self, positions: tuple[int, ...]) -> NDArray[np.int64] | slice | None:
+        """Of ascending positions, those without gaps as a slice, which takes no look at each; None
+        when one was not asked for."""
+        begin, end = positions[0], positions[-1] + 1
+        if begin < self._begin or end > self._end:
+            return None
+        if self._rows is None and end - begin == len(positions):
+            return slice(begin - self._begin, end - self._begin)
+        rows = positions_array(positions) - self._begin
+        if self._rows is None:
+            return rows
+        rows = self._rows[rows]
+        return None if rows.min() < 0 else rows
 
 
 def _layers(header: FrameHeader) -> slice:
@@ -196,8 +207,7 @@ class IncomingTransfer:
     def block_ids_at(self, positions: tuple[int, ...]) -> tuple[int, ...]:
         """Layers of the same blocks follow each other: what was found last is kept."""
         if positions is not self.ids_found[0]:
-            found = tuple([self.block_ids[position] for position in positions])
-            self.ids_found = (positions, found)
+            self.ids_found = (positions, at_positions(self.block_ids, positions))
         return self.ids_found[1]
 
     def num_good_blocks_after(self, error: ServingError) -> int | None:

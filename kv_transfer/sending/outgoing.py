@@ -25,6 +25,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from kv_transfer.failures import FailureReason, failure
+from kv_transfer.frame_place import at_positions
 from kv_transfer.sending.outgoing_instructions import (
     FreeSources,
     ReportCommitted,
@@ -74,6 +75,17 @@ class _Part:
         return (self.layer_end - self.layer_start) * len(self.positions)
 
 
+def _common(positions: range, lacked: tuple[int, ...]) -> Sequence[int]:
+    """What both hold. Without a gap, as nearly always, without a look at each."""
+    if not lacked:
+        return ()
+    first, end = lacked[0], lacked[-1] + 1
+    if end - first == len(lacked):
+        return range(max(positions.start, first), min(positions.stop, end))
+    wanted = frozenset(lacked)
+    return [position for position in positions if position in wanted]
+
+
 class OutgoingTransfer:
     """See the module. `num_blocks` is that of the whole prompt, its last block maybe partial."""
 
@@ -86,7 +98,9 @@ class OutgoingTransfer:
         self._block_ids: list[int] = []  # of all blocks that some layer is computed of
         self._num_complete = 0  # blocks with every layer; those after them have `_num_layers_begun`
         self._num_layers_begun = 0
-        self._missing: frozenset[int] | None = None
+        self._missing: tuple[int, ...] | None = None  # ascending
+        self._last_lacked: tuple[int, int, tuple[int, ...]] = (0, 0, ())
+        self._last_ids: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
         self._ready: deque[_Part] = deque()  # before the ticket: of all blocks
         self._num_unplanned = 0  # units
         self._num_packing = 0
@@ -149,19 +163,28 @@ class OutgoingTransfer:
         first, end = self._num_complete, min(num_blocks, len(self._block_ids))
         if first >= end or layer_end <= self._num_layers_begun:
             return
-        positions = tuple(range(first, len(self._block_ids)))
-        self._add(_Part(self._num_layers_begun, layer_end, positions, after))
+        positions = self._lacked(first, len(self._block_ids))
+        if positions and (self._missing is None or self.may_post):
+            self._ready.append(_Part(self._num_layers_begun, layer_end, positions, after))
         self._num_layers_begun = layer_end
         if layer_end == self._num_layers:
             self._num_complete, self._num_layers_begun = len(self._block_ids), 0
 
-    def _add(self, part: _Part) -> None:
-        """Queue what the receiver lacks of it; all of it while that is not known."""
-        missing = self._missing
-        if missing is not None:
-            part = replace(part, positions=tuple(p for p in part.positions if p in missing))
-        if part.positions and (missing is None or self.may_post):
-            self._ready.append(part)
+    def _lacked(self, first: int, end: int) -> tuple[int, ...]:
+        """The positions of `first .. end` that the receiver lacks; all while that is not known.
+        Layers of the same blocks follow each other, and get the same object."""
+        if self._last_lacked[:2] != (first, end):
+            positions: Sequence[int] = range(first, end)
+            if self._missing is not None:
+                positions = _common(range(first, end), self._missing)
+            self._last_lacked = (first, end, tuple(positions))
+        return self._last_lacked[2]
+
+    def _ids_at(self, positions: tuple[int, ...]) -> tuple[int, ...]:
+        """The same of their blocks."""
+        if positions is not self._last_ids[0]:
+            self._last_ids = (positions, at_positions(self._block_ids, positions))
+        return self._last_ids[1]
 
     def commit_asked(self, first_token_id: int) -> list[Instruction]:
         if self.state is not TransferState.PENDING and not self.may_post:
@@ -187,15 +210,14 @@ class OutgoingTransfer:
             self._ready.appendleft(replace(part, positions=left))
         if layer_end < part.layer_end:
             self._ready.appendleft(replace(part, layer_start=layer_end, positions=positions))
-        planned = replace(part, layer_end=layer_end, positions=positions)
         plan = FramePlan(
-            layer_start=planned.layer_start,
-            num_layers=layer_end - planned.layer_start,
+            layer_start=part.layer_start,
+            num_layers=layer_end - part.layer_start,
             positions=positions,
-            block_ids=tuple(self._block_ids[position] for position in positions),
-            after=planned.after,
+            block_ids=self._ids_at(positions),
+            after=part.after,
         )
-        self._num_unplanned -= planned.num_units
+        self._num_unplanned -= plan.num_units
         self._num_packing += 1
         return plan
 
@@ -233,11 +255,15 @@ class OutgoingTransfer:
             return self._end(error, tells_node=True, tells_peer=True)
         self.state = TransferState.ACTIVE
         self.ticket = ticket
-        self._missing = frozenset(positions)
+        self._missing = positions
+        self._last_lacked = (0, 0, ())
         self._num_unplanned = len(positions) * self._num_layers
         computed, self._ready = self._ready, deque()
         for part in computed:
-            self._add(part)
+            first, end = part.positions[0], part.positions[-1] + 1  # all of them
+            lacked = self._lacked(first, end)
+            if lacked:
+                self._ready.append(replace(part, positions=lacked))
         return self._commit_if_sent()
 
     def refused(self, error: ServingError) -> list[Instruction]:

@@ -272,8 +272,10 @@ class KVSender:
 
     def next_shipment(self, peer: Peer) -> Sending | None:
         """The oldest hand-off to this peer that has something to ship."""
-        ready = (sending for sending in self._of(peer) if sending.machine.has_frame)
-        return next(ready, None)
+        for sending in self._sendings.values():
+            if sending.peer is peer and sending.machine.has_frame:
+                return sending
+        return None
 
     def may_post(self, shipment: Sending) -> bool:
         """Looked at right before a frame is posted: its sources must still be leased."""

@@ -16,7 +16,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -98,7 +97,8 @@ class Shipping:
             return
         try:
             slot = self._agent.staging.take(self._shipper)
-            if slot is None or self._ship(slot):
+            shipment = self._ship(slot) if slot is not None else None
+            if slot is None or (shipment is not None and shipment.machine.has_frame):
                 self._has_work.set()  # the rest, one a round
         except Exception:  # whoever wakes us has others to care for
             self._give_up()
@@ -117,7 +117,7 @@ class Shipping:
         try:
             while True:
                 await self._has_work.wait()
-                if not self._ship(await self._agent.staging.acquire(self._shipper)):
+                if self._ship(await self._agent.staging.acquire(self._shipper)) is None:
                     self._has_work.clear()
                 await asyncio.sleep(0)  # what is packed meanwhile goes out before more is packed
         except Exception:  # the top of the task
@@ -127,18 +127,20 @@ class Shipping:
         logger.exception("frames cannot be planned any more")
         self._cut()  # nothing is ever sent again
 
-    def _ship(self, slot: StagingSlot) -> bool:
-        """Pack one frame into it. Whether there may be more."""
-        with ExitStack() as undo:
-            undo.callback(self._agent.staging.release, slot)
-            shipment, plan = self._shipper.next_shipment(), None
+    def _ship(self, slot: StagingSlot) -> Any:
+        """Pack a frame into it. Whose it is; None when there is none."""
+        shipment, plan = None, None
+        try:
+            shipment = self._shipper.next_shipment()
             if shipment is not None:
                 plan = shipment.machine.next_frame(self._link.limits.max_units)
+        finally:
             if plan is None:
-                return False
-            undo.pop_all()
+                self._agent.staging.release(slot)
+        if plan is None:
+            return None
         self._pack(shipment, plan, slot)
-        return self._shipper.next_shipment() is not None
+        return shipment
 
     def _pack(self, shipment: Any, plan: FramePlan, slot: StagingSlot) -> None:
         if TRACE.is_on:

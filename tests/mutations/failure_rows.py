@@ -97,7 +97,7 @@ FAILURE_ROWS = (
             ),
             Mutation(
                 OUTGOING,
-                "            after=planned.after,\n",
+                "            after=part.after,\n",
                 "            after=None,\n",
                 CATALOGUE + "blocks_are_packed_behind_the_event_that_says_they_are_computed",
             ),
