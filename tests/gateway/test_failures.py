@@ -15,6 +15,8 @@ import pytest
 
 from cluster.errors import NodeUnavailable, TransferFailed
 from cluster.node import NodeRole
+from cluster.pulse import Pulse
+from gateway import node_client
 from tests.gateway.fake_node import FakeNode
 from tests.gateway.running_gateway import RunningGateway
 
@@ -208,6 +210,25 @@ def test_a_node_that_is_silent_and_does_not_answer_is_lost(new_gateway: NewGatew
 
     running.decode.description = hang  # type: ignore[method-assign]
     assert OpenStream(running).error() == "node_lost"
+
+
+def test_a_node_whose_process_answers_no_pings_is_lost_long_before_it_is_asked(
+    new_gateway: NewGateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running = new_gateway(probe_after=600.0, pulse_timeout=0.01)
+    running.do(running.decode.gates.tokens.clear)
+    stream = OpenStream(running)
+    assert stream.has_text.wait(20)
+    monkeypatch.setattr(Pulse, "answered", lambda *_: None)  # as if none came
+    assert stream.error() == "node_lost"
+
+
+def test_a_timeout_of_0_means_no_pings(
+    new_gateway: NewGateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(node_client, "PulseWatch", None)  # none is made
+    running = new_gateway(pulse_timeout=0.0)
+    assert not any('"error"' in event for event in OpenStream(running).result())
 
 
 def test_a_silent_node_that_answers_is_kept(new_gateway: NewGateway) -> None:
