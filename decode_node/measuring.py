@@ -7,7 +7,8 @@ Life of a measurement, on the decode node
     3. A plain copy between the same two: over a socket, or from GPU to GPU.
     4. The median of either.
 
-It takes half of the spare blocks at most, and no more than `MAX_BYTES`; `LIMIT_SECONDS` in all.
+It takes half of the spare blocks at most, and no more than `MAX_BYTES` or `MAX_BLOCKS`; in all
+`LIMIT_SECONDS`.
 Blocks that hold something are neither read nor given away.
 """
 
@@ -41,7 +42,9 @@ if TYPE_CHECKING:
     from kv_transfer.receiving.receiver import KVReceiver
     from kv_transfer.receiving.receiver_session import ReceiverSession
 
-MAX_BYTES = {"cpu": 128 << 20, "cuda": 256 << 20}
+# Of one hand-off: what it takes besides its bytes, two milliseconds on GPUs, should hardly show.
+MAX_BYTES = {"cpu": 128 << 20, "cuda": 2 << 30}
+MAX_BLOCKS = 16384  # of small ones, whose ids and tokens would take longer than their bytes
 NUM_HANDOFFS = 6
 HANDOFF_SECONDS = 8.0
 LIMIT_SECONDS = 25.0
@@ -95,9 +98,8 @@ class HandoffMeasuring(rpc.MeasuringServicer):
         await until_idle(self._is_idle, "The decode node")
         pool = self._receiver.agent.pool
         block_bytes = pool.num_layers * pool.unit_bytes
-        max_blocks = min(
-            MAX_BYTES[pool.device.type] // block_bytes, await self._source.num_spare_blocks() // 2
-        )
+        num_spare = await self._source.num_spare_blocks()
+        max_blocks = min(MAX_BYTES[pool.device.type] // block_bytes, MAX_BLOCKS, num_spare // 2)
         if max_blocks == 0:
             raise Overloaded("There are no spare KV blocks to measure with.", reason="no_blocks")
         seconds, num_blocks = [], 0
