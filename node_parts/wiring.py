@@ -122,10 +122,10 @@ class NodeParts:
         source: BlockSource,
         *,
         agent: TransferAgent | None = None,
-        is_decoding: Callable[[], bool] = lambda: False,
+        is_decoding: Callable[[], bool] | None = None,
     ) -> KVReceiver:
         """Takes KV into blocks of `source`. `agent`: one with fewer slots than the node's own.
-        `is_decoding`: whether reads would hold up what this node computes."""
+        `is_decoding`: as `KVReceiver` has it."""
         return KVReceiver(
             node_id=self.info.id,
             compatibility=self._compatibility,

@@ -41,6 +41,7 @@ from kv_transfer.receiving.intake_instructions import (
     Start,
     StopAsking,
 )
+from kv_transfer.receiving.lookout import Lookout
 from kv_transfer.receiving.paced_reads import PacedReads
 from kv_transfer.receiving.read_pace import ReadPace
 from kv_transfer.receiving.receiver_session import ReceiverSession
@@ -76,10 +77,11 @@ class KVReceiver:
         compatibility: Compatibility,
         agent: TransferAgent,
         source: BlockSource,
-        is_decoding: Callable[[], bool] = lambda: False,
+        is_decoding: Callable[[], bool] | None = None,
         clock: Clock = monotonic,
     ) -> None:
-        """`is_decoding`: whether reads would hold up what this node computes."""
+        """`is_decoding`: of a node that decodes, whether reads would hold up what it computes, and
+        whether it has the time to stay awake for them."""
         self.node_id = node_id
         self.agent = agent
         self._compatibility = compatibility
@@ -108,10 +110,11 @@ class KVReceiver:
         self.pace = ReadPace(
             config.receive_bytes_per_second, patience_seconds=config.patience_seconds
         )
+        self._lookout = None if is_decoding is None else Lookout(is_decoding)
         self._reads = PacedReads(
             self.pace,
             is_wanted=self.may_scatter,
-            is_decoding=is_decoding,
+            is_decoding=is_decoding or (lambda: False),
             clock=clock,
             stats=agent.stats,
         )
@@ -242,6 +245,8 @@ class KVReceiver:
     def frame_arrived(self, session_id: int, header: FrameHeader) -> Landing | Dropping:
         fate, instructions = self._intake.frame_arrived(session_id, header, self._clock())
         self._execute(instructions)
+        if header.slot is not None and self._lookout is not None:
+            self._lookout.stay()  # from one GPU to another all is a matter of microseconds
         return fate
 
     def commit_arrived(self, session_id: int, commit: CommitMessage) -> None:
@@ -281,6 +286,8 @@ class KVReceiver:
                     # Not before its first step: it would never say that it has ended.
                     asyncio.get_running_loop().call_soon(self._asking[transfer_id].cancel)
                 case Start(sequence, first_token_id):
+                    if self._lookout is not None:
+                        self._lookout.rest()
                     self._spawn(self._start(sequence, first_token_id))
                 case Revoke(session_id):
                     self._spawn(self._revoke(session_id))

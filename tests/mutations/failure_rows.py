@@ -79,7 +79,7 @@ FAILURE_ROWS = (
             ),
             Mutation(
                 OUTGOING,
-                "block_ids=tuple(self._block_ids[position] for position in positions),",
+                "block_ids=self._ids_at(positions),",
                 "block_ids=tuple(self._block_ids[: len(positions)]),",
                 CATALOGUE + "a_partial_hit_is_placed_by_position_never_by_length",
             ),
