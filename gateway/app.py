@@ -17,12 +17,15 @@ from starlette.routing import Route as HttpRoute
 
 from cluster.errors import InvalidRequest, MethodNotAllowed, RouteNotFound, ServingError
 from cluster.version import VERSION
-from gateway.edge import Edge, KeyCheck
+from gateway.dialects.messages_body import CountTokensBody, MessagesBody
+from gateway.dialects.messages_errors import message_id
+from gateway.dialects.responses_body import ResponsesBody
+from gateway.edge import REQUEST_ID, Edge, KeyCheck
 from gateway.http_errors import (
     JSON,
     as_serving_error,
+    error_answer,
     error_headers,
-    error_json,
     log_refusal,
     unexplained,
 )
@@ -30,7 +33,7 @@ from gateway.request import Route
 from gateway.routes.generate import GenerateEndpoint
 from gateway.routes.health import health_router
 from gateway.routes.models import models_router
-from gateway.routes.tokenize import DetokenizeEndpoint, TokenizeEndpoint
+from gateway.routes.tokenize import CountTokensEndpoint, DetokenizeEndpoint, TokenizeEndpoint
 from gateway.schemas import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
 
 if TYPE_CHECKING:
@@ -64,6 +67,24 @@ def public_app(gateway: Gateway, metrics: CollectorRegistry) -> ASGIApp:
             GenerateEndpoint(gateway, Route.COMPLETIONS),
             CompletionBody,
             "Continue a text",
+        ),
+        (
+            "/v1/responses",
+            GenerateEndpoint(gateway, Route.RESPONSES),
+            ResponsesBody,
+            "Answer an input, as OpenAI's Responses",
+        ),
+        (
+            "/v1/messages",
+            GenerateEndpoint(gateway, Route.MESSAGES),
+            MessagesBody,
+            "Answer a conversation, as Anthropic's Messages",
+        ),
+        (
+            "/v1/messages/count_tokens",
+            CountTokensEndpoint(gateway),
+            CountTokensBody,
+            "Count the tokens of a conversation",
         ),
         ("/tokenize", TokenizeEndpoint(gateway), TokenizeBody, "Text to token ids"),
         ("/detokenize", DetokenizeEndpoint(gateway), DetokenizeBody, "Token ids to text"),
@@ -113,18 +134,15 @@ def translate_errors(app: FastAPI, *, advice: str) -> None:
 
 
 def refusal(request: Request, error: ServingError) -> Response:
-    log_refusal(error, request.url.path[:MAX_PATH_CHARS])
-    return error_response(error)
+    path = request.url.path
+    log_refusal(error, path[:MAX_PATH_CHARS])
+    return error_response(error, message_id(path, request.scope[REQUEST_ID]))
 
 
-def error_response(error: ServingError) -> Response:
+def error_response(error: ServingError, message_id: str | None = None) -> Response:
     headers = {name.decode(): value.decode() for name, value in error_headers(error)}
-    return Response(
-        error_json(error),
-        status_code=error.http_status,
-        media_type=JSON.decode(),
-        headers=headers,
-    )
+    status, body = error_answer(error, message_id)
+    return Response(body, status_code=status, media_type=JSON.decode(), headers=headers)
 
 
 def _document(app: FastAPI, bodies: list[tuple[str, type[BaseModel], str]]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from cluster.errors import AuthenticationFailed
 from cluster.logging import log_context
+from gateway.dialects.messages_errors import message_id
 from gateway.http_errors import as_serving_error, log_refusal, send_error
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ class Edge:
                 known = as_serving_error(error)
                 log_refusal(known, path)
                 if not tagged.has_started:
-                    await send_error(tagged, known)
+                    await send_error(tagged, known, message_id(path, request_id))
 
 
 class _Tagging:

@@ -95,6 +95,10 @@ class Frames:
         total = orjson.dumps(usage(self._generation))
         return self._head + b'],"usage":' + total + _END + DONE
 
+    def error(self, error: ServingError) -> bytes:
+        """Instead of `last`, when it ended badly."""
+        return error_frame(error) + DONE
+
     def _first(self, choice: Choice) -> bytes:
         if self._is_chat:
             return self._frame(choice, {"delta": {"role": "assistant", "content": ""}})

@@ -1,4 +1,4 @@
-"""Errors as HTTP answers, in OpenAI's shape. The only place where this edge translates them.
+"""Errors as HTTP answers, in the shape of the API that was asked; the only place that does it.
 
 Whatever is not a `ServingError` is a bug of ours: the client learns that and the request's id,
 nothing of the exception.
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import orjson
 
 from cluster.errors import InternalError, ServingError, TransferError
+from gateway.dialects.messages_errors import message_error, message_status
 
 if TYPE_CHECKING:
     from starlette.types import Send
@@ -53,8 +54,11 @@ def error_body(error: ServingError) -> dict[str, Any]:
     return {"error": body}
 
 
-def error_json(error: ServingError) -> bytes:
-    return orjson.dumps(error_body(error))
+def error_answer(error: ServingError, message_id: str | None = None) -> tuple[int, bytes]:
+    """Status and body. `message_id`: the request's, when Anthropic's API was asked."""
+    if message_id is None:
+        return error.http_status, orjson.dumps(error_body(error))
+    return message_status(error), orjson.dumps(message_error(error, message_id))
 
 
 def error_headers(error: ServingError) -> Headers:
@@ -71,8 +75,9 @@ def error_headers(error: ServingError) -> Headers:
     return headers
 
 
-async def send_error(send: Send, error: ServingError) -> None:
-    await send_json(send, error.http_status, error_json(error), error_headers(error))
+async def send_error(send: Send, error: ServingError, message_id: str | None = None) -> None:
+    status, body = error_answer(error, message_id)
+    await send_json(send, status, body, error_headers(error))
 
 
 async def send_json(send: Send, status: int, body: bytes, headers: Headers | None = None) -> None:

@@ -21,6 +21,8 @@ class Route(StrEnum):
 
     CHAT = "chat"
     COMPLETIONS = "completions"
+    RESPONSES = "responses"
+    MESSAGES = "messages"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,6 +81,11 @@ class Request:
     @property
     def num_prompt_tokens(self) -> int:
         return sum(len(prompt.token_ids) for prompt in self.prompts)
+
+    @property
+    def message_id(self) -> str | None:
+        """Of a request of Anthropic's API, whose errors have another shape."""
+        return self.request_id if self.route is Route.MESSAGES else None
 
     @property
     def wants_logprobs(self) -> bool:

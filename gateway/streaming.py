@@ -18,14 +18,17 @@ import asyncio
 import contextlib
 import logging
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 import orjson
 
 from gateway.answers import whole_answer
 from gateway.choice import Piece
-from gateway.frames import DONE, KEEP_ALIVE, Frames, error_frame
+from gateway.dialects.messages_frames import MessagesFrames, message_object
+from gateway.dialects.responses_frames import ResponsesFrames, response_object
+from gateway.frames import KEEP_ALIVE, Frames
 from gateway.http_errors import send_error, send_json
+from gateway.request import Route
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -33,6 +36,8 @@ if TYPE_CHECKING:
     from starlette.types import Receive, Send
 
     from cluster.clock import Clock
+    from cluster.errors import ServingError
+    from gateway.choice import Choice
     from gateway.detokenizer import TokenBytes
     from gateway.generation import Generation
     from gateway.tokenizer import Tokenizer
@@ -58,6 +63,35 @@ class StreamTimes:
     def tick(self) -> float:
         """How often a stream looks at its clock."""
         return min(self.keep_alive or self.write_timeout, self.write_timeout) / 2
+
+
+class AnswerFrames(Protocol):
+    """What a stream of one API consists of."""
+
+    def render(self, choice: Choice, piece: Piece) -> bytes:
+        """What is new in one choice; empty when nothing is to be shown yet."""
+
+    def last(self) -> bytes:
+        """After all choices have ended well."""
+
+    def error(self, error: ServingError) -> bytes:
+        """Instead of `last`, when it ended badly."""
+
+
+def _frames(generation: Generation, token_bytes: TokenBytes) -> AnswerFrames:
+    if generation.request.route is Route.RESPONSES:
+        return ResponsesFrames(generation)
+    if generation.request.route is Route.MESSAGES:
+        return MessagesFrames(generation)
+    return Frames(generation, token_bytes)
+
+
+def _whole(generation: Generation, pieces: list[Piece], token_bytes: TokenBytes) -> dict[str, Any]:
+    if generation.request.route is Route.RESPONSES:
+        return response_object(generation, pieces[0].text)
+    if generation.request.route is Route.MESSAGES:
+        return message_object(generation, pieces[0].text)
+    return whole_answer(generation, pieces, token_bytes)
 
 
 async def _watch_disconnect(receive: Receive, generation: Generation) -> None:
@@ -91,11 +125,11 @@ async def write_whole(
         if generation.has_disconnected:
             return
         if generation.error is not None:
-            await send_error(send, generation.error)
+            await send_error(send, generation.error, generation.request.message_id)
             return
         num_logprobs = sum(1 + len(each.top) for piece in pieces for each in piece.logprobs)
         body = await tokenizer.run(
-            lambda: orjson.dumps(whole_answer(generation, pieces, tokenizer.token_bytes)),
+            lambda: orjson.dumps(_whole(generation, pieces, tokenizer.token_bytes)),
             num_logprobs,
         )
         took_ms = str(int((clock() - generation.arrived_at) * 1000)).encode()
@@ -116,7 +150,7 @@ class StreamWriter:
         clock: Clock,
     ) -> None:
         self._generation = generation
-        self._frames = Frames(generation, token_bytes)
+        self._frames = _frames(generation, token_bytes)
         self._send = send
         self._times = times
         self._clock = clock
@@ -176,9 +210,9 @@ class StreamWriter:
         if error is None:
             return
         if not self._has_started:
-            await send_error(self._send, error)
+            await send_error(self._send, error, self._generation.request.message_id)
             return
-        await self._write(error_frame(error) + DONE, is_last=True)
+        await self._write(self._frames.error(error), is_last=True)
 
     async def _write(self, body: bytes, *, is_last: bool = False) -> None:
         if not self._has_started:

@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -88,15 +88,19 @@ class Validator:
         )
         return self._request(body, asked, shape)
 
-    async def chat(self, body: ChatBody, asked: Asked) -> Request:
+    async def chat(self, body: ChatBody, asked: Asked, route: Route = Route.CHAT) -> Request:
+        """`route`: the API that the chat was written for."""
         n = checked_n(body.n)
         max_tokens = body.max_completion_tokens
         max_tokens = body.max_tokens if max_tokens is None else max_tokens
+        budget = Budget(asked.max_model_len, "messages", max_tokens)
+        if route is Route.RESPONSES:
+            budget = replace(budget, unit="input", field="max_output_tokens")
         shape = _Shape(
-            route=Route.CHAT,
+            route=route,
             prompts=(Prompt(token_ids=await self.chat_token_ids(body)),),
             n=n,
-            budget=Budget(asked.max_model_len, "messages", max_tokens),
+            budget=budget,
             num_logprobs=chat_logprobs(body),
             echo=False,
         )
@@ -207,16 +211,17 @@ class Budget:
     """How much may be generated. `asked` None takes `default`, or all that is left."""
 
     max_model_len: int
-    unit: str  # what the client wrote: "messages" or "prompt"
+    unit: str  # what the client wrote: "messages", "input" or "prompt"
     asked: int | None
     default: int | None = None
+    field: str = "max_tokens"  # where the client wrote what it asked
 
     def max_tokens(self, num_prompt_tokens: int) -> int:
         left = self.max_model_len - num_prompt_tokens
         room = max(left, 1)  # a prompt that leaves none still asks for a token: an overflow
         wanted = min(self.default or room, room) if self.asked is None else self.asked
         if wanted < 1:
-            raise InvalidRequest("max_tokens must be at least 1.", param="max_tokens")
+            raise InvalidRequest(f"{self.field} must be at least 1.", param=self.field)
         if wanted <= left:
             return wanted
         # LiteLLM recognises an overflow by this sentence.

@@ -1,4 +1,4 @@
-"""`POST /v1/chat/completions` and `/v1/completions`, as raw ASGI.
+"""The routes that generate, in whichever API they are asked, as raw ASGI.
 
 1. The body is read within its limits and becomes a `Request` that cannot be wrong.
 2. The request is taken in, or refused with a typed error before any header is sent.
@@ -13,6 +13,9 @@ from typing import TYPE_CHECKING, Any
 from cluster.errors import InvalidRequest, ServingError
 from cluster.request import KVLoadFailurePolicy
 from gateway.body import read_object
+from gateway.dialects.messages_body import parse_messages
+from gateway.dialects.messages_errors import message_id
+from gateway.dialects.responses_body import parse_responses
 from gateway.edge import REQUEST_ID
 from gateway.http_errors import as_serving_error, log_refusal, send_error
 from gateway.request import Route
@@ -30,6 +33,11 @@ if TYPE_CHECKING:
 POLICY_HEADER = b"x-baton-kv-load-failure-policy"
 DEADLINE_HEADER = b"x-request-deadline-ms"
 MAX_DEADLINE_MS = 10**9
+_CHATS = {
+    Route.CHAT: parse_chat,
+    Route.RESPONSES: parse_responses,
+    Route.MESSAGES: parse_messages,
+}
 
 
 class GenerateEndpoint:
@@ -48,7 +56,7 @@ class GenerateEndpoint:
         except Exception as error:  # the top of a request: whatever it is becomes its answer
             known = as_serving_error(error)
             gateway.measures.request_ended(self._route.value, known)
-            await send_error(send, known)
+            await send_error(send, known, message_id(scope["path"], scope[REQUEST_ID]))
             return
         try:
             await self._write(generation, receive, send)
@@ -72,9 +80,10 @@ class GenerateEndpoint:
             timeout_seconds=gateway.config.body_timeout,
         )
         deadline = deadline_of(scope)
-        if self._route is Route.CHAT:
-            chat = parse_chat(fields)
-            return await gateway.validator.chat(chat, self._asked(scope, chat.model, deadline))
+        if self._route in _CHATS:
+            chat = _CHATS[self._route](fields)
+            asked = self._asked(scope, chat.model, deadline)
+            return await gateway.validator.chat(chat, asked, self._route)
         plain = parse_completion(fields)
         asked = self._asked(scope, plain.model, deadline)
         return await gateway.validator.completion(plain, asked)

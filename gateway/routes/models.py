@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 
 if TYPE_CHECKING:
     from gateway.gateway import Gateway
+
+
+ANTHROPIC_HEADER = "anthropic-version"  # who sends it reads the other shape
 
 
 def models_router(gateway: Gateway) -> APIRouter:
@@ -25,12 +29,30 @@ def models_router(gateway: Gateway) -> APIRouter:
             "permission": [],
         }
 
+    def describe_to_anthropic(name: str) -> dict[str, Any]:
+        started = datetime.fromtimestamp(gateway.started_at, UTC).isoformat()
+        length = gateway.nodes.max_model_len()
+        return {
+            "type": "model",
+            "id": name,
+            "display_name": name,
+            "created_at": started.replace("+00:00", "Z"),
+            "max_input_tokens": length,
+            "max_tokens": length,
+        }
+
     @router.get("/v1/models", summary="List the models")
-    async def list_models() -> dict[str, Any]:
-        return {"object": "list", "data": [describe(name) for name in gateway.model_names]}
+    async def list_models(request: Request) -> dict[str, Any]:
+        names = gateway.model_names
+        if ANTHROPIC_HEADER not in request.headers:
+            return {"object": "list", "data": [describe(name) for name in names]}
+        data = [describe_to_anthropic(name) for name in names]
+        return {"data": data, "has_more": False, "first_id": names[0], "last_id": names[-1]}
 
     @router.get("/v1/models/{model_id:path}", summary="Describe one model")
-    async def retrieve_model(model_id: str) -> dict[str, Any]:
-        return describe(gateway.model_for(model_id))
+    async def retrieve_model(model_id: str, request: Request) -> dict[str, Any]:
+        name = gateway.model_for(model_id)
+        asks_anthropic = ANTHROPIC_HEADER in request.headers
+        return describe_to_anthropic(name) if asks_anthropic else describe(name)
 
     return router

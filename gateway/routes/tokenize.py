@@ -9,6 +9,7 @@ import orjson
 
 from cluster.errors import InvalidRequest
 from gateway.body import read_object
+from gateway.dialects.messages_body import parse_count_tokens
 from gateway.http_errors import send_json
 from gateway.schemas import parse_detokenize, parse_tokenize
 
@@ -48,6 +49,19 @@ class TokenizeEndpoint:
             "tokens": tokens,
             "token_strs": pieces,
         }
+
+
+class CountTokensEndpoint:
+    """Anthropic's `POST /v1/messages/count_tokens`."""
+
+    def __init__(self, gateway: Gateway) -> None:
+        self._gateway = gateway
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        body = parse_count_tokens(await _read(self._gateway, scope, receive))
+        self._gateway.model_for(body.model)
+        tokens = await self._gateway.validator.chat_token_ids(body)
+        await send_json(send, 200, orjson.dumps({"input_tokens": len(tokens)}))
 
 
 class DetokenizeEndpoint:

@@ -48,8 +48,8 @@ def test_a_wrong_model_hears_which_there_are(http: httpx.Client) -> None:
 
 
 def test_a_wrong_route_hears_its_name_and_of_a_right_one(http: httpx.Client) -> None:
-    message = error_of(http.post("/v1/responses", json={}))["message"]
-    assert "/v1/responses" in message
+    message = error_of(http.post("/v1/embeddings", json={}))["message"]
+    assert "/v1/embeddings" in message
     assert "/v1/chat/completions" in message
     method = http.get("/v1/completions")
     assert method.headers["allow"] == "POST"

@@ -11,14 +11,14 @@ CLUSTER_ROWS = (
         (
             Mutation(
                 "gateway/streaming.py",
-                "await self._write(error_frame(error) + DONE, is_last=True)",
-                "await self._write(DONE, is_last=True)",
+                "await self._write(self._frames.error(error), is_last=True)",
+                "await self._write(self._frames.last(), is_last=True)",
                 "tests/gateway/test_failures.py::test_an_error_after_the_first_token_is_an_event",
             ),
             Mutation(
                 "gateway/streaming.py",
-                "            await send_error(send, generation.error)\n            return\n",
-                "            pass\n",
+                "await send_error(send, generation.error, generation.request.message_id)",
+                "pass",
                 "tests/gateway/test_failures.py::"
                 "test_an_error_before_the_first_token_has_its_own_status",
             ),

@@ -238,7 +238,7 @@ TRANSFER_ROWS = (
             ),
             *(
                 Mutation(
-                    f"{role}_node/node.py",
+                    "node_parts/wiring.py",
                     "agent.quarantine.watch(",
                     "bool(",
                     "tests/e2e/test_digest_scenarios.py::"

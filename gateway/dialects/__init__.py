@@ -1,0 +1,8 @@
+"""Other APIs that say what a chat says: bodies become a `ChatBody`, a choice becomes their events.
+
+responses    OpenAI's Responses: responses_body -> chat; responses_frames
+messages     Anthropic's Messages: messages_body -> chat; messages_frames; messages_errors
+both         contents (read alike), events (written alike)
+
+Text alone: what asks for tools, images or stored conversations is refused by name.
+"""

@@ -1,0 +1,41 @@
+"""Content of a message: a text, or a list of typed parts of which the text is taken."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from cluster.errors import InvalidRequest, Unsupported
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Set
+
+
+def text_of(content: object, path: str, *, texts: Set[str], skipped: Set[str] = frozenset()) -> str:
+    """`texts`: types of parts whose text counts. `skipped`: types that say nothing to a model."""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise InvalidRequest(f"{path} must be text or a list of parts.", param=path)
+    parts = [
+        _part_text(part, f"{path}[{index}]", texts)
+        for index, part in enumerate(content)
+        if not (isinstance(part, dict) and part.get("type") in skipped)
+    ]
+    return "\n".join(parts)
+
+
+def _part_text(part: object, path: str, texts: Set[str]) -> str:
+    if not isinstance(part, dict) or not isinstance(part.get("type"), str):
+        raise InvalidRequest(f"{path} must be an object with a type.", param=path)
+    if part["type"] not in texts:
+        raise Unsupported("Only text is supported here.", param=f"{path}.type")
+    if not isinstance(part.get("text"), str):
+        raise InvalidRequest(f"{path}.text must be text.", param=f"{path}.text")
+    return str(part["text"])
+
+
+def refuse(fields: Mapping[str, object], harmless: Mapping[str, tuple[object, ...]]) -> None:
+    """Fields that would change the answer. `harmless[name]` are the values that ask for nothing."""
+    for name, values in harmless.items():
+        if fields.get(name) not in (None, *values):
+            raise Unsupported(f"{name} is not supported here; leave it out.", param=name)

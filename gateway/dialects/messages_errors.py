@@ -1,0 +1,40 @@
+"""Errors as clients of Anthropic's API know them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cluster.errors import ServingError
+
+PREFIX = "/v1/messages"
+UNAVAILABLE = 503
+OVERLOADED = 529  # what these clients take for "try again soon", where others are told 503
+_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    503: "overloaded_error",
+    504: "timeout_error",
+}
+
+
+def message_id(path: str, request_id: str) -> str | None:
+    """The id that such an error names; None on routes of other APIs."""
+    return request_id if path.startswith(PREFIX) else None
+
+
+def message_status(error: ServingError) -> int:
+    return OVERLOADED if error.http_status == UNAVAILABLE else error.http_status
+
+
+def message_error(error: ServingError, request_id: str) -> dict[str, Any]:
+    kind = _TYPES.get(error.http_status)
+    if kind is None:
+        kind = "invalid_request_error" if error.http_status < 500 else "api_error"
+    return {
+        "type": "error",
+        "error": {"type": kind, "message": error.message},
+        "request_id": request_id,
+    }
