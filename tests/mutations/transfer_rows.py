@@ -72,6 +72,13 @@ TRANSFER_ROWS = (
                 + "a_payload_that_never_comes_ends_its_transfer_however_alive_its_peer_is",
             ),
             Mutation(
+                INTAKE,
+                "            return FailureReason.SENDER_LOST\n",
+                "            pass\n",
+                "tests/kv_transfer/receiving/test_doubted_sender.py::"
+                "test_a_transfer_that_stands_still_ends_at_once",
+            ),
+            Mutation(
                 SENDER,
                 "config.drain_seconds:\n            sending.peer.cut()\n",
                 "config.drain_seconds:\n            pass\n",
