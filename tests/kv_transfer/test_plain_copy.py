@@ -5,9 +5,10 @@ import threading
 from typing import TYPE_CHECKING
 
 import pytest
+import torch
 
 from kv_transfer import plain_copy
-from kv_transfer.plain_copy import PlainListener, send_plain
+from kv_transfer.plain_copy import PlainListener, peer_copy_rate, send_plain
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -89,3 +90,12 @@ def test_a_listener_that_is_not_there_is_an_error_of_the_sender() -> None:
     listener.close()
     with pytest.raises(ConnectionRefusedError):
         send_plain("127.0.0.1", listener.port, listener.nonce)
+
+
+@pytest.mark.gpu
+def test_a_slot_of_a_gpu_is_copied_as_far_as_both_reach() -> None:
+    source = torch.randint(0, 256, (1 << 20,), dtype=torch.uint8, device="cuda")
+    target = torch.zeros((1 << 20) + 512, dtype=torch.uint8, device="cuda")
+    assert peer_copy_rate(source, target) > 0
+    assert torch.equal(target[: 1 << 20], source)
+    assert not target[1 << 20 :].any()
