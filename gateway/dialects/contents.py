@@ -19,14 +19,19 @@ def text_of(content: object, path: str, *, texts: Set[str], skipped: Set[str] = 
     parts = [
         _part_text(part, f"{path}[{index}]", texts)
         for index, part in enumerate(content)
-        if not (isinstance(part, dict) and part.get("type") in skipped)
+        if _type_of(part, f"{path}[{index}]") not in skipped
     ]
     return "\n".join(parts)
 
 
-def _part_text(part: object, path: str, texts: Set[str]) -> str:
-    if not isinstance(part, dict) or not isinstance(part.get("type"), str):
+def _type_of(part: object, path: str) -> str:
+    kind = part.get("type") if isinstance(part, dict) else None
+    if not isinstance(kind, str):
         raise InvalidRequest(f"{path} must be an object with a type.", param=path)
+    return kind
+
+
+def _part_text(part: dict[str, object], path: str, texts: Set[str]) -> str:
     if part["type"] not in texts:
         raise Unsupported("Only text is supported here.", param=f"{path}.type")
     if not isinstance(part.get("text"), str):

@@ -127,6 +127,8 @@ def test_a_response_that_fails_midway_says_so_last(
             {"input": [{"role": "user", "content": [{"type": "input_image"}]}]},
             "input[0].content[0].type",
         ),
+        ({"input": [{"role": "user", "content": [{"type": []}]}]}, "input[0].content[0]"),
+        ({"input": [{"role": [], "content": "x"}]}, "input[0].role"),
         ({"input": "one " * 600}, "input"),
         ({"max_output_tokens": 0}, "max_output_tokens"),
         ({"temperature": "hot"}, "temperature"),
