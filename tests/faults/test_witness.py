@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import asynccontextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
@@ -15,22 +17,33 @@ from kv_transfer.pool import TransferPool
 from kv_transfer.receiving.arrivals import PiecesArrival
 from kv_transfer.receiving.incoming import BlockProgress, IncomingTransfer
 from kv_transfer.receiving.receiver import KVReceiver
+from kv_transfer.transports.tcp import TcpTransport
 from tests.faults.history import History
 from tests.faults.watched_node import watch
 from tests.faults.witness import Evidence
 from tests.kv_faults import HandDriven, two_frames
 from tests.kv_transfer.catalogue_worlds import TABLE, with_pair, with_peer
-from tests.kv_twins import BLOCK_SIZE, DecodeSide, PrefillSide, make_request, until
+from tests.kv_transfer.test_plain_tcp_hand_off import needs_xxhash
+from tests.kv_twins import (
+    BLOCK_SIZE,
+    DecodeSide,
+    PrefillSide,
+    decode_side,
+    make_request,
+    prefill_side,
+    until,
+)
 from tests.sequences import ROOT, compute
 from tests.sequences import make_request as make_prompt
 
 if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
     from pathlib import Path
 
 WRAPPED = {
     KVReceiver: ("_execute", "frame_arrived", "commit_arrived"),
     TransferPool: ("begin_scatter",),
-    PiecesArrival: ("receive", "place", "finish"),
+    PiecesArrival: ("receive", "place"),
     BlockManager: ("_allocate_first", "mark_computed", "free"),
     LentBlocks: ("hand_over",),
 }
@@ -126,6 +139,66 @@ def test_blocks_that_are_given_back_while_they_are_written_are_seen(
         moves[0].set_result(True)
 
     with_peer(scenario)
+    problem = "node: I7, blocks are given back while they are written"
+    assert watched.events("contradiction") == [problem]
+
+
+@asynccontextmanager
+async def over_plain_tcp() -> AsyncIterator[tuple[PrefillSide, DecodeSide]]:
+    def plain() -> TcpTransport:
+        return TcpTransport(connect_seconds=5.0)
+
+    async with decode_side(plain()) as decode, prefill_side(plain()) as prefill:
+        yield prefill, decode
+
+
+@needs_xxhash
+def test_cancels_while_blocks_are_received_where_they_are_are_not_objected_to(
+    watched: Watched,
+) -> None:
+    async def scenario() -> None:
+        async with over_plain_tcp() as (prefill, decode):
+            for number in range(40):
+                request = make_request(30)
+                prefill.hand_off(decode, request)
+                prefill.compute(request, TABLE)
+                for _ in range(number):
+                    await asyncio.sleep(0)
+                decode.receiver.cancel(request.sequence_id)
+                prefill.sender.abort(request.sequence_id)
+                await until(lambda: not prefill.sender.num_transfers)
+                await until(lambda: not decode.receiver.num_transfers)
+
+    asyncio.run(scenario())
+    assert watched.events("contradiction") == []
+
+
+@needs_xxhash
+def test_a_receive_into_blocks_that_are_given_back_is_seen(
+    watched: Watched, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(IncomingTransfer, "is_quiescent", True)
+    receives: list[asyncio.Future[None]] = []
+
+    def receive(*_: object) -> asyncio.Future[None]:
+        """Of a payload."""
+        receives.append(asyncio.get_running_loop().create_future())
+        return receives[-1]
+
+    async def scenario() -> None:
+        async with over_plain_tcp() as (prefill, decode):
+            request = make_request(30)
+            prefill.hand_off(decode, request)
+            await until(lambda: decode.source.of(request.sequence_id) == ["reserved"])
+            [session] = decode.receiver._sessions.values()
+            session._pieces = cast("Any", SimpleNamespace(recv_pieces=receive))
+            prefill.compute(request, TABLE)
+            await until(lambda: bool(receives))
+            decode.receiver.cancel(request.sequence_id)
+            receives[0].set_result(None)
+            prefill.sender.abort(request.sequence_id)
+
+    asyncio.run(scenario())
     problem = "node: I7, blocks are given back while they are written"
     assert watched.events("contradiction") == [problem]
 

@@ -63,7 +63,7 @@ def _watch_messages(books: TransferBooks) -> None:
 
 def _watch_writes(books: TransferBooks) -> None:
     scatter, receive = TransferPool.begin_scatter, PiecesArrival.receive
-    place_pieces, finish = PiecesArrival.place, PiecesArrival.finish
+    place_pieces = PiecesArrival.place
 
     def tell(done: asyncio.Future[bool], place: FramePlace) -> None:
         done.add_done_callback(
@@ -83,7 +83,9 @@ def _watch_writes(books: TransferBooks) -> None:
     @wraps(receive)
     def received(self: PiecesArrival) -> asyncio.Future[None]:
         books.writes(self._place)
-        return receive(self)
+        done = receive(self)
+        done.add_done_callback(lambda _: books.wrote(self._place))
+        return done
 
     @wraps(place_pieces)
     def placed(self: PiecesArrival) -> asyncio.Future[bool]:
@@ -91,15 +93,9 @@ def _watch_writes(books: TransferBooks) -> None:
         tell(done, self._place)
         return done
 
-    @wraps(finish)
-    def finished(self: PiecesArrival) -> None:
-        books.wrote(self._place)
-        finish(self)
-
     TransferPool.begin_scatter = scattered  # type: ignore[assignment, method-assign]
     PiecesArrival.receive = received  # type: ignore[method-assign]
     PiecesArrival.place = placed  # type: ignore[method-assign]
-    PiecesArrival.finish = finished  # type: ignore[assignment, method-assign]
 
 
 def _watch_blocks(books: BlockBooks) -> None:
