@@ -110,8 +110,10 @@ class NodeProcess:
         await self._drain(member)
         end_within()
         await member.stop()
-        self._hub.close_all()
-        await self.server.stop(CLOSE_GRACE_SECONDS)
+        if self._failure is None:
+            self._hub.close_all()
+        # Streams that just break say that what ran here was lost.
+        await self.server.stop(CLOSE_GRACE_SECONDS if self._failure is None else None)
         await close()
         self._close_metrics()
         if self._failure is not None:

@@ -139,7 +139,7 @@ class DecodeHandler:
         if request.sequence_id in self._cancelled:
             raise Cancelled("The request was cancelled.")
         if self._member.state not in TAKES_HANDOFFS:
-            raise NodeUnavailable("This decode node takes no hand-offs.", reason="not_ready")
+            raise NodeUnavailable("This decode node takes no hand-offs.", reason="decode_not_ready")
         sequence = self._accept(request, gateway_id)
         stream = self._streams.open(Stream(request, gateway_id), self._on_deadline)
         with ExitStack() as undo:

@@ -50,6 +50,12 @@ class ActiveSequence:
     def state(self) -> SequenceState:
         return self.machine.state
 
+    @property
+    def has_lost_in_order(self) -> bool:
+        """One of its nodes has ended its session in order, as it does when it is drained."""
+        nodes = (self.decode,) if self.prefill is None else (self.decode, self.prefill)
+        return any(node.client.has_left for node in nodes)
+
 
 def demand_of(request: SequenceRequest) -> Demand:
     num_prompt_tokens = len(request.prompt_token_ids)

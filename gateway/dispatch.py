@@ -22,7 +22,7 @@ from cluster.request import KVLoadFailurePolicy, SequenceRequest, TokenDelta
 from gateway.active import ActiveSequence, Listener, demand_of
 from gateway.attempts import Attempts
 from gateway.node_frames import cancel_frame, orphaned_frame, submit_frame
-from gateway.retries import RetryBudget, RetryKind, Stream
+from gateway.retries import RetryBudget, RetryKind, Stream, is_refusal
 from gateway.router import Placement, choose, choose_again
 from gateway.sequence_instructions import (
     AskDecode,
@@ -230,8 +230,11 @@ class Dispatcher:
     def _has_retried(self, active: ActiveSequence, ending: TokenDelta, now: float) -> bool:
         """Start another attempt if the error, the stream and the cluster allow one."""
         stream, error = active.stream, ending.error
-        kind = None if error is None else stream.retry_kind(error, self._budget)
-        if kind is None or error is None:
+        if error is None:
+            return False
+        is_in_order = is_refusal(error) or active.has_lost_in_order
+        kind = stream.retry_kind(error, self._budget, is_in_order=is_in_order)
+        if kind is None:
             return False
         request = stream.next_attempt(kind, error, active.placement, now)
         try:
@@ -243,7 +246,7 @@ class Dispatcher:
             )
             self._start(stream, request, placement, {}, active.listener, now)
         except NodeUnavailable as unavailable:
-            if kind is RetryKind.REDISPATCH:
+            if kind is RetryKind.REDISPATCH and not is_in_order:
                 self._budget.give_back()
             logger.info("%s: no other nodes for it: %s", stream.id, unavailable.message)
             return False

@@ -90,6 +90,7 @@ class NodeClient:
         self._frames: deque[pb.GatewayFrame] = deque()
         self._has_frames = asyncio.Event()
         self._call: Any = None  # the running Session call; grpc.aio has no types
+        self.has_left = False  # the last session was ended by the node, in order
         self._heard_at: float | None = None
         self._task: asyncio.Task[None] | None = None
         self._channel = open_channel(node.grpc_address)
@@ -209,6 +210,7 @@ class NodeClient:
         """From welcome to loss."""
         self._frames.clear()
         self._heard_at = self._clock()
+        self.has_left = False
         self._call = call
         helpers = [
             asyncio.create_task(self._write(call)),
@@ -232,6 +234,7 @@ class NodeClient:
         while True:
             frame = await call.read()
             if frame is grpc.aio.EOF:
+                self.has_left = True
                 return
             self._heard_at = self._clock()
             kind = frame.WhichOneof("frame")

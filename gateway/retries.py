@@ -5,6 +5,7 @@ Life of a stream over its attempts
        whatever an earlier attempt still says is nobody's.
     2. Lost before the client has a token: a *re-dispatch*. Once per stream, and only while the
        retry budget lasts, because a cluster in trouble must not get more work from its gateways.
+       What a node that leaves in order had not begun is in no trouble, and costs nothing.
     3. Lost after k tokens: a *recovery*, where the operator allows it. The prompt and the k tokens
        are prefilled elsewhere. Draws depend on the seed and the position alone, so the client gets
        the tokens it would have got.
@@ -33,7 +34,8 @@ MAX_REDISPATCHES = 1
 MAX_RECOVERIES = 3
 RETRY_SHARE = 0.1  # of the requests; what Google's SRE book advises for a client's retry budget
 MAX_SAVED_RETRIES = 10.0
-_DECODE_REASONS = ("decode_lost", "commit_unknown")
+_DECODE_REASONS = ("decode_lost", "commit_unknown", "decode_not_ready")
+_REFUSALS = ("not_ready", "decode_not_ready")
 
 
 class RetryKind(StrEnum):
@@ -93,16 +95,19 @@ class Stream:
             if self.recovers:
                 self.emitted_token_ids += delta.token_ids
 
-    def retry_kind(self, error: ServingError, budget: RetryBudget) -> RetryKind | None:
-        """What an attempt's end in `error` allows; None: the error goes to the client."""
+    def retry_kind(
+        self, error: ServingError, budget: RetryBudget, *, is_in_order: bool = False
+    ) -> RetryKind | None:
+        """What an attempt's end in `error` allows; None: the error goes to the client.
+        `is_in_order`: of a node that has left when it had nothing to do, or that takes nothing."""
         if not is_worth_a_retry(error):
             return None
         if self.has_token:
             allowed = self.recovers and self.num_recoveries < MAX_RECOVERIES
             return RetryKind.RECOVERY if allowed else None
-        if self.num_redispatches >= MAX_REDISPATCHES or not budget.withdraw():
+        if self.num_redispatches >= MAX_REDISPATCHES:
             return None
-        return RetryKind.REDISPATCH
+        return RetryKind.REDISPATCH if is_in_order or budget.withdraw() else None
 
     def next_attempt(
         self, kind: RetryKind, error: ServingError, failed: Placement, now: float
@@ -132,3 +137,8 @@ class Stream:
 
 def is_worth_a_retry(error: ServingError) -> bool:
     return isinstance(error, NodeUnavailable | TransferError)
+
+
+def is_refusal(error: ServingError) -> bool:
+    """A node said that it takes nothing any more: it is about to leave."""
+    return isinstance(error, NodeUnavailable) and error.reason in _REFUSALS

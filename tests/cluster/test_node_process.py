@@ -211,10 +211,12 @@ def test_a_fatal_error_ends_the_process_without_waiting_for_requests(run: Any) -
         world.member.may_drain.clear()
         running = world.start()
         await world.ready.wait()
+        session = world.hub.open("g")
         world.process.fail("The engine failed.")
         with pytest.raises(InternalError, match="engine failed"):
             await running
         assert world.log[-2:] == ["withdrawn", "closed"]
+        assert not session.is_closed, "it breaks, as that of a node that has not left in order"
 
     run(body)
 

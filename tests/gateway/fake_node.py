@@ -111,6 +111,11 @@ class FakeNode:
         for task in self._tasks.values():
             task.cancel()
 
+    async def leave(self) -> None:
+        """As after SIGTERM, when nothing runs here any more: the streams end in order."""
+        self.hub.close_all()
+        await self._server.stop(1.0)
+
     @property
     def is_idle(self) -> bool:
         return not self._tasks

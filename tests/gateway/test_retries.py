@@ -10,7 +10,14 @@ from typing import Any
 import httpx
 import pytest
 
-from cluster.errors import DeadlineExceeded, InternalError, NodeLost, ServingError, TransferFailed
+from cluster.errors import (
+    DeadlineExceeded,
+    InternalError,
+    NodeLost,
+    NodeUnavailable,
+    ServingError,
+    TransferFailed,
+)
 from cluster.node import NodeId, NodeInfo, NodeName, NodeRole, NodeState, new_incarnation
 from cluster.request import SamplingParams, SequenceRequest, TokenDelta
 from gateway.retries import (
@@ -19,6 +26,7 @@ from gateway.retries import (
     RetryBudget,
     RetryKind,
     Stream,
+    is_refusal,
 )
 from gateway.router import Candidate, Demand, Placement, choose_again
 from tests.gateway.running_gateway import RunningGateway
@@ -141,7 +149,10 @@ def test_the_next_attempt_has_an_id_of_its_own_what_was_emitted_and_the_time_tha
 
 @pytest.mark.parametrize(
     ("reason", "suspect"),
-    [("prefill_lost", PREFILL), ("digest_mismatch", PREFILL), ("decode_lost", DECODE)],
+    [
+        *(("prefill_lost", PREFILL), ("digest_mismatch", PREFILL), ("decode_lost", DECODE)),
+        *(("not_ready", PREFILL), ("decode_not_ready", DECODE)),
+    ],
 )
 def test_the_node_that_failed_is_the_suspect(reason: str, suspect: NodeInfo) -> None:
     one = stream()
@@ -169,7 +180,48 @@ def test_a_partner_is_taken_again_only_if_there_is_no_other() -> None:
         placed(PREFILL, DECODE, suspects=suspects, avoided=avoided)
 
 
+@pytest.mark.parametrize("reason", ["not_ready", "decode_not_ready"])
+def test_a_node_that_takes_nothing_any_more_costs_no_retry(reason: str) -> None:
+    """It has said so in order: nobody was at work on it, and nothing is in trouble."""
+    refused, budget = NodeUnavailable("draining", reason=reason), RetryBudget()
+    while budget.withdraw():
+        pass
+    kind = stream().retry_kind(refused, budget, is_in_order=is_refusal(refused))
+    assert kind is RetryKind.REDISPATCH
+
+
 # ---- through HTTP -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("leaves", [True, False])
+def test_only_who_ends_its_streams_leaves_in_order(new_gateway: NewGateway, leaves: bool) -> None:
+    running = new_gateway()
+    [client] = [e.client for e in running.gateway.nodes if e.info.id == running.decode.info.id]
+    running.call(running.decode.leave() if leaves else running.decode.kill())
+    running.until(lambda: not client.is_connected)
+    assert client.has_left == leaves
+
+
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+def test_whoever_waits_for_a_node_that_leaves_in_order_is_served_elsewhere(
+    new_gateway: NewGateway, expected: str, role: str
+) -> None:
+    """Prompts that queue for a decode node are not known there: it may be idle, and go."""
+    running = new_gateway(num_prefill=2, num_decode=2)
+    prefill = [running.nodes[f"prefill-{number}"] for number in range(2)]
+    for node in prefill:
+        running.do(node.gates.first_token.clear)
+    with ThreadPoolExecutor(32) as pool:
+        answers = [pool.submit(post, running) for _ in range(32)]
+        running.until(lambda: sum(len(node.submitted) for node in prefill) == 32)
+        running.call(running.nodes[f"{role}-0"].leave())
+        running.until(lambda: len(prefill[1].submitted) >= 16)
+        for node in prefill:
+            running.do(node.gates.first_token.set)
+        responses = [answer.result(20) for answer in answers]
+    assert {response.status_code for response in responses} == {200}
+    assert {response.json()["choices"][0]["text"] for response in responses} == {expected}
+    everything_is_given_back(running)
 
 
 def text_of(events: list[str]) -> str:
