@@ -7,8 +7,8 @@ Life of a connection
        what does not matter. `PingsRefused` when the peer ends the connection, or speaks otherwise.
 
 gRPC's core reads and answers on threads of its own that need no interpreter lock: a busy engine, a
-long garbage collection or a blocked event loop do not delay an answer. It counts pings that come
-oftener than a server has set (`cluster/rpc.py`), and says good-bye to who sends many of them.
+long garbage collection or a blocked event loop do not delay an answer. Unless told otherwise
+(`cluster/rpc.py`) it says good-bye to who sends more than a few.
 
 Pure: bytes in, bytes out.
 """

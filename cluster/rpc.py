@@ -27,7 +27,6 @@ from cluster.errors import (
     cannot_listen,
 )
 from cluster.proto import node_pb2 as pb
-from cluster.pulse import TICK_SECONDS
 from cluster.session_hub import Session, SessionHub
 
 if TYPE_CHECKING:
@@ -90,7 +89,8 @@ def server_options() -> Options:
     process has."""
     return [
         *_common_options(),
-        ("grpc.http2.min_ping_interval_without_data_ms", int(TICK_SECONDS * 500)),
+        # However close they come: those that were held up on their way come together.
+        ("grpc.http2.max_ping_strikes", 0),
         ("grpc.max_concurrent_streams", MAX_CONCURRENT_STREAMS),
         ("grpc.so_reuseport", 0),
     ]

@@ -7,7 +7,7 @@ Life of a watch
     3. `until_silent` returns when the node answers none of them any more (`cluster/pulse.py`).
 
 A connection that ends says nothing of the node: that is for its session to tell. It is opened
-again. A node that refuses pings is not watched: the session's own question must do.
+again. A node that refuses pings is left alone for a while: the session's own question must do.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 CONNECT_SECONDS = 5.0
 PAUSE_SECONDS = 1.0
+REFUSED_SECONDS = 60.0
 
 
 class PulseWatch:
@@ -42,7 +43,7 @@ class PulseWatch:
         self._pulse = Pulse(timeout=timeout)  # what it has learnt outlives a connection
 
     async def until_silent(self) -> None:
-        """Returns when the node has become silent; never for one that refuses pings."""
+        """Returns when the node has become silent."""
         while True:
             link = await self._connect()
             if link is not None:
@@ -53,8 +54,8 @@ class PulseWatch:
                 if self._pulse.is_silent:
                     return
                 if link.is_refused:
-                    logger.info("the node at %s:%s takes no pings", self._host, self._port)
-                    await asyncio.Event().wait()
+                    logger.warning("the node at %s:%s takes no pings", self._host, self._port)
+                    await asyncio.sleep(REFUSED_SECONDS)
             await asyncio.sleep(PAUSE_SECONDS)
 
     async def _connect(self) -> _Link | None:
