@@ -219,13 +219,16 @@ class NodeClient:
         ]
         logger.info("connected to %s node %s", self.node.role, self.node.id.name)
         self._listener.on_connected(self)
+        level, end = logging.WARNING, "lost"
         try:
             await self._read(call)
+            level, end = logging.INFO, "parted from"  # in order, as by a node that has drained
         finally:
             self._call = None
             for helper in helpers:
                 helper.cancel()
-            level, end = (logging.INFO, "left") if is_cancelled() else (logging.WARNING, "lost")
+            if is_cancelled():
+                level, end = logging.INFO, "left"
             logger.log(level, "%s %s node %s", end, self.node.role, self.node.id.name)
             self._listener.on_lost(self)
 

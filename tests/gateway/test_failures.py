@@ -103,6 +103,9 @@ def test_only_a_session_that_breaks_is_called_lost(
     caplog.set_level(logging.INFO, "gateway.node_client")
     running.call(running.prefill.kill())
     running.until(lambda: "lost prefill node prefill-0" in caplog.messages)
+    running.do(running.decode.hub.close_all)
+    running.until(lambda: "parted from decode node decode-0" in caplog.messages)
+    running.until(lambda: "connected to decode node decode-0" in caplog.messages)
     running.call(running.gateway.nodes.close())
     assert "left decode node decode-0" in caplog.messages
     assert not any("lost decode" in message for message in caplog.messages)
