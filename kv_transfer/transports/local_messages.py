@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 _HELLO = struct.Struct("<8sQ")
 _MAGIC = b"BATONMSG"
 _BACKLOG = 128
+_PAUSE_SECONDS = 0.1
 
 
 class LocalMessages:
@@ -51,6 +52,12 @@ class LocalMessages:
         if self._on_message is None and not self._is_closed:
             self._loop.add_reader(self._socket.fileno(), self._hear)
         self._on_message = on_message
+
+    def pause(self) -> None:
+        """Hear nothing, until somebody listens again: what comes meanwhile waits."""
+        if self._on_message is not None and not self._is_closed:
+            self._loop.remove_reader(self._socket.fileno())
+        self._on_message = None
 
     def on_close(self, callback: Callable[[], None]) -> None:
         """Call it once when the connection ends, whoever ended it; at once if it has."""
@@ -156,7 +163,7 @@ class LocalListener:
             self._listener.setblocking(False)
             self._listener.bind(b"")  # any name that is free, outside of the file system
             self._listener.listen(_BACKLOG)
-            asyncio.get_running_loop().add_reader(self._listener.fileno(), self._on_connection)
+            self._listen()
         name: bytes = self._listener.getsockname()
         return name
 
@@ -169,13 +176,23 @@ class LocalListener:
             self._listener.close()
             self._listener = None
 
+    def _listen(self) -> None:
+        if self._listener is not None:
+            loop = asyncio.get_running_loop()
+            loop.add_reader(self._listener.fileno(), self._on_connection)
+
     def _on_connection(self) -> None:
         if self._listener is None:
             return
         try:
             connection, _ = self._listener.accept()
-        except OSError as error:  # out of descriptors, or the peer is gone already
+        except BlockingIOError:  # the peer is gone already
+            return
+        except OSError as error:  # out of descriptors: it would be told again and again
             logger.warning("a peer on this machine could not be accepted: %s", error)
+            loop = asyncio.get_running_loop()
+            loop.remove_reader(self._listener.fileno())
+            loop.call_later(_PAUSE_SECONDS, self._listen)
             return
         connection.setblocking(False)
         messages = LocalMessages(connection, max_bytes=self._max_bytes)
@@ -191,6 +208,7 @@ class LocalListener:
             messages.close()
             return
         _, session_id = _HELLO.unpack(hello)
+        messages.pause()  # the session may have to wait for its data endpoint
         self._accept(session_id, messages)
 
     def _forget(self, messages: LocalMessages) -> None:

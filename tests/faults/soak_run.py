@@ -85,6 +85,7 @@ class Soak:
     def make(self, planned: Planned) -> None:
         """One fault, from its beginning to its end."""
         name, what = planned.name, planned.what
+        was_there = self._is_there(name)
         try:
             if what in set(Spoil):
                 self._spoil(Spoil(what), name)
@@ -99,7 +100,7 @@ class Soak:
         except LookupError:
             return  # it is on its way up again from an earlier fault
         except NotInjected as error:
-            if self._is_there(name):
+            if was_there and self._is_there(name):
                 self.problems.append(f"a fault did not take place: {what} {name}: {error}")
             return
         self.faults[f"{what} {name}"] += 1

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import socket
 from contextlib import asynccontextmanager
 from functools import partial
-from typing import TYPE_CHECKING
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
@@ -182,5 +184,51 @@ def test_a_listener_that_is_not_there_is_a_lost_link() -> None:
         here.listener.close()
         with pytest.raises(TransferFailed):
             await connect(name, SESSION, max_bytes=MAX_BYTES)
+
+    run(scenario)
+
+
+def test_what_comes_before_anybody_listens_is_heard_then() -> None:
+    """The data endpoint of a session may be connected a little later."""
+
+    async def scenario(here: World) -> None:
+        ours, theirs = await here.pair()
+        ours.send(b"a header")
+        await asyncio.sleep(0)
+        ours.send(b"another")
+        for _ in range(5):
+            await asyncio.sleep(0)
+        heard = heard_by(theirs)
+        await until(partial(has, heard, 2))
+        assert heard == [b"a header", b"another"]
+        ours.close()
+        theirs.close()
+
+    run(scenario)
+
+
+def test_a_listener_without_descriptors_does_not_ask_for_one_all_the_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def scenario(here: World) -> None:
+        stranger = here.dial()
+        refused: list[int] = []
+
+        def accept() -> None:
+            refused.append(1)
+            raise OSError(errno.EMFILE, "too many open files")
+
+        listening = here.listener._listener
+        full = SimpleNamespace(accept=accept, fileno=cast("Any", listening).fileno)
+        here.listener._listener = cast("Any", full)
+        await until(lambda: bool(refused))
+        for _ in range(100):
+            await asyncio.sleep(0)
+        assert len(refused) < 3
+        here.listener._listener = listening
+        stranger.send(b"BATONMSG" + bytes(8))
+        await until(lambda: bool(here.accepted))
+        here.accepted.pop()[1].close()
+        stranger.close()
 
     run(scenario)
