@@ -16,7 +16,7 @@ import torch
 from kv_transfer.failures import FailureReason, failure
 from kv_transfer.mapped_slots import map_slots
 from kv_transfer.protocol import SLOT_READ_BYTES, SlotName, pack_slot_read
-from kv_transfer.transports.local_messages import LocalMessages
+from kv_transfer.transports.local_messages import LocalMessages, connect
 from kv_transfer.transports.loopback import LoopbackEndpoint, LoopbackNetwork, LoopbackTransport
 from tests.kv_transfer.catalogue_worlds import TABLE, Gate
 from tests.kv_twins import (
@@ -215,6 +215,25 @@ def test_a_header_that_names_no_slot_of_ours_cuts_the_link(
         assert await here.ended(request) == ["failed", "free"]
         await until(lambda: len(here.decode.source.free) == NUM_BLOCKS)
         assert here.decode.source.errors[request.sequence_id].reason == "frame_malformed"
+
+    run(monkeypatch, scenario)
+
+
+@pytest.mark.parametrize("names", ["another session", "one that has its messages"])
+def test_who_connects_for_messages_without_being_a_sender_is_cut(
+    names: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario(here: World) -> None:
+        assert await here.ended(here.hand_off()) == ["committed", "free"]
+        receiver = here.decode.receiver
+        [session] = receiver._sessions.values()
+        session_id = session.id if names == "one that has its messages" else session.id ^ 1
+        stranger = await connect(receiver.messages_at, session_id, max_bytes=64)
+        cut: list[bool] = []
+        stranger.on_close(lambda: cut.append(True))
+        stranger.listen(lambda _: None)
+        await until(lambda: bool(cut))
+        assert await here.ended(here.hand_off()) == ["committed", "free"]
 
     run(monkeypatch, scenario)
 
