@@ -28,6 +28,7 @@ IDLE_GAUGES = (
     "baton_sequences_waiting",
     "baton_queued_tokens",
     "baton_kv_transfers_in_flight",
+    "baton_kv_lost_blocks",
 )
 
 
@@ -118,12 +119,22 @@ def more_than(before: Held, now: Held) -> Iterator[str]:
 
 
 def held_by_node(metrics: Scrape) -> Iterator[str]:
+    """A name that nothing is told under any more would hide all leaks of its kind."""
     blocks = metrics.by("baton_kv_blocks", "state")
-    for state in ("used", "quarantined"):
-        if blocks[state]:
-            yield f"{blocks[state]} blocks {state}"
+    slots = metrics.by("baton_kv_staging_slots", "state")
+    for what, counted, states in (
+        ("blocks", blocks, ("used", "quarantined")),
+        ("staging slots", slots, ("taken", "lost")),
+    ):
+        for state in states:
+            if state not in counted:
+                yield f"nothing is told of {what} {state}"
+            elif counted[state]:
+                yield f"{counted[state]} {what} {state}"
     for gauge in IDLE_GAUGES:
-        if value := metrics.value(gauge):
+        if not metrics.has(gauge):
+            yield f"{gauge} is not told"
+        elif value := metrics.value(gauge):
             yield f"{gauge} is {value:.0f}"
 
 

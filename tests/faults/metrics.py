@@ -32,6 +32,9 @@ class Scrape:
             if sample.name == name and labels.items() <= sample.labels.items()
         )
 
+    def has(self, name: str) -> bool:
+        return any(sample.name == name for sample in self.samples)
+
     def by(self, name: str, label: str) -> Counter[str]:
         """The values of a counter, summed by one of its labels."""
         found: Counter[str] = Counter()

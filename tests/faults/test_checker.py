@@ -207,7 +207,13 @@ baton_kv_blocks{state="free"} 90
 baton_kv_blocks{state="cached"} 10
 baton_kv_blocks{state="used"} 0
 baton_kv_blocks{state="quarantined"} 0
+baton_kv_staging_slots{state="free"} 8
+baton_kv_staging_slots{state="taken"} 0
+baton_kv_staging_slots{state="lost"} 0
+baton_kv_lost_blocks 0
 baton_sequences_running 0
+baton_sequences_waiting 0
+baton_queued_tokens 0
 baton_kv_transfers_in_flight 0
 """
 
@@ -219,12 +225,28 @@ baton_kv_transfers_in_flight 0
         ('baton_kv_blocks{state="quarantined"} 2', "2 blocks quarantined"),
         ("baton_sequences_running 3", "baton_sequences_running is 3"),
         ("baton_kv_transfers_in_flight 4", "baton_kv_transfers_in_flight is 4"),
+        ('baton_kv_staging_slots{state="taken"} 1', "1 staging slots taken"),
+        ("baton_kv_lost_blocks 9", "baton_kv_lost_blocks is 9"),
     ],
 )
 def test_what_a_node_still_holds_is_a_leak(line: str, problem: str) -> None:
     assert list(held_by_node(parse(IDLE_NODE))) == []
     name = line.rpartition(" ")[0]
     text = "\n".join(line if old.startswith(name) else old for old in IDLE_NODE.splitlines())
+    assert list(held_by_node(parse(text))) == [problem]
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("baton_queued_tokens", "baton_queued_tokens is not told"),
+        ('baton_kv_staging_slots{state="lost"}', "nothing is told of staging slots lost"),
+    ],
+)
+def test_what_a_node_does_not_tell_any_more_is_not_taken_for_nothing(
+    name: str, problem: str
+) -> None:
+    text = "\n".join(line for line in IDLE_NODE.splitlines() if not line.startswith(name))
     assert list(held_by_node(parse(text))) == [problem]
 
 
