@@ -21,7 +21,7 @@ from __future__ import annotations
 TICK_SECONDS = 0.25
 IDLE_TICKS = 4  # between two pings when nobody waits for the peer
 MIN_UNANSWERED = 4
-LATE_FACTOR = 4.0
+LATE_FACTOR = 3.0
 MAX_FACTOR = 3.0  # of the set time, which patience never exceeds
 KEPT_SHARE = 0.98  # of the worst lateness, with each answer: half of it after 35
 
