@@ -34,6 +34,7 @@ holds addresses, paths of the host or a traceback.
 
 from __future__ import annotations
 
+import errno
 from typing import ClassVar
 
 
@@ -215,12 +216,14 @@ class UsageError(ConfigError):
     exit_code = 2
 
 
-def cannot_listen(where: str, why: str, *, param: str) -> ConfigError:
-    """A port that cannot be had. `param` is the option that names it."""
+def cannot_listen(where: str, cause: OSError | None, *, param: str) -> ConfigError:
+    """An address that cannot be had. `param` is the option that names the port; `cause` None: it
+    is not known, and that the port is taken is most likely."""
+    why = "is it in use?" if cause is None else f"{cause.strerror}."
     flag = f"--{param.replace('_', '-')}"
-    return ConfigError(
-        f"cannot listen on {where}: {why} {flag} takes another port, 0 any free one.", param=param
-    )
+    advice = f" {flag} takes another port, 0 any free one."
+    is_taken = cause is None or cause.errno == errno.EADDRINUSE
+    return ConfigError(f"cannot listen on {where}: {why}{advice if is_taken else ''}", param=param)
 
 
 class InternalError(ServingError):

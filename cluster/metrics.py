@@ -122,5 +122,5 @@ def start_metrics_server(registry: CollectorRegistry, host: str, port: int) -> M
     try:
         server, thread = start_http_server(port, addr=host, registry=registry)
     except OSError as error:
-        raise cannot_listen(f"{host}:{port}", f"{error.strerror}.", param="metrics_port") from error
+        raise cannot_listen(f"{host}:{port}", error, param="metrics_port") from error
     return MetricsServer(server, thread)

@@ -125,9 +125,9 @@ def bind(
         else:
             bound = server.add_secure_port(where, credentials)
     except RuntimeError as error:
-        raise cannot_listen(where, "is it in use?", param="port") from error
+        raise cannot_listen(where, None, param="port") from error
     if bound == 0:
-        raise cannot_listen(where, "is it in use?", param="port")
+        raise cannot_listen(where, None, param="port")
     return bound
 
 

@@ -136,12 +136,14 @@ def _listen(host: str, port: int, param: str) -> socket.socket:
         )[0]
         listener = socket.socket(address[0], address[1], address[2])
     except OSError as error:
-        raise ConfigError(f"cannot use the address {host!r}: {error}", param=param) from error
+        raise ConfigError(
+            f"cannot use the address {host!r}: {error.strerror}.", param=param
+        ) from error
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address[4])
     except OSError as error:
         listener.close()
-        raise cannot_listen(f"{host}:{port}", f"{error.strerror}.", param=param) from error
+        raise cannot_listen(f"{host}:{port}", error, param=param) from error
     listener.setblocking(False)
     return listener
