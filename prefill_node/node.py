@@ -86,7 +86,9 @@ class PrefillNode:
             self.fetches = PrefixFetches(
                 node_id, engine.block_manager, FetchEstimate(), open_channel
             )
-            self._receiver = parts.new_receiver(self.fetches, agent=agent.beside(NUM_FETCH_SLOTS))
+            self._receiver = parts.new_receiver(
+                self.fetches.incoming, agent=agent.beside(NUM_FETCH_SLOTS)
+            )
 
     def sources(self, on_replaced: Callable[[], None]) -> MemberSources:
         """What its membership tells the cluster."""

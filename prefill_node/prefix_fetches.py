@@ -6,12 +6,11 @@ Life of a fetch
        from there is not known, it is asked for one block, and the prompt does not wait: the two
        nodes are connected then, and the next prompt need not wait for that.
     2. What it had in host memory alone is in its pool, if that was quick enough. It opens a
-       hand-off to us, and our receiver asks for blocks (`reserve`): for whole blocks of the
-       prompt's beginning and nothing else. What we have already is not sent.
-    3. All of it has arrived and is verified: `start` gives the blocks to the prefix cache. The
-       prompt is queued now, behind that, and finds them like any others.
+       hand-off to us, which `incoming_prefixes.py` has blocks for.
+    3. All of it has arrived and is in the prefix cache. The prompt is queued now, and finds it like
+       any other.
     4. A refusal, a failure, or more time than computing would take: the prompt is queued as it
-       is. Blocks that may still be written to stay with the transfer until it has ended.
+       is.
 
 No token depends on whether a fetch succeeds. All methods run on the event loop.
 """
@@ -28,21 +27,21 @@ import grpc
 
 from cluster.clock import Clock, monotonic
 from cluster.codec import encode_handoff, encode_sequence
-from cluster.errors import Cancelled, NodeUnavailable, Overloaded, ServingError, TransferFailed
+from cluster.errors import Overloaded, ServingError
 from cluster.proto import node_pb2 as pb
 from cluster.proto import node_pb2_grpc as rpc
 from cluster.request import Handoff
 from cluster.rpc import error_from_rpc
 from prefill_node.fetch_estimate import Lacking
 from prefill_node.holder_channels import HolderChannels
+from prefill_node.incoming_prefixes import IncomingPrefix, IncomingPrefixes
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from concurrent.futures import Future
 
     from cluster.node import NodeId
-    from cluster.request import PrefixHolder, SequenceRequest
-    from engine.block_manager import BlockManager, Reservation
+    from cluster.request import PrefixHolder
+    from engine.block_manager import BlockManager
     from engine.loop import EngineLoop
     from engine.sequence import Sequence
     from kv_transfer.receiving.receiver import KVReceiver
@@ -51,16 +50,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 MAX_FETCHES = 16
 EXPLORE_SECONDS = 10.0  # the two nodes may have to connect first
-# What a refusal is for that says nothing of the way, and cost one call.
 _HAS_NONE = "not_cached"
-
-
-@dataclass(frozen=True, slots=True)
-class PrefixBlocks:
-    """What the receiver is told of a reservation."""
-
-    block_ids: tuple[int, ...]
-    num_held_blocks: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,18 +61,6 @@ class _Wanted:
     num_blocks: int
     holder: PrefixHolder
     restore_seconds_per_token: float
-
-
-@dataclass(slots=True)
-class _Fetch:
-    """One under way. `done`: it has arrived."""
-
-    sequence: Sequence
-    num_blocks: int  # asked for
-    done: asyncio.Future[None]
-    num_tokens_moved: int = 0
-    reserved_at: float = 0.0
-    seconds: float = 0.0  # from the reservation to the last byte: what the way took, not the steps
 
 
 @dataclass(slots=True)
@@ -98,7 +76,7 @@ class FetchStats:
 
 
 class PrefixFetches:
-    """The `BlockSource` of a prefill node's receiver."""
+    """Decides which prefixes come here, and asks for them."""
 
     def __init__(
         self,
@@ -112,8 +90,7 @@ class PrefixFetches:
         self._block_manager = block_manager
         self._estimate = estimate
         self._clock = clock
-        self._fetches: dict[str, _Fetch] = {}
-        self._reservations: dict[str, Reservation] = {}  # of fetches, maybe given up
+        self.incoming = IncomingPrefixes(block_manager, clock)
         self._channels = HolderChannels(open_channel)
         self._exploring: dict[NodeId, asyncio.Task[None]] = {}
         self._counted = (0, 0, 0.0)  # tokens, steps and their seconds of the engine
@@ -125,6 +102,7 @@ class PrefixFetches:
     def bind(self, loop: EngineLoop, receiver: KVReceiver, address: Callable[[], str]) -> None:
         """`address`: where other nodes reach this one's control plane."""
         self._loop, self._receiver, self._address = loop, receiver, address
+        self.incoming.bind(loop)
 
     async def close(self) -> None:
         exploring = list(self._exploring.values())
@@ -152,7 +130,7 @@ class PrefixFetches:
         lacking = await self._lacking(sequence, num_blocks)
         if lacking.num_computed_tokens == 0:
             return
-        if not self._pays(node, lacking) or len(self._fetches) >= MAX_FETCHES:
+        if not self._pays(node, lacking) or len(self.incoming) >= MAX_FETCHES:
             self.stats.num_not_worthwhile += 1
             return
         await self._wait_for(sequence, num_blocks, holder, lacking)
@@ -188,7 +166,7 @@ class PrefixFetches:
             self.stats.num_explored += 1
             self._estimate.reached(holder.node)
 
-    async def _try(self, wanted: _Wanted, limit_seconds: float) -> _Fetch | None:
+    async def _try(self, wanted: _Wanted, limit_seconds: float) -> IncomingPrefix | None:
         """What came; None if it failed, of which everybody has heard then."""
         name = wanted.holder.node.name
         try:
@@ -207,79 +185,9 @@ class PrefixFetches:
         node = wanted.holder.node
         logger.warning("a prefix on %s is computed here: %r", node.name, error)
         self.stats.num_failed += 1
-        if getattr(error, "reason", None) != _HAS_NONE:
+        # A refusal cost a call, and says nothing of the next prompt.
+        if not isinstance(error, Overloaded) and getattr(error, "reason", None) != _HAS_NONE:
             self._estimate.failed(node, self._clock())
-
-    # ---- the receiver's source of blocks ----------------------------------------------------
-
-    async def reserve(self, request: SequenceRequest, gateway_id: str) -> PrefixBlocks:
-        fetch = self._fetches.get(request.sequence_id)
-        if fetch is None:
-            raise Cancelled("Nobody waits for this prefix.")
-        sequence, size = fetch.sequence, fetch.sequence.block_size
-        num_blocks, left = divmod(len(request.prompt_token_ids), size)
-        if (
-            left
-            or num_blocks > fetch.num_blocks
-            or request.cache_salt != sequence.request.cache_salt
-            or request.prompt_token_ids != sequence.prompt_token_ids[: num_blocks * size]
-        ):
-            raise TransferFailed("This is not the prefix that was asked for.", reason="unknown")
-        hashes = sequence.block_hashes[:num_blocks]
-        owner = f"fetch for {sequence.sequence_id}"
-        asking = self._loop.call(
-            lambda: self._block_manager.reserve(hashes, num_blocks * size, owner)
-        )
-        try:
-            reservation = await asyncio.wrap_future(asking)
-        except asyncio.CancelledError:  # it may be on its way here
-            asking.add_done_callback(self._give_back)
-            raise
-        if reservation is None:
-            raise Overloaded("There are no blocks for a prefix.")
-        self._reservations[request.sequence_id] = reservation
-        fetch.num_tokens_moved = (num_blocks - reservation.num_held_blocks) * size
-        fetch.reserved_at = self._clock()
-        return PrefixBlocks(reservation.block_ids, reservation.num_held_blocks)
-
-    def _give_back(self, late: Future[Reservation | None]) -> None:
-        """On any thread."""
-        if not late.cancelled() and late.exception() is None:
-            reservation = late.result()
-            if reservation is not None:
-                self._loop.call(reservation.cancel)
-
-    async def start(self, sequence_id: str, first_token_id: int) -> None:
-        reservation = self._reservations.get(sequence_id)
-        fetch = self._fetches.get(sequence_id)
-        if reservation is None or fetch is None:
-            raise Cancelled("Nobody waits for this prefix.")
-        fetch.seconds = self._clock() - fetch.reserved_at
-        hashes = fetch.sequence.block_hashes[: len(reservation.block_ids)]
-        del self._reservations[sequence_id]
-        # Not waited for, which would be for the step that runs: the prompt is queued behind it.
-        self._loop.call(lambda: reservation.keep(hashes))
-        if not fetch.done.done():
-            fetch.done.set_result(None)
-
-    def release(self, sequence_id: str) -> None:
-        reservation = self._reservations.pop(sequence_id, None)
-        if reservation is not None:
-            self._loop.call(reservation.cancel)
-
-    def may_recompute(self, sequence_id: str, num_good_blocks: int) -> bool:
-        return False
-
-    def recompute(self, sequence_id: str, num_good_blocks: int) -> None:
-        self.release(sequence_id)
-
-    def on_transfer_failed(self, sequence_id: str, error: ServingError) -> None:
-        fetch = self._fetches.get(sequence_id)
-        if fetch is not None and not fetch.done.done():
-            fetch.done.set_exception(error)
-
-    def on_transfer_withdrawn(self, sequence_id: str) -> None:
-        self.on_transfer_failed(sequence_id, NodeUnavailable("The holder withdrew its prefix."))
 
     # ---- steps --------------------------------------------------------------------------------
 
@@ -293,13 +201,14 @@ class PrefixFetches:
 
         return await asyncio.wrap_future(self._loop.call(count))
 
-    async def _bring(self, wanted: _Wanted) -> _Fetch:
+    async def _bring(self, wanted: _Wanted) -> IncomingPrefix:
         """Cached here when it returns. Raises when it does not come."""
         sequence, num_blocks = wanted.sequence, wanted.num_blocks
         transfer_id = os.urandom(16)
         name = f"prefix-{transfer_id.hex()}"
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        fetch = self._fetches[name] = _Fetch(sequence, num_blocks, done)
+        incoming = IncomingPrefix(sequence, num_blocks, done)
+        self.incoming.expect(name, incoming)
         prefix = sequence.prompt_token_ids[: num_blocks * sequence.block_size]
         asked = replace(
             sequence.request, sequence_id=name, prompt_token_ids=prefix, num_emitted_tokens=0
@@ -320,9 +229,9 @@ class PrefixFetches:
                 )
             )
             await done
-            return fetch
+            return incoming
         finally:
-            del self._fetches[name]
+            self.incoming.forget(name)
             if not done.done() or done.cancelled() or done.exception() is not None:
                 self._receiver.cancel(name)
 

@@ -24,7 +24,8 @@ from engine.block_manager import BlockManager
 from engine.loop_parts import LoopStats
 from prefill_node.fetch_estimate import AVOID_SECONDS, FIXED_SECONDS, FetchEstimate, Lacking
 from prefill_node.holder_channels import MAX_CHANNELS, HolderChannels
-from prefill_node.prefix_fetches import FetchStats, PrefixFetches, _Fetch
+from prefill_node.incoming_prefixes import IncomingPrefix
+from prefill_node.prefix_fetches import FetchStats, PrefixFetches
 from tests.kv_twins import ManualClock, until
 from tests.sequences import BLOCK_SIZE, compute, make_sequence
 
@@ -105,9 +106,9 @@ def test_what_arrives_is_found_by_the_prompt_that_waits_for_it() -> None:
 
     async def give(prefix: SequenceRequest) -> None:
         shorter = replace(prefix, prompt_token_ids=prefix.prompt_token_ids[: 4 * BLOCK_SIZE])
-        blocks = await bench.fetches.reserve(shorter, "d0")
+        blocks = await bench.fetches.incoming.reserve(shorter, "d0")
         assert len(blocks.block_ids) == 4
-        await bench.fetches.start(prefix.sequence_id, 0)
+        await bench.fetches.incoming.start(prefix.sequence_id, 0)
 
     asyncio.run(bench.fetch(give))
     assert bench.fetches.stats.num_tokens == 4 * BLOCK_SIZE
@@ -134,12 +135,12 @@ def test_another_prefix_than_was_asked_for_gets_no_blocks(
 
     async def give(prefix: SequenceRequest) -> None:
         with pytest.raises(TransferFailed):
-            await bench.fetches.reserve(spoil(prefix), "d0")
+            await bench.fetches.incoming.reserve(spoil(prefix), "d0")
         with pytest.raises(Cancelled):
-            await bench.fetches.reserve(replace(prefix, sequence_id="another"), "d0")
+            await bench.fetches.incoming.reserve(replace(prefix, sequence_id="another"), "d0")
         with pytest.raises(Cancelled):
-            await bench.fetches.start(prefix.sequence_id, 0)
-        bench.fetches.on_transfer_failed(prefix.sequence_id, TransferFailed("Refused."))
+            await bench.fetches.incoming.start(prefix.sequence_id, 0)
+        bench.fetches.incoming.on_transfer_failed(prefix.sequence_id, TransferFailed("Refused."))
 
     asyncio.run(bench.fetch(give))
     assert bench.fetches.stats.num_failed == 1
@@ -152,11 +153,12 @@ def test_without_room_nothing_is_fetched() -> None:
 
     async def give(prefix: SequenceRequest) -> None:
         with pytest.raises(Overloaded):
-            await bench.fetches.reserve(prefix, "d0")
+            await bench.fetches.incoming.reserve(prefix, "d0")
         raise Overloaded("There are no blocks.")
 
     asyncio.run(bench.fetch(give))
     assert bench.fetches.stats.num_failed == 1
+    assert not bench.estimate.is_avoided(HOLDER, monotonic()), "the next prompt may find room"
 
 
 def test_blocks_that_may_still_be_written_are_kept_until_the_transfer_ends() -> None:
@@ -165,13 +167,13 @@ def test_blocks_that_may_still_be_written_are_kept_until_the_transfer_ends() -> 
 
     async def give(prefix: SequenceRequest) -> None:
         names.append(prefix.sequence_id)
-        await bench.fetches.reserve(prefix, "d0")
+        await bench.fetches.incoming.reserve(prefix, "d0")
         error: ServingError = TransferFailed("A digest differs.")
-        bench.fetches.on_transfer_failed(prefix.sequence_id, error)
+        bench.fetches.incoming.on_transfer_failed(prefix.sequence_id, error)
 
     asyncio.run(bench.fetch(give))
     assert bench.manager.num_referenced_blocks == 5, "quarantined"
-    bench.fetches.release(names[0])
+    bench.fetches.incoming.release(names[0])
     assert bench.manager.num_free_blocks == bench.manager.num_blocks
     assert not bench.manager.match_prefix(bench.sequence.block_hashes)
 
@@ -201,9 +203,9 @@ def test_what_our_host_memory_has_saves_nothing_though_it_is_moved() -> None:
     bench.manager.free(filler)
 
     async def give(prefix: SequenceRequest) -> None:
-        blocks = await bench.fetches.reserve(prefix, "d0")
+        blocks = await bench.fetches.incoming.reserve(prefix, "d0")
         assert blocks.num_held_blocks == 0
-        await bench.fetches.start(prefix.sequence_id, 0)
+        await bench.fetches.incoming.start(prefix.sequence_id, 0)
 
     asyncio.run(bench.fetch(give))
     moving = 5 * BLOCK_SIZE * 0.1 / 1000
@@ -217,8 +219,8 @@ def test_the_first_contact_asks_for_one_block_and_nobody_waits() -> None:
 
     async def give(prefix: SequenceRequest) -> None:
         asked.append(prefix)
-        await bench.fetches.reserve(prefix, "d0")
-        await bench.fetches.start(prefix.sequence_id, 0)
+        await bench.fetches.incoming.reserve(prefix, "d0")
+        await bench.fetches.incoming.start(prefix.sequence_id, 0)
 
     async def run() -> None:
         await bench.fetch(give)
@@ -240,8 +242,8 @@ def test_a_first_contact_that_finds_all_of_it_computed_makes_the_next_prompt_wai
     other = range(900, 900 + 5 * BLOCK_SIZE + 1)
 
     async def give(prefix: SequenceRequest) -> None:
-        await bench.fetches.reserve(prefix, "d0")
-        await bench.fetches.start(prefix.sequence_id, 0)
+        await bench.fetches.incoming.reserve(prefix, "d0")
+        await bench.fetches.incoming.start(prefix.sequence_id, 0)
 
     async def run() -> None:
         await bench.fetch(give)
@@ -260,9 +262,9 @@ def test_a_prompt_goes_on_when_all_has_arrived_though_the_engine_is_at_a_step() 
     bench = Bench()
 
     async def give(prefix: SequenceRequest) -> None:
-        await bench.fetches.reserve(prefix, "d0")
+        await bench.fetches.incoming.reserve(prefix, "d0")
         bench.loop.is_stepping = True
-        await bench.fetches.start(prefix.sequence_id, 0)
+        await bench.fetches.incoming.start(prefix.sequence_id, 0)
 
     async def run() -> None:
         async with asyncio.timeout(10):
@@ -328,13 +330,13 @@ def test_blocks_that_come_when_nobody_waits_for_them_any_more_go_back() -> None:
     async def scenario() -> None:
         sequence = make_sequence(PROMPT)
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        bench.fetches._fetches["f"] = _Fetch(sequence, 4, done)
+        bench.fetches.incoming.expect("f", IncomingPrefix(sequence, 4, done))
         prefix = replace(
             sequence.request,
             sequence_id="f",
             prompt_token_ids=sequence.prompt_token_ids[: 4 * BLOCK_SIZE],
         )
-        asking = asyncio.create_task(bench.fetches.reserve(prefix, "d0"))
+        asking = asyncio.create_task(bench.fetches.incoming.reserve(prefix, "d0"))
         await until(lambda: bool(bench.loop.given))
         asking.cancel()
         with pytest.raises(asyncio.CancelledError):
