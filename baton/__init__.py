@@ -1,0 +1,8 @@
+"""The command line, and clusters on one machine. Where to look:
+
+baton serve   serve, of local_cluster's processes: supervisor keeps each child (child_pipe: its
+              words), embedded_redis, progress, admin_token
+baton admin   admin, over admin_client; admin_tables
+baton doctor  doctor; doctor_probe and doctor_pairs, by pair_plan, pair_probe and raw_copy
+pocket_model/ the bundled model, and how it was trained
+"""

@@ -1,0 +1,15 @@
+"""What a process must share to be a member; no torch. Where to look:
+
+words        request, node, errors (the tree), clock, version
+on the wire  proto/, by codec and delta_codec; rpc (servers, channels, errors), session_hub (tokens
+             to gateways), node_service (what every node answers)
+membership   node_process (start and end of a node, by member_config) -> member -> registry;
+             membership (pure) in membership_watcher: who is there; pulse and http2_pings: who still
+             runs
+prefixes     prefix_hash -> prefix_index
+Redis        redis_client; node_stores: the two of a node
+options      config over options: config_flags, config_sources, config_validation;
+             performance_mode, model_folder
+seen outside logging, startup, metrics over metric_families, loop_watch
+for tests    failpoints
+"""

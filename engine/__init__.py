@@ -1,7 +1,7 @@
 """One model, one paged cache, one step. Where to look:
 
-a step       loop (loop_parts: whom it drives) -> engine -> step_pipeline -> model_runner;
-             schedule says what is to compute
+a step       loop (loop_parts: whom it drives; loop_errors, out_of_memory) -> engine ->
+             step_pipeline -> model_runner; schedule says what is to compute
 inputs       input_buffer; prompts: batch, block_tables; decoding rows: decode_rows, row_inputs,
              cuda_graphs
 tokens       sampler, by sampling_plan, penalties and logprobs; stopping

@@ -2,4 +2,7 @@
 
 It speaks to a server only through the public HTTP API, so any OpenAI-compatible server can
 be measured. Never imports a server room, nor torch.
+
+config -> run: workload (what), schedule (when) -> client -> answer over sse -> record ->
+statistics -> report, with metadata
 """

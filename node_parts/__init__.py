@@ -1,2 +1,2 @@
-"""What a node of either role is made of. Joins the engine and the KV transfer, which do not know
-each other; knows nothing of prompts that are handed off or of sequences that run."""
+"""What a node of either role is made of: joins the engine and the KV transfer, which do not know
+each other. `wiring` is the parts, `requests` what both roles do with a gateway's request."""

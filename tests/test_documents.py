@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from baton.__main__ import ROOMS
 from baton.serve import SECTIONS
 from cluster.member_config import MemberConfig
 from cluster.options import options_of
@@ -66,3 +67,10 @@ def test_figures_of_the_readme_are_published_results() -> None:
     results = (ROOT / "benchmarks" / "RESULTS.md").read_text()
     cells = {cell.strip() for line in results.splitlines() for cell in line.split("|")}
     assert [figure for figure in figures if figure not in cells] == []
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_the_map_of_a_room_names_all_of_its_files(room: str) -> None:
+    text = (ROOT / room / "__init__.py").read_text()
+    files = {path.stem for path in (ROOT / room).glob("*.py")} - {"__init__", "__main__"}
+    assert sorted(name for name in files if not re.search(rf"\b{name}\b", text)) == []
