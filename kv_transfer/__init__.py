@@ -5,9 +5,10 @@ both ends    agent (one in a process) over a transport, staging, pool, stats; co
 what is said handshake, then protocol: frames (frame_place, digests) and a commit; failures
 sending      sending/: outgoing (pure) in sender, of a prompt; peer ships it; prefixes for others
 receiving    receiving/: intake (pure) in receiver, of all transfers; landings take what arrives
-bytes        device_moves and host_moves, between pool and slots; mapped_slots: slots of a peer
+bytes        device_moves (device_lists) and host_moves, between pool and slots; mapped_slots: slots
+             of a peer
 ownership    lease, quarantine; transfer: names of its states
 transports   transports/: base (what one must do), tcp, ucx, loopback; choice; small_messages
 the device   polling: waiting for it on the event loop
-for others   metrics; trace: where a hand-off's time goes
+for others   metrics; trace: where a hand-off's time goes; plain_copy, idle: for who measures
 """
