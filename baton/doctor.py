@@ -90,7 +90,11 @@ def main(argv: Sequence[str]) -> int:
         default=os.environ.get("BATON_ADMIN_TOKEN"),
         help="its token (BATON_ADMIN_TOKEN); default: what `baton serve` left for this user",
     )
-    parser.add_argument("--json", action="store_true", help="print everything as one JSON object")
+    parser.add_argument(
+        "--json",
+        action="store_true",
+        help="print it, and the versions of everything, as one JSON object",
+    )
     arguments = parser.parse_args(list(argv))
     if arguments.listen is not None:
         return listen(arguments.listen, arguments.device)
@@ -100,12 +104,15 @@ def main(argv: Sequence[str]) -> int:
     pairs = measure_pairs() if arguments.pairs else []
     if arguments.to is not None:
         pairs.append(measure_machine(arguments.to, arguments.device))
-    metadata = collect_metadata().as_dict()
     if arguments.json:
-        facts = {"findings": [asdict(f) for f in findings], "metadata": metadata}
-        print(json.dumps(facts | {"pairs": [asdict(pair) for pair in pairs]}))
+        facts = {
+            "findings": [asdict(finding) for finding in findings],
+            "metadata": collect_metadata().as_dict(),
+            "pairs": [asdict(pair) for pair in pairs],
+        }
+        print(json.dumps(facts))
     else:
-        show(findings, pairs, metadata)
+        show(findings, pairs)
     return EXIT_NOT_READY if any(f.verdict is Verdict.PROBLEM for f in findings) else 0
 
 
@@ -216,9 +223,7 @@ def check_limits() -> list[Finding]:
     return findings
 
 
-def show(
-    findings: Sequence[Finding], pairs: Sequence[MeasuredPair], metadata: dict[str, object]
-) -> None:
+def show(findings: Sequence[Finding], pairs: Sequence[MeasuredPair]) -> None:
     console = Console()
     styles = {Verdict.OK: "green", Verdict.WARNING: "yellow", Verdict.PROBLEM: "red"}
     table = Table(box=None, pad_edge=False)
@@ -233,5 +238,6 @@ def show(
     if pairs:
         console.print()
         console.print(pair_table(pairs))
-    console.print("\nrun metadata", style="bold")
-    console.print_json(data=metadata)
+    worst = [finding for finding in findings if finding.verdict is Verdict.PROBLEM]
+    names = ", ".join(finding.subject for finding in worst)
+    console.print(f"\n{escape(names)}: mend this first." if worst else "\nBaton can run here.")

@@ -84,7 +84,10 @@ def test_the_exit_code_says_whether_there_is_a_problem(
     ]
     assert printed["metadata"]
     assert doctor.main([]) == code
-    assert finding.detail in capsys.readouterr().out, "brackets are text, not markup"
+    shown = capsys.readouterr().out
+    assert finding.detail in shown, "brackets are text, not markup"
+    last = "Redis: mend this first." if code else "Baton can run here."
+    assert shown.splitlines()[-1] == last
 
 
 @pytest.mark.slow
