@@ -5,21 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from cluster.errors import Cancelled, DeadlineExceeded
 from cluster.request import KVLoadFailurePolicy, SequenceRequest
 from kv_transfer.digests import digest_seed
 from kv_transfer.failures import FailureReason
 from kv_transfer.frame_place import at_positions
-from kv_transfer.protocol import positions_array
 from kv_transfer.transfer import Ticket, TransferState
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from numpy.typing import NDArray
-
     from cluster.errors import ServingError
     from kv_transfer.protocol import FrameHeader
 
@@ -45,77 +38,71 @@ class IncomingSequence:
 class BlockProgress:
     """Which layers of which missing block positions have been announced and verified.
 
-    Arrays, since a long prompt comes in dozens of frames of hundreds of blocks.
+    Of each layer the positions are one integer, a bit for each: a frame takes as many steps as it
+    has layers, however many blocks, and no code but the interpreter's own.
     """
 
     __slots__ = (
-        "_announced", "_begin", "_end", "_num_announced", "_positions", "_rows", "_verified",
-        "num_verified",
+        "_announced", "_missing", "_num_announced", "_num_units", "_verified", "num_verified",
     )  # fmt: skip
 
-    def __init__(self, positions: Sequence[int], num_layers: int) -> None:
+    def __init__(self, positions: tuple[int, ...], num_layers: int) -> None:
         """`positions` ascending."""
-        self._positions = np.array(positions, dtype=np.int64)
-        self._begin, self._end = (positions[0], positions[-1] + 1) if positions else (0, 0)
-        self._rows: NDArray[np.int64] | None = None  # by position after the first; -1: no such
-        if self._end - self._begin != len(positions):
-            self._rows = np.full(self._end - self._begin, -1, dtype=np.int64)
-            self._rows[self._positions - self._begin] = np.arange(len(positions))
-        self._announced = np.zeros((num_layers, len(positions)), dtype=np.bool_)
-        self._verified = np.zeros_like(self._announced)
-        self._num_announced = 0  # units
+        self._missing = _bits_of(positions)
+        self._announced = [0] * num_layers
+        self._verified = [0] * num_layers
+        self._num_units = len(positions) * num_layers
+        self._num_announced = 0
         self.num_verified = 0
 
     def announce(self, header: FrameHeader) -> bool:
         """False when the frame holds what was not asked for, or what came before."""
-        rows = self._rows_of(header.positions)
-        if rows is None:
+        if header.positions[-1] >= self._missing.bit_length():
+            return False  # before it makes a large number
+        bits, layers = _bits_of(header.positions), _layers(header)
+        if bits & ~self._missing or any(self._announced[layer] & bits for layer in layers):
             return False
-        units = self._announced[_layers(header), rows]
-        if units.any():
-            return False
-        self._announced[_layers(header), rows] = True
-        self._num_announced += units.size
+        for layer in layers:
+            self._announced[layer] |= bits
+        self._num_announced += header.num_units
         return True
 
     def verify(self, header: FrameHeader) -> None:
         """What it holds is in the blocks, and its digests were right."""
-        rows = self._rows_of(header.positions)
-        assert rows is not None  # noqa: S101 (it was announced)
-        self._verified[_layers(header), rows] = True
+        bits = _bits_of(header.positions)
+        for layer in _layers(header):
+            self._verified[layer] |= bits
         self.num_verified += header.num_units
 
     @property
     def is_announced(self) -> bool:
         """All of it has come, or is about to."""
-        return self._num_announced == self._announced.size
+        return self._num_announced == self._num_units
 
     @property
     def is_complete(self) -> bool:
-        return self.num_verified == self._verified.size
+        return self.num_verified == self._num_units
 
     def num_good_blocks(self, num_blocks: int) -> int:
         """Of `num_blocks` of a prompt: those before the first that lacks a verified layer."""
-        lacking = self._positions[~self._verified.all(axis=0)]
-        return int(lacking[0]) if lacking.size else num_blocks
-
-    def _rows_of(self, positions: tuple[int, ...]) -> NDArray[np.int64] | slice | None:
-        """Of ascending positions, those without gaps as a slice, which takes no look at each; None
-        when one was not asked for."""
-        begin, end = positions[0], positions[-1] + 1
-        if begin < self._begin or end > self._end:
-            return None
-        if self._rows is None and end - begin == len(positions):
-            return slice(begin - self._begin, end - self._begin)
-        rows = positions_array(positions) - self._begin
-        if self._rows is None:
-            return rows
-        rows = self._rows[rows]
-        return None if rows.min() < 0 else rows
+        lacking = 0
+        for verified in self._verified:
+            lacking |= self._missing & ~verified
+        return (lacking & -lacking).bit_length() - 1 if lacking else num_blocks
 
 
-def _layers(header: FrameHeader) -> slice:
-    return slice(header.layer_start, header.layer_start + header.num_layers)
+def _bits_of(positions: tuple[int, ...]) -> int:
+    """Ascending ones, which mostly follow each other."""
+    if not positions:
+        return 0
+    begin, end = positions[0], positions[-1] + 1
+    if end - begin == len(positions):
+        return (1 << end) - (1 << begin)
+    return sum(1 << position for position in positions)
+
+
+def _layers(header: FrameHeader) -> range:
+    return range(header.layer_start, header.layer_start + header.num_layers)
 
 
 @dataclass(slots=True)
