@@ -42,6 +42,11 @@ class DecodeRows:
         self._filled_from: list[list[int]] = [[] for _ in range(num_rows)]
         self._num_filled = np.zeros(num_rows, dtype=np.int64)
 
+    def overwritten(self, num_rows: int) -> None:
+        """The tables of so many first rows are somebody else's now."""
+        self._filled_from[:num_rows] = [[] for _ in range(num_rows)]
+        self._num_filled[:num_rows] = 0
+
     def arrange(self, sequences: SequenceOf[Sequence]) -> bool:
         """Give each of these a row, and nobody else. False if just these have them already."""
         if self.sequences == sequences:

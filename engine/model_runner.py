@@ -9,8 +9,9 @@ Life of a decode step
        too large for them, the same is run call by call.
     3. The tokens stay on the device for the next step, and travel to the host behind this one.
 
-Nothing here waits for the device. A step that computes chunks of prompts always runs call by
-call, and its tokens are drawn in the same way.
+Nothing here waits for the device. A step that computes chunks of prompts runs call by call, and
+its tokens are drawn in the same way; but where the chunks are few tokens, each is a row of a decode
+step (`prompt_rows.py`).
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import torch
 from engine.batch import Batch, BatchBuilder, table_width
 from engine.cuda_graphs import DecodeGraphs, capture_sizes
 from engine.decode_rows import DecodeRows, TableChange
+from engine.prompt_rows import MAX_READ_BYTES, rows_of
 from engine.row_inputs import RowInputs
 from engine.tensor_parallel.wire import StepHeader
 from kernels.decode_inputs import DecodeInputs, fill_decode_inputs
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
     from engine.kv_cache import KVCache
     from engine.limits import EngineLimits
     from engine.models.decoder import Decoder
+    from engine.prompt_rows import PromptRow
     from engine.row_inputs import HostRows
     from engine.sampler import Draws, Sampler
     from engine.sampling_plan import SamplingPlan
@@ -71,6 +74,8 @@ class ModelRunner:
         self._kv_layers = kv_cache.layers
         self._limits = limits
         self._block_size = kv_cache.layout.block_size
+        self._max_read_tokens = MAX_READ_BYTES * self._block_size // kv_cache.layout.block_bytes
+        self.max_prompt_rows = 0  # without graphs nothing is gained
         self._sampler = sampler
         self._announce = announce
         device, num_rows = limits.device, limits.max_num_seqs
@@ -105,6 +110,7 @@ class ModelRunner:
             device=self._limits.device,
         )
         self._graphs.capture(progress)
+        self.max_prompt_rows = self._graphs.max_rows
 
     def launch(
         self,
@@ -157,6 +163,13 @@ class ModelRunner:
             plan = self._plan = sampler.plan_for(sequences)
         num_rows = self._upload_rows(sequences, plan, is_steady)
         hidden = self._run_rows(num_rows, on_layer)
+        return self._draw_uploaded(plan, sequences, hidden)
+
+    def _draw_uploaded(
+        self, plan: SamplingPlan, sequences: SequenceOf[Sequence], hidden: torch.Tensor
+    ) -> LaunchedStep:
+        """Draw for these, which have the first rows."""
+        sampler = self._drawing()
         logprobs = None
         if plan.needs_logits:
             logits = self._decoder.logits(hidden)[: len(sequences)]
@@ -180,10 +193,7 @@ class ModelRunner:
         else:
             ends[:] = [s.num_computed_tokens + s.num_launched_tokens + 1 for s in sequences]
             changes = self._rows.all_changes()
-        *first_parts, last_part = self._inputs.split(changes)
-        for part in first_parts:
-            self._inputs.next_rows()
-            self._send(0, 0, self._inputs.set_changes(part))
+        last_part = self._send_all_but_last(changes)
         rows = self._inputs.next_rows()
         rows.ends[:num_seqs] = ends
         if is_steady:
@@ -194,6 +204,15 @@ class ModelRunner:
         rows.pad(num_seqs, num_rows)
         self._send(num_rows, num_seqs, self._inputs.set_changes(last_part))
         return num_rows
+
+    def _send_all_but_last(self, changes: SequenceOf[TableChange]) -> SequenceOf[TableChange]:
+        """Queue the parts of changes that go before the rows. Returns the one that goes with
+        them."""
+        *first_parts, last_part = self._inputs.split(changes)
+        for part in first_parts:
+            self._inputs.next_rows()
+            self._send(0, 0, self._inputs.set_changes(part))
+        return last_part
 
     def _set_tokens(self, rows: HostRows, sequences: SequenceOf[Sequence]) -> None:
         """Each row's token, or where the step that still runs leaves it."""
@@ -272,6 +291,9 @@ class ModelRunner:
         self, chunks: SequenceOf[ScheduledChunk], on_layer: Callable[[int], None] | None
     ) -> LaunchedStep:
         sampled = [chunk.sequence for chunk in chunks if chunk.samples]
+        prompt_rows = None if on_layer is not None else self._prompt_rows(chunks)
+        if prompt_rows is not None:
+            return self._launch_prompt_rows(sampled, prompt_rows)
         batch = self._batches.build_prefill(chunks)
         hidden = self._decoder.forward(batch, self._kv_layers, on_layer)
         done = None
@@ -296,6 +318,29 @@ class ModelRunner:
             sampler.draw(logits, params, only_best=plan.only_best)
         self._drawn_by = sampled
         return LaunchedStep(sampled, sampler.send(len(sampled), plan, logprobs), done)
+
+    def _prompt_rows(self, chunks: SequenceOf[ScheduledChunk]) -> list[PromptRow] | None:
+        return rows_of(chunks, max_rows=self.max_prompt_rows, max_read_tokens=self._max_read_tokens)
+
+    def _launch_prompt_rows(
+        self, sampled: SequenceOf[Sequence], prompt_rows: SequenceOf[PromptRow]
+    ) -> LaunchedStep:
+        """`sampled`: of the first rows."""
+        plan = self._drawing().plan_for(sampled)
+        num_used = len(prompt_rows)
+        self._rows.overwritten(num_used)
+        changes = [row.table(i, self._block_size) for i, row in enumerate(prompt_rows)]
+        last_part = self._send_all_but_last(changes)
+        num_rows = self._padded(num_used)
+        rows = self._inputs.next_rows()
+        rows.pad(len(sampled), num_rows)
+        rows.ends[:num_used] = [row.end for row in prompt_rows]
+        rows.tokens[:num_used] = [row.token_id for row in prompt_rows]
+        rows.sources[:num_used] = -1
+        rows.set_params(plan)
+        self._send(num_rows, num_used, self._inputs.set_changes(last_part))
+        hidden = self._run_rows(num_rows, None)
+        return self._draw_uploaded(plan, sampled, hidden)
 
     def _draw_changed(
         self, plan: SamplingPlan, sequences: SequenceOf[Sequence], logits: torch.Tensor

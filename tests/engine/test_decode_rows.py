@@ -86,6 +86,16 @@ def test_a_table_that_is_another_list_is_written_whole() -> None:
     assert inputs.tables[0, :2].tolist() == [0, 1]
 
 
+def test_a_table_that_somebody_else_has_overwritten_is_written_whole() -> None:
+    rows, inputs = DecodeRows(3), RowInputs(3, 8, CPU)
+    rows.arrange([with_table(7, 3), with_table(5), with_table(4)])
+    write(rows, inputs)
+    inputs.tables[:2] = 99
+    rows.overwritten(2)
+    assert write(rows, inputs) == 3
+    assert inputs.tables[:, 0].tolist() == [7, 5, 4]
+
+
 def test_more_entries_than_an_upload_holds_take_several() -> None:
     rows, inputs = DecodeRows(3), RowInputs(3, 64, CPU)
     inputs._max_entries = 10
