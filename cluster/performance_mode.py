@@ -83,10 +83,11 @@ PREFILL = (
     ),
     Row(
         "max_cudagraph_capture_size",
-        8,
-        8,
-        8,
-        "Prompts whose every token but one is cached are its only decode steps. More graphs would "
+        64,
+        32,
+        64,
+        "Of a prompt whose beginning is cached, as in a chat, few tokens are left: a graph of so "
+        "many rows computes them sooner than the host launches their kernels. More graphs would "
         "cost start-up time and memory that KV can use.",
     ),
     Row(
