@@ -51,6 +51,22 @@ def test_tokens_of_two_ranks_are_those_of_the_reference(
             assert [each.output_token_ids for each in sequences] == tokens
 
 
+def test_short_ends_of_prompts_as_rows_give_the_same_tokens(
+    expected: Expected,
+    open_engine: OpenEngine,
+    run_greedy: RunGreedy,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cases = expected["llama3"]
+    prompts = [case["prompt"] for case in cases]
+    with two_ranks(open_engine, "llama3") as engine:
+        run_greedy(engine, prompts, chunk=1024, num_tokens=1)
+        monkeypatch.setattr(engine._runner, "max_prompt_rows", engine.max_num_seqs)
+        for case in cases:
+            (sequence,) = run_greedy(engine, [case["prompt"]], chunk=1024, num_tokens=24)
+            assert sequence.output_token_ids == case["tokens"]
+
+
 @pytest.mark.parametrize("layout", ["float8", "awq"])
 def test_tokens_of_a_quantised_checkpoint_are_those_of_one_rank(
     layout: str,
