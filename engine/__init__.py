@@ -2,7 +2,8 @@
 
 a step       loop (loop_parts: whom it drives; loop_errors, out_of_memory) -> engine ->
              step_pipeline -> model_runner; schedule says what is to compute
-inputs       input_buffer; prompts: batch, block_tables; decoding rows: decode_rows, row_inputs,
+inputs       input_buffer; prompts: batch, block_tables; rows of a captured step: step_rows over
+             row_inputs, of decoding sequences decode_rows, of short ends of prompts prompt_rows;
              cuda_graphs
 tokens       sampler, by sampling_plan, penalties and logprobs; stopping
 KV           kv_cache (tensors), block_manager over counted_blocks, prefix_cache, lent_blocks and

@@ -19,15 +19,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 
 from engine.batch import Batch, BatchBuilder, table_width
 from engine.cuda_graphs import DecodeGraphs, capture_sizes
-from engine.decode_rows import DecodeRows, TableChange
+from engine.decode_rows import TableChange
 from engine.prompt_rows import MAX_READ_BYTES, rows_of
-from engine.row_inputs import RowInputs
-from engine.tensor_parallel.wire import StepHeader
+from engine.step_rows import StepRows
 from kernels.decode_inputs import DecodeInputs, fill_decode_inputs
 
 if TYPE_CHECKING:
@@ -39,12 +37,11 @@ if TYPE_CHECKING:
     from engine.limits import EngineLimits
     from engine.models.decoder import Decoder
     from engine.prompt_rows import PromptRow
-    from engine.row_inputs import HostRows
     from engine.sampler import Draws, Sampler
     from engine.sampling_plan import SamplingPlan
     from engine.schedule import ScheduledChunk
     from engine.sequence import Sequence
-    from engine.tensor_parallel.wire import Announce
+    from engine.tensor_parallel.wire import Announce, StepHeader
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +74,6 @@ class ModelRunner:
         self._max_read_tokens = MAX_READ_BYTES * self._block_size // kv_cache.layout.block_bytes
         self.max_prompt_rows = 0  # without graphs nothing is gained
         self._sampler = sampler
-        self._announce = announce
         device, num_rows = limits.device, limits.max_num_seqs
         max_blocks = table_width(-(-limits.max_model_len // self._block_size))
         self._batches = BatchBuilder(
@@ -88,10 +84,9 @@ class ModelRunner:
             device=device,
             announce=announce,
         )
-        self._rows = DecodeRows(num_rows)
-        self._inputs = RowInputs(num_rows, max_blocks, device)
+        self._rows = StepRows(num_rows, max_blocks, self._block_size, device, announce)
+        self._inputs = self._rows.inputs
         self._drawn_by: SequenceOf[Sequence] = ()  # the sequences of the last step's draws
-        self._ends = np.zeros(num_rows, np.int64)  # of the rows of the last decode step
         self._plan: SamplingPlan | None = None
         self._no_seqlens = torch.zeros(num_rows + 1, dtype=torch.int32, device=device)
         self._none_drawn = torch.zeros(num_rows, dtype=torch.int64, device=device)
@@ -155,13 +150,13 @@ class ModelRunner:
         on_layer: Callable[[int], None] | None,
     ) -> LaunchedStep:
         sampler = self._drawing()
-        self._rows.arrange(sequences)
-        sequences = self._rows.sequences
+        sequences = self._rows.arrange(sequences)
         is_steady = follows and sequences is self._drawn_by
         plan = self._plan if is_steady else None
         if plan is None:
             plan = self._plan = sampler.plan_for(sequences)
-        num_rows = self._upload_rows(sequences, plan, is_steady)
+        num_rows = self._padded(len(sequences))
+        self._rows.send_decoding(plan, num_rows, is_steady=is_steady, drawn_by=self._drawn_by)
         hidden = self._run_rows(num_rows, on_layer)
         return self._draw_uploaded(plan, sequences, hidden)
 
@@ -179,56 +174,6 @@ class ModelRunner:
         self._drawn_by = sequences
         draws = sampler.send(len(sequences), plan, logprobs)
         return LaunchedStep(sequences, draws, draws.event)
-
-    def _upload_rows(
-        self, sequences: SequenceOf[Sequence], plan: SamplingPlan, is_steady: bool
-    ) -> int:
-        """Queue what the host says of these rows. Returns their number with padding."""
-        num_seqs = len(sequences)
-        num_rows = self._padded(num_seqs)
-        ends = self._ends[:num_seqs]
-        if is_steady:
-            ends += 1
-            changes = self._rows.growth((ends - 1) // self._block_size)
-        else:
-            ends[:] = [s.num_computed_tokens + s.num_launched_tokens + 1 for s in sequences]
-            changes = self._rows.all_changes()
-        last_part = self._send_all_but_last(changes)
-        rows = self._inputs.next_rows()
-        rows.ends[:num_seqs] = ends
-        if is_steady:
-            rows.sources[:num_seqs] = np.arange(num_seqs)
-        else:
-            self._set_tokens(rows, sequences)
-        rows.set_params(plan)
-        rows.pad(num_seqs, num_rows)
-        self._send(num_rows, num_seqs, self._inputs.set_changes(last_part))
-        return num_rows
-
-    def _send_all_but_last(self, changes: SequenceOf[TableChange]) -> SequenceOf[TableChange]:
-        """Queue the parts of changes that go before the rows. Returns the one that goes with
-        them."""
-        *first_parts, last_part = self._inputs.split(changes)
-        for part in first_parts:
-            self._inputs.next_rows()
-            self._send(0, 0, self._inputs.set_changes(part))
-        return last_part
-
-    def _set_tokens(self, rows: HostRows, sequences: SequenceOf[Sequence]) -> None:
-        """Each row's token, or where the step that still runs leaves it."""
-        row_of: dict[Sequence, int] = {}
-        if any(each.num_launched_draws for each in sequences):
-            row_of = {each: row for row, each in enumerate(self._drawn_by)}
-        rows.tokens[: len(sequences)] = [each.token_ids[-1] for each in sequences]
-        rows.sources[: len(sequences)] = [
-            row_of[each] if each.num_launched_draws else -1 for each in sequences
-        ]
-
-    def _send(self, num_rows: int, num_seqs: int, num_entries: int) -> None:
-        if self._announce is not None:
-            header = StepHeader(True, num_rows, num_rows, num_seqs, num_entries, 1)
-            self._announce(header, self._inputs.filled(num_entries))
-        self._inputs.upload(num_entries)
 
     def _padded(self, num_seqs: int) -> int:
         if self._graphs is None or num_seqs > self._graphs.max_rows:
@@ -327,20 +272,9 @@ class ModelRunner:
     ) -> LaunchedStep:
         """`sampled`: of the first rows."""
         plan = self._drawing().plan_for(sampled)
-        num_used = len(prompt_rows)
-        self._rows.overwritten(num_used)
-        changes = [row.table(i, self._block_size) for i, row in enumerate(prompt_rows)]
-        last_part = self._send_all_but_last(changes)
-        num_rows = self._padded(num_used)
-        rows = self._inputs.next_rows()
-        rows.pad(len(sampled), num_rows)
-        rows.ends[:num_used] = [row.end for row in prompt_rows]
-        rows.tokens[:num_used] = [row.token_id for row in prompt_rows]
-        rows.sources[:num_used] = -1
-        rows.set_params(plan)
-        self._send(num_rows, num_used, self._inputs.set_changes(last_part))
-        hidden = self._run_rows(num_rows, None)
-        return self._draw_uploaded(plan, sampled, hidden)
+        num_rows = self._padded(len(prompt_rows))
+        self._rows.send_prompts(plan, num_rows, prompt_rows)
+        return self._draw_uploaded(plan, sampled, self._run_rows(num_rows, None))
 
     def _draw_changed(
         self, plan: SamplingPlan, sequences: SequenceOf[Sequence], logits: torch.Tensor
