@@ -4,7 +4,8 @@
        (warm), and each after the host has worked through other memory (cold).
     2. A pass of a prompt, alone or behind a cached prefix, both ways: until the host has queued all
        kernels, and until the GPU is done. Beside it the same kernels as a captured graph, which
-       asks the host for nothing.
+       asks the host for nothing, and, where the engine may do so, the tokens as rows of a captured
+       decode step (`engine/prompt_rows.py`).
 
 `--fp8`: weights and KV in float8. `--write` puts the tables into benchmarks/RESULTS.md.
 """
@@ -15,6 +16,7 @@ import argparse
 import statistics
 import sys
 import time
+from functools import partial
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
@@ -23,6 +25,7 @@ import torch
 from benchmarks.forward_profile import DEVICE, DTYPE, Model, captured, median_ms
 from benchmarks.model_shapes import SHAPES
 from benchmarks.results_file import machine_facts, write_section
+from engine.batch import Batch
 from kernels.launch import Launches
 from kernels.rope_store import rope_store
 
@@ -31,6 +34,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
 REPEATS, LAUNCHES, COLD_LAUNCHES = 9, 100, 30
+MAX_ROWS = 128
 OTHER_MEMORY_BYTES = 96 << 20  # more than what caches hold for one core
 
 
@@ -86,8 +90,11 @@ def cold_us(run: Callable[[], None]) -> float:
 def passes(arguments: argparse.Namespace) -> Iterator[str]:
     longest = max(cached + new for cached, new in arguments.prompts)
     model = Model(arguments.shape, 2 * longest, longest, is_fp8=arguments.fp8)
-    yield "| tokens behind cached ones | launched by | queued (ms) | done (ms) | a graph (ms) |"
-    yield "|---|---|---:|---:|---:|"
+    yield (
+        "| tokens behind cached ones | launched by | queued (ms) | done (ms) | a graph (ms) "
+        "| rows of a decode step (ms) |"
+    )
+    yield "|---|---|---:|---:|---:|---:|"
     for cached, new in arguments.prompts:
         batch = model.prefill(new, cached)
 
@@ -95,12 +102,32 @@ def passes(arguments: argparse.Namespace) -> Iterator[str]:
             model.run(batch)  # noqa: B023
 
         run()
-        graph = median_ms(captured(run))
+        graph, rows = median_ms(captured(run)), rows_ms(model, batch)
         with by_triton():
             figures = [("Triton", *queued_and_done_ms(run))]
         figures.append(("us", *queued_and_done_ms(run)))
         for name, queued, done in figures:
-            yield f"| {new} behind {cached} | {name} | {queued:.2f} | {done:.2f} | {graph:.2f} |"
+            figures_of_it = f"{queued:.2f} | {done:.2f} | {graph:.2f} | {rows}"
+            yield f"| {new} behind {cached} | {name} | {figures_of_it} |"
+
+
+def rows_ms(model: Model, batch: Batch) -> str:
+    num_rows = len(batch.token_ids)
+    if num_rows > MAX_ROWS:
+        return "-"
+    rows = Batch(
+        token_ids=batch.token_ids,
+        positions=batch.positions,
+        slot_mapping=batch.slot_mapping,
+        sample_indices=None,
+        seq_lens=(batch.positions + 1).int(),
+        cu_seqlens_q=torch.zeros(num_rows + 1, dtype=torch.int32, device=DEVICE),
+        block_tables=batch.block_tables.expand(num_rows, -1).contiguous(),
+        num_samples=num_rows,
+        max_seqlen_q=1,
+        is_decode=True,
+    )
+    return f"{median_ms(captured(partial(model.run, rows))):.2f}"
 
 
 def queued_and_done_ms(run: Callable[[], None]) -> tuple[float, float]:
@@ -128,7 +155,10 @@ def main() -> int:
     parser.add_argument("--shape", choices=sorted(SHAPES), default="llama-3.1-8b")
     parser.add_argument(
         "--prompts", type=prompt, nargs="+", metavar="CACHED+NEW",
-        default=[(0, 2048), (0, 512), (8192, 16), (8192, 128), (8192, 512)],
+        default=[
+            (0, 2048), (0, 512), (0, 64), (2048, 16), (2048, 64), (8192, 16), (8192, 128),
+            (8192, 512),
+        ],
     )  # fmt: skip
     parser.add_argument("--fp8", action="store_true", help="weights and KV in float8")
     parser.add_argument("--write", action="store_true", help="update benchmarks/RESULTS.md")
