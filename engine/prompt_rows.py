@@ -24,8 +24,10 @@ if TYPE_CHECKING:
     from engine.schedule import ScheduledChunk
     from engine.sequence import Sequence
 
-# 4 ms of an H200's memory: launching kernels one by one takes longer.
-MAX_READ_BYTES = 16 << 30
+# 4 ms of an H200, at 9 TB/s: rows of one prompt meet in the cache of the GPU. 16 rows behind 8192
+# tokens of an 8B model take 6.5 ms, 64 behind 512 take 5.3; kernels launched one by one take 10 to
+# 12. 64 rows behind 8192 would take 13.
+MAX_READ_BYTES = 32 << 30
 
 
 class PromptRow(NamedTuple):
