@@ -1,7 +1,7 @@
 """Sums a large tensor over the ranks of a node: each reads those of the others over NVLink.
 
 1. A rank puts its summand into a buffer of its own that the others map.
-2. All ranks meet (`peer_sum` of one word, with fences): every summand is there.
+2. All ranks meet (`peer_meet`): every summand is there.
 3. This kernel reads all of them and adds them up in the order of ranks, in float32: all ranks get
    the same bits.
 

@@ -18,9 +18,9 @@ sends in a kernel that runs after its kernel of e - 2 has ended, inbox read. Wha
 call with other sizes left in an inbox has another epoch.
 
 Whoever has a sum may also read what another rank had written before, into memory of its own that
-others map: a kernel that has ended leaves its writes where NVLink reads. With `fences` that needs
-no knowledge of the hardware: one before the words are sent, and one when all have come, order it
-for all GPUs. (What was written into another GPU's memory does need them, see `peer_push`.)
+others map: a kernel that has ended leaves its writes where NVLink reads. Behind `peer_meet` that
+needs no knowledge of the hardware: a fence before words are sent, and one when all have come, order
+it for all GPUs. (What was written into another GPU's memory does need them, see `peer_push`.)
 
 A launch has at most `MAX_PROGRAMS` programs, so all of them run at once and none waits for a peer
 that cannot start. In a chain (`chained_launch`) the kernel behind may start when they all do: it
@@ -80,34 +80,48 @@ def inbox_words(num_bytes: int) -> int:
     return MAX_PROGRAMS * min(region, _LARGEST_BLOCK)
 
 
-def peer_sum(
-    x: torch.Tensor, inboxes: PeerInboxes, *, contributes: bool = True, fences: bool = False
-) -> torch.Tensor:
+def peer_sum(x: torch.Tensor, inboxes: PeerInboxes, *, contributes: bool = True) -> torch.Tensor:
     """Replaces x by its sum over all ranks, and returns it.
 
     x: contiguous, bfloat16, float16 or float32, a multiple of 4 bytes, within the capacity.
     `contributes` False: this rank adds nothing and the contents of x do not matter. That makes a
-    broadcast of a sum with one contributor. `fences`: this is also a meeting, behind which all find
-    what each has written before.
+    broadcast of a sum with one contributor.
     """
     assert x.is_contiguous()
     assert inboxes.holds(x)
     num_bytes = x.numel() * x.element_size()
     assert num_bytes % 4 == 0
-    num_words = num_bytes // 4
-    if num_words == 0:
-        return x
+    if num_bytes:
+        words = x.view(-1).view(torch.int32)
+        _launch(words, inboxes, num_bytes // 4, _KINDS[x.dtype], contributes, fences=False)
+    return x
+
+
+def peer_meet(word: torch.Tensor, inboxes: PeerInboxes) -> None:
+    """A sum of nothing, behind which each rank finds what the others have written before it.
+
+    word: int32 `[1]`, overwritten.
+    """
+    _launch(word, inboxes, 1, "fp32", contributes=False, fences=True)
+
+
+def _launch(
+    words: torch.Tensor,
+    inboxes: PeerInboxes,
+    num_words: int,
+    kind: str,
+    contributes: bool,
+    fences: bool,
+) -> None:
     block = next_power_of_two(max(_SMALLEST_BLOCK, -(-num_words // MAX_PROGRAMS)))
-    words = x.view(-1).view(torch.int32)
-    chained = chained_launch(x.device)
+    chained = chained_launch(words.device)
     _peer_sum_kernel[(-(-num_words // block),)](
         words, inboxes.addresses, inboxes.epochs, num_words,
         RANK=inboxes.rank, SIZE=inboxes.size, CAPACITY=inboxes.capacity,
         REGION=inboxes.capacity // MAX_PROGRAMS, BLOCK=block, CONTRIBUTES=contributes,
-        KIND=_KINDS[x.dtype], FENCES=fences, COMPILED=x.is_cuda, CHAINED=chained,
+        KIND=kind, FENCES=fences, COMPILED=words.is_cuda, CHAINED=chained,
         num_warps=min(8, max(1, block // 256)), launch_pdl=chained,
     )  # fmt: skip
-    return x
 
 
 @jit

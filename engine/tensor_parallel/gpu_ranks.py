@@ -24,7 +24,7 @@ from engine.tensor_parallel.peer_memory import export, open_peer
 from engine.tensor_parallel.ranks import as_rank_lost, c10d, first_rank_options
 from kernels.dispatch import num_multiprocessors
 from kernels.peer_push import peer_push
-from kernels.peer_sum import MAX_PROGRAMS, PeerInboxes, inbox_words, peer_sum
+from kernels.peer_sum import MAX_PROGRAMS, PeerInboxes, inbox_words, peer_meet, peer_sum
 from kernels.skinny_stream import MAX_ROWS
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ class GpuRanks:
         if shard.size <= MOST_READERS:
             self._large = LargeSums.share(shard.rank, rendezvous, device, largest_sum, dtype)
         self._logits = self._share_logits(rendezvous, device, logits_shape, dtype)
-        self._tick = torch.zeros(1, device=device)
+        self._tick = torch.zeros(1, dtype=torch.int32, device=device)
         options = c10d.ProcessGroupNCCL.Options()
         self._group = c10d.ProcessGroupNCCL(store, shard.rank, shard.size, options)
         with as_rank_lost():
@@ -118,7 +118,7 @@ class GpuRanks:
         return logits if logits.is_contiguous() else logits.contiguous()
 
     def settle(self) -> None:
-        peer_sum(self._tick, self._inboxes, fences=True)
+        peer_meet(self._tick, self._inboxes)
 
     def close(self) -> None:
         self._group.abort()

@@ -33,9 +33,10 @@ class LargeSums:
     """`buffers`: of all ranks in their order, each `[2, most elements]`."""
 
     def __init__(self, rank: int, buffers: list[torch.Tensor]) -> None:
-        self._own = buffers[rank]
+        self._rank = rank
         self._buffers = buffers
         self._turn = 0
+        self._parts: list[list[torch.Tensor]] = []  # of all buffers, by turn: as long as a summand
 
     @classmethod
     def share(
@@ -59,19 +60,24 @@ class LargeSums:
         )
 
     def holds(self, x: torch.Tensor) -> bool:
-        size = x.numel()
-        is_like = x.dtype == self._own.dtype and size % 8 == 0
-        return is_like and size <= self._own.shape[1]
+        size, own = x.numel(), self._buffers[self._rank]
+        return x.dtype == own.dtype and size % 8 == 0 and size <= own.shape[1]
 
     def put(self, x: torch.Tensor) -> None:
         """x becomes the own summand of the next sum; then all ranks must meet."""
-        place = self._own[self._turn, : x.numel()]
+        place = self._cut(x.numel())[self._turn][self._rank]
         if place.data_ptr() != x.data_ptr():
             place.copy_(x.reshape(-1))
 
     def add(self, shape: torch.Size) -> torch.Tensor:
         """The sum of what all ranks have put, valid until the sum after the next is put."""
-        size = shape.numel()
-        summands = [each[self._turn, :size] for each in self._buffers]
+        parts = self._cut(shape.numel())
+        summands = parts[self._turn]
         self._turn = 1 - self._turn
-        return peer_add(summands, self._own[self._turn, :size]).view(shape)
+        return peer_add(summands, parts[self._turn][self._rank]).view(shape)
+
+    def _cut(self, size: int) -> list[list[torch.Tensor]]:
+        """Made anew where the size changes: the sums of a step are as long as each other."""
+        if not self._parts or len(self._parts[0][0]) != size:
+            self._parts = [[each[turn, :size] for each in self._buffers] for turn in range(2)]
+        return self._parts

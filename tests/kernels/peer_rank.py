@@ -14,7 +14,7 @@ import torch
 
 from kernels.dispatch import interpreted
 from kernels.peer_push import peer_push
-from kernels.peer_sum import MAX_PROGRAMS, PeerInboxes, inbox_words, peer_sum
+from kernels.peer_sum import MAX_PROGRAMS, PeerInboxes, inbox_words, peer_meet, peer_sum
 
 CASES = (
     (torch.float32, 1),
@@ -59,11 +59,13 @@ def main(rank: int, size: int, path: str) -> None:
         capacity=capacity,
     )
     results: dict[str, list[list[list[int]]]] = {"summed": [], "pushed": []}
+    word = torch.full((1,), 7, dtype=torch.int32)
     with interpreted():
         for case in range(len(CASES)):
             summed = peer_sum(drawn(case, rank), inboxes)
             sent = drawn(case, rank) if rank == 1 else torch.full_like(summed, float("nan"))
-            peer_sum(sent, inboxes, contributes=rank == 1, fences=True)
+            peer_sum(sent, inboxes, contributes=rank == 1)
+            peer_meet(word, inboxes)
             results["summed"].append([each.view(torch.uint8).tolist() for each in (summed, sent)])
             part = columns(case, rank, size)
             matrix = matrices.view(part.dtype)[: len(part) * PUSHED[case][1] * size]

@@ -39,7 +39,7 @@ def test_a_summand_made_in_the_stream_is_where_it_belongs() -> None:
     for rank in ranks:
         rank.put(torch.ones(SIZE))
     stream = ranks[0].add(torch.Size([SIZE]))
-    place = ranks[0]._own[ranks[0]._turn]
+    place = ranks[0]._buffers[0][ranks[0]._turn]
     assert stream.data_ptr() == place.data_ptr()
 
 
