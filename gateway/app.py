@@ -29,6 +29,7 @@ from gateway.http_errors import (
     log_refusal,
     unexplained,
 )
+from gateway.origins import Origins
 from gateway.request import Route
 from gateway.routes.generate import GenerateEndpoint
 from gateway.routes.health import health_router
@@ -98,7 +99,8 @@ def public_app(gateway: Gateway, metrics: CollectorRegistry) -> ASGIApp:
     keys = KeyCheck(
         gateway.config.api_key, "API key", "Send it as `Authorization: Bearer` or `x-api-key`."
     )
-    return Edge(app, keys)
+    edge = Edge(app, keys)
+    return Origins(edge, gateway.config.allowed_origins) if gateway.config.allowed_origins else edge
 
 
 def translate_errors(app: FastAPI, *, advice: str) -> None:

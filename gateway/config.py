@@ -72,6 +72,12 @@ class GatewayConfig:
         secret=True,
         metavar="KEY",
     )
+    allowed_origins: tuple[str, ...] = option(
+        (),
+        help="Web pages whose scripts may ask, as http://localhost:3000; * is any. Default: none.",
+        group=_HTTP,
+        metavar="ORIGIN",
+    )
     max_body_bytes: int = option(2 * MiB, help="Largest request body.", group=_HTTP)
     body_timeout: float = option(
         60.0, help="Seconds a client has to send a request body.", group=_HTTP, advanced=True

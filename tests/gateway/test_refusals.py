@@ -85,3 +85,28 @@ def test_what_is_refused_is_in_the_log_without_what_the_client_wrote(
     ]
     assert facts == [("completions", 400, "temperature"), ("/v1/nothing", 404, None)]
     assert "a secret" not in str([record.__dict__ for record in caplog.records])
+
+
+def test_pages_of_allowed_origins_may_ask_and_read_and_no_others(
+    new_gateway: Callable[..., RunningGateway],
+) -> None:
+    page = "http://localhost:3000"
+    running = new_gateway(api_key=("key",), allowed_origins=(page,))
+    asking = {
+        "access-control-request-method": "POST",
+        "access-control-request-headers": "x-api-key",
+    }
+    with httpx.Client(base_url=running.url) as http:
+        permitted = http.options("/v1/completions", headers={"origin": page, **asking})
+        assert permitted.status_code == 204
+        assert permitted.headers["access-control-allow-origin"] == page
+        assert permitted.headers["access-control-allow-headers"] == "x-api-key"
+        answer = http.post(
+            "/v1/completions", json=completion(), headers={"origin": page, "x-api-key": "key"}
+        )
+        assert (answer.status_code, answer.headers["access-control-allow-origin"]) == (200, page)
+        keyless = http.post("/v1/completions", json=completion(), headers={"origin": page})
+        assert keyless.status_code == 401, "an origin is no key"
+        assert keyless.headers["access-control-allow-origin"] == page, "the page may read why"
+        other = http.options("/v1/completions", headers={"origin": "http://other", **asking})
+        assert "access-control-allow-origin" not in other.headers
