@@ -1,9 +1,9 @@
 """Launches of Triton and Gluon kernels that cost the host little more than the driver's call.
 
-`kernel[grid](...)` of Triton finds out anew at each call what it has compiled for such arguments: 31
-us of an H200's host for nine of them, where the driver and what is left here take 14, and far more
-for matrices that are copied in blocks, which Triton describes in words. Here a call that is like an
-earlier one goes straight to what was compiled for that.
+`kernel[grid](...)` of Triton finds out anew at each call what it has compiled for such arguments.
+For nine of them that takes 31 us of an H200's host, where the driver and what is left here take 14,
+and far more for matrices that are copied in blocks, which Triton describes in words. Here a call
+that is like an earlier one goes straight to what was compiled for that.
 
 Life of a call
     1. Of each argument is read what a kernel can be compiled for, its kind, and the number that is
