@@ -37,6 +37,7 @@ BLOCK_SIZE = 16
 POOL_PROMPTS = 3  # of the longest, in a pool that is to be left
 ARMS = ("computed", "fetched", "cached", "restored")
 FETCHED = "baton_prefix_fetched_tokens_total"
+WAITED_SECONDS = "baton_prefix_fetch_wait_seconds_total"
 OUTCOMES = ("waited", "explored", "not_worthwhile", "failed")
 RESTORED = 'baton_host_kv_given_blocks_total{outcome="restored"}'
 
@@ -135,19 +136,20 @@ def measure(turns: Turns, serve: ServeProcess, length: int, repeats: int, seed: 
     """One row: medians of each arm, how many of the tokens were fetched and restored, and what
     became of the prompts of which the other node had more."""
     draw = random.Random(f"{seed}, {length}")  # else short prompts would begin long ones
-    names = (FETCHED, RESTORED, *map(outcome, OUTCOMES))
+    names = (FETCHED, RESTORED, WAITED_SECONDS, *map(outcome, OUTCOMES))
     before = [counted(serve.admin_url, name) for name in names]
     for turn in range(repeats + 1):
         turns.run(draw, is_warm=turn > 0)  # the first warms up
     after = [counted(serve.admin_url, name) for name in names]
-    fetched, restored, *outcomes = (b - a for a, b in zip(before, after, strict=True))
+    fetched, restored, seconds, *outcomes = (b - a for a, b in zip(before, after, strict=True))
     medians = {arm: statistics.median(times) for arm, times in turns.times.items()}
     cells = [f"{medians[arm]:.1f}" if arm in medians else "-" for arm in ARMS]
     asked = length * (repeats + 1)
     ratio = medians["computed"] / medians["fetched"]
     moved = f"{fetched:.0f}, {restored * BLOCK_SIZE:.0f} of {asked}"
     became = ", ".join(f"{count:.0f}" for count in outcomes)
-    return f"| {length} | {' | '.join(cells)} | {ratio:.1f} | {moved} | {became} |"
+    wait = f"{1e3 * seconds / outcomes[0]:.1f}" if outcomes[0] else "-"
+    return f"| {length} | {' | '.join(cells)} | {ratio:.1f} | {wait} | {moved} | {became} |"
 
 
 def serve_options(arguments: argparse.Namespace, pool_tokens: int) -> list[str]:
@@ -176,9 +178,9 @@ def main(argv: list[str] | None = None) -> int:
     pool_tokens = POOL_PROMPTS * (max(arguments.input_len) + 1024) if arguments.host_gib else 0
     rows = [
         "| prompt | computed (ms) | fetched (ms) | cached (ms) | restored (ms) "
-        "| computed / fetched | tokens fetched, restored "
+        "| computed / fetched | a prompt waited (ms) | tokens fetched, restored "
         "| prompts that waited, explored, not worthwhile, failed |",
-        "|---:|---:|---:|---:|---:|---:|---:|---:|",
+        "|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     with tempfile.TemporaryDirectory() as folder:
         write_model_folder(Path(folder), arguments.shape, arguments.num_layers)

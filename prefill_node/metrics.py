@@ -39,3 +39,8 @@ class FetchCollector(Collector):
             "Prompt tokens whose KV came from another node's cache instead of being computed.",
             value=stats.num_tokens,
         )
+        yield CounterMetricFamily(
+            "baton_prefix_fetch_wait_seconds",
+            "Time that prompts waited for fetches, whether these came or failed.",
+            value=stats.waited_seconds,
+        )

@@ -66,13 +66,15 @@ class _Wanted:
 @dataclass(slots=True)
 class FetchStats:
     """Of prompts whose request named a holder that had more of them; each counts once, at most.
-    `num_tokens`: that came for prompts that waited."""
+    `num_tokens`: that came for prompts that waited; `waited_seconds`: of these prompts, and of
+    those for which nothing came in the end."""
 
     num_waited: int = 0  # for a fetch, which came
     num_explored: int = 0  # nobody waited
     num_not_worthwhile: int = 0  # computing was believed to be sooner
     num_failed: int = 0
     num_tokens: int = 0
+    waited_seconds: float = 0.0
 
 
 class PrefixFetches:
@@ -146,6 +148,7 @@ class PrefixFetches:
         limit = estimate.limit_seconds(lacking.num_computed_tokens)
         fetch = await self._try(_Wanted(sequence, num_blocks, holder, seconds_per_token), limit)
         now = self._clock()
+        self.stats.waited_seconds += now - began
         if fetch is not None:
             self.stats.num_waited += 1
             self.stats.num_tokens += fetch.num_tokens_moved

@@ -317,6 +317,7 @@ def test_what_did_not_come_in_time_is_not_waited_for_again(monkeypatch: pytest.M
 
     asyncio.run(bench.fetch(never))
     later = clock() + AVOID_SECONDS
+    assert bench.fetches.stats == FetchStats(num_failed=1, waited_seconds=1000.0)
     assert not bench.estimate.is_known(HOLDER)
     bench.estimate.reached(HOLDER)
     assert not bench.estimate.pays(HOLDER, Lacking(80, 80), later)
