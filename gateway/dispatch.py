@@ -250,7 +250,8 @@ class Dispatcher:
                 self._budget.give_back()
             logger.info("%s: no other nodes for it: %s", stream.id, unavailable.message)
             return False
-        self._measures.retries[kind.value, error.reason or error.code] += 1
+        counted = "in_order" if is_in_order and kind is RetryKind.REDISPATCH else kind.value
+        self._measures.retries[counted, error.reason or error.code] += 1
         logger.info("%s: %s after %s", stream.id, kind.value, error.reason or error.code)
         return True
 

@@ -5,7 +5,8 @@ Life of a stream over its attempts
        whatever an earlier attempt still says is nobody's.
     2. Lost before the client has a token: a *re-dispatch*. Once per stream, and only while the
        retry budget lasts, because a cluster in trouble must not get more work from its gateways.
-       What a node that leaves in order had not begun is in no trouble, and costs nothing.
+       What a node that leaves in order had not begun is in no trouble, and costs nothing; it is
+       counted as `in_order`.
     3. Lost after k tokens: a *recovery*, where the operator allows it. The prompt and the k tokens
        are prefilled elsewhere. Draws depend on the seed and the position alone, so the client gets
        the tokens it would have got.

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from tests.faults.history import History
 
 INJECTED_WITHIN_SECONDS = 10.0
+LEAVES_WITHIN_SECONDS = 60.0  # what runs there ends first
 POLL_SECONDS = 0.005
 
 
@@ -56,9 +57,11 @@ def is_gone(pid: int) -> bool:
         return True
 
 
-def verify(condition: Callable[[], bool], what: str) -> None:
+def verify(
+    condition: Callable[[], bool], what: str, *, seconds: float = INJECTED_WITHIN_SECONDS
+) -> None:
     """Raises `NotInjected` when `condition` does not come true in time."""
-    deadline = time.monotonic() + INJECTED_WITHIN_SECONDS
+    deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:
             raise NotInjected(what)
@@ -79,6 +82,13 @@ class Nemesis:
         os.kill(pid, signal.SIGKILL)
         verify(lambda: is_gone(pid), f"{name} survived its kill")
         return self._note("kill", name, pid)
+
+    def end(self, name: str) -> int:
+        """In order: it drains, and leaves."""
+        pid = self.cluster.child(name)
+        os.kill(pid, signal.SIGTERM)
+        verify(lambda: is_gone(pid), f"{name} did not leave", seconds=LEAVES_WITHIN_SECONDS)
+        return self._note("end", name, pid)
 
     def stop(self, name: str) -> int:
         pid = self.cluster.child(name)
