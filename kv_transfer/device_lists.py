@@ -18,7 +18,12 @@ _RECENT = 4  # looked for without a look at what is in them: two of each of two 
 
 class DeviceLists:
     def __init__(self, device: torch.device, max_length: int) -> None:
-        self._device, self._max_length = device, max_length
+        """All memory is taken now: pinning some would hold up the first frames of a prompt."""
+        pinned = torch.empty(
+            (_KEPT, max_length), dtype=torch.int64, pin_memory=device.type == "cuda"
+        )
+        on_device = torch.empty((_KEPT, max_length), dtype=torch.int64, device=device)
+        self._free = [_Numbers(*rows) for rows in zip(pinned, on_device, strict=True)]
         self._kept: dict[tuple[int, ...], _Numbers] = {}  # the one used last is last
         self._recent: deque[tuple[tuple[int, ...], _Numbers]] = deque(maxlen=_RECENT)
 
@@ -34,8 +39,8 @@ class DeviceLists:
     def _find(self, numbers: tuple[int, ...]) -> _Numbers:
         kept = self._kept.pop(numbers, None)
         if kept is None:
-            if len(self._kept) < _KEPT:
-                kept = _Numbers(self._device, self._max_length)
+            if self._free:
+                kept = self._free.pop()
             else:
                 kept = self._kept.pop(next(iter(self._kept)))
                 self._forget(kept)
@@ -54,11 +59,11 @@ class _Numbers:
 
     __slots__ = ("_copied", "_pinned", "_view", "on_device")
 
-    def __init__(self, device: torch.device, length: int) -> None:
-        self._pinned = torch.empty(length, dtype=torch.int64, pin_memory=device.type == "cuda")
-        self._view = self._pinned.numpy()
-        self.on_device = torch.empty(length, dtype=torch.int64, device=device)
+    def __init__(self, pinned: torch.Tensor, on_device: torch.Tensor) -> None:
+        self._pinned, self.on_device = pinned, on_device
+        self._view = pinned.numpy()
         self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self._copied.record()  # which makes it
 
     def fill(self, numbers: tuple[int, ...]) -> None:
         self._copied.synchronize()  # of the list before, long ago

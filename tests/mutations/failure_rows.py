@@ -166,8 +166,8 @@ FAILURE_ROWS = (
             ),
             Mutation(
                 INCOMING,
-                "return int(lacking[0]) if lacking.size else num_blocks",
-                "return num_blocks - int(lacking.size)",
+                "return (lacking & -lacking).bit_length() - 1 if lacking else num_blocks",
+                "return num_blocks - lacking.bit_count()",
                 CATALOGUE + "only_what_stands_before_the_first_bad_block_is_kept",
             ),
             Mutation(
