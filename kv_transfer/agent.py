@@ -19,6 +19,7 @@ from kv_transfer.mapped_slots import map_slots
 from kv_transfer.pool import TransferPool
 from kv_transfer.protocol import FrameLimits
 from kv_transfer.quarantine import Quarantine
+from kv_transfer.rehearsal import Rehearsal
 from kv_transfer.required_transport import check_in_use
 from kv_transfer.staging import Staging
 from kv_transfer.stats import TransferStats
@@ -59,6 +60,8 @@ class TransferAgent:
         self.config = config
         self.transport = transport
         self.pool = TransferPool(*pools, takes_digests=takes_digests)
+        if self.pool.device.type == "cuda":
+            self.pool.rehearsal = Rehearsal(pools)
         self.stats = TransferStats()
         in_pieces = self.pool.has_pieces(self.pool.digest_kinds[0])
         self._sends_pieces = in_pieces and isinstance(transport, TcpTransport)

@@ -12,17 +12,17 @@ from collections import deque
 
 import torch
 
-_KEPT = 128
+NUM_KEPT = 128
 _RECENT = 4  # looked for without a look at what is in them: two of each of two frames
 
 
 class DeviceLists:
-    def __init__(self, device: torch.device, max_length: int) -> None:
+    def __init__(self, device: torch.device, max_length: int, num_kept: int = NUM_KEPT) -> None:
         """All memory is taken now: pinning some would hold up the first frames of a prompt."""
         pinned = torch.empty(
-            (_KEPT, max_length), dtype=torch.int64, pin_memory=device.type == "cuda"
+            (num_kept, max_length), dtype=torch.int64, pin_memory=device.type == "cuda"
         )
-        on_device = torch.empty((_KEPT, max_length), dtype=torch.int64, device=device)
+        on_device = torch.empty((num_kept, max_length), dtype=torch.int64, device=device)
         self._free = [_Numbers(*rows) for rows in zip(pinned, on_device, strict=True)]
         self._kept: dict[tuple[int, ...], _Numbers] = {}  # the one used last is last
         self._recent: deque[tuple[tuple[int, ...], _Numbers]] = deque(maxlen=_RECENT)

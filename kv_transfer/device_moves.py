@@ -20,7 +20,7 @@ import torch
 
 from kernels.copy_and_digest import pack_and_seal, unpack_and_check
 from kernels.seal_digests import Places, Sums, Verdict
-from kv_transfer.device_lists import DeviceLists
+from kv_transfer.device_lists import NUM_KEPT, DeviceLists
 from kv_transfer.digests import DigestKind, PlaceSeal, digest_seed
 from kv_transfer.frame_place import FramePlace
 from kv_transfer.polling import EventQueue
@@ -36,7 +36,14 @@ T = TypeVar("T")
 class DeviceMoves:
     """Of one process. `pools`: the parts of the pool, one for each rank of the model."""
 
-    def __init__(self, pools: Sequence[torch.Tensor], takes_digests: bool) -> None:
+    def __init__(
+        self,
+        pools: Sequence[torch.Tensor],
+        takes_digests: bool,
+        *,
+        num_lists: int = NUM_KEPT,
+    ) -> None:
+        """`num_lists`: of block ids and of positions, that stay on the device."""
         self._pools = pools
         self._takes_digests = takes_digests
         self._device = pools[0].device
@@ -44,7 +51,7 @@ class DeviceMoves:
         self._stream = torch.cuda.Stream(self._device, priority=-1)  # type: ignore[no-untyped-call]
         self._others = torch.cuda.current_stream(self._device)
         self._unit_bytes = pools[0].shape[2] * len(pools)
-        self._lists = DeviceLists(self._device, MAX_UNITS_PER_FRAME)
+        self._lists = DeviceLists(self._device, MAX_UNITS_PER_FRAME, num_lists)
         self._notes: deque[_Notes] = deque()
         self._ends = EventQueue()
         self._warm_up()

@@ -40,7 +40,9 @@ class _Question(NamedTuple):
 class EventQueue:
     """Used on one event loop."""
 
-    def __init__(self) -> None:
+    def __init__(self, meanwhile: Callable[[], None] = lambda: None) -> None:
+        """`meanwhile`: called in each round that waits for an urgent event, and nothing else."""
+        self._meanwhile = meanwhile
         self._questions: deque[_Question] = deque()
         self._is_asking = False
 
@@ -70,6 +72,7 @@ class EventQueue:
 
     def _ask_again(self, loop: asyncio.AbstractEventLoop, question: _Question) -> None:
         if question.is_urgent:
+            self._meanwhile()
             loop.call_soon(self._ask, loop)
         else:
             loop.call_later(REST_SECONDS, self._ask, loop)

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from kv_transfer.frame_place import FramePlace
+    from kv_transfer.rehearsal import Rehearsal
     from kv_transfer.transports.base import Piece
 
 T = TypeVar("T")
@@ -55,7 +56,8 @@ class TransferPool:
         moves = DeviceMoves if self._pool.is_cuda else HostMoves
         self._moves: DeviceMoves | HostMoves = moves(shards, takes_digests)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="kv-pool")
-        self._computing = EventQueue()
+        self._computing = EventQueue(self.rehearse)
+        self.rehearsal: Rehearsal | None = None
 
     @property
     def device(self) -> torch.device:
@@ -74,6 +76,11 @@ class TransferPool:
     def digest_kinds(self) -> tuple[DigestKind, ...]:
         """What can be computed where the pool is, the fastest first."""
         return self._moves.digest_kinds
+
+    def rehearse(self) -> None:
+        """What comes next, while there is nothing to do but to wait for it."""
+        if self.rehearsal is not None:
+            self.rehearsal.play()
 
     def when_computed(
         self, done: Any, tell: Callable[[Exception | None], None], *, is_urgent: bool

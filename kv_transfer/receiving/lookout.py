@@ -5,7 +5,8 @@ wake up, and to find its code again, than a layer takes on the wire; the last on
 behind it, are what a first token's successor waits for.
 
 Life of a lookout
-    1. `stay`, with every frame: the loop goes round, with nothing to do, for `STAY_SECONDS` more.
+    1. `stay`, with every frame: the loop goes round for `STAY_SECONDS` more, and rehearses
+       (`rehearsal.py`) what is about to come, now and then.
     2. `rest`, when a sequence starts: the engine needs the interpreter, and all has come.
     3. While anything is decoded it does not stay: steps would pay for it, and a sequence that
        starts waits for the end of one anyway.
@@ -20,17 +21,23 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 STAY_SECONDS = 0.01  # a layer of 8192 tokens takes 7 ms
+REHEARSE_AFTER_SECONDS = 0.001  # before that the frame itself is under way
 
 
 class Lookout:
-    def __init__(self, is_decoding: Callable[[], bool]) -> None:
+    def __init__(
+        self, is_decoding: Callable[[], bool], rehearse: Callable[[], None] = lambda: None
+    ) -> None:
         self._is_decoding = is_decoding
+        self._rehearse = rehearse
+        self._begun = 0.0  # the last frame, on the loop's clock
         self._until = 0.0  # on the loop's clock
         self._is_awake = False
 
     def stay(self) -> None:
         loop = asyncio.get_running_loop()
-        self._until = loop.time() + STAY_SECONDS
+        self._begun = loop.time()
+        self._until = self._begun + STAY_SECONDS
         if not self._is_awake:
             self._is_awake = True
             loop.call_soon(self._look, loop)
@@ -39,6 +46,9 @@ class Lookout:
         self._until = 0.0
 
     def _look(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._is_awake = loop.time() < self._until and not self._is_decoding()
+        now = loop.time()
+        self._is_awake = now < self._until and not self._is_decoding()
         if self._is_awake:
+            if now >= self._begun + REHEARSE_AFTER_SECONDS:
+                self._rehearse()
             loop.call_soon(self._look, loop)

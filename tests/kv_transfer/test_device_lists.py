@@ -7,7 +7,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from kv_transfer import device_lists
 from kv_transfer.device_lists import DeviceLists
 
 
@@ -16,8 +15,7 @@ def lists(monkeypatch: pytest.MonkeyPatch) -> DeviceLists:
     """Of two that are kept; copies are made at once."""
     event = SimpleNamespace(record=lambda: None, synchronize=lambda: None)
     monkeypatch.setattr(torch.cuda, "Event", lambda: event)
-    monkeypatch.setattr(device_lists, "_KEPT", 2)
-    return DeviceLists(torch.device("cpu"), 8)
+    return DeviceLists(torch.device("cpu"), 8, num_kept=2)
 
 
 def equal_to(numbers: tuple[int, ...]) -> tuple[int, ...]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import nullcontext
-from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -15,6 +14,7 @@ from kv_transfer import device_moves
 from kv_transfer.device_moves import DeviceMoves
 from kv_transfer.digests import PlaceSeal, digest_seed
 from kv_transfer.frame_place import FramePlace
+from tests.kv_transfer.fake_streams import streams_do_all_at_once
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -29,16 +29,7 @@ def moves(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
     """Whose streams do at once what they are given."""
     if torch.cuda.is_available():
         pytest.skip("kernels are compiled in this process")
-    stream = SimpleNamespace(wait_event=lambda event: None)
-    event = SimpleNamespace(record=lambda *_: None, synchronize=lambda: None, query=lambda: True)
-    for name, value in {
-        "Stream": lambda *_, **__: stream,
-        "current_stream": lambda *_: stream,
-        "set_stream": lambda _: None,
-        "synchronize": lambda _: None,
-        "Event": lambda: event,
-    }.items():
-        monkeypatch.setattr(torch.cuda, name, value)
+    streams_do_all_at_once(monkeypatch)
     pool = torch.randint(0, 256, (2, 10, UNIT_BYTES), dtype=torch.uint8)
     with interpreted() if request.param == "interpreter" else nullcontext():
         yield DeviceMoves([pool], takes_digests=True)

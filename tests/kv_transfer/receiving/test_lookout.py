@@ -63,3 +63,21 @@ def test_while_anything_is_decoded_it_sleeps() -> None:
         assert not looking._is_awake
 
     asyncio.run(scenario())
+
+
+def test_what_is_about_to_come_is_rehearsed_when_the_frame_itself_is_over(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def scenario() -> None:
+        played: list[bool] = []
+        looking = Lookout(lambda: False, lambda: played.append(True))
+        monkeypatch.setattr(lookout, "REHEARSE_AFTER_SECONDS", 100.0)
+        looking.stay()
+        await rounds(5)
+        assert not played
+        monkeypatch.setattr(lookout, "REHEARSE_AFTER_SECONDS", 0.0)
+        await rounds(5)
+        assert played
+        looking.rest()
+
+    asyncio.run(scenario())

@@ -1,0 +1,24 @@
+"""CUDA streams and events for tests without a GPU: what they are given is done at once."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    import pytest
+
+
+def streams_do_all_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = SimpleNamespace(wait_event=lambda event: None)
+    event = SimpleNamespace(record=lambda *_: None, synchronize=lambda: None, query=lambda: True)
+    for name, value in {
+        "Stream": lambda *_, **__: stream,
+        "current_stream": lambda *_: stream,
+        "set_stream": lambda _: None,
+        "synchronize": lambda _: None,
+        "Event": lambda: event,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
