@@ -154,6 +154,7 @@ def _encode_holder(holder: PrefixHolder) -> pb.PrefixHolder:
         incarnation=holder.node.incarnation,
         address=holder.address,
         num_tokens=holder.num_tokens,
+        num_more_tokens=holder.num_more_tokens,
     )
 
 
@@ -162,6 +163,7 @@ def _decode_holder(message: pb.PrefixHolder) -> PrefixHolder:
         _decode_node_id(message.name, message.incarnation),
         checked_id("address", message.address),
         message.num_tokens,
+        message.num_more_tokens,
     )
 
 

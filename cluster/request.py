@@ -108,11 +108,13 @@ class KVLoadFailurePolicy(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class PrefixHolder:
-    """A node that is believed to have the first `num_tokens` tokens of a prompt cached."""
+    """A node that is believed to have the first `num_tokens` tokens of a prompt cached, and
+    `num_more_tokens` more than who computes it (0: nobody knows)."""
 
     node: NodeId
     address: str  # "host:port" of its control plane
     num_tokens: int
+    num_more_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

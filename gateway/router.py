@@ -146,9 +146,10 @@ def _holder(nodes: Iterable[Candidate], prefill: Candidate) -> PrefixHolder | No
         return None
     givers = [prefill, *(each for each in nodes if each.node.fetches_prefixes)]
     best = max(givers, key=lambda candidate: candidate.num_cached_tokens)
-    if best.num_cached_tokens <= prefill.num_cached_tokens:
+    num_more = best.num_cached_tokens - prefill.num_cached_tokens
+    if num_more <= 0:
         return None
-    return PrefixHolder(best.node.id, best.node.grpc_address, best.num_cached_tokens)
+    return PrefixHolder(best.node.id, best.node.grpc_address, best.num_cached_tokens, num_more)
 
 
 def _cheapest(

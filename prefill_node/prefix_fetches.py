@@ -124,9 +124,11 @@ class PrefixFetches:
         if not self._estimate.is_known(node):
             self._explore(sequence, holder)
             return
-        num_tokens = num_blocks * sequence.block_size
+        num_more = min(
+            num_blocks * sequence.block_size, holder.num_more_tokens or holder.num_tokens
+        )
         # The engine may be at a step: it is asked for what we lack only if that can matter.
-        if not self._pays(node, Lacking(num_tokens, num_tokens)):
+        if not self._pays(node, Lacking(num_more, num_more)):
             self.stats.num_not_worthwhile += 1
             return
         lacking = await self._lacking(sequence, num_blocks)

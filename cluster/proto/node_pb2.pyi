@@ -267,16 +267,18 @@ class Handoff(_message.Message):
     def __init__(self, transfer_id: _Optional[bytes] = ..., attempt: _Optional[int] = ..., decode_name: _Optional[str] = ..., decode_incarnation: _Optional[int] = ..., decode_address: _Optional[str] = ..., gateway_id: _Optional[str] = ..., kv_load_failure_policy: _Optional[str] = ..., holder: _Optional[_Union[PrefixHolder, _Mapping]] = ...) -> None: ...
 
 class PrefixHolder(_message.Message):
-    __slots__ = ("name", "incarnation", "address", "num_tokens")
+    __slots__ = ("name", "incarnation", "address", "num_tokens", "num_more_tokens")
     NAME_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
     NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    NUM_MORE_TOKENS_FIELD_NUMBER: _ClassVar[int]
     name: str
     incarnation: int
     address: str
     num_tokens: int
-    def __init__(self, name: _Optional[str] = ..., incarnation: _Optional[int] = ..., address: _Optional[str] = ..., num_tokens: _Optional[int] = ...) -> None: ...
+    num_more_tokens: int
+    def __init__(self, name: _Optional[str] = ..., incarnation: _Optional[int] = ..., address: _Optional[str] = ..., num_tokens: _Optional[int] = ..., num_more_tokens: _Optional[int] = ...) -> None: ...
 
 class FetchPrefixRequest(_message.Message):
     __slots__ = ("sequence", "handoff", "restore_seconds_per_token")

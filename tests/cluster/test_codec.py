@@ -240,7 +240,7 @@ HANDOFF = Handoff(
 
 def test_a_handoff_survives_the_wire_and_a_lying_one_is_refused() -> None:
     assert codec.decode_handoff(codec.encode_handoff(HANDOFF)) == HANDOFF
-    holder = PrefixHolder(NodeId(NodeName("d1"), Incarnation(7)), "10.0.0.2:9100", 4096)
+    holder = PrefixHolder(NodeId(NodeName("d1"), Incarnation(7)), "10.0.0.2:9100", 4096, 96)
     held = replace(HANDOFF, holder=holder)
     assert codec.decode_handoff(codec.encode_handoff(held)) == held
     for name, value in (

@@ -140,6 +140,7 @@ def test_whoever_has_most_of_the_prompt_cached_is_named_to_the_prefill_node() ->
     assert placement.holder is not None
     assert placement.holder.node.name == "d1"
     assert placement.holder.num_tokens == 800
+    assert placement.holder.num_more_tokens == 700
     nodes[0] = that_fetches("p1", num_cached_tokens=800)
     assert choose(nodes, DEMAND).holder is None, "nobody has more"
     nodes[0] = candidate("p1", num_cached_tokens=100)

@@ -87,7 +87,12 @@ class Bench:
         self.fetches.bind(cast("Any", self.loop), cast("Any", self.receiver), lambda: "here:1")
         self.restore_seconds: list[float] = []
 
-    async def fetch(self, answer: Callable[[SequenceRequest], Any], prompt: range = PROMPT) -> None:
+    async def fetch(
+        self,
+        answer: Callable[[SequenceRequest], Any],
+        prompt: range = PROMPT,
+        num_more_tokens: int = 0,
+    ) -> None:
         """`answer` does what the holder does."""
 
         class Stub:
@@ -97,7 +102,8 @@ class Bench:
 
         self.fetches._stub = lambda address: cast("Any", Stub())  # type: ignore[method-assign]
         self.sequence = make_sequence(prompt)
-        await self.fetches.fetch(self.sequence, PrefixHolder(HOLDER, "there:1", len(prompt)))
+        holder = PrefixHolder(HOLDER, "there:1", len(prompt), num_more_tokens)
+        await self.fetches.fetch(self.sequence, holder)
         self.manager.check_integrity()
 
 
@@ -285,6 +291,20 @@ def test_the_engine_is_not_asked_where_nothing_could_be_worthwhile() -> None:
         raise AssertionError("It was asked.")
 
     asyncio.run(bench.fetch(give))
+    assert bench.fetches.stats == FetchStats(num_not_worthwhile=1)
+
+
+def test_the_engine_is_not_asked_where_little_is_believed_to_be_lacking() -> None:
+    """As in a chat: the holder has the last answer, and we have all before it."""
+    bench = Bench()
+    bench.estimate.computed(1_000_000, 1, 1.0)
+    assert bench.estimate.pays(HOLDER, Lacking(80, 80), monotonic())
+    bench.loop.is_stepping = True
+
+    async def give(prefix: SequenceRequest) -> None:
+        raise AssertionError("It was asked.")
+
+    asyncio.run(bench.fetch(give, num_more_tokens=1))
     assert bench.fetches.stats == FetchStats(num_not_worthwhile=1)
 
 
