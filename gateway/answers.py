@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from cluster.request import FinishReason
 from gateway.request import Route
 
 if TYPE_CHECKING:
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from gateway.detokenizer import TokenBytes
     from gateway.generation import Generation
     from gateway.request import Request
+    from gateway.tools.formats import ToolCall
 
 Json = dict[str, Any]
 # JSON has no infinity; this is what OpenAI and vLLM write for impossible tokens.
@@ -65,11 +67,24 @@ def _chat_choice(choice: Choice, piece: Piece, request: Request, token_bytes: To
     logprobs = chat_logprobs(piece, token_bytes) if request.wants_logprobs else None
     return {
         "index": choice.index,
-        "message": {"role": "assistant", "content": piece.text, "refusal": None},
+        "message": _message(piece),
         "logprobs": logprobs,
         **ending(choice),
         **token_id_fields(choice, piece, request, is_first=True),
     }
+
+
+def _message(piece: Piece) -> Json:
+    message: Json = {"role": "assistant", "content": piece.text, "refusal": None}
+    if piece.calls:
+        message["content"] = piece.text or None
+        message["tool_calls"] = [tool_call(call) for call in piece.calls]
+    return message
+
+
+def tool_call(call: ToolCall) -> Json:
+    called = {"name": call.name, "arguments": call.arguments}
+    return {"id": call.id, "type": "function", "function": called}
 
 
 def _text_choice(choice: Choice, piece: Piece, request: Request, token_bytes: TokenBytes) -> Json:
@@ -91,6 +106,8 @@ def echoed(choice: Choice, request: Request) -> str:
 
 def ending(choice: Choice) -> Json:
     reason = None if choice.finish_reason is None else choice.finish_reason.value
+    if choice.num_calls and choice.finish_reason is FinishReason.STOP:
+        reason = "tool_calls"
     return {"finish_reason": reason, "stop_reason": choice.stop_reason}
 
 

@@ -1,7 +1,7 @@
 """Chat messages as clients write them, made plain for the template: a role and a text.
 
-Content may be a text or a list of text parts, which are joined by line breaks. Other parts and
-tool calls are refused by name: this cluster serves text.
+Content may be a text or a list of text parts, which are joined by line breaks. Other parts are
+refused by name: this cluster serves text.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from cluster.errors import InvalidRequest, Unsupported
+from gateway.tools.bodies import earlier_calls
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -28,15 +29,30 @@ def plain_messages(messages: Sequence[MessageBody]) -> list[Message]:
         raise InvalidRequest("messages must not be empty.", param="messages")
     if len(messages) > MAX_MESSAGES:
         raise InvalidRequest(f"At most {MAX_MESSAGES} messages are possible.", param="messages")
-    return [_plain(message, f"messages[{index}]") for index, message in enumerate(messages)]
+    plain = [_plain(message, f"messages[{index}]") for index, message in enumerate(messages)]
+    _name_results(plain)
+    return plain
+
+
+def _name_results(messages: list[Message]) -> None:
+    """Some templates want to know of a result which tool gave it; clients say which call did."""
+    names: dict[str, str] = {}
+    for message in messages:
+        names |= {call["id"]: call["function"]["name"] for call in message.get("tool_calls", ())}
+        if message["role"] == "tool" and "name" not in message:
+            message["name"] = names.get(message.get("tool_call_id", ""), "")
 
 
 def _plain(message: MessageBody, path: str) -> Message:
-    if message.tool_calls or message.role in ("tool", "function"):
-        raise Unsupported("Tool calls are not supported.", param=path)
+    if message.role == "function":
+        raise Unsupported("Messages of functions are not supported; use tool.", param=path)
     plain: Message = {"role": message.role, "content": _text_of(message, f"{path}.content")}
     if message.name is not None:
         plain["name"] = message.name
+    if message.tool_call_id is not None:
+        plain["tool_call_id"] = message.tool_call_id
+    if message.tool_calls:
+        plain["tool_calls"] = earlier_calls(message, path)
     reasoning = message.reasoning_content or message.reasoning
     if reasoning is not None:
         plain["reasoning_content"] = reasoning

@@ -23,6 +23,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from cluster.errors import ConfigError, InvalidRequest, Unsupported
 from gateway.tokenizer import read_json
+from gateway.tools.formats import format_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -62,6 +63,7 @@ class ChatTemplate:
         self._special_tokens = dict(special_tokens)
         self.variables = frozenset(meta.find_undeclared_variables(syntax))
         self._knows_developer = "developer" in source
+        self.tool_format = format_of(source)
 
     @classmethod
     def from_folder(cls, folder: Path, special_tokens: Mapping[str, Any]) -> ChatTemplate | None:
@@ -79,6 +81,7 @@ class ChatTemplate:
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         variables: Mapping[str, Any] | None = None,
+        tools: Sequence[Mapping[str, Any]] = (),
     ) -> str:
         """`variables` that the template does not read have no effect.
 
@@ -92,7 +95,11 @@ class ChatTemplate:
         known = self._with_known_roles(messages)
         if continue_final_message:
             known[-1] = {**known[-1], "content": known[-1]["content"] + _TAG}
-        context: dict[str, Any] = {"tools": None, "documents": None, **self._special_tokens}
+        context: dict[str, Any] = {
+            "tools": list(tools) or None,
+            "documents": None,
+            **self._special_tokens,
+        }
         context.update(variables or {})
         context["messages"] = known
         context["add_generation_prompt"] = add_generation_prompt

@@ -18,11 +18,13 @@ from typing import TYPE_CHECKING
 
 from cluster.request import FinishReason, TokenDelta, TokenLogprobs
 from gateway.stop_strings import StopMatcher
+from gateway.tools.parser import ToolParser
 
 if TYPE_CHECKING:
     from cluster.errors import ServingError
     from gateway.request import TextRules
     from gateway.tokenizer import Tokenizer
+    from gateway.tools.formats import ToolCall
 
 
 @dataclass(slots=True)
@@ -32,11 +34,13 @@ class Piece:
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
+    calls: list[ToolCall] = field(default_factory=list)
 
     def extend(self, later: Piece) -> None:
         self.text += later.text
         self.token_ids += later.token_ids
         self.logprobs += later.logprobs
+        self.calls += later.calls
 
 
 class Choice:
@@ -47,6 +51,7 @@ class Choice:
         "_keeps_ids",
         "_matcher",
         "_min_tokens",
+        "_tools",
         "_unread",
         "error",
         "finish_reason",
@@ -74,6 +79,7 @@ class Choice:
         self._matcher = (
             StopMatcher(rules.stops, include=rules.include_stop) if rules.stops else None
         )
+        self._tools = None if rules.tool_format is None else ToolParser(rules.tool_format)
         self._min_tokens = rules.min_tokens
         self._keeps_ids = keeps_ids
         self._unread: list[TokenDelta] = []
@@ -99,7 +105,21 @@ class Choice:
             if self.is_finished:
                 break
             self._read(delta, piece)
+        if self._tools is not None and (piece.text or self.finish_reason is not None):
+            self._find_calls(self._tools, piece)
         return piece
+
+    @property
+    def num_calls(self) -> int:
+        """Of tools, so far."""
+        return 0 if self._tools is None else self._tools.num_calls
+
+    def _find_calls(self, tools: ToolParser, piece: Piece) -> None:
+        found = [tools.push(piece.text)]
+        if self.finish_reason is not None:
+            found.append(tools.flush())
+        piece.text = "".join(each.content for each in found)
+        piece.calls = [call for each in found for call in each.calls]
 
     def _read(self, delta: TokenDelta, piece: Piece) -> None:
         if delta.error is not None:

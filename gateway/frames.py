@@ -19,6 +19,7 @@ from gateway.answers import (
     ending,
     text_logprobs,
     token_id_fields,
+    tool_call,
     usage,
 )
 from gateway.choice import Piece
@@ -66,12 +67,16 @@ class Frames:
         self._null_usage = b',"usage":null' if request.stream.include_usage else b""
         self._text_tail = closing + b',"logprobs":null,"finish_reason":null}]'
         self._is_plain = not (
-            request.wants_logprobs or request.return_token_ids or request.stream.continuous_usage
+            request.wants_logprobs
+            or request.return_token_ids
+            or request.stream.continuous_usage
+            or request.text.tool_format
         )
         self._begun = [False] * len(generation.choices)
         self._has_content = [False] * len(generation.choices)
         self._held = [Piece() for _ in generation.choices]
         self._offsets = [0] * len(generation.choices)
+        self._num_calls = [0] * len(generation.choices)
 
     def render(self, choice: Choice, piece: Piece) -> bytes:
         """The frames for what is new in one choice; empty when nothing is to be shown yet."""
@@ -112,17 +117,32 @@ class Frames:
         return held
 
     def _rest(self, choice: Choice, held: Piece, *, is_over: bool) -> bytes:
-        has_content = bool(held.text) or (is_over and bool(held.token_ids))
+        has_content = bool(held.text or held.calls) or (is_over and bool(held.token_ids))
         merges_ending = is_over and not self._is_chat
         frames = b""
         if has_content or merges_ending:
             fields = self._content(choice, held)
             if merges_ending:
                 fields.update(ending(choice))
-            frames = self._frame(choice, fields)
+            if fields.keys() != {"delta"} or held.text or not held.calls:
+                frames = self._frame(choice, fields)
+            frames += self._calls(choice, held)
             self._held[choice.index] = Piece()
         if is_over and self._is_chat:
             frames += self._frame(choice, {"delta": {}, **ending(choice)})
+        return frames
+
+    def _calls(self, choice: Choice, piece: Piece) -> bytes:
+        """Two frames for each: who is called, with what."""
+        frames = b""
+        for call in piece.calls:
+            number = self._num_calls[choice.index]
+            self._num_calls[choice.index] += 1
+            whole = tool_call(call)
+            opening = {**whole, "function": {"name": call.name, "arguments": ""}}
+            for part in (opening, {"function": {"arguments": call.arguments}}):
+                delta = {"tool_calls": [{"index": number, **part}]}
+                frames += self._frame(choice, {"delta": delta})
         return frames
 
     def _content(self, choice: Choice, piece: Piece) -> dict[str, Any]:

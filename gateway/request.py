@@ -8,8 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from typing import TYPE_CHECKING
 
 from cluster.request import MAX_SEED, KVLoadFailurePolicy, SamplingParams, SequenceRequest
+
+if TYPE_CHECKING:
+    from gateway.tools.formats import ToolFormat
 
 MAX_SEQUENCES = 64
 # Far and odd, so that the second choice of seed 7 is not the first of seed 8.
@@ -42,6 +46,7 @@ class TextRules:
     include_stop: bool = False
     skip_special_tokens: bool = True
     min_tokens: int = 0  # before them no stop string counts
+    tool_format: ToolFormat | None = None  # None: no tool was offered, all text is content
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,6 +9,7 @@ from gateway.request import MAX_SEQUENCES, StreamRules, TextRules
 
 if TYPE_CHECKING:
     from gateway.schemas import ChatBody, GenerationBody
+    from gateway.tools.formats import ToolFormat
 
 
 MAX_STOPS = 16
@@ -65,12 +66,15 @@ def chat_logprobs(body: ChatBody) -> int | None:
     return body.top_logprobs or 0
 
 
-def text_rules(body: GenerationBody) -> TextRules:
+def text_rules(body: GenerationBody, tool_format: ToolFormat | None = None) -> TextRules:
+    shows_special = tool_format is not None and tool_format.is_special
+    skips = not shows_special if body.skip_special_tokens is None else body.skip_special_tokens
     return TextRules(
         stops=_checked_stops(body.stop),
         stop_token_ids=tuple(body.stop_token_ids or ()),
         include_stop=bool(body.include_stop_str_in_output),
-        skip_special_tokens=body.skip_special_tokens is not False,
+        skip_special_tokens=skips,
+        tool_format=tool_format,
         min_tokens=body.min_tokens or 0,
     )
 

@@ -14,16 +14,15 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSche
 from cluster.errors import InvalidRequest, Unsupported
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
 MAX_PROBLEMS = 10
 MAX_INPUT_CHARS = 200
 _SAYS_WHAT_IT_GOT = frozenset({"missing", "too_short", "too_long"})
 
+_TOOLS = ("tools", "tool_choice")  # of chats alone
 # What these fields ask for would change the answer, and is not built.
 _UNSUPPORTED = (
-    "tools",
-    "tool_choice",
     "functions",
     "function_call",
     "structured_outputs",
@@ -123,6 +122,7 @@ class MessageBody(Wire):
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: Annotated[Any, WithJsonSchema(_CONTENT_SCHEMA)] = None
     name: str | None = None
+    tool_call_id: str | None = None
     reasoning: str | None = None
     reasoning_content: str | None = None
     tool_calls: list[Any] | None = None
@@ -132,6 +132,8 @@ class ChatBody(GenerationBody):
     """`POST /v1/chat/completions`."""
 
     messages: list[MessageBody] = Field(min_length=1)
+    tools: list[Any] | None = None
+    tool_choice: Annotated[Any, WithJsonSchema({"type": ["string", "null"]})] = None
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
@@ -172,7 +174,7 @@ def parse_chat(fields: Mapping[str, Any]) -> ChatBody:
 
 
 def parse_completion(fields: Mapping[str, Any]) -> CompletionBody:
-    refuse_unsupported(fields)
+    refuse_unsupported(fields, (*_TOOLS, *_UNSUPPORTED))
     try:
         return CompletionBody.model_validate(fields)
     except ValidationError as error:
@@ -194,8 +196,8 @@ def parse_detokenize(fields: Mapping[str, Any]) -> DetokenizeBody:
         raise invalid(error) from error
 
 
-def refuse_unsupported(fields: Mapping[str, Any]) -> None:
-    for name in _UNSUPPORTED:
+def refuse_unsupported(fields: Mapping[str, Any], names: Sequence[str] = _UNSUPPORTED) -> None:
+    for name in names:
         if fields.get(name) not in (None, False):
             raise Unsupported(f"{name} is not supported here; leave it out.", param=name)
 

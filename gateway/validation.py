@@ -26,13 +26,15 @@ from gateway.request_rules import (
     stream_rules,
     text_rules,
 )
+from gateway.tools.bodies import offered_tools
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from gateway.chat_template import ChatTemplate, Message
     from gateway.schemas import ChatBody, CompletionBody, GenerationBody, TokenizeBody
     from gateway.tokenizer import Tokenizer
+    from gateway.tools.formats import ToolFormat
 
 DEFAULT_COMPLETION_TOKENS = 16
 MAX_STOP_TOKEN_IDS = 128
@@ -96,25 +98,43 @@ class Validator:
         budget = Budget(asked.max_model_len, "messages", max_tokens)
         if route is Route.RESPONSES:
             budget = replace(budget, unit="input", field="max_output_tokens")
+        tools = offered_tools(body.tools, body.tool_choice)
         shape = _Shape(
             route=route,
-            prompts=(Prompt(token_ids=await self.chat_token_ids(body)),),
+            prompts=(Prompt(token_ids=await self.chat_token_ids(body, tools)),),
             n=n,
             budget=budget,
             num_logprobs=chat_logprobs(body),
             echo=False,
+            tool_format=self._tool_format() if tools else None,
         )
         return self._request(body, asked, shape)
 
-    async def chat_token_ids(self, body: ChatBody | TokenizeBody) -> tuple[int, ...]:
+    async def chat_token_ids(
+        self, body: ChatBody | TokenizeBody, tools: Sequence[Mapping[str, Any]] = ()
+    ) -> tuple[int, ...]:
         """The template wrote the special tokens, so the tokenizer adds none unless asked to."""
         messages = plain_messages(body.messages or [])
-        text = await self._render(messages, body)
+        text = await self._render(messages, body, tools)
         return await self._tokenizer.encode(text, add_special_tokens=bool(body.add_special_tokens))
 
-    async def _render(self, messages: list[Message], body: ChatBody | TokenizeBody) -> str:
+    def _tool_format(self, param: str = "tools") -> ToolFormat:
+        form = None if self._template is None else self._template.tool_format
+        if form is None:
+            raise Unsupported("This model's chat template takes no tools.", param=param)
+        return form
+
+    async def _render(
+        self,
+        messages: list[Message],
+        body: ChatBody | TokenizeBody,
+        tools: Sequence[Mapping[str, Any]],
+    ) -> str:
         if self._template is None:
             raise Unsupported("This model has no chat template; use /v1/completions.")
+        for index, message in enumerate(messages):
+            if message["role"] == "tool" or "tool_calls" in message:
+                self._tool_format(f"messages[{index}]")
         continues = bool(body.continue_final_message)
         adds = body.add_generation_prompt
         render = partial(
@@ -123,6 +143,7 @@ class Validator:
             add_generation_prompt=(not continues) if adds is None else adds,
             continue_final_message=continues,
             variables=template_variables(body),
+            tools=tools,
         )
         num_chars = sum(_MESSAGE_CHARS + len(message["content"]) for message in messages)
         return await self._tokenizer.run(render, num_chars)
@@ -157,7 +178,7 @@ class Validator:
             prompts=shape.prompts,
             sampling=self._sampling(body, shape),
             n=shape.n,
-            text=text_rules(body),
+            text=text_rules(body, shape.tool_format),
             stream=stream_rules(body),
             echo=shape.echo,
             return_token_ids=bool(body.return_token_ids),
@@ -244,3 +265,4 @@ class _Shape:
     budget: Budget
     num_logprobs: int | None
     echo: bool
+    tool_format: ToolFormat | None = None

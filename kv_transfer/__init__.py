@@ -1,6 +1,6 @@
 """Moves KV from the pool of one node into that of another, by PROTOCOL.md. Where to look:
 
-both ends    agent (one in a process) over a transport, staging, pool, stats; config;
+both ends    agent (one in a process) over a transport, staging, pool, stats; config; rehearsal;
              required_transport
 what is said handshake, then protocol: frames (frame_place, digests) and a commit; failures
 sending      sending/: outgoing (pure) in sender, of a prompt; peer ships it; prefixes for others

@@ -1,0 +1,185 @@
+"""Tools of a chat: what the model is told, and what becomes of what it says."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import httpx
+import openai
+import pytest
+
+from gateway.tools.formats import HERMES, LLAMA, MISTRAL, ToolFormat, format_of
+from gateway.tools.parser import ToolParser
+from tests.gateway.model_folder import CHAT_TEMPLATE, write_model_folder
+from tests.gateway.running_gateway import RunningGateway
+from tests.gateway.test_http_edge import MODEL, error_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+TOOLS: list[Any] = [
+    {"type": "function", "function": {"name": "sum", "parameters": {"type": "object"}}}
+]
+CALL = '<tool_call>\n{"name": "sum", "arguments": {"a": 1}}\n</tool_call>'
+# The node echoes the prompt, so that a user can write what the model is to say.
+TEMPLATE = (
+    "{# <tool_call> #}{% if tools %}{{ 'T' * tools | length }}{% endif %}"
+    "{% for message in messages %}"
+    "{% for call in message.tool_calls or [] %}({{ call.function.arguments.a }}){% endfor %}"
+    "{% if message.name %}{{ message.name }}:{% endif %}"
+    "<|{{ 'user' if message.role == 'tool' else message.role }}|>{{ message.content }}<|end|>"
+    "{% endfor %}"
+)
+
+
+def parsed(form: ToolFormat, pieces: list[str]) -> tuple[str, list[tuple[str, str]]]:
+    parser = ToolParser(form)
+    found = [*(parser.push(piece) for piece in pieces), parser.flush()]
+    calls = [(call.name, call.arguments) for each in found for call in each.calls]
+    assert parser.num_calls == len(calls)
+    return "".join(each.content for each in found), calls
+
+
+@pytest.mark.parametrize(
+    ("form", "text", "content", "names"),
+    [
+        (HERMES, f"Let me see. {CALL}", "Let me see. ", ["sum"]),
+        (HERMES, f"{CALL}\n{CALL}", "", ["sum", "sum"]),
+        (HERMES, "1 < 2, <tool> and <tool_ca", "1 < 2, <tool> and <tool_ca", []),
+        (HERMES, "<tool_call>{no json}</tool_call>", "<tool_call>{no json}</tool_call>", []),
+        (HERMES, '<tool_call>{"name": "cut', '<tool_call>{"name": "cut', []),
+        (HERMES, '<tool_call>{"name": 5}</tool_call>!', '<tool_call>{"name": 5}</tool_call>!', []),
+        (MISTRAL, 'A[TOOL_CALLS] [{"name": "f", "arguments": {}}]', "A", ["f"]),
+        (MISTRAL, "[TOOL_CALLS] none", "[TOOL_CALLS] none", []),
+        (LLAMA, '{"name": "f", "parameters": {}}; {"name": "g"}', "", ["f", "g"]),
+        (LLAMA, 'See {"name": "f"}', 'See {"name": "f"}', []),
+        (LLAMA, '{"a": 1}', '{"a": 1}', []),
+        (LLAMA, "  plain", "  plain", []),
+    ],
+)
+def test_text_becomes_calls_wherever_it_is_cut(
+    form: ToolFormat, text: str, content: str, names: list[str]
+) -> None:
+    for at in range(len(text) + 1):
+        said, calls = parsed(form, [text[:at], text[at:]])
+        assert (said, [name for name, _ in calls]) == (content, names)
+    said, calls = parsed(form, list(text))
+    assert (said, [name for name, _ in calls]) == (content, names)
+
+
+def test_arguments_are_json_with_their_letters() -> None:
+    text = '<tool_call>{"name": "f", "arguments": {"city": "Köln", "n": [1, 2]}}</tool_call>'
+    assert json.loads(parsed(HERMES, [text])[1][0][1]) == {"city": "Köln", "n": [1, 2]}
+
+
+def test_a_template_tells_the_form_that_it_teaches() -> None:
+    assert format_of("{% if tools %}<tool_call>{% endif %}") is HERMES
+    assert format_of("{{ tools }}[TOOL_CALLS]") is MISTRAL
+    assert format_of("""{{ tools }}'{"name": ..., "parameters": ...}'""") is LLAMA
+    assert format_of("{{ tools }}") is None
+    assert format_of("<tool_call>") is None
+    assert format_of(CHAT_TEMPLATE) is None
+
+
+@pytest.fixture(scope="module")
+def tool_client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[openai.OpenAI]:
+    folder = write_model_folder(tmp_path_factory.mktemp("tools"))
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    running = RunningGateway(folder)
+    with openai.OpenAI(base_url=f"{running.url}/v1", api_key="x", max_retries=0) as client:
+        yield client
+    running.close()
+
+
+def ask(client: openai.OpenAI, content: str = CALL, **changes: Any) -> Any:
+    options = {"tools": TOOLS, **changes}
+    talk: Any = [{"role": "user", "content": content}]
+    return client.chat.completions.create(model=MODEL, messages=talk, **options)
+
+
+def test_a_call_is_read_by_the_client(tool_client: openai.OpenAI) -> None:
+    (choice,) = ask(tool_client).choices
+    assert choice.finish_reason == "tool_calls"
+    assert choice.message.content == "T", "that a tool was offered reached the template"
+    (call,) = choice.message.tool_calls
+    assert (call.type, call.function.name, call.function.arguments) == (
+        "function",
+        "sum",
+        '{"a": 1}',
+    )
+
+
+def test_a_streamed_call_begins_with_its_name_and_says_it_once(tool_client: openai.OpenAI) -> None:
+    chunks = [chunk.choices[0] for chunk in ask(tool_client, CALL + CALL, stream=True)]
+    assert chunks[-1].finish_reason == "tool_calls"
+    assert "".join(chunk.delta.content or "" for chunk in chunks) == "T"
+    deltas = [call for chunk in chunks for call in chunk.delta.tool_calls or []]
+    assert [delta.index for delta in deltas] == [0, 0, 1, 1]
+    for opening, rest in (deltas[:2], deltas[2:]):
+        assert (opening.type, opening.function.name, opening.function.arguments) == (
+            "function",
+            "sum",
+            "",
+        )
+        assert opening.id
+        assert (rest.id, rest.function.name, rest.function.arguments) == (None, None, '{"a": 1}')
+
+
+def test_a_call_that_is_cut_short_stays_text(tool_client: openai.OpenAI) -> None:
+    (choice,) = ask(tool_client, max_tokens=12).choices
+    assert choice.finish_reason == "length"
+    assert choice.message.tool_calls is None
+    assert "<tool_call>" in choice.message.content
+
+
+def test_without_tools_the_same_words_are_content(tool_client: openai.OpenAI) -> None:
+    for changes in ({"tools": openai.NOT_GIVEN}, {"tool_choice": "none"}):
+        (choice,) = ask(tool_client, **changes).choices
+        assert (choice.message.content, choice.finish_reason) == (CALL, "stop")
+
+
+def test_results_of_calls_go_back_to_the_template(tool_client: openai.OpenAI) -> None:
+    (asked,) = ask(tool_client).choices
+    call_id = asked.message.tool_calls[0].id
+    talk: Any = [asked.message, {"role": "tool", "tool_call_id": call_id, "content": "two"}]
+    talk[0].content = None
+    again = tool_client.chat.completions.create(model=MODEL, messages=talk)
+    assert again.choices[0].message.content == "(1)sum:two"
+
+
+@pytest.mark.parametrize(
+    ("changes", "param"),
+    [
+        ({"tools": []}, "tools"),
+        ({"tools": [{"type": "web"}]}, "tools[0].type"),
+        ({"tools": [{"type": "function", "function": {}}]}, "tools[0].function.name"),
+        (
+            {"tools": [{"type": "function", "function": {"name": "f", "strict": True}}]},
+            "tools[0].function.strict",
+        ),
+        ({"tools": TOOLS, "tool_choice": "required"}, "tool_choice"),
+        ({"tools": TOOLS, "tool_choice": {"type": "function"}}, "tool_choice"),
+        ({"tool_choice": "auto"}, "tool_choice"),
+        (
+            {"messages": [{"role": "assistant", "tool_calls": [{"function": {"arguments": "{"}}]}]},
+            "messages[0].tool_calls[0].function.arguments",
+        ),
+    ],
+)
+def test_what_tools_cannot_be_is_named(
+    tool_client: openai.OpenAI, changes: dict[str, Any], param: str
+) -> None:
+    body = {"model": MODEL, "messages": [{"role": "user", "content": "x"}], **changes}
+    refused = httpx.post(f"{tool_client.base_url}chat/completions", json=body, timeout=20)
+    assert (refused.status_code, error_of(refused)["param"]) == (400, param)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"tools": TOOLS}, {"messages": [{"role": "tool", "content": "x", "tool_call_id": "1"}]}],
+)
+def test_a_template_without_tools_refuses_them(http: httpx.Client, changes: dict[str, Any]) -> None:
+    body = {"model": MODEL, "messages": [{"role": "user", "content": "x"}], **changes}
+    refused = http.post("/v1/chat/completions", json=body)
+    assert (refused.status_code, error_of(refused)["code"]) == (400, "unsupported")
