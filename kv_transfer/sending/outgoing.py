@@ -199,12 +199,16 @@ class OutgoingTransfer:
     # ---- what the shell did ---------------------------------------------------------------
 
     def next_frame(self, max_units: int) -> FramePlan | None:
-        """The next frame of at most `max_units` layers of blocks; the shell packs it now."""
+        """The next frame of at most `max_units` layers of blocks; the shell packs it now. A few
+        layers of all blocks, if one fits: then all frames of a part name the same blocks, and what
+        was found out of these serves again."""
         if not self.has_frame:
             return None
         part = self._ready.popleft()
-        layer_end = min(part.layer_end, part.layer_start + max_units)
-        count = max(1, max_units // (part.layer_end - part.layer_start))
+        num_positions = len(part.positions)
+        num_layers = max(1, max_units // num_positions)
+        layer_end = min(part.layer_end, part.layer_start + num_layers)
+        count = -(-num_positions // -(-num_positions // max_units))  # in frames of about one size
         positions, left = part.positions[:count], part.positions[count:]
         if left:
             self._ready.appendleft(replace(part, positions=left))

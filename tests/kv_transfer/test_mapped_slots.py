@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
 
     from cluster.request import SequenceRequest
+    from kv_transfer.frame_place import FramePlace
 
     Scenario = Callable[["World"], Awaitable[None]]
 
@@ -123,6 +124,29 @@ def test_more_frames_than_slots_follow_as_slots_are_read(monkeypatch: pytest.Mon
         assert here.prefill.sender.agent.stats.frames == 3 * 8
 
     run(monkeypatch, scenario, unit_bytes=4096)
+
+
+def test_the_first_frame_is_small_and_each_next_one_twice_as_large(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def scenario(here: World) -> None:
+        sizes: list[int] = []
+        pool = here.prefill.sender.agent.pool
+        gather = pool.begin_gather
+
+        def counted(slot: torch.Tensor, frame: FramePlace, **options: Any) -> Any:
+            sizes.append(frame.num_units)
+            return gather(slot, frame, **options)
+
+        monkeypatch.setattr(pool, "begin_gather", counted)
+        monkeypatch.setattr("kv_transfer.sending.shipping.FIRST_FRAME_BYTES", 8 * 64)
+        for _ in range(2):
+            request = here.hand_off()
+            assert await here.ended(request) == ["committed", "free"]
+            assert sizes == [8, 16]
+            sizes.clear()
+
+    run(monkeypatch, scenario)
 
 
 def test_a_slot_is_not_free_before_it_was_read(monkeypatch: pytest.MonkeyPatch) -> None:

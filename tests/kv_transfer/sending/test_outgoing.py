@@ -173,13 +173,24 @@ def test_only_missing_blocks_are_sent() -> None:
     assert [(plan.positions, plan.block_ids) for plan in plans] == [((1, 3), (41, 43))]
 
 
-def test_a_slot_too_small_for_a_whole_block_carries_groups_of_layers() -> None:
-    machine = OutgoingTransfer(num_layers=5, num_blocks=2)
-    machine.ticketed(make_ticket(0, 1))
-    machine.chunk_computed(2, [7, 8], None)
-    plans = ship_all(machine, max_units=2)
-    layers = [(plan.positions[0], plan.layer_start, plan.num_layers) for plan in plans]
-    assert layers == [(0, 0, 2), (0, 2, 2), (0, 4, 1), (1, 0, 2), (1, 2, 2), (1, 4, 1)]
+@pytest.mark.parametrize(
+    ("num_blocks", "max_units", "frames"),
+    [
+        (2, 2, [((0, 1), layer, 1) for layer in range(5)]),
+        (2, 5, [((0, 1), 0, 2), ((0, 1), 2, 2), ((0, 1), 4, 1)]),
+        (2, 20, [((0, 1), 0, 5)]),
+        (6, 4, [(at, layer, 1) for at in ((0, 1, 2), (3, 4, 5)) for layer in range(5)]),
+    ],
+    ids=["a layer", "some layers", "all", "less than a layer"],
+)
+def test_a_frame_carries_layers_of_as_many_blocks_as_fit(
+    num_blocks: int, max_units: int, frames: list[object]
+) -> None:
+    machine = OutgoingTransfer(num_layers=5, num_blocks=num_blocks)
+    machine.ticketed(make_ticket(*range(num_blocks)))
+    machine.chunk_computed(num_blocks, list(range(7, 7 + num_blocks)), None)
+    plans = ship_all(machine, max_units=max_units)
+    assert [(plan.positions, plan.layer_start, plan.num_layers) for plan in plans] == frames
 
 
 def test_each_chunk_is_sent_as_soon_as_it_is_computed() -> None:
