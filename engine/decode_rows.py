@@ -31,7 +31,7 @@ class TableChange(NamedTuple):
 
     row: int
     column: int
-    block_ids: list[int]
+    block_ids: list[int] | NDArray[np.int32]
 
 
 class DecodeRows:

@@ -16,10 +16,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
+
 from engine.decode_rows import TableChange
 
 if TYPE_CHECKING:
     from collections.abc import Sequence as SequenceOf
+
+    from numpy.typing import NDArray
 
     from engine.schedule import ScheduledChunk
     from engine.sequence import Sequence
@@ -40,9 +44,16 @@ class PromptRow(NamedTuple):
     def token_id(self) -> int:
         return self.sequence.token_ids[self.end - 1]
 
-    def table(self, row: int, block_size: int) -> TableChange:
-        """The block table of this row, which is number `row`."""
-        return TableChange(row, 0, self.sequence.block_table[: -(-self.end // block_size)])
+
+def tables_of(rows: SequenceOf[PromptRow], block_size: int) -> list[TableChange]:
+    """The block table of each row, as far as it reads. All rows of a prompt have parts of one."""
+    tables: dict[Sequence, NDArray[np.int32]] = {}
+    changes = []
+    for number, (sequence, end) in enumerate(rows):
+        if sequence not in tables:
+            tables[sequence] = np.array(sequence.block_table, np.int32)
+        changes.append(TableChange(number, 0, tables[sequence][: -(-end // block_size)]))
+    return changes
 
 
 def rows_of(

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from engine.decode_rows import DecodeRows, TableChange
+from engine.prompt_rows import tables_of
 from engine.row_inputs import RowInputs
 from engine.tensor_parallel.wire import StepHeader
 
@@ -88,8 +89,7 @@ class StepRows:
         """The same of ends of prompts. The first rows draw, as the plan says."""
         num_used = len(prompt_rows)
         self._rows.overwritten(num_used)
-        changes = [row.table(i, self._block_size) for i, row in enumerate(prompt_rows)]
-        last_part = self._send_all_but_last(changes)
+        last_part = self._send_all_but_last(tables_of(prompt_rows, self._block_size))
         rows = self.inputs.next_rows()
         rows.pad(0, num_rows)
         rows.ends[:num_used] = [row.end for row in prompt_rows]

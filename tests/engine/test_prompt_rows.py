@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from engine.model_runner import ModelRunner
-from engine.prompt_rows import PromptRow, rows_of
+from engine.prompt_rows import PromptRow, rows_of, tables_of
 from engine.schedule import ScheduledChunk, ScheduleDecision
 from tests.checkpoints import FAMILIES
 from tests.sequences import BLOCK_SIZE, make_sequence
@@ -49,10 +49,13 @@ def test_each_token_is_a_row_and_those_that_draw_come_first() -> None:
 
 def test_a_row_has_its_token_and_the_blocks_up_to_it() -> None:
     chunk = chunk_of(9, 3)
-    row = PromptRow(chunk.sequence, 4)
-    assert row.token_id == 103
-    assert row.table(2, BLOCK_SIZE) == (2, 0, [0])
-    assert PromptRow(chunk.sequence, 9).table(0, BLOCK_SIZE) == (0, 0, [0, 7, 14])
+    last, first = PromptRow(chunk.sequence, 9), PromptRow(chunk.sequence, 4)
+    assert first.token_id == 103
+    tables = tables_of([last, first], BLOCK_SIZE)
+    assert [(row, column, list(ids)) for row, column, ids in tables] == [
+        (0, 0, [0, 7, 14]),
+        (1, 0, [0]),
+    ]
 
 
 def test_chunks_that_are_long_or_draw_nothing_or_read_much_are_no_rows() -> None:
