@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from cluster.errors import Cancelled, NodeUnavailable, Overloaded, ServingError, TransferFailed
+from node_parts.reserving import reserved
 
 if TYPE_CHECKING:
     from cluster.clock import Clock
@@ -90,8 +91,8 @@ class MeasuredSource:
         num_blocks, left = divmod(len(request.prompt_token_ids), self._block_manager.block_size)
         if left or not 0 < num_blocks <= measured.max_blocks:
             raise TransferFailed("This is not what was to be measured.", reason="unknown")
-        reservation = await asyncio.wrap_future(
-            self._loop.call(lambda: self._take(request.sequence_id, num_blocks))
+        reservation = await reserved(
+            self._loop, lambda: self._take(request.sequence_id, num_blocks)
         )
         if reservation is None:
             raise Overloaded("There are no spare KV blocks to measure with.", reason="no_blocks")

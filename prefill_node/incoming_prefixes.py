@@ -13,15 +13,15 @@ All methods run on the event loop.
 
 from __future__ import annotations
 
-import asyncio
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from cluster.clock import Clock, monotonic
 from cluster.errors import Cancelled, NodeUnavailable, Overloaded, ServingError, TransferFailed
+from node_parts.reserving import reserved
 
 if TYPE_CHECKING:
-    from concurrent.futures import Future
+    import asyncio
 
     from cluster.request import SequenceRequest
     from engine.block_manager import BlockManager, Reservation
@@ -95,27 +95,15 @@ class IncomingPrefixes:
         sequence, size = prefix.sequence, prefix.sequence.block_size
         hashes = sequence.block_hashes[:num_blocks]
         owner = f"fetch for {sequence.sequence_id}"
-        asking = self._loop.call(
-            lambda: self._block_manager.reserve(hashes, num_blocks * size, owner)
+        reservation = await reserved(
+            self._loop, lambda: self._block_manager.reserve(hashes, num_blocks * size, owner)
         )
-        try:
-            reservation = await asyncio.wrap_future(asking)
-        except asyncio.CancelledError:  # it may be on its way here
-            asking.add_done_callback(self._give_back)
-            raise
         if reservation is None:
             raise Overloaded("There are no blocks for a prefix.")
         self._reservations[request.sequence_id] = reservation
         prefix.num_tokens_moved = (num_blocks - reservation.num_held_blocks) * size
         prefix.reserved_at = self._clock()
         return PrefixBlocks(reservation.block_ids, reservation.num_held_blocks)
-
-    def _give_back(self, late: Future[Reservation | None]) -> None:
-        """On any thread."""
-        if not late.cancelled() and late.exception() is None:
-            reservation = late.result()
-            if reservation is not None:
-                self._loop.call(reservation.cancel)
 
     async def start(self, sequence_id: str, first_token_id: int) -> None:
         reservation = self._reservations.get(sequence_id)

@@ -12,7 +12,7 @@ import pytest
 from cluster.errors import Cancelled, NodeUnavailable, Overloaded, TransferFailed
 from decode_node.measured_source import MeasuredSource
 from engine.block_manager import BlockManager
-from tests.kv_twins import ManualClock
+from tests.kv_twins import ManualClock, until
 from tests.sequences import BLOCK_SIZE, compute, make_request, make_sequence
 
 if TYPE_CHECKING:
@@ -191,3 +191,32 @@ def test_every_other_sequence_is_the_nodes_own() -> None:
         ]  # fmt: skip
 
     run(body)
+
+
+def test_blocks_that_come_when_the_measurement_was_given_up_go_back() -> None:
+    """The engine's thread was at it already."""
+    given: list[tuple[Callable[[], Any], Future[Any]]] = []
+
+    class LateLoop:
+        def call(self, run: Callable[[], Any]) -> Future[Any]:
+            future: Future[Any] = Future()
+            future.set_running_or_notify_cancel()
+            given.append((run, future))
+            return future
+
+    async def scenario() -> None:
+        bench = Bench()
+        bench.source._loop = cast("Any", LateLoop())
+        prompt = replace(make_request(range(BLOCK_SIZE)), sequence_id="m")
+        bench.source.expect("m", 1)
+        asking = asyncio.create_task(bench.source.reserve(prompt, "d0"))
+        await until(lambda: bool(given))
+        asking.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asking
+        while given:
+            run, future = given.pop(0)
+            future.set_result(run())
+        assert bench.manager.num_free_blocks == NUM_BLOCKS
+
+    asyncio.run(scenario())

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from kv_transfer.config import KVTransferConfig
 
 ORDERS_VARIABLE = "BATON_TEST_KV_ORDERS"
+EAGER_VARIABLE = "BATON_TEST_EAGER"
 BLIND_VARIABLE = "BATON_TEST_BLIND"  # accept any digest: the control of what digests are for
 
 
@@ -56,12 +57,24 @@ def accept_any_digest() -> None:
     PiecesArrival.place = accept  # type: ignore[assignment, method-assign]
 
 
+def fetch_whatever_is_cached() -> None:
+    """Prefixes come from a peer, and out of its host memory, though a small model computes them
+    sooner."""
+    from prefill_node.fetch_estimate import FetchEstimate
+
+    FetchEstimate.is_known = lambda *_: True  # type: ignore[method-assign]
+    FetchEstimate.pays = lambda *_: True  # type: ignore[method-assign]
+    FetchEstimate.restore_seconds_per_token = lambda *_: 1.0  # type: ignore[method-assign]
+
+
 def main() -> int:
     if folder := os.environ.get(ORDERS_VARIABLE):
         spoil_links(folder)
         watch_blocks(folder)
     if os.environ.get(BLIND_VARIABLE):
         accept_any_digest()
+    if os.environ.get(EAGER_VARIABLE):
+        fetch_whatever_is_cached()
     from baton.__main__ import main as baton
 
     result: object = baton()

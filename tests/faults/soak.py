@@ -27,15 +27,21 @@ from benchmarks.results_file import machine_facts, write_section
 from tests.e2e.cluster_process import eventually
 from tests.faults.checker import hung
 from tests.faults.cluster import FaultCluster
+from tests.faults.faulty_node import EAGER_VARIABLE
 from tests.faults.leaks import await_quiescence, baseline, held_by
+from tests.faults.metrics import scrape
 from tests.faults.soak_run import AT_ONCE, MIB, NUM_TEMPLATES, Soak, answers, draw_templates, steady
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from tests.faults.leaks import Held
 
 WHOLE_WITHIN_SECONDS = 90.0
+TIERS = (
+    *("--num-gpu-blocks-override", "128", "--max-model-len", "1024"),
+    *("--kv-offloading-size", "0.02", "--fetch-prefixes"),
+)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -61,6 +67,11 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--minutes", type=float, default=5.0, help="of load, for each seed")
     made.add_argument("--seed", type=int, nargs="+", default=[1])
     made.add_argument("--policy", choices=("fail", "recompute"), default="recompute")
+    made.add_argument(
+        "--tiers",
+        action="store_true",
+        help="small pools with host memory below them, and prefixes fetched from peers",
+    )
     made.add_argument(
         "--history", type=Path, help="write what happened to PATH.SEED.jsonl and .log"
     )
@@ -92,8 +103,10 @@ def run_seed(seed: int, options: argparse.Namespace) -> Report:
             *("--prefill", "2", "--decode", "2", "--dtype", "float32", "--lease-seconds", "3"),
             *("--max-num-batched-tokens", "128", "--max-recomputes", "16"),
             *("--kv-load-failure-policy", options.policy, "--stream-recovery"),
+            *(TIERS if options.tiers else ()),
             seed=seed,
             num_gateways=2,
+            env={EAGER_VARIABLE: "1"} if options.tiers else None,
             kv_orders=folder,
         )
         try:
@@ -113,6 +126,8 @@ def soak(cluster: FaultCluster, folder: Path, seed: int, options: argparse.Names
     )
     running.run(options.minutes)
     eventually(cluster.is_whole, WHOLE_WITHIN_SECONDS)
+    if options.tiers:
+        running.problems += list(unused_tiers(cluster))
     if answers(cluster, templates) != oracle:
         running.problems.append("after all was healed the answers are not the oracle's")
     leaks = await_quiescence(cluster, before)
@@ -124,6 +139,20 @@ def soak(cluster: FaultCluster, folder: Path, seed: int, options: argparse.Names
     report = report_of(running, options.minutes, leaks, grown(cluster, before))
     print(said(report), flush=True)
     return report
+
+
+def unused_tiers(cluster: FaultCluster) -> Iterator[str]:
+    """What was to be disturbed, and did not take place."""
+    told = [scrape(cluster.metrics_address(name)) for name in cluster.node_names]
+    for what, name in (
+        ("was fetched", "baton_prefix_fetched_tokens_total"),
+        ("was read from host memory", "baton_host_kv_bytes_total"),
+        ("came from there for a peer", "baton_host_kv_given_blocks_total"),
+    ):
+        num = sum(each.value(name) for each in told)
+        print(f"{what}: {num:.0f}")
+        if not num:
+            yield f"nothing {what}"
 
 
 def grown(cluster: FaultCluster, before: dict[str, Held]) -> int:

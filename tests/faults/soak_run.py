@@ -135,7 +135,8 @@ class Soak:
         Order(spoil=spoil, seconds=1.0, bytes_per_second=0.5 * MIB).write(folder)
         self.nemesis.note(f"{spoil} at {name}")
         try:
-            verify(lambda: shots_done(folder) > 0, "no frame came to be spoiled")
+            # At that rate a large frame takes long.
+            verify(lambda: shots_done(folder) > 0, "no frame came to be spoiled", seconds=30.0)
         finally:
             withdraw(folder)
 

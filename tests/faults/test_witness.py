@@ -45,7 +45,7 @@ WRAPPED = {
     TransferPool: ("begin_scatter",),
     PiecesArrival: ("receive", "place"),
     BlockManager: ("_allocate_first", "mark_computed", "free"),
-    LentBlocks: ("hand_over",),
+    LentBlocks: ("cache", "hand_over"),
 }
 
 

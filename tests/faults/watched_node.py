@@ -15,7 +15,7 @@ from tests.faults.witness import BlockBooks, TransferBooks, Witness
 
 if TYPE_CHECKING:
     import asyncio
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
     from pathlib import Path
 
     from engine.reservation import Reservation
@@ -100,6 +100,7 @@ def _watch_writes(books: TransferBooks) -> None:
 
 def _watch_blocks(books: BlockBooks) -> None:
     allocate, hand_over = BlockManager._allocate_first, LentBlocks.hand_over
+    cache = LentBlocks.cache
     mark_computed, free = BlockManager.mark_computed, BlockManager.free
 
     @wraps(allocate)
@@ -116,6 +117,11 @@ def _watch_blocks(books: BlockBooks) -> None:
         hand_over(self, reservation, sequence, num_tokens)
         books.hit(sequence, reservation.block_ids[: reservation.num_held_blocks])
 
+    @wraps(cache)
+    def cached(self: LentBlocks, reservation: Reservation, block_hashes: Iterable[Any]) -> None:
+        cache(self, reservation, block_hashes)
+        books.given(reservation.block_ids[reservation.num_held_blocks :])
+
     @wraps(mark_computed)
     def marked(self: BlockManager, sequence: EngineSequence) -> None:
         first = sequence.num_registered_blocks
@@ -128,6 +134,7 @@ def _watch_blocks(books: BlockBooks) -> None:
         free(self, sequence)
 
     BlockManager._allocate_first = allocated  # type: ignore[assignment, method-assign]
+    LentBlocks.cache = cached  # type: ignore[method-assign]
     LentBlocks.hand_over = handed_over  # type: ignore[assignment, method-assign]
     BlockManager.mark_computed = marked  # type: ignore[method-assign]
     BlockManager.free = freed  # type: ignore[method-assign]

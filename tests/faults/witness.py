@@ -184,6 +184,11 @@ class BlockBooks:
         for block_id in sequence.block_table[first : sequence.num_registered_blocks]:
             self._salts[block_id] = sequence.request.cache_salt
 
+    def given(self, block_ids: Iterable[int]) -> None:
+        """They went to the cache without a sequence: whose they were before counts for nothing."""
+        for block_id in block_ids:
+            self._salts.pop(block_id, None)
+
     def hit(self, sequence: EngineSequence, block_ids: Iterable[int]) -> None:
         salt = sequence.request.cache_salt
         for block_id in block_ids:

@@ -1,0 +1,34 @@
+"""Reservations that are made on the engine's thread, for who may be gone when they are there."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from concurrent.futures import Future
+
+    from engine.block_manager import Reservation
+    from engine.loop import EngineLoop
+
+
+async def reserved(
+    loop: EngineLoop, reserve: Callable[[], Reservation | None]
+) -> Reservation | None:
+    """What `reserve` gives. A caller that is cancelled meanwhile has nothing reserved."""
+    asking = loop.call(reserve)
+    try:
+        return await asyncio.wrap_future(asking)
+    except asyncio.CancelledError:  # it may be on its way here
+        asking.add_done_callback(lambda late: _give_back(loop, late))
+        raise
+
+
+def _give_back(loop: EngineLoop, late: Future[Reservation | None]) -> None:
+    """On any thread."""
+    if late.cancelled() or late.exception() is not None:
+        return
+    reservation = late.result()
+    if reservation is not None:
+        loop.call(reservation.cancel)
