@@ -7,7 +7,7 @@ the same as leaving a field out. Fields that are known and not served yet are re
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema
 
@@ -66,6 +66,9 @@ _CONTENT_SCHEMA = {
 
 class Wire(BaseModel):
     model_config = ConfigDict(strict=True, extra="ignore", protected_namespaces=())
+
+
+W = TypeVar("W", bound=Wire)
 
 
 class StreamOptions(Wire):
@@ -167,33 +170,29 @@ class DetokenizeBody(Wire):
 
 def parse_chat(fields: Mapping[str, Any]) -> ChatBody:
     refuse_unsupported(fields)
-    try:
-        return ChatBody.model_validate(fields)
-    except ValidationError as error:
-        raise invalid(error) from error
+    return valid(ChatBody, fields)
 
 
 def parse_completion(fields: Mapping[str, Any]) -> CompletionBody:
     refuse_unsupported(fields, (*_TOOLS, *_UNSUPPORTED))
-    try:
-        return CompletionBody.model_validate(fields)
-    except ValidationError as error:
-        raise invalid(error) from error
+    return valid(CompletionBody, fields)
 
 
 def parse_tokenize(fields: Mapping[str, Any]) -> TokenizeBody:
     refuse_unsupported(fields)
-    try:
-        return TokenizeBody.model_validate(fields)
-    except ValidationError as error:
-        raise invalid(error) from error
+    return valid(TokenizeBody, fields)
 
 
 def parse_detokenize(fields: Mapping[str, Any]) -> DetokenizeBody:
+    return valid(DetokenizeBody, fields)
+
+
+def valid(kind: type[W], fields: object, path: str = "") -> W:
+    """`fields` as a `kind`; `path` says where they stand in the body. Raises `InvalidRequest`."""
     try:
-        return DetokenizeBody.model_validate(fields)
+        return kind.model_validate(fields)
     except ValidationError as error:
-        raise invalid(error) from error
+        raise invalid(error, path) from error
 
 
 def refuse_unsupported(fields: Mapping[str, Any], names: Sequence[str] = _UNSUPPORTED) -> None:
@@ -202,9 +201,11 @@ def refuse_unsupported(fields: Mapping[str, Any], names: Sequence[str] = _UNSUPP
             raise Unsupported(f"{name} is not supported here; leave it out.", param=name)
 
 
-def invalid(error: ValidationError) -> InvalidRequest:
+def invalid(error: ValidationError, path: str = "") -> InvalidRequest:
     """Pydantic's findings in one message, bounded; `param` is the path of the first."""
     problems = error.errors(include_url=False, include_context=False)
+    for problem in problems:
+        problem["loc"] = (path, *problem["loc"]) if path else problem["loc"]
     lines = [_problem(problem) for problem in problems[:MAX_PROBLEMS]]
     if len(problems) > MAX_PROBLEMS:
         lines.append(f"and {len(problems) - MAX_PROBLEMS} more")

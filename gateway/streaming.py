@@ -88,9 +88,9 @@ def _frames(generation: Generation, token_bytes: TokenBytes) -> AnswerFrames:
 
 def _whole(generation: Generation, pieces: list[Piece], token_bytes: TokenBytes) -> dict[str, Any]:
     if generation.request.route is Route.RESPONSES:
-        return response_object(generation, pieces[0].text)
+        return response_object(generation, pieces[0])
     if generation.request.route is Route.MESSAGES:
-        return message_object(generation, pieces[0].text)
+        return message_object(generation, pieces[0])
     return whole_answer(generation, pieces, token_bytes)
 
 

@@ -4,5 +4,5 @@ responses    OpenAI's Responses: responses_body -> chat; responses_frames
 messages     Anthropic's Messages: messages_body -> chat; messages_frames; messages_errors
 both         contents (read alike), events (written alike)
 
-Text alone: what asks for tools, images or stored conversations is refused by name.
+Text and calls of tools: what asks for images or stored conversations is refused by name.
 """

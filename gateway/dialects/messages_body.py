@@ -1,23 +1,24 @@
-"""`POST /v1/messages` and `/v1/messages/count_tokens`: Anthropic's bodies as a chat. Text alone.
+"""`POST /v1/messages` and `/v1/messages/count_tokens`: Anthropic's bodies as a chat.
 
-A conversation that ends with the assistant's words is continued there, as Anthropic does.
+A conversation that ends with the assistant's words is continued there, as Anthropic does. Blocks
+`tool_use` become calls of the assistant, blocks `tool_result` messages of tools.
 """
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, WithJsonSchema
+from pydantic import Field, WithJsonSchema
 
+from cluster.errors import Unsupported
 from gateway.dialects.contents import refuse, text_of
-from gateway.schemas import ChatBody, Wire, invalid
+from gateway.schemas import ChatBody, Wire, valid
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
 _HARMLESS: dict[str, tuple[object, ...]] = {
-    "tools": ([],),
-    "tool_choice": ({"type": "none"},),
     "thinking": ({"type": "disabled"},),
     "output_config": ({},),
     "mcp_servers": ([],),
@@ -26,12 +27,38 @@ _HARMLESS: dict[str, tuple[object, ...]] = {
 }
 _CONTENT_SCHEMA = {"type": ["string", "array"]}
 _TEXTS = frozenset({"text"})
-_THOUGHTS = frozenset({"thinking", "redacted_thinking"})
+_NO_WORDS = frozenset({"thinking", "redacted_thinking", "tool_use", "tool_result"})
+Json = dict[str, Any]
 
 
 class MessageOfConversation(Wire):
     role: Literal["user", "assistant", "system"]
     content: Annotated[Any, WithJsonSchema(_CONTENT_SCHEMA)]
+
+
+class Tool(Wire):
+    type: str | None = None
+    name: str
+    description: str | None = None
+    input_schema: Json | None = None
+
+
+class ToolChoice(Wire):
+    type: str
+    disable_parallel_tool_use: bool | None = None
+
+
+class ToolUse(Wire):
+    type: Literal["tool_use"]
+    id: str
+    name: str
+    input: Json
+
+
+class ToolResult(Wire):
+    type: Literal["tool_result"]
+    tool_use_id: str
+    content: Any = ""
 
 
 class CountTokensBody(Wire):
@@ -40,6 +67,8 @@ class CountTokensBody(Wire):
     model: str | None = None
     messages: list[MessageOfConversation] = Field(min_length=1)
     system: Annotated[Any, WithJsonSchema(_CONTENT_SCHEMA)] = None
+    tools: list[Tool] | None = None
+    tool_choice: ToolChoice | None = None
 
 
 class MessagesBody(CountTokensBody):
@@ -55,10 +84,7 @@ class MessagesBody(CountTokensBody):
 
 def parse_messages(fields: Mapping[str, Any]) -> ChatBody:
     refuse(fields, _HARMLESS)
-    try:
-        body = MessagesBody.model_validate(fields)
-    except ValidationError as error:
-        raise invalid(error) from error
+    body = valid(MessagesBody, fields)
     sampling = {
         "max_tokens": body.max_tokens,
         "stop": body.stop_sequences,
@@ -72,29 +98,78 @@ def parse_messages(fields: Mapping[str, Any]) -> ChatBody:
 
 def parse_count_tokens(fields: Mapping[str, Any]) -> ChatBody:
     refuse(fields, _HARMLESS)
-    try:
-        body = CountTokensBody.model_validate(fields)
-    except ValidationError as error:
-        raise invalid(error) from error
-    return _as_chat(body, {})
+    return _as_chat(valid(CountTokensBody, fields), {})
 
 
-def _as_chat(body: CountTokensBody, sampling: dict[str, Any]) -> ChatBody:
-    messages = [
-        {"role": one.role, "content": _text(one.content, f"messages[{index}].content")}
-        for index, one in enumerate(body.messages)
-    ]
+def _as_chat(body: CountTokensBody, sampling: Json) -> ChatBody:
+    messages: list[Json] = []
     if body.system is not None:
-        messages.insert(0, {"role": "system", "content": _text(body.system, "system")})
+        messages.append({"role": "system", "content": _text(body.system, "system")})
+    for index, one in enumerate(body.messages):
+        messages += _messages(one, f"messages[{index}].content")
     return ChatBody.model_validate(
         {
             "model": body.model,
             "messages": messages,
             "continue_final_message": body.messages[-1].role == "assistant",
+            "tools": [_tool(tool, f"tools[{i}]") for i, tool in enumerate(body.tools or [])]
+            or None,
+            "tool_choice": _choice(body.tool_choice),
             **sampling,
         }
     )
 
 
+def _messages(one: MessageOfConversation, path: str) -> list[Json]:
+    """Results of tools come before the words of the same turn."""
+    blocks = one.content if isinstance(one.content, list) else []
+    placed = [(block, f"{path}[{index}]") for index, block in enumerate(blocks)]
+    uses = [valid(ToolUse, block, at) for block, at in placed if _is(block, "tool_use")]
+    results = [
+        (valid(ToolResult, block, at), at) for block, at in placed if _is(block, "tool_result")
+    ]
+    words: Json = {"role": one.role, "content": _text(one.content, path)}
+    if uses:
+        words["tool_calls"] = [_call(use) for use in uses]
+    told = [
+        {
+            "role": "tool",
+            "tool_call_id": result.tool_use_id,
+            "content": _text(result.content, f"{at}.content"),
+        }
+        for result, at in results
+    ]
+    return told + ([words] if words["content"] or uses or not results else [])
+
+
+def _is(block: object, kind: str) -> bool:
+    return isinstance(block, dict) and block.get("type") == kind
+
+
+def _call(use: ToolUse) -> Json:
+    function = {"name": use.name, "arguments": json.dumps(use.input, ensure_ascii=False)}
+    return {"id": use.id, "type": "function", "function": function}
+
+
+def _tool(tool: Tool, path: str) -> Json:
+    if tool.type not in (None, "custom"):
+        raise Unsupported("Only tools of the client are supported.", param=f"{path}.type")
+    function: Json = {"name": tool.name, "parameters": tool.input_schema or {"type": "object"}}
+    if tool.description is not None:
+        function["description"] = tool.description
+    return {"type": "function", "function": function}
+
+
+def _choice(choice: ToolChoice | None) -> str | None:
+    if choice is None:
+        return None
+    if choice.disable_parallel_tool_use and choice.type != "none":
+        raise Unsupported(
+            "disable_parallel_tool_use is not supported here; leave it out.",
+            param="tool_choice.disable_parallel_tool_use",
+        )
+    return choice.type
+
+
 def _text(content: object, path: str) -> str:
-    return text_of(content, path, texts=_TEXTS, skipped=_THOUGHTS)
+    return text_of(content, path, texts=_TEXTS, skipped=_NO_WORDS)

@@ -1,24 +1,22 @@
 """`POST /v1/responses`: its body as a chat.
 
-Nothing is stored, so each request brings all of its input. Text in, text out.
+Nothing is stored, so each request brings all of its input: messages, calls and their outputs.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import ValidationError, WithJsonSchema
+from pydantic import WithJsonSchema
 
 from cluster.errors import InvalidRequest, Unsupported
 from gateway.dialects.contents import refuse, text_of
-from gateway.schemas import ChatBody, Wire, invalid
+from gateway.schemas import ChatBody, Wire, valid
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
 _HARMLESS: dict[str, tuple[object, ...]] = {
-    "tools": ([],),
-    "tool_choice": ("auto", "none"),
     "previous_response_id": (),
     "conversation": (),
     "prompt": (),
@@ -29,6 +27,7 @@ _HARMLESS: dict[str, tuple[object, ...]] = {
     "top_logprobs": (0,),
 }
 _TEXTS = frozenset({"input_text", "output_text", "text"})
+Json = dict[str, Any]
 _ROLES = ("system", "developer", "user", "assistant")
 
 
@@ -44,6 +43,29 @@ class TextOptions(Wire):
     format: TextFormat | None = None
 
 
+class Tool(Wire):
+    type: str
+    name: str | None = None
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class FunctionCall(Wire):
+    """A call of an earlier turn, as it was answered."""
+
+    type: Literal["function_call"]
+    call_id: str
+    name: str
+    arguments: str
+
+
+class FunctionCallOutput(Wire):
+    type: Literal["function_call_output"]
+    call_id: str
+    output: Any
+
+
 class ResponsesBody(Wire):
     """`POST /v1/responses`."""
 
@@ -56,17 +78,22 @@ class ResponsesBody(Wire):
     stream: bool | None = None
     reasoning: Reasoning | None = None
     text: TextOptions | None = None
+    tools: list[Tool] | None = None
+    tool_choice: Annotated[Any, WithJsonSchema({"type": ["string", "null"]})] = None
 
 
 def parse_responses(fields: Mapping[str, Any]) -> ChatBody:
     refuse(fields, _HARMLESS)
-    try:
-        body = ResponsesBody.model_validate(fields)
-    except ValidationError as error:
-        raise invalid(error) from error
+    body = valid(ResponsesBody, fields)
     if body.text is not None and body.text.format is not None and body.text.format.type != "text":
         raise Unsupported("Only text.format text is supported.", param="text.format.type")
     return _as_chat(body)
+
+
+def _call(call: FunctionCall) -> Json:
+    function = {"name": call.name, "arguments": call.arguments}
+    one = {"id": call.call_id, "type": "function", "function": function}
+    return {"role": "assistant", "content": "", "tool_calls": [one]}
 
 
 def _as_chat(body: ResponsesBody) -> ChatBody:
@@ -82,23 +109,49 @@ def _as_chat(body: ResponsesBody) -> ChatBody:
             "top_p": body.top_p,
             "stream": body.stream,
             "reasoning_effort": body.reasoning.effort if body.reasoning else None,
+            "tools": [_tool(tool, f"tools[{i}]") for i, tool in enumerate(body.tools or [])]
+            or None,
+            "tool_choice": body.tool_choice if body.tools else None,
         }
     )
 
 
-def _messages(given: object) -> list[dict[str, str]]:
+def _tool(tool: Tool, path: str) -> Json:
+    """As a chat describes it. What is wrong with it is said there."""
+    if tool.type != "function" or tool.name is None:
+        raise Unsupported("Only named functions are supported.", param=f"{path}.type")
+    function = tool.model_dump(exclude={"type"}, exclude_none=True)
+    return {"type": "function", "function": function}
+
+
+def _messages(given: object) -> list[Json]:
     if isinstance(given, str):
         return [{"role": "user", "content": given}]
     if not isinstance(given, list) or not given:
         raise InvalidRequest("input must be text or a list of messages.", param="input")
-    return [_message(item, f"input[{index}]") for index, item in enumerate(given)]
+    messages: list[Json] = []
+    for index, item in enumerate(given):
+        message = _message(item, f"input[{index}]")
+        if "tool_calls" in message and messages and messages[-1]["role"] == "assistant":
+            calls = messages[-1].setdefault("tool_calls", [])
+            calls += message["tool_calls"]
+        else:
+            messages.append(message)
+    return messages
 
 
-def _message(item: object, path: str) -> dict[str, str]:
+def _message(item: object, path: str) -> Json:
     if not isinstance(item, dict):
         raise InvalidRequest(f"{path} must be an object.", param=path)
-    if item.get("type", "message") != "message":
-        raise Unsupported("Only messages are supported as input.", param=f"{path}.type")
+    kind = item.get("type", "message")
+    if kind == "function_call":
+        return _call(valid(FunctionCall, item, path))
+    if kind == "function_call_output":
+        given = valid(FunctionCallOutput, item, path)
+        output = text_of(given.output, f"{path}.output", texts=_TEXTS)
+        return {"role": "tool", "tool_call_id": given.call_id, "content": output}
+    if kind != "message":
+        raise Unsupported("Only messages and calls are supported here.", param=f"{path}.type")
     role = item.get("role")
     if role not in _ROLES:
         raise InvalidRequest(

@@ -1,8 +1,8 @@
 """A choice as an object of OpenAI's Responses, whole or as events.
 
-A stream: `created`, `in_progress`, the item and its part are opened with the first token; deltas;
-then all that was opened is closed, each with the whole text; `completed` or `incomplete` is last.
-An error in between is an `error` event and `response.failed`.
+A stream: `created` and `in_progress` come with the first token; then items, each opened, filled and
+closed: a message as its text comes, a call of a tool at once; `completed` or `incomplete` is last,
+with all that was streamed. An error in between is an `error` event and `response.failed`.
 """
 
 from __future__ import annotations
@@ -17,22 +17,17 @@ if TYPE_CHECKING:
     from cluster.errors import ServingError
     from gateway.choice import Choice, Piece
     from gateway.generation import Generation
+    from gateway.tools.formats import ToolCall
 
 Json = dict[str, Any]
-PLACE = {"output_index": 0, "content_index": 0}
 
 
-def response_object(generation: Generation, text: str) -> Json:
-    """The whole answer."""
-    (choice,) = generation.choices
-    is_cut = choice.finish_reason is FinishReason.LENGTH
-    status = "incomplete" if is_cut else "completed"
-    return {
-        **_head(generation, status),
-        "incomplete_details": {"reason": "max_output_tokens"} if is_cut else None,
-        "output": [_item(generation, status, [_part(text)])],
-        "usage": _usage(generation),
-    }
+def response_object(generation: Generation, piece: Piece) -> Json:
+    """The whole answer: what its stream would end with."""
+    frames = ResponsesFrames(generation)
+    frames.render(generation.choices[0], piece)
+    frames.last()
+    return frames.whole()
 
 
 def _head(generation: Generation, status: str) -> Json:
@@ -46,28 +41,13 @@ def _head(generation: Generation, status: str) -> Json:
         "incomplete_details": None,
         "model": request.model,
         "output": [],
-        "parallel_tool_calls": False,
-        "tool_choice": "none",
+        "parallel_tool_calls": True,
+        "tool_choice": "auto",
         "tools": [],
         "truncation": "disabled",
         "store": False,
         "usage": None,
     }
-
-
-def _item(generation: Generation, status: str, content: list[Json]) -> Json:
-    name = _item_id(generation)
-    return {
-        "id": name,
-        "type": "message",
-        "status": status,
-        "role": "assistant",
-        "content": content,
-    }
-
-
-def _item_id(generation: Generation) -> str:
-    return f"msg_{generation.request.request_id}"
 
 
 def _part(text: str) -> Json:
@@ -90,53 +70,122 @@ class ResponsesFrames:
 
     def __init__(self, generation: Generation) -> None:
         self._generation = generation
-        self._text = ""
         self._number = 0
         self._has_begun = False
+        self._output: list[Json] = []  # the items that are closed
+        self._text: str | None = None  # of the message that is open
 
     def render(self, choice: Choice, piece: Piece) -> bytes:
         frames = b""
         if not self._has_begun and (choice.num_output_tokens > 0 or choice.is_finished):
             self._has_begun = True
-            frames = self._opening()
+            head = {"response": _head(self._generation, "in_progress")}
+            frames = self._event("created", head) + self._event("in_progress", head)
         if piece.text:
-            self._text += piece.text
-            delta = {**self._part_place(), "delta": piece.text, "logprobs": []}
-            frames += self._event("output_text.delta", delta)
+            frames += self._say(piece.text)
+        for call in piece.calls:
+            frames += self._close_message() + self._call(call)
         return frames
 
     def last(self) -> bytes:
-        whole = response_object(self._generation, self._text)
-        place, (item,) = self._part_place(), whole["output"]
-        return (
-            self._event("output_text.done", {**place, "text": self._text, "logprobs": []})
-            + self._event("content_part.done", {**place, "part": _part(self._text)})
-            + self._event("output_item.done", {"output_index": 0, "item": item})
-            + self._event(whole["status"], {"response": whole})
-        )
+        nothing = b"" if self._output or self._text is not None else self._say("")
+        closing = nothing + self._close_message()
+        return closing + self._event(self._status, {"response": self.whole()})
 
     def error(self, error: ServingError) -> bytes:
         said = {"code": error.code, "message": error.message}
-        failed = {**_head(self._generation, "failed"), "error": said}
+        failed = {**_head(self._generation, "failed"), "error": said, "output": self._output}
         number = self._next_number()
         told = {"type": "error", **said, "param": error.param, "sequence_number": number}
         return event(told) + self._event("failed", {"response": failed})
 
-    def _opening(self) -> bytes:
-        head = {"response": _head(self._generation, "in_progress")}
-        item = _item(self._generation, "in_progress", [])
-        return (
-            self._event("created", head)
-            + self._event("in_progress", head)
-            + self._event("output_item.added", {"output_index": 0, "item": item})
-            + self._event("content_part.added", {**self._part_place(), "part": _part("")})
-        )
+    def whole(self) -> Json:
+        """After `last`."""
+        is_cut = self._status == "incomplete"
+        return {
+            **_head(self._generation, self._status),
+            "incomplete_details": {"reason": "max_output_tokens"} if is_cut else None,
+            "output": self._output,
+            "usage": _usage(self._generation),
+        }
 
-    def _part_place(self) -> Json:
-        return {"item_id": _item_id(self._generation), **PLACE}
+    @property
+    def _status(self) -> str:
+        (choice,) = self._generation.choices
+        return "incomplete" if choice.finish_reason is FinishReason.LENGTH else "completed"
+
+    # ---- items ---------------------------------------------------------------------------
+
+    def _say(self, text: str) -> bytes:
+        frames = b""
+        if self._text is None:
+            self._text = ""
+            frames = self._item_event("output_item.added", item=self._message("in_progress", []))
+            frames += self._part_event("content_part.added", part=_part(""))
+        self._text += text
+        if not text:
+            return frames
+        return frames + self._part_event("output_text.delta", delta=text, logprobs=[])
+
+    def _close_message(self) -> bytes:
+        if self._text is None:
+            return b""
+        text, part = self._text, _part(self._text)
+        item = self._message(self._status, [part])
+        frames = (
+            self._part_event("output_text.done", text=text, logprobs=[])
+            + self._part_event("content_part.done", part=part)
+            + self._item_event("output_item.done", item=item)
+        )
+        self._output.append(item)
+        self._text = None
+        return frames
+
+    def _call(self, call: ToolCall) -> bytes:
+        item = {
+            "id": f"fc_{call.id}",
+            "type": "function_call",
+            "status": "completed",
+            "call_id": call.id,
+            "name": call.name,
+            "arguments": call.arguments,
+        }
+        opened = {**item, "status": "in_progress", "arguments": ""}
+        name, arguments = {"item_id": item["id"]}, call.arguments
+        frames = (
+            self._item_event("output_item.added", item=opened)
+            + self._item_event("function_call_arguments.delta", **name, delta=arguments)
+            + self._item_event("function_call_arguments.done", **name, arguments=arguments)
+            + self._item_event("output_item.done", item=item)
+        )
+        self._output.append(item)
+        return frames
+
+    def _message(self, status: str, content: list[Json]) -> Json:
+        return {
+            "id": self._message_id,
+            "type": "message",
+            "status": status,
+            "role": "assistant",
+            "content": content,
+        }
+
+    @property
+    def _message_id(self) -> str:
+        return f"msg_{self._generation.request.request_id}_{len(self._output)}"
+
+    # ---- events --------------------------------------------------------------------------
+
+    def _part_event(self, name: str, **fields: Any) -> bytes:
+        return self._item_event(name, item_id=self._message_id, content_index=0, **fields)
+
+    def _item_event(self, name: str, **fields: Any) -> bytes:
+        """Of the item that is open."""
+        return self._event(name, {"output_index": len(self._output), **fields})
 
     def _event(self, name: str, fields: Json) -> bytes:
-        return event({"type": f"response.{name}", "sequence_number": self._next_number(), **fields})
+        number = self._next_number()
+        return event({"type": f"response.{name}", "sequence_number": number, **fields})
 
     def _next_number(self) -> int:
         self._number += 1

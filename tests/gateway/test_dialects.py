@@ -113,15 +113,15 @@ def test_a_response_that_fails_midway_says_so_last(
 @pytest.mark.parametrize(
     ("changes", "param"),
     [
-        ({"tools": [{"type": "web_search"}]}, "tools"),
-        ({"tool_choice": "required"}, "tool_choice"),
+        ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
         ({"previous_response_id": "resp_1"}, "previous_response_id"),
         ({"store": True}, "store"),
         ({"background": True}, "background"),
         ({"text": {"format": {"type": "json_object"}}}, "text.format.type"),
         ({"input": []}, "input"),
         ({"input": None}, "input"),
-        ({"input": [{"type": "function_call_output"}]}, "input[0].type"),
+        ({"input": [{"type": "item_reference"}]}, "input[0].type"),
+        ({"input": [{"type": "function_call_output"}]}, "input[0].call_id"),
         ({"input": [{"role": "robot", "content": "x"}]}, "input[0].role"),
         (
             {"input": [{"role": "user", "content": [{"type": "input_image"}]}]},
@@ -214,7 +214,7 @@ def test_thoughts_of_earlier_turns_are_left_out(http: httpx.Client) -> None:
 @pytest.mark.parametrize(
     ("changes", "status", "kind"),
     [
-        ({"tools": [{"name": "f"}]}, 400, "invalid_request_error"),
+        ({"tools": [{"name": "f", "type": "bash_20250124"}]}, 400, "invalid_request_error"),
         ({"thinking": {"type": "enabled", "budget_tokens": 1024}}, 400, "invalid_request_error"),
         ({"max_tokens": None}, 400, "invalid_request_error"),
         ({"max_tokens": 5000}, 400, "invalid_request_error"),

@@ -1,0 +1,171 @@
+"""Tools of Responses and Messages: calls out, results in, as their clients write and read them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import httpx
+import pytest
+
+from tests.gateway.model_folder import write_model_folder
+from tests.gateway.running_gateway import RunningGateway
+from tests.gateway.test_dialects import events_of
+from tests.gateway.test_http_edge import MODEL
+from tests.gateway.test_tools import CALL, TEMPLATE
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+Json = dict[str, Any]
+SCHEMA = {"type": "object"}
+
+
+@pytest.fixture(scope="module")
+def http(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
+    folder = write_model_folder(tmp_path_factory.mktemp("tools"))
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    running = RunningGateway(folder)
+    with httpx.Client(base_url=running.url, timeout=20) as client:
+        yield client
+    running.close()
+
+
+def message_body(**changes: Any) -> Json:
+    return {
+        "model": MODEL,
+        "max_tokens": 200,
+        "messages": [{"role": "user", "content": CALL}],
+        "tools": [{"name": "sum", "input_schema": SCHEMA}],
+        **changes,
+    }
+
+
+def response_body(**changes: Any) -> Json:
+    tool = {"type": "function", "name": "sum", "parameters": SCHEMA}
+    return {"model": MODEL, "input": CALL, "tools": [tool], **changes}
+
+
+# ---- Messages --------------------------------------------------------------------------------
+
+
+def test_a_message_holds_its_call_as_a_block(http: httpx.Client) -> None:
+    answer = http.post("/v1/messages", json=message_body()).json()
+    text, use = answer["content"]
+    assert text == {"type": "text", "text": "T"}
+    assert (use["type"], use["name"], use["input"]) == ("tool_use", "sum", {"a": 1})
+    assert answer["stop_reason"] == "tool_use"
+
+
+def test_a_streamed_message_opens_and_closes_one_block_at_a_time(http: httpx.Client) -> None:
+    body = message_body(messages=[{"role": "user", "content": CALL + CALL}])
+    events = events_of(http, "/v1/messages", body)
+    blocks = [event for event in events if event["type"].startswith("content_block")]
+    assert [event["index"] for event in blocks] == sorted(event["index"] for event in blocks)
+    for index, kind in enumerate(("text", "tool_use", "tool_use")):
+        own = [event for event in blocks if event["index"] == index]
+        assert own[0]["content_block"]["type"] == kind
+        assert [event["type"] for event in own[1:]] == ["content_block_delta", "content_block_stop"]
+    deltas = [event["delta"] for event in blocks if "delta" in event]
+    assert [delta.get("partial_json") for delta in deltas] == [None, '{"a": 1}', '{"a": 1}']
+    assert events[-2]["delta"]["stop_reason"] == "tool_use"
+
+
+def test_results_of_a_message_go_back_before_its_words(http: httpx.Client) -> None:
+    use = {"type": "tool_use", "id": "call_1", "name": "sum", "input": {"a": 1}}
+    result = {
+        "type": "tool_result",
+        "tool_use_id": "call_1",
+        "content": [{"type": "text", "text": "two"}],
+    }
+    words = {"type": "text", "text": " and?"}
+    talk = [{"role": "assistant", "content": [use]}, {"role": "user", "content": [result, words]}]
+    answer = http.post("/v1/messages", json=message_body(messages=talk, tools=[])).json()
+    assert answer["content"][0]["text"] == "(1)sum:two and?"
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"tool_choice": {"type": "any"}}, "tool_choice"),
+        ({"tool_choice": {"type": "auto", "disable_parallel_tool_use": True}}, "disable_parallel"),
+        ({"tools": [{"type": "web_search_20250305", "name": "web"}]}, "tools of the client"),
+        (
+            {
+                "messages": [
+                    {"role": "assistant", "content": [{"type": "tool_use", "id": "1", "name": "f"}]}
+                ]
+            },
+            "messages[0].content[0].input",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "tool_result", "content": "x"}]}]},
+            "messages[0].content[0].tool_use_id",
+        ),
+    ],
+)
+def test_what_a_message_cannot_ask_of_tools_is_said(
+    http: httpx.Client, changes: Json, named: str
+) -> None:
+    refused = http.post("/v1/messages", json=message_body(**changes))
+    assert refused.status_code == 400
+    assert named in refused.json()["error"]["message"]
+
+
+# ---- Responses -------------------------------------------------------------------------------
+
+
+def test_a_response_holds_its_call_as_an_item(http: httpx.Client) -> None:
+    answer = http.post("/v1/responses", json=response_body()).json()
+    words, call = answer["output"]
+    assert words["content"][0]["text"] == "T"
+    assert (call["type"], call["name"], call["arguments"]) == ("function_call", "sum", '{"a": 1}')
+    assert call["call_id"]
+    assert answer["status"] == "completed"
+
+
+def test_a_streamed_response_ends_with_the_items_that_it_streamed(http: httpx.Client) -> None:
+    events = events_of(http, "/v1/responses", response_body(input=CALL + CALL))
+    added = [event["item"] for event in events if event["type"] == "response.output_item.added"]
+    done = [event["item"] for event in events if event["type"] == "response.output_item.done"]
+    assert [item["type"] for item in added] == ["message", "function_call", "function_call"]
+    assert [item["id"] for item in added] == [item["id"] for item in done]
+    assert events[-1]["response"]["output"] == done
+    kinds = [event["type"] for event in events if "function_call_arguments" in event["type"]]
+    assert (
+        kinds
+        == [
+            "response.function_call_arguments.delta",
+            "response.function_call_arguments.done",
+        ]
+        * 2
+    )
+    assert [event["sequence_number"] for event in events] == list(range(len(events)))
+
+
+def test_results_of_a_response_go_back_to_the_template(http: httpx.Client) -> None:
+    talk = [
+        {"role": "user", "content": "x"},
+        {"type": "function_call", "call_id": "1", "name": "sum", "arguments": '{"a": 1}'},
+        {"type": "function_call", "call_id": "2", "name": "add", "arguments": '{"a": 2}'},
+        {"type": "function_call_output", "call_id": "2", "output": "two"},
+    ]
+    answer = http.post("/v1/responses", json=response_body(input=talk, tools=[])).json()
+    assert answer["output"][0]["content"][0]["text"] == "x(1)(2)add:two"
+
+
+@pytest.mark.parametrize(
+    ("changes", "param"),
+    [
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"tools": [{"type": "function"}]}, "tools[0].type"),
+        (
+            {"tools": [{"type": "function", "name": "f", "strict": True}]},
+            "tools[0].function.strict",
+        ),
+    ],
+)
+def test_what_a_response_cannot_ask_of_tools_is_named(
+    http: httpx.Client, changes: Json, param: str
+) -> None:
+    refused = http.post("/v1/responses", json=response_body(**changes))
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, param)
