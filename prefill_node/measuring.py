@@ -19,6 +19,7 @@ from cluster.proto import node_pb2_grpc as rpc
 from kv_transfer.idle import IDLE_SECONDS, until_idle
 from kv_transfer.plain_copy import NONCE_BYTES, send_plain
 from kv_transfer.sending.prefixes import HeldPrefix, PrefixSender
+from node_parts.reserving import reserved
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -75,8 +76,8 @@ class ScratchSender(rpc.MeasuringServicer):
         try:
             await until_idle(self._is_idle, "The prefill node")
             num_blocks = len(sequence.prompt_token_ids) // self._block_manager.block_size
-            reservation = await asyncio.wrap_future(
-                self._loop.call(lambda: self._take(sequence.sequence_id, num_blocks))
+            reservation = await reserved(
+                self._loop, lambda: self._take(sequence.sequence_id, num_blocks)
             )
             if reservation is None:
                 raise Overloaded(
