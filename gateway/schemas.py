@@ -154,6 +154,8 @@ class TokenizeBody(Wire):
     model: str | None = None
     prompt: str | None = None
     messages: list[MessageBody] | None = None
+    tools: list[Any] | None = None
+    tool_choice: Annotated[Any, WithJsonSchema({"type": ["string", "null"]})] = None
     add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None

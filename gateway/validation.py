@@ -29,7 +29,7 @@ from gateway.request_rules import (
 from gateway.tools.bodies import offered_tools
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from gateway.chat_template import ChatTemplate, Message
     from gateway.schemas import ChatBody, CompletionBody, GenerationBody, TokenizeBody
@@ -98,38 +98,37 @@ class Validator:
         budget = Budget(asked.max_model_len, "messages", max_tokens)
         if route is Route.RESPONSES:
             budget = replace(budget, unit="input", field="max_output_tokens")
-        tools = offered_tools(body.tools, body.tool_choice)
         shape = _Shape(
             route=route,
-            prompts=(Prompt(token_ids=await self.chat_token_ids(body, tools)),),
+            prompts=(Prompt(token_ids=await self.chat_token_ids(body)),),
             n=n,
             budget=budget,
             num_logprobs=chat_logprobs(body),
             echo=False,
-            tool_format=self._tool_format() if tools else None,
+            tool_format=self._tool_format("tools") if self._tools(body) else None,
         )
         return self._request(body, asked, shape)
 
-    async def chat_token_ids(
-        self, body: ChatBody | TokenizeBody, tools: Sequence[Mapping[str, Any]] = ()
-    ) -> tuple[int, ...]:
+    async def chat_token_ids(self, body: ChatBody | TokenizeBody) -> tuple[int, ...]:
         """The template wrote the special tokens, so the tokenizer adds none unless asked to."""
         messages = plain_messages(body.messages or [])
-        text = await self._render(messages, body, tools)
+        text = await self._render(messages, body)
         return await self._tokenizer.encode(text, add_special_tokens=bool(body.add_special_tokens))
 
-    def _tool_format(self, param: str = "tools") -> ToolFormat:
+    def _tools(self, body: ChatBody | TokenizeBody) -> list[dict[str, Any]]:
+        """Those that the template tells the model of."""
+        tools = offered_tools(body.tools, body.tool_choice)
+        if tools:
+            self._tool_format("tools")
+        return tools
+
+    def _tool_format(self, param: str) -> ToolFormat:
         form = None if self._template is None else self._template.tool_format
         if form is None:
             raise Unsupported("This model's chat template takes no tools.", param=param)
         return form
 
-    async def _render(
-        self,
-        messages: list[Message],
-        body: ChatBody | TokenizeBody,
-        tools: Sequence[Mapping[str, Any]],
-    ) -> str:
+    async def _render(self, messages: list[Message], body: ChatBody | TokenizeBody) -> str:
         if self._template is None:
             raise Unsupported("This model has no chat template; use /v1/completions.")
         for index, message in enumerate(messages):
@@ -143,7 +142,7 @@ class Validator:
             add_generation_prompt=(not continues) if adds is None else adds,
             continue_final_message=continues,
             variables=template_variables(body),
-            tools=tools,
+            tools=self._tools(body),
         )
         num_chars = sum(_MESSAGE_CHARS + len(message["content"]) for message in messages)
         return await self._tokenizer.run(render, num_chars)

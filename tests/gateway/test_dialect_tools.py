@@ -111,6 +111,20 @@ def test_what_a_message_cannot_ask_of_tools_is_said(
     assert named in refused.json()["error"]["message"]
 
 
+def test_tokens_of_tools_are_counted(http: httpx.Client) -> None:
+    body = message_body()
+    used = http.post("/v1/messages", json=body).json()["usage"]
+    counted = http.post("/v1/messages/count_tokens", json=body).json()
+    assert counted["input_tokens"] == used["input_tokens"] + used["cache_read_input_tokens"]
+    tool = {"type": "function", "function": {"name": "sum"}}
+    plain = {"messages": body["messages"], "add_generation_prompt": True}
+    without, with_tool = (
+        http.post("/tokenize", json=plain | changes).json()["count"]
+        for changes in ({}, {"tools": [tool]})
+    )
+    assert counted["input_tokens"] == with_tool == without + 1
+
+
 # ---- Responses -------------------------------------------------------------------------------
 
 
