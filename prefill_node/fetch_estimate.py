@@ -28,7 +28,11 @@ if TYPE_CHECKING:
     from cluster.node import NodeId
 
 FIRST_TOKENS_PER_SECOND = 10_000.0
-FIXED_SECONDS = 0.003  # two calls, a reservation, the last frame
+# Of a fetch beside moving: calls, a look at what is lacking, a reservation; and of a step what it
+# takes for any number of tokens, which a prompt whose prefix was fetched needs as well.
+FIXED_SECONDS = 0.010
+# Of moving, for a single block between two GPUs.
+LATENCY_SECONDS = 0.0015
 REMEMBER_SECONDS = 120.0
 AVOID_SECONDS = 30.0
 MIN_LIMIT_SECONDS = 0.25
@@ -131,7 +135,7 @@ class FetchEstimate:
             return
         way = self._way(holder)
         is_old = now - way.measured_at >= REMEMBER_SECONDS
-        moving = max(0.0, seconds - FIXED_SECONDS)
+        moving = max(0.0, seconds - LATENCY_SECONDS)
         moved = (_NOTHING if is_old else way.moved).plus(num_tokens, moving)
         self._keep(holder, _Way(way.is_reached, moved, now))
 

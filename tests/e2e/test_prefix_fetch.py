@@ -93,6 +93,7 @@ def test_the_second_prompt_waits_and_the_first_one_only_connects(
 ) -> None:
     monkeypatch.undo()
     monkeypatch.setattr(FetchEstimate, "limit_seconds", lambda self, num_tokens: 60.0)
+    monkeypatch.setattr("prefill_node.fetch_estimate.FIXED_SECONDS", 0.0)
 
     async def run() -> None:
         async with pair_of() as pair:

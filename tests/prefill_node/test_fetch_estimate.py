@@ -8,6 +8,7 @@ from cluster.node import Incarnation, NodeId, NodeName
 from prefill_node.fetch_estimate import (
     AVOID_SECONDS,
     FIXED_SECONDS,
+    LATENCY_SECONDS,
     MAX_WAYS,
     MIN_LIMIT_SECONDS,
     REMEMBER_SECONDS,
@@ -24,7 +25,7 @@ def measured(computed: int, moved: int) -> FetchEstimate:
     estimate = FetchEstimate()
     estimate.computed(computed, 1, 1.0)
     estimate.reached(HOLDER)
-    estimate.fetched(HOLDER, moved, 1.0 + FIXED_SECONDS, now=0.0)
+    estimate.fetched(HOLDER, moved, 1.0 + LATENCY_SECONDS, now=0.0)
     return estimate
 
 
@@ -143,8 +144,8 @@ def test_steps_of_few_tokens_say_nothing_of_the_engine() -> None:
 def test_small_fetches_say_little_of_a_way() -> None:
     estimate = measured(computed=10_000, moved=100_000)
     for _ in range(5):
-        estimate.fetched(HOLDER, 16, FIXED_SECONDS + 0.001, now=0.0)
+        estimate.fetched(HOLDER, 16, LATENCY_SECONDS + 0.001, now=0.0)
     assert estimate.pays(HOLDER, lacking(10_000), now=0.0)
     for _ in range(5):
-        estimate.fetched(HOLDER, 16, FIXED_SECONDS / 2, now=0.0)
+        estimate.fetched(HOLDER, 16, LATENCY_SECONDS / 2, now=0.0)
     assert estimate.pays(HOLDER, lacking(10_000), now=0.0)

@@ -22,7 +22,13 @@ from cluster.node import Incarnation, NodeId, NodeName
 from cluster.request import PrefixHolder
 from engine.block_manager import BlockManager
 from engine.loop_parts import LoopStats
-from prefill_node.fetch_estimate import AVOID_SECONDS, FIXED_SECONDS, FetchEstimate, Lacking
+from prefill_node.fetch_estimate import (
+    AVOID_SECONDS,
+    FIXED_SECONDS,
+    LATENCY_SECONDS,
+    FetchEstimate,
+    Lacking,
+)
 from prefill_node.holder_channels import MAX_CHANNELS, HolderChannels
 from prefill_node.incoming_prefixes import IncomingPrefix
 from prefill_node.prefix_fetches import FetchStats, PrefixFetches
@@ -82,7 +88,7 @@ class Bench:
         estimate.computed(1000, 1, 1000.0)
         if is_known:
             estimate.reached(HOLDER)
-            estimate.fetched(HOLDER, 1000, FIXED_SECONDS + 0.1, monotonic())
+            estimate.fetched(HOLDER, 1000, LATENCY_SECONDS + 0.1, monotonic())
         self.fetches = PrefixFetches(US, self.manager, estimate, lambda address: None)
         self.fetches.bind(cast("Any", self.loop), cast("Any", self.receiver), lambda: "here:1")
         self.restore_seconds: list[float] = []
