@@ -4,5 +4,5 @@ It speaks to a server only through the public HTTP API, so any OpenAI-compatible
 be measured. Never imports a server room, nor torch.
 
 config -> run: workload (what), schedule (when) -> client -> answer over sse -> record ->
-statistics -> report, with metadata
+statistics -> report, with metadata; compare lays two reports beside each other
 """

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cluster.config import load_config, render_config
 from cluster.errors import UsageError
 from loadtest.client import ServerNotReady
+from loadtest.compare import read_result, render_comparison
 from loadtest.config import BenchConfig
 from loadtest.report import render_notes, render_table, save
 from loadtest.run import run
@@ -23,7 +25,9 @@ EXIT_NOTHING_SUCCEEDED = 1
 EXIT_USAGE = 2
 EXIT_NOT_READY = 4
 _USAGE = (
-    "usage: baton bench run [options]\n\nMeasure an OpenAI-compatible server.\n\n"
+    "usage: baton bench run [options]\n"
+    "       baton bench compare FIRST.json SECOND.json\n\n"
+    "Measure an OpenAI-compatible server; lay two results of --save-result beside each other.\n\n"
     "`baton bench run --help` lists the options; without any it sends 1000 prompts of 1024 tokens "
     "to\nhttp://127.0.0.1:8000, all at once."
 )
@@ -34,9 +38,19 @@ def main(argv: Sequence[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print(_USAGE)
         return 0 if argv else EXIT_USAGE
+    if argv[0] == "compare":
+        return bench_compare(argv[1:])
     if argv[0] != "run":
-        raise UsageError(f"baton bench: there is no command {argv[0]!r}; there is: run.")
+        raise UsageError(f"baton bench: there is no command {argv[0]!r}; there are: run, compare.")
     return bench_run(argv[1:])
+
+
+def bench_compare(argv: Sequence[str]) -> int:
+    if len(argv) != 2 or any(word.startswith("-") for word in argv):
+        raise UsageError("baton bench: compare takes two files of `baton bench run --save-result`.")
+    first, second = (read_result(Path(name)) for name in argv)
+    print(render_comparison(first, second))
+    return 0
 
 
 def bench_run(argv: Sequence[str]) -> int:

@@ -175,7 +175,7 @@ def test_the_command_measures_prints_and_saves(
 
 
 def test_an_unknown_command_is_a_usage_error() -> None:
-    with pytest.raises(UsageError, match="there is: run"):
+    with pytest.raises(UsageError, match="there are: run, compare"):
         main(["walk"])
 
 

@@ -1,0 +1,67 @@
+"""Two results beside each other."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from cluster.errors import ConfigError, UsageError
+from loadtest.__main__ import main
+from loadtest.compare import render_comparison
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def result(**changes: Any) -> dict[str, Any]:
+    return {
+        "schema_version": 1,
+        "label": None,
+        "model_id": "m",
+        "completed": 10,
+        "failed": 0,
+        "request_throughput": 2.0,
+        "request_goodput": None,
+        "median_ttft_ms": 50.0,
+        "options": {"num_prompts": 10, "base_url": "http://a"},
+        **changes,
+    }
+
+
+def test_ratios_are_the_second_over_the_first() -> None:
+    second = result(label="new", request_throughput=3.0, median_ttft_ms=25.0)
+    second["options"] = {"num_prompts": 10, "base_url": "http://b"}
+    assert [line.split() for line in render_comparison(result(), second).splitlines()] == [
+        ["first", "new", "ratio"],
+        ["completed", "10", "10"],
+        ["failed", "0", "0"],
+        ["request_throughput", "2.00", "3.00", "1.500x"],
+        ["median_ttft_ms", "50.00", "25.00", "0.500x"],
+    ]
+
+
+def test_what_was_measured_differently_is_said() -> None:
+    second = result(model_id="n", options={"num_prompts": 20})
+    text = render_comparison(result(request_throughput=0.0), second)
+    assert text.splitlines()[-2:] == [
+        "Different: model m and n",
+        "Different: --num-prompts 10 and 20",
+    ]
+
+
+def test_the_command_reads_two_files_and_refuses_what_is_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, other = tmp_path / "a.json", tmp_path / "b.json"
+    first.write_text(json.dumps(result()))
+    assert main(["compare", str(first), str(first)]) == 0
+    assert "1.000x" in capsys.readouterr().out
+    other.write_text("[]")
+    with pytest.raises(ConfigError, match="is no result"):
+        main(["compare", str(first), str(other)])
+    with pytest.raises(ConfigError, match="cannot be read"):
+        main(["compare", str(first), str(tmp_path / "c.json")])
+    with pytest.raises(UsageError, match="two files"):
+        main(["compare", str(first)])
