@@ -120,6 +120,9 @@ class Choice:
             found.append(tools.flush())
         piece.text = "".join(each.content for each in found)
         piece.calls = [call for each in found for call in each.calls]
+        if piece.calls and self.rules.one_call:
+            del piece.calls[1:]
+            self.finish_reason = FinishReason.STOP
 
     def _read(self, delta: TokenDelta, piece: Piece) -> None:
         if delta.error is not None:

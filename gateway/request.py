@@ -47,6 +47,7 @@ class TextRules:
     skip_special_tokens: bool = True
     min_tokens: int = 0  # before them no stop string counts
     tool_format: ToolFormat | None = None  # None: no tool was offered, all text is content
+    one_call: bool = False  # the first call of a tool ends the answer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -75,6 +75,7 @@ def text_rules(body: GenerationBody, tool_format: ToolFormat | None = None) -> T
         include_stop=bool(body.include_stop_str_in_output),
         skip_special_tokens=skips,
         tool_format=tool_format,
+        one_call=body.parallel_tool_calls is False,
         min_tokens=body.min_tokens or 0,
     )
 

@@ -110,6 +110,7 @@ class GenerationBody(Wire):
     priority: int | None = None
     return_token_ids: bool | None = None
     response_format: ResponseFormat | None = None
+    parallel_tool_calls: bool | None = None  # of chats with tools
 
 
 class CompletionBody(GenerationBody):

@@ -115,6 +115,9 @@ def _as_chat(body: CountTokensBody, sampling: Json) -> ChatBody:
             "tools": [_tool(tool, f"tools[{i}]") for i, tool in enumerate(body.tools or [])]
             or None,
             "tool_choice": _choice(body.tool_choice),
+            "parallel_tool_calls": not (
+                body.tool_choice and body.tool_choice.disable_parallel_tool_use
+            ),
             **sampling,
         }
     )
@@ -161,14 +164,7 @@ def _tool(tool: Tool, path: str) -> Json:
 
 
 def _choice(choice: ToolChoice | None) -> str | None:
-    if choice is None:
-        return None
-    if choice.disable_parallel_tool_use and choice.type != "none":
-        raise Unsupported(
-            "disable_parallel_tool_use is not supported here; leave it out.",
-            param="tool_choice.disable_parallel_tool_use",
-        )
-    return choice.type
+    return None if choice is None else choice.type
 
 
 def _text(content: object, path: str) -> str:

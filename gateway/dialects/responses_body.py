@@ -80,6 +80,7 @@ class ResponsesBody(Wire):
     text: TextOptions | None = None
     tools: list[Tool] | None = None
     tool_choice: Annotated[Any, WithJsonSchema({"type": ["string", "null"]})] = None
+    parallel_tool_calls: bool | None = None
 
 
 def parse_responses(fields: Mapping[str, Any]) -> ChatBody:
@@ -112,6 +113,7 @@ def _as_chat(body: ResponsesBody) -> ChatBody:
             "tools": [_tool(tool, f"tools[{i}]") for i, tool in enumerate(body.tools or [])]
             or None,
             "tool_choice": body.tool_choice if body.tools else None,
+            "parallel_tool_calls": body.parallel_tool_calls,
         }
     )
 

@@ -41,7 +41,7 @@ def _head(generation: Generation, status: str) -> Json:
         "incomplete_details": None,
         "model": request.model,
         "output": [],
-        "parallel_tool_calls": True,
+        "parallel_tool_calls": not request.text.one_call,
         "tool_choice": "auto",
         "tools": [],
         "truncation": "disabled",

@@ -87,7 +87,6 @@ def test_results_of_a_message_go_back_before_its_words(http: httpx.Client) -> No
     ("changes", "named"),
     [
         ({"tool_choice": {"type": "any"}}, "tool_choice"),
-        ({"tool_choice": {"type": "auto", "disable_parallel_tool_use": True}}, "disable_parallel"),
         ({"tools": [{"type": "web_search_20250305", "name": "web"}]}, "tools of the client"),
         (
             {
@@ -109,6 +108,19 @@ def test_what_a_message_cannot_ask_of_tools_is_said(
     refused = http.post("/v1/messages", json=message_body(**changes))
     assert refused.status_code == 400
     assert named in refused.json()["error"]["message"]
+
+
+def test_one_call_is_enough_where_the_client_says_so(http: httpx.Client) -> None:
+    twice = [{"role": "user", "content": CALL + CALL}]
+    choice = {"type": "auto", "disable_parallel_tool_use": True}
+    message = http.post(
+        "/v1/messages", json=message_body(messages=twice, tool_choice=choice)
+    ).json()
+    assert [block["type"] for block in message["content"]] == ["text", "tool_use"]
+    body = response_body(input=CALL + CALL, parallel_tool_calls=False)
+    response = http.post("/v1/responses", json=body).json()
+    assert [item["type"] for item in response["output"]] == ["message", "function_call"]
+    assert response["parallel_tool_calls"] is False
 
 
 def test_tokens_of_tools_are_counted(http: httpx.Client) -> None:

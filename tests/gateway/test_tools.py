@@ -126,6 +126,20 @@ def test_a_streamed_call_begins_with_its_name_and_says_it_once(tool_client: open
         assert (rest.id, rest.function.name, rest.function.arguments) == (None, None, '{"a": 1}')
 
 
+def test_one_call_ends_the_answer_where_more_may_not_be(tool_client: openai.OpenAI) -> None:
+    for stream in (False, True):
+        answer = ask(tool_client, CALL + CALL, parallel_tool_calls=False, stream=stream)
+        if stream:
+            choices = [chunk.choices[0] for chunk in answer]
+            calls = [call for choice in choices for call in choice.delta.tool_calls or []]
+            assert len(calls) == 2, "its name, its arguments"
+            reason = choices[-1].finish_reason
+        else:
+            assert len(answer.choices[0].message.tool_calls) == 1
+            reason = answer.choices[0].finish_reason
+        assert reason == "tool_calls"
+
+
 def test_a_call_that_is_cut_short_stays_text(tool_client: openai.OpenAI) -> None:
     (choice,) = ask(tool_client, max_tokens=12).choices
     assert choice.finish_reason == "length"
