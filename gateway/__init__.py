@@ -6,8 +6,8 @@ its way      admission -> prefix_lookup -> router (a pure choice, by policy) -> 
 a sequence   sequence_machine (pure; says sequence_instructions) inside dispatch; active, attempts:
              what is in flight; retries: whether it is tried again
 nodes        nodes (known) -> node_client (a session each, by node_frames); pulse_watch: silent?
-the answer   generation of choices (detokenizer, stop_strings, tools/) -> streaming -> answers, as
-             frames; dialects/: as other APIs have it; http_errors
+the answer   generation of choices (detokenizer, stop_strings, thoughts, tools/; markers) ->
+             streaming -> answers, as frames; dialects/: as other APIs have it; http_errors
 text         tokenizer
 the process  config -> assembly -> server
 for others   measures -> metrics; admin/ (the API of operators)

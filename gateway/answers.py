@@ -41,7 +41,9 @@ def usage(generation: Generation) -> Json:
             "cached_tokens": num_cached,
             "cache_write_tokens": num_prompt - num_cached,
         },
-        "completion_tokens_details": {"reasoning_tokens": 0},
+        "completion_tokens_details": {
+            "reasoning_tokens": sum(choice.num_thought_tokens for choice in generation.choices)
+        },
     }
 
 
@@ -76,10 +78,18 @@ def _chat_choice(choice: Choice, piece: Piece, request: Request, token_bytes: To
 
 def _message(piece: Piece) -> Json:
     message: Json = {"role": "assistant", "content": piece.text, "refusal": None}
+    message |= thought_fields(piece)
     if piece.calls:
         message["content"] = piece.text or None
         message["tool_calls"] = [tool_call(call) for call in piece.calls]
     return message
+
+
+def thought_fields(piece: Piece) -> Json:
+    """Under both names that clients know."""
+    if not piece.thought:
+        return {}
+    return {"reasoning": piece.thought, "reasoning_content": piece.thought}
 
 
 def tool_call(call: ToolCall) -> Json:

@@ -22,6 +22,7 @@ from jinja2.exceptions import SecurityError, TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from cluster.errors import ConfigError, InvalidRequest, Unsupported
+from gateway.thoughts import thinks
 from gateway.tokenizer import read_json
 from gateway.tools.formats import format_of
 
@@ -64,6 +65,7 @@ class ChatTemplate:
         self.variables = frozenset(meta.find_undeclared_variables(syntax))
         self._knows_developer = "developer" in source
         self.tool_format = format_of(source)
+        self.thinks = thinks(source)
 
     @classmethod
     def from_folder(cls, folder: Path, special_tokens: Mapping[str, Any]) -> ChatTemplate | None:

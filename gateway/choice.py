@@ -5,7 +5,8 @@ Life of a choice
     2. `take` reads all of them at once: ids become text, stop strings are looked for, and what
        is new is returned as one `Piece`. Deltas that came while the client was slow are thereby
        merged before they cost anything.
-    3. A stop string, the nodes' own ending, or an error finishes it.
+    3. Of that text, thoughts are told from the answer, and calls of tools from its words.
+    4. A stop string, the nodes' own ending, or an error finishes it.
 
 Text, log-probabilities and counts end with the token that completed a stop string, also when
 more tokens came in the same delta.
@@ -17,7 +18,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from cluster.request import FinishReason, TokenDelta, TokenLogprobs
+from gateway.request import Thoughts
 from gateway.stop_strings import StopMatcher
+from gateway.thoughts import ThoughtSplitter
 from gateway.tools.parser import ToolParser
 
 if TYPE_CHECKING:
@@ -35,12 +38,20 @@ class Piece:
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     calls: list[ToolCall] = field(default_factory=list)
+    thought: str = ""
 
     def extend(self, later: Piece) -> None:
         self.text += later.text
         self.token_ids += later.token_ids
         self.logprobs += later.logprobs
         self.calls += later.calls
+        self.thought += later.thought
+
+
+def _splitter(rules: TextRules) -> ThoughtSplitter | None:
+    if rules.thoughts is Thoughts.NONE:
+        return None
+    return ThoughtSplitter(has_begun=rules.begins_thinking)
 
 
 class Choice:
@@ -51,6 +62,7 @@ class Choice:
         "_keeps_ids",
         "_matcher",
         "_min_tokens",
+        "_thoughts",
         "_tools",
         "_unread",
         "error",
@@ -58,6 +70,7 @@ class Choice:
         "index",
         "num_cached_tokens",
         "num_output_tokens",
+        "num_thought_tokens",
         "num_unread_tokens",
         "rules",
         "stop_reason",
@@ -74,11 +87,13 @@ class Choice:
         self.stop_reason: int | str | None = None
         self.num_cached_tokens: int | None = None
         self.num_output_tokens = 0
+        self.num_thought_tokens = 0
         self.num_unread_tokens = 0
         self._detokenizer = tokenizer.detokenizer(skip_special_tokens=rules.skip_special_tokens)
         self._matcher = (
             StopMatcher(rules.stops, include=rules.include_stop) if rules.stops else None
         )
+        self._thoughts = _splitter(rules)
         self._tools = None if rules.tool_format is None else ToolParser(rules.tool_format)
         self._min_tokens = rules.min_tokens
         self._keeps_ids = keeps_ids
@@ -105,9 +120,22 @@ class Choice:
             if self.is_finished:
                 break
             self._read(delta, piece)
+        if self._thoughts is not None and self.finish_reason is not None:
+            self._keep(*self._thoughts.flush(), piece)
         if self._tools is not None and (piece.text or self.finish_reason is not None):
             self._find_calls(self._tools, piece)
         return piece
+
+    def _say(self, text: str, piece: Piece) -> None:
+        if self._thoughts is None:
+            piece.text += text
+        else:
+            self._keep(*self._thoughts.push(text), piece)
+
+    def _keep(self, thought: str, answer: str, piece: Piece) -> None:
+        piece.text += answer
+        if self.rules.thoughts is Thoughts.SHOWN:
+            piece.thought += thought
 
     @property
     def num_calls(self) -> int:
@@ -130,10 +158,10 @@ class Choice:
             return
         if self.num_cached_tokens is None:
             self.num_cached_tokens = delta.num_cached_tokens
-        if self._matcher is None:
+        if self._matcher is None and self._thoughts is None:
             self._read_plain(delta, piece)
         else:
-            self._read_matching(self._matcher, delta, piece)
+            self._read_by_token(delta, piece)
         if delta.finish_reason is not None and not self.is_finished:
             self._finish(delta, piece)
 
@@ -141,17 +169,17 @@ class Choice:
         piece.text += self._detokenizer.push(self._visible(delta))
         self._count(delta.token_ids, delta.logprobs, piece)
 
-    def _read_matching(self, matcher: StopMatcher, delta: TokenDelta, piece: Piece) -> None:
-        """Token by token, so that nothing after a stop string is counted."""
+    def _read_by_token(self, delta: TokenDelta, piece: Piece) -> None:
+        """So that nothing after a stop string is counted, and of thoughts each token."""
         visible = len(self._visible(delta))
         for position, token_id in enumerate(delta.token_ids):
             text = self._detokenizer.push((token_id,)) if position < visible else ""
             self._count((token_id,), delta.logprobs[position : position + 1], piece)
-            if self.num_output_tokens <= self._min_tokens:
-                piece.text += text
-                continue
-            piece.text += matcher.push(text)
-            if matcher.matched is not None:
+            matcher = self._matcher if self.num_output_tokens > self._min_tokens else None
+            self._say(text if matcher is None else matcher.push(text), piece)
+            if self._thoughts is not None and self._thoughts.is_thinking:
+                self.num_thought_tokens += 1
+            if matcher is not None and matcher.matched is not None:
                 self.finish_reason = FinishReason.STOP
                 self.stop_reason = matcher.matched
                 return
@@ -173,13 +201,13 @@ class Choice:
     def _finish(self, delta: TokenDelta, piece: Piece) -> None:
         rest = self._detokenizer.flush()
         if self._matcher is not None:
-            piece.text += self._matcher.push(rest)
+            self._say(self._matcher.push(rest), piece)
             if self._matcher.matched is not None:
                 self.finish_reason = FinishReason.STOP
                 self.stop_reason = self._matcher.matched
                 return
             rest = self._matcher.flush()
-        piece.text += rest
+        self._say(rest, piece)
         self.finish_reason = delta.finish_reason
         if delta.stop_token_id in self.rules.stop_token_ids:
             self.stop_reason = delta.stop_token_id

@@ -18,13 +18,14 @@ from gateway.answers import (
     echoed,
     ending,
     text_logprobs,
+    thought_fields,
     token_id_fields,
     tool_call,
     usage,
 )
 from gateway.choice import Piece
 from gateway.http_errors import error_body
-from gateway.request import Route
+from gateway.request import Route, Thoughts
 
 if TYPE_CHECKING:
     from cluster.errors import ServingError
@@ -71,6 +72,7 @@ class Frames:
             or request.return_token_ids
             or request.stream.continuous_usage
             or request.text.tool_format
+            or request.text.thoughts is not Thoughts.NONE
         )
         self._begun = [False] * len(generation.choices)
         self._has_content = [False] * len(generation.choices)
@@ -117,15 +119,17 @@ class Frames:
         return held
 
     def _rest(self, choice: Choice, held: Piece, *, is_over: bool) -> bytes:
-        has_content = bool(held.text or held.calls) or (is_over and bool(held.token_ids))
+        has_content = bool(held.text or held.calls or held.thought or (is_over and held.token_ids))
         merges_ending = is_over and not self._is_chat
         frames = b""
         if has_content or merges_ending:
             fields = self._content(choice, held)
             if merges_ending:
                 fields.update(ending(choice))
-            if fields.keys() != {"delta"} or held.text or not held.calls:
-                frames = self._frame(choice, fields)
+            if held.thought:
+                frames = self._frame(choice, {"delta": thought_fields(held)})
+            if fields.keys() != {"delta"} or held.text or not (held.calls or held.thought):
+                frames += self._frame(choice, fields)
             frames += self._calls(choice, held)
             self._held[choice.index] = Piece()
         if is_over and self._is_chat:

@@ -37,6 +37,14 @@ class Prompt:
     text: str | None = None
 
 
+class Thoughts(StrEnum):
+    """Whether an answer may begin with thoughts, and what the client gets of them."""
+
+    NONE = "none"
+    HIDDEN = "hidden"
+    SHOWN = "shown"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TextRules:
     """How ids become the text a client sees."""
@@ -48,6 +56,8 @@ class TextRules:
     min_tokens: int = 0  # before them no stop string counts
     tool_format: ToolFormat | None = None  # None: no tool was offered, all text is content
     one_call: bool = False  # the first call of a tool ends the answer
+    thoughts: Thoughts = Thoughts.NONE
+    begins_thinking: bool = False  # the prompt has opened the thoughts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

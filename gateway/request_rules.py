@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from cluster.errors import InvalidRequest
-from gateway.request import MAX_SEQUENCES, StreamRules, TextRules
+from gateway.request import MAX_SEQUENCES, StreamRules, TextRules, Thoughts
+from gateway.thoughts import has_begun
 
 if TYPE_CHECKING:
     from gateway.schemas import ChatBody, GenerationBody
@@ -66,7 +67,10 @@ def chat_logprobs(body: ChatBody) -> int | None:
     return body.top_logprobs or 0
 
 
-def text_rules(body: GenerationBody, tool_format: ToolFormat | None = None) -> TextRules:
+def text_rules(
+    body: GenerationBody, tool_format: ToolFormat | None, thinking_prompt: str | None
+) -> TextRules:
+    """`thinking_prompt`: the prompt of a model that thinks, None when it does not."""
     shows_special = tool_format is not None and tool_format.is_special
     skips = not shows_special if body.skip_special_tokens is None else body.skip_special_tokens
     return TextRules(
@@ -76,8 +80,14 @@ def text_rules(body: GenerationBody, tool_format: ToolFormat | None = None) -> T
         skip_special_tokens=skips,
         tool_format=tool_format,
         one_call=body.parallel_tool_calls is False,
+        thoughts=_thoughts(body) if thinking_prompt is not None else Thoughts.NONE,
+        begins_thinking=thinking_prompt is not None and has_begun(thinking_prompt),
         min_tokens=body.min_tokens or 0,
     )
+
+
+def _thoughts(body: GenerationBody) -> Thoughts:
+    return Thoughts.HIDDEN if body.include_reasoning is False else Thoughts.SHOWN
 
 
 def _checked_stops(value: object) -> tuple[str, ...]:

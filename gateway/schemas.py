@@ -111,6 +111,7 @@ class GenerationBody(Wire):
     return_token_ids: bool | None = None
     response_format: ResponseFormat | None = None
     parallel_tool_calls: bool | None = None  # of chats with tools
+    include_reasoning: bool | None = None
 
 
 class CompletionBody(GenerationBody):

@@ -98,21 +98,29 @@ class Validator:
         budget = Budget(asked.max_model_len, "messages", max_tokens)
         if route is Route.RESPONSES:
             budget = replace(budget, unit="input", field="max_output_tokens")
+        prompt = await self._chat_prompt(body)
+        token_ids = await self._encode_chat(prompt, body)
+        thinks = self._template is not None and self._template.thinks
         shape = _Shape(
             route=route,
-            prompts=(Prompt(token_ids=await self.chat_token_ids(body)),),
+            prompts=(Prompt(token_ids=token_ids),),
             n=n,
             budget=budget,
             num_logprobs=chat_logprobs(body),
             echo=False,
             tool_format=self._tool_format("tools") if self._tools(body) else None,
+            thinking_prompt=prompt if thinks else None,
         )
         return self._request(body, asked, shape)
 
     async def chat_token_ids(self, body: ChatBody | TokenizeBody) -> tuple[int, ...]:
+        return await self._encode_chat(await self._chat_prompt(body), body)
+
+    async def _chat_prompt(self, body: ChatBody | TokenizeBody) -> str:
+        return await self._render(plain_messages(body.messages or []), body)
+
+    async def _encode_chat(self, text: str, body: ChatBody | TokenizeBody) -> tuple[int, ...]:
         """The template wrote the special tokens, so the tokenizer adds none unless asked to."""
-        messages = plain_messages(body.messages or [])
-        text = await self._render(messages, body)
         return await self._tokenizer.encode(text, add_special_tokens=bool(body.add_special_tokens))
 
     def _tools(self, body: ChatBody | TokenizeBody) -> list[dict[str, Any]]:
@@ -177,7 +185,7 @@ class Validator:
             prompts=shape.prompts,
             sampling=self._sampling(body, shape),
             n=shape.n,
-            text=text_rules(body, shape.tool_format),
+            text=text_rules(body, shape.tool_format, shape.thinking_prompt),
             stream=stream_rules(body),
             echo=shape.echo,
             return_token_ids=bool(body.return_token_ids),
@@ -265,3 +273,4 @@ class _Shape:
     num_logprobs: int | None
     echo: bool
     tool_format: ToolFormat | None = None
+    thinking_prompt: str | None = None

@@ -115,6 +115,7 @@ def _as_chat(body: CountTokensBody, sampling: Json) -> ChatBody:
             "tools": [_tool(tool, f"tools[{i}]") for i, tool in enumerate(body.tools or [])]
             or None,
             "tool_choice": _choice(body.tool_choice),
+            "include_reasoning": False,  # as without `thinking` in Anthropic's API
             "parallel_tool_calls": not (
                 body.tool_choice and body.tool_choice.disable_parallel_tool_use
             ),

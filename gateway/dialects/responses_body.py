@@ -114,6 +114,7 @@ def _as_chat(body: ResponsesBody) -> ChatBody:
             or None,
             "tool_choice": body.tool_choice if body.tools else None,
             "parallel_tool_calls": body.parallel_tool_calls,
+            "include_reasoning": False,  # as OpenAI's models keep theirs
         }
     )
 

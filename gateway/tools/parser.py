@@ -11,6 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from gateway.markers import overlap
+
 if TYPE_CHECKING:
     from gateway.tools.formats import ToolCall, ToolFormat
 
@@ -66,7 +68,7 @@ class ToolParser:
             self._say(before, parsed)
             self._held, self._is_open = after, True
             return True
-        kept = _overlap(self._held, self._form.opening)
+        kept = overlap(self._held, self._form.opening)
         self._say(self._held[: len(self._held) - kept], parsed)
         self._held = self._held[len(self._held) - kept :]
         return False
@@ -103,11 +105,3 @@ class ToolParser:
         if self.num_calls and not text.strip():
             return
         parsed.content += text
-
-
-def _overlap(text: str, marker: str) -> int:
-    """How many characters at the end of `text` may begin `marker`."""
-    for length in range(min(len(text), len(marker) - 1), 0, -1):
-        if text.endswith(marker[:length]):
-            return length
-    return 0

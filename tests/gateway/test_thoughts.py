@@ -1,0 +1,112 @@
+"""Thoughts of a model are told from its answer, wherever the text is cut."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import httpx
+import pytest
+
+from gateway.thoughts import ThoughtSplitter, has_begun, thinks
+from tests.gateway.model_folder import CHAT_TEMPLATE, write_model_folder
+from tests.gateway.running_gateway import RunningGateway
+from tests.gateway.test_http_edge import MODEL
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+# The node echoes the prompt, so that a user can write what the model is to say.
+TEMPLATE = (
+    "{# </think> #}{% for message in messages %}{{ message.content }}<|end|>{% endfor %}"
+    "{% if opened %}<think>{% endif %}"
+)
+SAID = "<think>\nhm, so\n</think>\n\nHello"
+
+
+def split(pieces: list[str], *, begun: bool = False) -> tuple[str, str]:
+    splitter = ThoughtSplitter(has_begun=begun)
+    parts = [*(splitter.push(piece) for piece in pieces), splitter.flush()]
+    return "".join(thought for thought, _ in parts), "".join(answer for _, answer in parts)
+
+
+@pytest.mark.parametrize(
+    ("text", "begun", "expected"),
+    [
+        (SAID, False, ("\nhm, so\n", "Hello")),
+        ("hm</think>Hello", True, ("hm", "Hello")),
+        ("  <think>a < b</think>c", False, ("a < b", "c")),
+        ("<think>cut sho", False, ("cut sho", "")),
+        ("<think>cut at </thi", False, ("cut at </thi", "")),
+        ("Hello <think>x</think>", False, ("", "Hello <think>x</think>")),
+        ("<thing> Hello", False, ("", "<thing> Hello")),
+        ("<thi", False, ("", "<thi")),
+        ("<think></think> a </think>", False, ("", "a </think>")),
+        ("", False, ("", "")),
+    ],
+)
+def test_thoughts_end_at_their_mark_wherever_it_is_cut(
+    text: str, begun: bool, expected: tuple[str, str]
+) -> None:
+    for at in range(len(text) + 1):
+        assert split([text[:at], text[at:]], begun=begun) == expected
+    assert split(list(text), begun=begun) == expected
+
+
+def test_a_template_tells_whether_its_model_thinks() -> None:
+    assert thinks(TEMPLATE)
+    assert not thinks(CHAT_TEMPLATE)
+    assert has_begun("<|assistant|>\n<think>\n")
+    assert not has_begun("<think>\n\n</think>\n\n")
+
+
+@pytest.fixture(scope="module")
+def http(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
+    folder = write_model_folder(tmp_path_factory.mktemp("thinking"))
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    running = RunningGateway(folder)
+    with httpx.Client(base_url=running.url, timeout=20) as client:
+        yield client
+    running.close()
+
+
+def body(**changes: Any) -> dict[str, Any]:
+    return {"model": MODEL, "messages": [{"role": "user", "content": SAID}], **changes}
+
+
+def test_a_chat_has_its_thoughts_beside_the_answer(http: httpx.Client) -> None:
+    answer = http.post("/v1/chat/completions", json=body()).json()
+    message = answer["choices"][0]["message"]
+    assert message["content"] == "Hello"
+    assert message["reasoning"] == message["reasoning_content"] == "\nhm, so\n"
+    counts = answer["usage"]
+    assert 0 < counts["completion_tokens_details"]["reasoning_tokens"] < counts["completion_tokens"]
+
+
+def test_a_streamed_chat_thinks_first(http: httpx.Client) -> None:
+    text = http.post("/v1/chat/completions", json=body(stream=True)).text
+    assert text.count('"reasoning_content"') == text.count('"reasoning"') > 0
+    assert text.rindex('"reasoning"') < text.rindex('"content"')
+    assert "think>" not in text
+
+
+def test_thoughts_that_the_prompt_has_opened_need_no_mark(http: httpx.Client) -> None:
+    asked = body(chat_template_kwargs={"opened": True})
+    asked["messages"][0]["content"] = "hm</think>Hello"
+    message = http.post("/v1/chat/completions", json=asked).json()["choices"][0]["message"]
+    assert (message["reasoning"], message["content"]) == ("hm", "Hello<think>")
+
+
+def test_who_does_not_want_thoughts_gets_none(http: httpx.Client) -> None:
+    chat = http.post("/v1/chat/completions", json=body(include_reasoning=False)).json()
+    assert "reasoning" not in chat["choices"][0]["message"]
+    assert chat["choices"][0]["message"]["content"] == "Hello"
+    message = http.post("/v1/messages", json=body(max_tokens=60)).json()
+    assert message["content"] == [{"type": "text", "text": "Hello"}]
+    response = http.post("/v1/responses", json={"input": SAID}).json()
+    assert response["output"][0]["content"][0]["text"] == "Hello"
+    assert response["usage"]["output_tokens_details"]["reasoning_tokens"] > 0
+
+
+def test_a_plain_completion_is_what_the_model_wrote(http: httpx.Client) -> None:
+    asked = {"model": MODEL, "prompt": SAID, "max_tokens": 60, "add_special_tokens": False}
+    assert http.post("/v1/completions", json=asked).json()["choices"][0]["text"] == SAID
