@@ -7,6 +7,7 @@ with all that was streamed. An error in between is an `error` event and `respons
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING, Any
 
 from cluster.request import FinishReason
@@ -36,6 +37,7 @@ def _head(generation: Generation, status: str) -> Json:
         "id": f"resp_{request.request_id}",
         "object": "response",
         "created_at": request.created,
+        "completed_at": None,
         "status": status,
         "error": None,
         "incomplete_details": None,
@@ -104,6 +106,7 @@ class ResponsesFrames:
         is_cut = self._status == "incomplete"
         return {
             **_head(self._generation, self._status),
+            "completed_at": None if is_cut else int(time.time()),
             "incomplete_details": {"reason": "max_output_tokens"} if is_cut else None,
             "output": self._output,
             "usage": _usage(self._generation),

@@ -100,6 +100,8 @@ def test_a_streamed_response_closes_what_it_opens(http: httpx.Client) -> None:
     assert events[-4]["text"] == whole["output"][0]["content"][0]["text"] == HELLO
     assert events[-2]["item"] == whole["output"][0]
     assert events[0]["response"]["id"] == whole["id"]
+    assert whole["completed_at"] >= whole["created_at"]
+    assert events[0]["response"]["completed_at"] is None
 
 
 def test_a_response_that_fails_midway_says_so_last(
