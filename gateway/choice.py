@@ -111,14 +111,21 @@ class Choice:
         self._unread.append(delta)
         self.num_unread_tokens += len(delta.token_ids)
 
-    def take(self) -> Piece:
-        """All that came since the last call. After the ending there is nothing more."""
-        unread, self._unread = self._unread, []
-        self.num_unread_tokens = 0
+    def take(self, max_tokens: int | None = None) -> Piece:
+        """What came since the last call: all of it, or so many tokens and what came with the last
+        of them. After the ending there is nothing more."""
+        unread, num_tokens = self._unread, self.num_unread_tokens
+        most = num_tokens if max_tokens is None else max_tokens
+        self._unread, self.num_unread_tokens = [], 0
         piece = Piece()
-        for delta in unread:
+        for index, delta in enumerate(unread):
             if self.is_finished:
                 break
+            if max_tokens is not None and most <= 0:
+                self._unread, self.num_unread_tokens = unread[index:], num_tokens
+                break
+            most -= len(delta.token_ids)
+            num_tokens -= len(delta.token_ids)
             self._read(delta, piece)
         if self._thoughts is not None and self.finish_reason is not None:
             self._keep(*self._thoughts.flush(), piece)

@@ -89,3 +89,20 @@ def test_the_first_node_says_what_was_cached() -> None:
     subject.deliver(delta(ids(" two")[:1], num_cached_tokens=0))
     subject.take()
     assert subject.num_cached_tokens == 16
+
+
+def test_what_is_unread_is_taken_in_turns_and_none_of_it_twice() -> None:
+    whole, parts = choice(), choice()
+    for subject in (whole, parts):
+        for token_id in (5, 6, 7, 8):
+            subject.deliver(TokenDelta(sequence_id="s", token_ids=(token_id, token_id)))
+        subject.deliver(TokenDelta(sequence_id="s", finish_reason=FinishReason.LENGTH))
+    text = ""
+    unread = []
+    while parts.has_unread:
+        text += parts.take(3).text
+        unread.append(parts.num_unread_tokens)
+    assert unread == [4, 0, 0]
+    assert text == whole.take().text
+    assert parts.num_output_tokens == whole.num_output_tokens == 8
+    assert parts.is_finished

@@ -57,7 +57,7 @@ def test_an_answer_that_was_recovered_is_the_same(
         body |= {"stream": True, "stream_options": {"include_usage": True}}
     running = new_gateway(num_decode=2, stream_recovery=True)
     expected = ask(running, body)
-    victim = disturbed_at(running, 3 * body.get("n", 1))
+    victim = disturbed_at(running, 2 * body.get("n", 1))
     with ThreadPoolExecutor(1) as pool:
         answer = pool.submit(ask, running, body)
         victim()
@@ -69,6 +69,7 @@ def test_an_answer_that_was_recovered_is_the_same(
 def disturbed_at(running: RunningGateway, num_tokens: int) -> Callable[[], None]:
     """Both decode nodes stop there; calling the result kills one that works."""
     nodes = [running.nodes[f"decode-{number}"] for number in range(2)]
+    running.until(lambda: all(node.is_idle for node in nodes))
     gates = [Allowance(num_tokens) for _ in nodes]
     for node, gate in zip(nodes, gates, strict=True):
         running.do(setattr, node.gates, "tokens", gate)
