@@ -42,14 +42,14 @@ def pack_and_seal(
     writes their sealed digests behind them.
 
     slot: uint8, contiguous; its front is taken as `[num_layers, num_positions, unit_bytes]`, of
-    whole units, a multiple of 8 bytes in all. block_ids: int64, the first `num_positions` count;
-    none twice. sums: on the same device; None: no digests. Parts of units start at multiples of
-    4 bytes.
+    whole units, a multiple of 8 bytes in all. block_ids: int64, those count that do of
+    `places.positions`; none twice. sums: on the same device; None: no digests. Parts of units start
+    at multiples of 4 bytes.
     """
     if runs_triton(slot) and sums is not None:
         _move(slot, pools, block_ids, places, sums, None)
         return
-    units, ids = _front(pools, slot, places), block_ids[: places.num_positions]
+    units, ids = _front(pools, slot, places), places.of(block_ids)
     start, count = places.layer_start, places.num_layers
     for part, pool in enumerate(pools):
         pack_blocks(pool, start, count, ids, units, part=part, num_parts=len(pools))
@@ -75,7 +75,7 @@ def unpack_and_check(
     if runs_triton(slot) and sums is not None:
         _move(slot, pools, block_ids, places, sums, num_right)
         return
-    units, ids = _front(pools, slot, places), block_ids[: places.num_positions]
+    units, ids = _front(pools, slot, places), places.of(block_ids)
     start, count = places.layer_start, places.num_layers
     for part, pool in enumerate(pools):
         unpack_blocks(units, pool, start, count, ids, part=part, num_parts=len(pools))
@@ -108,7 +108,7 @@ def _move(
     units_bytes = num_units * num_parts * part_bytes
     assert units_bytes % 8 == 0
     assert units_bytes + 8 * num_units <= slot.numel()
-    assert places.num_positions <= min(block_ids.numel(), places.positions.numel())
+    assert places.first + places.num_positions <= min(block_ids.numel(), places.positions.numel())
     assert num_units <= sums.digests.numel()
     if num_units == 0:
         return
@@ -124,24 +124,31 @@ def _move(
         _move_kernel[(columns * num_stretches,)](
             pool, slot, block_ids, multipliers, sums.digests, sums.num_added,
             slot if num_right is None else num_right, places.positions, places.seed,
-            places.layer_start, places.num_positions, num_blocks, num_units, units_per_program,
-            columns * num_parts, COLUMNS=columns, PIECES=pieces, PIECE=piece,
+            places.layer_start, places.num_positions, places.first, num_blocks, num_units,
+            units_per_program, columns * num_parts, COLUMNS=columns, PIECES=pieces, PIECE=piece,
             PACKED_PIECE=num_words // pieces, BEGIN=part * piece,
             BLOCK=_CHUNK_WORDS, SEALED=_SEALED_AT_ONCE, UNPACKS=num_right is not None, num_warps=4,
         )  # fmt: skip
 
 
 @jit_for_any(
-    "seed", "layer_start", "num_ids", "num_blocks", "num_units", "units_per_program", "num_adding"
+    "seed",
+    "layer_start",
+    "num_ids",
+    "first_id",
+    "num_blocks",
+    "num_units",
+    "units_per_program",
+    "num_adding",
 )
 def _move_kernel(
     pool_ptr: tl.tensor, slot_ptr: tl.tensor, ids_ptr: tl.tensor, multipliers_ptr: tl.tensor,
     digests_ptr: tl.tensor, num_added_ptr: tl.tensor, num_right_ptr: tl.tensor,
     positions_ptr: tl.tensor, seed: tl.tensor, layer_start: tl.tensor, num_ids: tl.tensor,
-    num_blocks: tl.tensor, num_units: tl.tensor, units_per_program: tl.tensor,
-    num_adding: tl.tensor, COLUMNS: tl.constexpr, PIECES: tl.constexpr, PIECE: tl.constexpr,
-    PACKED_PIECE: tl.constexpr, BEGIN: tl.constexpr, BLOCK: tl.constexpr, SEALED: tl.constexpr,
-    UNPACKS: tl.constexpr,
+    first_id: tl.tensor, num_blocks: tl.tensor, num_units: tl.tensor,
+    units_per_program: tl.tensor, num_adding: tl.tensor, COLUMNS: tl.constexpr,
+    PIECES: tl.constexpr, PIECE: tl.constexpr, PACKED_PIECE: tl.constexpr, BEGIN: tl.constexpr,
+    BLOCK: tl.constexpr, SEALED: tl.constexpr, UNPACKS: tl.constexpr,
 ) -> None:  # fmt: skip
     """`num_adding` programs, of all parts, work on one stretch of `units_per_program` units; the
     last of them seals it."""
@@ -158,7 +165,7 @@ def _move_kernel(
     first = stretch * units_per_program
     end = tl.minimum(first + units_per_program, num_units)
     for unit in range(first, end):
-        block_id = tl.load(ids_ptr + unit % num_ids)
+        block_id = tl.load(ids_ptr + first_id + unit % num_ids)
         pool_unit = tl.cast(layer_start + unit // num_ids, tl.int64) * num_blocks + block_id
         in_pool = pool_words + pool_unit * (PIECES * PIECE) + piece * PIECE + word
         in_packed = packed_words + tl.cast(unit, tl.int64) * (PIECES * PACKED_PIECE) + packed_word
@@ -176,6 +183,6 @@ def _move_kernel(
         units = tl.cast(num_units, tl.int64) * (PIECES * PACKED_PIECE)
         behind = (packed_words + units).to(tl.pointer_type(tl.int64))
         seal_units(
-            digests_ptr, behind, num_right_ptr + stretch, positions_ptr, seed, layer_start,
-            num_ids, first, end, CHECKS=UNPACKS, BLOCK=SEALED,
+            digests_ptr, behind, num_right_ptr + stretch, positions_ptr + first_id, seed,
+            layer_start, num_ids, first, end, CHECKS=UNPACKS, BLOCK=SEALED,
         )  # fmt: skip

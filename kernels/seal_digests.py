@@ -42,18 +42,23 @@ def _mix(bits: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 class Places(NamedTuple):
-    """Of a frame's units, layer by layer. `seed`: 63 bits. `positions`: int64, the first
-    `num_positions` count, on the device of the digests."""
+    """Of a frame's units, layer by layer. `seed`: 63 bits. `positions`: int64, of which
+    `num_positions` from `first` on count, on the device of the digests."""
 
     seed: int
     layer_start: int
     num_layers: int
     positions: torch.Tensor
     num_positions: int
+    first: int = 0
 
     @property
     def num_units(self) -> int:
         return self.num_layers * self.num_positions
+
+    def of(self, numbers: torch.Tensor) -> torch.Tensor:
+        """What counts in a list like `positions`."""
+        return numbers[self.first : self.first + self.num_positions]
 
 
 class Sums:
@@ -105,7 +110,7 @@ def num_right_on_host(digests: torch.Tensor, places: Places, behind: torch.Tenso
 
 def _sealed_on_host(digests: torch.Tensor, places: Places) -> NDArray[np.uint64]:
     layers = np.arange(places.layer_start, places.layer_start + places.num_layers, dtype=np.uint64)
-    positions = places.positions[: places.num_positions].numpy().view(np.uint64)
+    positions = places.of(places.positions).numpy().view(np.uint64)
     added = places_of(places.seed, layers[:, None], positions).reshape(-1)
     return digests.numpy().view(np.uint64) + added
 

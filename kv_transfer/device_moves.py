@@ -52,6 +52,7 @@ class DeviceMoves:
         self._others = torch.cuda.current_stream(self._device)
         self._unit_bytes = pools[0].shape[2] * len(pools)
         self._lists = DeviceLists(self._device, MAX_UNITS_PER_FRAME, num_lists)
+        self._ascending = torch.arange(MAX_UNITS_PER_FRAME, device=self._device)
         self._notes: deque[_Notes] = deque()
         self._ends = EventQueue()
         self._warm_up()
@@ -95,12 +96,24 @@ class DeviceMoves:
     def _sums_of(self, notes: _Notes) -> Sums | None:
         return notes.sums if self._takes_digests else None
 
+    def prepare(self, table: tuple[int, ...]) -> None:
+        """Frames of these blocks will come, and name it."""
+        if len(table) <= MAX_UNITS_PER_FRAME:
+            torch.cuda.set_stream(self._stream)
+            try:
+                self._lists.get(table)
+            finally:
+                torch.cuda.set_stream(self._others)
+
     def _blocks_of(self, frame: FramePlace) -> tuple[torch.Tensor, Places]:
         """Which blocks, and their places."""
-        seal = frame.seal
-        positions, ids = self._lists.get(seal.positions), self._lists.get(frame.block_ids)
-        num_positions = len(seal.positions)
-        return ids, Places(seal.seed, seal.layer_start, seal.num_layers, positions, num_positions)
+        seal, table, num = frame.seal, frame.table, len(frame.block_ids)
+        if table is not None and len(table) <= MAX_UNITS_PER_FRAME and frame.is_stretch:
+            ids, positions, first = self._lists.get(table), self._ascending, seal.positions[0]
+        else:
+            ids, first = self._lists.get(frame.block_ids), 0
+            positions = self._lists.get(seal.positions)
+        return ids, Places(seal.seed, seal.layer_start, seal.num_layers, positions, num, first)
 
     def _take_notes(self) -> _Notes:
         return self._notes.pop() if self._notes else _Notes(self._device)

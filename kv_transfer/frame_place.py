@@ -26,10 +26,13 @@ def at_positions(table: Sequence[int], positions: tuple[int, ...]) -> tuple[int,
 
 
 class FramePlace(NamedTuple):
-    """The units of one frame: the places that `seal` stands for, in these blocks of a pool."""
+    """The units of one frame: the places that `seal` stands for, in these blocks of a pool.
+
+    `table`: block ids of all positions from 0 on, if the device may have these already."""
 
     seal: PlaceSeal
     block_ids: tuple[int, ...]
+    table: tuple[int, ...] | None = None
 
     @property
     def layer_start(self) -> int:
@@ -38,6 +41,12 @@ class FramePlace(NamedTuple):
     @property
     def num_layers(self) -> int:
         return self.seal.num_layers
+
+    @property
+    def is_stretch(self) -> bool:
+        """Its positions follow each other."""
+        positions = self.seal.positions
+        return positions[-1] - positions[0] + 1 == len(positions)
 
     @property
     def num_units(self) -> int:

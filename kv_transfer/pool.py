@@ -89,6 +89,11 @@ class TransferPool:
         the device has one. Events are given in their order."""
         self._computing.when(done, tell, is_urgent=is_urgent)
 
+    def prepare(self, table: tuple[int, ...]) -> None:
+        """Scatters into these blocks will come, whose frames name the table."""
+        if isinstance(self._moves, DeviceMoves):
+            self._moves.prepare(table)
+
     def begin_gather(
         self,
         slot: torch.Tensor,

@@ -86,7 +86,7 @@ class Rehearsal:
         if plan is None:
             raise AssertionError("there is nothing to play")
         seal = PlaceSeal(0, plan.layer_start, plan.num_layers, plan.positions)
-        self._place = FramePlace(seal, plan.block_ids)
+        self._place = FramePlace(seal, plan.block_ids, plan.block_ids)
         packed = self._moves.gather(self._slot, self._place, None)
         packed.add_done_callback(self._packed)
 

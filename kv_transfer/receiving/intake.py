@@ -189,7 +189,15 @@ class Intake:
             return dropping, self._endings.abort(transfer, failure(problem), now)
         block_ids = transfer.block_ids_at(header.positions)
         is_last = transfer.progress.is_announced
-        return Landing(header.transfer_id, header.seq, block_ids, transfer.digest_seed, is_last), []
+        landing = Landing(
+            transfer_id=header.transfer_id,
+            seq=header.seq,
+            block_ids=block_ids,
+            table=transfer.block_ids,
+            digest_seed=transfer.digest_seed,
+            is_last=is_last,
+        )
+        return landing, []
 
     def may_scatter(self, transfer_id: bytes) -> bool:
         """Whether a landed payload is still wanted; asked right before it is scattered."""

@@ -118,12 +118,14 @@ Instruction = (
 
 @dataclass(frozen=True, slots=True)
 class Landing:
-    """A frame to receive into a slot and then into `block_ids`, after its digests held. `is_last`:
-    with it nothing of its transfer is missing."""
+    """A frame to receive into a slot and then into `block_ids`, after its digests held. `table`:
+    all block ids of its transfer, by position. `is_last`: with it nothing of the transfer is
+    missing."""
 
     transfer_id: bytes
     seq: int
     block_ids: tuple[int, ...]
+    table: tuple[int, ...]
     digest_seed: int
     is_last: bool
 

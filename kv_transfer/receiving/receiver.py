@@ -341,8 +341,10 @@ class KVReceiver:
             error = InternalError("The decode node could not reserve blocks.")
             instructions = self._intake.reserve_failed(transfer_id, error, self._clock())
         else:
+            table = tuple(blocks.block_ids)
+            self.agent.pool.prepare(table)  # while nobody waits for it
             instructions = self._intake.reserved(
-                transfer_id, tuple(blocks.block_ids), blocks.num_held_blocks, self._clock()
+                transfer_id, table, blocks.num_held_blocks, self._clock()
             )
         del self._asking[transfer_id]
         self._execute(instructions)

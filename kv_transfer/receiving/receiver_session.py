@@ -255,7 +255,7 @@ class ReceiverSession:
 
 def _place_of(header: FrameHeader, fate: Landing) -> FramePlace:
     seal = PlaceSeal(fate.digest_seed, header.layer_start, header.num_layers, header.positions)
-    return FramePlace(seal, fate.block_ids)
+    return FramePlace(seal, fate.block_ids, fate.table)
 
 
 def _look_at(received: asyncio.Future[None]) -> None:

@@ -138,6 +138,23 @@ def test_the_same_units_elsewhere_are_wrong(
     assert not verified(slot, pools, ids, elsewhere, sums)
 
 
+def test_lists_may_begin_somewhere(device: torch.device) -> None:
+    """At a place that is no multiple of what a kernel likes best."""
+    pools, sums = make_pools(1, 64, device), Sums(6, device)
+    ids, of = torch.tensor([6, 0, 3], device=device), make_places(1, 2, (4, 0, 9), device)
+    later = make_places(1, 2, (77, 4, 0, 9), device)._replace(num_positions=3, first=1)
+    slot, other = make_slot(6, 64, device), make_slot(6, 64, device)
+    pack_and_seal(slot, pools, ids, of, sums)
+    shifted = torch.tensor([5, 6, 0, 3], device=device)
+    pack_and_seal(other, pools, shifted, later, sums)
+    assert torch.equal(slot[:-24], other[:-24])
+    expected = pools[0].clone()
+    pools[0][:, ids] = 0
+    pools[0][0], pools[0][3:] = expected[0], expected[3:]
+    assert verified(slot, pools, shifted, later, sums)
+    assert torch.equal(pools[0], expected)
+
+
 def test_no_blocks(device: torch.device) -> None:
     pools, of = make_pools(1, 64, device), make_places(0, 2, (), device)
     slot, no_ids = make_slot(0, 64, device), torch.empty(0, dtype=torch.int64, device=device)

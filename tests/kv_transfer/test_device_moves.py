@@ -76,3 +76,24 @@ def test_a_comparison_that_never_ran_verifies_nothing_even_after_one_that_did(
         assert not await moves.scatter(slot, FRAME)
 
     asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("positions", [(2, 3, 4), (1, 2, 5)], ids=["a stretch", "with a gap"])
+@pytest.mark.parametrize("is_prepared", [True, False])
+def test_blocks_are_those_of_the_table_at_the_positions(
+    moves: DeviceMoves, positions: tuple[int, ...], is_prepared: bool
+) -> None:
+    async def scenario() -> None:
+        table = (9, 4, 7, 0, 3, 8)
+        seal = PlaceSeal(digest_seed(bytes(16), b""), 0, 2, positions)
+        ids = tuple(table[position] for position in positions)
+        slot = torch.zeros(6 * (UNIT_BYTES + 8), dtype=torch.uint8)
+        await moves.gather(slot, FramePlace(seal, ids), after=None)
+        expected = moves._pools[0].clone()
+        moves._pools[0][:, list(ids)] = 0
+        if is_prepared:
+            moves.prepare(table)
+        assert await moves.scatter(slot, FramePlace(seal, ids, table))
+        assert torch.equal(moves._pools[0], expected)
+
+    asyncio.run(scenario())

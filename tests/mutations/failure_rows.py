@@ -145,8 +145,8 @@ FAILURE_ROWS = (
         (
             Mutation(
                 SESSION,
-                "FramePlace(seal, fate.block_ids)",
-                "FramePlace(seal, fate.block_ids[::-1])",
+                "FramePlace(seal, fate.block_ids, fate.table)",
+                "FramePlace(seal, fate.block_ids[::-1], fate.table[::-1])",
                 "tests/e2e/test_split_equality.py::"
                 "test_greedy_tokens_of_the_split_pools_are_those_of_one_node_and_of_the_reference"
                 "[llama3-512-1]",
