@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -71,9 +72,22 @@ class StartupReport:
     def ready(self, **facts: Fact) -> None:
         seconds = self._clock() - self._began
         self._sink({"event": "ready", "seconds": round(seconds, 3), **facts})
+        tell_systemd()
 
     def failed(self, message: str) -> None:
         self._sink({"event": "failed", "message": message})
+
+
+def tell_systemd(environ: Mapping[str, str] = os.environ) -> None:
+    """That this process is ready, where a unit of Type=notify waits to hear it."""
+    address = environ.get("NOTIFY_SOCKET", "")
+    if not address.startswith(("/", "@")):
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notifying:
+        try:
+            notifying.sendto(b"READY=1", address.replace("@", "\0", 1))
+        except OSError as error:
+            logger.warning("systemd cannot be told that this is ready: %s", error.strerror)
 
 
 def sink_from_environment(environ: Mapping[str, str] = os.environ) -> Sink:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import socket
 from typing import TYPE_CHECKING
 
 import pytest
@@ -20,6 +21,7 @@ from cluster.startup import (
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from pathlib import Path
 
     from cluster.startup import Fact
 
@@ -112,3 +114,19 @@ def test_without_a_supervisor_phases_are_log_lines(caplog: pytest.LogCaptureFixt
     first, second = caplog.messages
     assert first.startswith("load weights took")
     assert second.endswith("s: grpc 127.0.0.1:9")
+
+
+def test_a_unit_that_waits_is_told_once_it_is_ready(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    address = str(tmp_path / "notify")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        systemd.bind(address)
+        systemd.settimeout(10)
+        monkeypatch.setenv("NOTIFY_SOCKET", address)
+        report = Recorder().report()
+        with report.phase("load weights"):
+            pass
+        report.ready()
+        assert systemd.recv(100) == b"READY=1"
+    report.ready()  # nobody listens any more: no reason to end
