@@ -22,7 +22,7 @@ from engine.loop import EngineLoop
 from kv_transfer.receiving.incoming import IncomingSequence
 from kv_transfer.transports.loopback import LoopbackNetwork, LoopbackTransport
 from tests.kv_twins import COMPATIBLE, decode_side, until
-from tests.node_parts import (
+from tests.node_doubles import (
     GATEWAY,
     FakeMember,
     Gateway,

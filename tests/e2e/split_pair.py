@@ -38,7 +38,7 @@ from kv_transfer.config import KVTransferConfig
 from kv_transfer.transports.loopback import LoopbackNetwork, LoopbackTransport
 from prefill_node.node import PrefillNode
 from tests.kv_twins import until
-from tests.node_parts import check_all_free
+from tests.node_doubles import check_all_free
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Sequence

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from kv_transfer.transports.loopback import LoopbackEndpoint, LoopbackNetwork, LoopbackTransport
 from tests.kv_twins import NUM_BLOCKS, decode_side, handoff_to, prefill_side, until
-from tests.node_parts import BLOCK_SIZE, GATEWAY, request, settle
+from tests.node_doubles import BLOCK_SIZE, GATEWAY, request, settle
 from tests.prefill_node.test_service import World, run
 
 if TYPE_CHECKING:

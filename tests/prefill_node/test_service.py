@@ -17,7 +17,7 @@ from engine.loop import EngineLoop
 from prefill_node.loop import LayerFacts, PrefillObserver
 from prefill_node.scheduler import PrefillScheduler
 from prefill_node.service import PrefillHandler
-from tests.node_parts import (
+from tests.node_doubles import (
     FakeMember,
     Gateway,
     ScriptedEngine,
