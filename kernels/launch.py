@@ -13,7 +13,8 @@ Life of a call
        of a kernel has changed are left out.
 
 A key tells apart at least what Triton does, whose rules are: types; whether addresses and integers
-are multiples of 16; whether an integer is 1, and in how many bits it fits. Call sites pass what a
+are multiples of 16; whether an integer is 1, and in how many bits it fits, or that alone where the
+kernel is compiled for any. Call sites pass what a
 kernel is given at run time by position, and constants and options by name; any other call is left
 to Triton, as are all on other GPUs than NVIDIA's and in its interpreter.
 """
@@ -34,7 +35,7 @@ except ImportError:
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Sequence
 
-__all__ = ["Launches", "direct", "read"]
+__all__ = ["Launches", "direct", "read", "width_of_int"]
 
 # A torch without CUDA has neither.
 _device_of_cuda: Callable[[], int] | None = getattr(torch._C, "_cuda_getDevice", None)
@@ -70,7 +71,9 @@ class _Compiled(NamedTuple):
 class Launches:
     """One kernel's: `launches(grid, *args, **named)` is `kernel[grid](*args, **named)`."""
 
-    __slots__ = ("_compiled", "_constants", "_device", "_kernel", "_num_given", "_stream")
+    __slots__ = (
+        "_compiled", "_constants", "_device", "_for_any", "_kernel", "_num_given", "_stream",
+    )  # fmt: skip
 
     def __init__(
         self, kernel: Any, *, device: Callable[[], int], stream: Callable[[int], int]
@@ -84,12 +87,22 @@ class Launches:
         self._num_given = sum(given)
         if not all(given[: self._num_given]):
             self._num_given = -1  # no call is like that
+        # Integers that it is compiled for all values of.
+        self._for_any = [
+            index
+            for index, parameter in enumerate(kernel.params)
+            if getattr(parameter, "do_not_specialize", False)
+        ]
         # Launchers want a place for each parameter, and do not look at those of constants.
         self._constants = (None,) * (len(given) - self._num_given)
         self._compiled: dict[Hashable, _Compiled] = {}
 
     def __call__(self, grid: tuple[int, ...], *args: object, **named: object) -> None:
         kinds, values = read(args)
+        if len(args) == self._num_given:
+            for index in self._for_any:
+                if type(args[index]) is int:
+                    kinds[index] = width_of_int(args[index])
         device = self._device()
         key = (device, tuple(kinds), tuple(named), tuple(named.values()))
         compiled = self._compiled.get(key)
@@ -156,6 +169,13 @@ def read(args: Sequence[object]) -> tuple[list[Any], list[object]]:
             kinds.append(_kind_of_other(arg))
             values.append(arg)
     return kinds, values
+
+
+def width_of_int(value: Any) -> str:
+    """The kind of one that its kernel is compiled for all values of."""
+    if -(1 << 31) <= value < 1 << 31:
+        return "i32"
+    return "i64" if -(1 << 63) <= value < 1 << 63 else "u64"
 
 
 def _kind_of_int(value: int) -> Hashable:

@@ -14,7 +14,7 @@ import torch
 
 from kernels.dispatch import jit, jit_for_any, tl
 from kernels.gluon_api import HAS_GLUON, in_blocks
-from kernels.launch import Launches, read
+from kernels.launch import Launches, read, width_of_int
 
 triton = pytest.importorskip("triton")
 
@@ -42,6 +42,32 @@ def test_what_triton_compiles_apart_is_told_apart() -> None:
             flags = (False, for_any, on_alignment)
             if specialize(backend, one, *flags) != specialize(backend, other, *flags):
                 assert kind(one) != kind(other), (one, other)
+
+
+def test_of_integers_for_all_values_of_which_a_kernel_is_compiled_the_width_is_told_apart() -> None:
+    specialize = pytest.importorskip("triton._C.libtriton").native_specialize_impl
+    compiler = pytest.importorskip("triton.compiler.compiler")
+    target = pytest.importorskip("triton.backends.compiler").GPUTarget("cuda", 90, 32)
+    backend = compiler.make_backend(target)
+    integers = [value for value in SAMPLES if type(value) is int]
+    for one, other in itertools.combinations(integers, 2):
+        for on_alignment in (True, False):
+            flags = (False, False, on_alignment)
+            if specialize(backend, one, *flags) != specialize(backend, other, *flags):
+                assert width_of_int(one) != width_of_int(other), (one, other)
+
+
+def test_an_integer_that_a_kernel_is_compiled_for_any_of_compiles_nothing_anew() -> None:
+    world = World()
+    world.params[2].do_not_specialize = True
+    world.launches = Launches(world, device=lambda: 0, stream=lambda _: 100)
+    first, second = torch.zeros(16), torch.zeros(16)
+    for value in (32, 33, 1, 0, -5):
+        world.launches((3,), first, second, value, SIZE=8)
+    assert len(world.compiled) == 1
+    assert [given[-3] for _, given in world.launched] == [33, 1, 0, -5]
+    world.launches((3,), first, second, 2**31, SIZE=8)
+    assert len(world.compiled) == 2
 
 
 @pytest.mark.skipif(not HAS_GLUON, reason="no Gluon here")
