@@ -54,6 +54,7 @@ class FramePlan:
     num_layers: int
     positions: tuple[int, ...]
     block_ids: tuple[int, ...]
+    table: tuple[int, ...]  # block ids of all positions from 0 on, as far as they are known
     after: Any
 
     @property
@@ -100,6 +101,7 @@ class OutgoingTransfer:
         self._num_layers_begun = 0
         self._missing: tuple[int, ...] | None = None  # ascending
         self._last_lacked: tuple[int, int, tuple[int, ...]] = (0, 0, ())
+        self._last_table: tuple[int, ...] = ()
         self._last_ids: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
         self._ready: deque[_Part] = deque()  # before the ticket: of all blocks
         self._num_unplanned = 0  # units
@@ -186,6 +188,12 @@ class OutgoingTransfer:
             self._last_ids = (positions, at_positions(self._block_ids, positions))
         return self._last_ids[1]
 
+    def _table(self) -> tuple[int, ...]:
+        """The same object until more blocks are known."""
+        if len(self._last_table) != len(self._block_ids):
+            self._last_table = tuple(self._block_ids)
+        return self._last_table
+
     def commit_asked(self, first_token_id: int) -> list[Instruction]:
         if self.state is not TransferState.PENDING and not self.may_post:
             return []
@@ -219,6 +227,7 @@ class OutgoingTransfer:
             num_layers=layer_end - part.layer_start,
             positions=positions,
             block_ids=self._ids_at(positions),
+            table=self._table(),
             after=part.after,
         )
         self._num_unplanned -= plan.num_units

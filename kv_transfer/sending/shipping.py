@@ -177,7 +177,7 @@ class Shipping:
     def _begin(self, shipment: Any, plan: FramePlan, slot: StagingSlot) -> Payload:
         link = self._link
         seal = PlaceSeal(shipment.digest_seed, plan.layer_start, plan.num_layers, plan.positions)
-        frame = FramePlace(seal, plan.block_ids)
+        frame = FramePlace(seal, plan.block_ids, plan.table)
         if link.pieces is not None:
             return PiecesPayload(self._agent, link.pieces, frame)
         if self._reads is not None:
