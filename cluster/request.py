@@ -54,7 +54,8 @@ class SamplingParams:
         self._check_range("temperature", self.temperature, 0.0, 100.0)
         self._check_range("top_p", self.top_p, 0.0, 1.0, low_open=True)
         self._check_range("min_p", self.min_p, 0.0, 1.0)
-        self._check_range("repetition_penalty", self.repetition_penalty, 0.0, 100.0, low_open=True)
+        # Logits are divided by it: near zero nothing finite would be left of them.
+        self._check_range("repetition_penalty", self.repetition_penalty, 0.01, 100.0)
         self._check_range("presence_penalty", self.presence_penalty, -2.0, 2.0)
         self._check_range("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
         for _, bias in self.logit_bias:

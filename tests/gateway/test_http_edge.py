@@ -54,6 +54,7 @@ BAD_COMPLETIONS: list[tuple[dict[str, Any], str]] = [
     ({"temperature": "0.7"}, "temperature"),
     ({"temperature": True}, "temperature"),
     ({"temperature": -0.1}, "temperature"),
+    ({"repetition_penalty": 1e-38}, "repetition_penalty"),
     ({"top_p": 0}, "top_p"),
     ({"max_tokens": 0}, "max_tokens"),
     ({"max_tokens": 1.5}, "max_tokens"),
