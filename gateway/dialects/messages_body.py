@@ -18,6 +18,7 @@ from gateway.schemas import ChatBody, Wire, valid
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+# What would change the answer, with the values that ask for nothing.
 _HARMLESS: dict[str, tuple[object, ...]] = {
     "thinking": ({"type": "disabled"},),
     "output_config": ({},),
@@ -107,13 +108,13 @@ def _as_chat(body: CountTokensBody, sampling: Json) -> ChatBody:
         messages.append({"role": "system", "content": _text(body.system, "system")})
     for index, one in enumerate(body.messages):
         messages += _messages(one, f"messages[{index}].content")
+    tools = [_tool(tool, f"tools[{index}]") for index, tool in enumerate(body.tools or [])]
     return ChatBody.model_validate(
         {
             "model": body.model,
             "messages": messages,
             "continue_final_message": body.messages[-1].role == "assistant",
-            "tools": [_tool(tool, f"tools[{i}]") for i, tool in enumerate(body.tools or [])]
-            or None,
+            "tools": tools or None,
             "tool_choice": _choice(body.tool_choice),
             "include_reasoning": False,  # as without `thinking` in Anthropic's API
             "parallel_tool_calls": not (

@@ -16,6 +16,7 @@ from gateway.schemas import ChatBody, Wire, valid
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+# What would change the answer, with the values that ask for nothing.
 _HARMLESS: dict[str, tuple[object, ...]] = {
     "previous_response_id": (),
     "conversation": (),
@@ -27,8 +28,8 @@ _HARMLESS: dict[str, tuple[object, ...]] = {
     "top_logprobs": (0,),
 }
 _TEXTS = frozenset({"input_text", "output_text", "text"})
-Json = dict[str, Any]
 _ROLES = ("system", "developer", "user", "assistant")
+Json = dict[str, Any]
 
 
 class Reasoning(Wire):
@@ -91,16 +92,11 @@ def parse_responses(fields: Mapping[str, Any]) -> ChatBody:
     return _as_chat(body)
 
 
-def _call(call: FunctionCall) -> Json:
-    function = {"name": call.name, "arguments": call.arguments}
-    one = {"id": call.call_id, "type": "function", "function": function}
-    return {"role": "assistant", "content": "", "tool_calls": [one]}
-
-
 def _as_chat(body: ResponsesBody) -> ChatBody:
     messages = _messages(body.input)
     if body.instructions is not None:
         messages.insert(0, {"role": "system", "content": body.instructions})
+    tools = [_tool(tool, f"tools[{index}]") for index, tool in enumerate(body.tools or [])]
     return ChatBody.model_validate(
         {
             "model": body.model,
@@ -110,9 +106,8 @@ def _as_chat(body: ResponsesBody) -> ChatBody:
             "top_p": body.top_p,
             "stream": body.stream,
             "reasoning_effort": body.reasoning.effort if body.reasoning else None,
-            "tools": [_tool(tool, f"tools[{i}]") for i, tool in enumerate(body.tools or [])]
-            or None,
-            "tool_choice": body.tool_choice if body.tools else None,
+            "tools": tools or None,
+            "tool_choice": body.tool_choice if tools else None,
             "parallel_tool_calls": body.parallel_tool_calls,
             "include_reasoning": False,  # as OpenAI's models keep theirs
         }
@@ -161,3 +156,9 @@ def _message(item: object, path: str) -> Json:
             f"{path}.role must be one of {', '.join(_ROLES)}.", param=f"{path}.role"
         )
     return {"role": role, "content": text_of(item.get("content"), f"{path}.content", texts=_TEXTS)}
+
+
+def _call(call: FunctionCall) -> Json:
+    function = {"name": call.name, "arguments": call.arguments}
+    one = {"id": call.call_id, "type": "function", "function": function}
+    return {"role": "assistant", "content": "", "tool_calls": [one]}
