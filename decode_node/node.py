@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING
 
 from cluster.clock import monotonic
-from cluster.member_config import MemberConfig
 from cluster.node import NodeRole
-from cluster.node_process import run_node
 from cluster.proto import node_pb2_grpc
 from cluster.rpc import open_channel
 from decode_node.loop import DecodeObserver
@@ -21,7 +18,7 @@ from decode_node.reservations import Reservations
 from decode_node.scheduler import DecodeScheduler
 from decode_node.service import DecodeHandler
 from engine.load import LoadSnapshot
-from node_parts.wiring import NodeParts, open_engine
+from node_parts.wiring import NodeParts, run_role
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -31,30 +28,18 @@ if TYPE_CHECKING:
 
     from cluster.config import LoadedConfig
     from cluster.member import Member, MemberSources
-    from cluster.node import NodeId, NodeLoad
-    from cluster.rpc import SessionHub
+    from cluster.node import NodeLoad
     from cluster.startup import StartupReport
-    from engine.engine import Engine
-    from kv_transfer.agent import TransferAgent
     from kv_transfer.config import KVTransferConfig
 
 
 class DecodeNode:
     """Prompts come in over hand-offs and run here. Build it on the event loop."""
 
-    def __init__(
-        self,
-        engine: Engine,
-        agent: TransferAgent,
-        hub: SessionHub,
-        node_id: NodeId,
-        *,
-        on_fatal: Callable[[BaseException], None],
-    ) -> None:
-        self.parts = parts = NodeParts(
-            NodeRole.DECODE, engine, agent, hub, node_id, on_fatal=on_fatal
-        )
+    def __init__(self, parts: NodeParts) -> None:
+        self.parts = parts
         self.info = parts.info
+        engine = parts.engine
         manager = engine.block_manager
         scheduler = DecodeScheduler(
             manager,
@@ -72,8 +57,8 @@ class DecodeNode:
             manager,
             more_waiting=lambda: (reservations.num_waiting, reservations.queued_tokens),
         )
-        budget = _recompute_budget(agent.config)
-        self.handler = DecodeHandler(engine, scheduler, reservations, hub, budget)
+        budget = _recompute_budget(parts.agent.config)
+        self.handler = DecodeHandler(engine, scheduler, reservations, parts.hub, budget)
         observer = DecodeObserver(
             reservations,
             asyncio.get_running_loop(),
@@ -137,6 +122,4 @@ def _recompute_budget(config: KVTransferConfig) -> RecomputeBudget:
 
 async def run_decode_node(loaded: LoadedConfig, report: StartupReport) -> None:
     """Serve until told to stop. Raises `ConfigError` for what keeps it from serving."""
-    engine, agent = open_engine(loaded, report)
-    build = partial(DecodeNode, engine, agent)
-    await run_node(NodeRole.DECODE, loaded[MemberConfig], report, build)
+    await run_role(NodeRole.DECODE, DecodeNode, loaded, report)

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 from cluster.codec import PROTOCOL_VERSION
 from cluster.errors import InternalError
 from cluster.member import MemberSources
+from cluster.member_config import MemberConfig
+from cluster.node_process import run_node
 from cluster.node_service import NodeService
 from cluster.proto import node_pb2_grpc
 from cluster.rpc import open_channel
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
     from cluster.config import LoadedConfig
     from cluster.member import Member
     from cluster.node import NodeId, NodeLoad, NodeRole
+    from cluster.node_process import Node
     from cluster.node_service import Handler
     from cluster.request import SequenceRequest
     from cluster.rpc import SessionHub
@@ -49,12 +52,23 @@ if TYPE_CHECKING:
     from kv_transfer.sending.sender import SenderEvents
 
 
-def open_engine(loaded: LoadedConfig, report: StartupReport) -> tuple[Engine, TransferAgent]:
-    """The engine and what moves its KV. Raises `ConfigError` for what keeps a node from serving."""
+async def run_role(
+    role: NodeRole,
+    new_node: Callable[[NodeParts], Node],
+    loaded: LoadedConfig,
+    report: StartupReport,
+) -> None:
+    """Serve until told to stop. Raises `ConfigError` for what keeps a node from serving."""
     engine = Engine.create(loaded[EngineConfig], progress=report)
     with report.phase("open transport"):
         agent = TransferAgent.create(engine.kv_pools, loaded[KVTransferConfig])
-    return engine, agent
+
+    def build(
+        hub: SessionHub, node_id: NodeId, *, on_fatal: Callable[[BaseException], None]
+    ) -> Node:
+        return new_node(NodeParts(role, engine, agent, hub, node_id, on_fatal=on_fatal))
+
+    await run_node(role, loaded[MemberConfig], report, build)
 
 
 class NodeParts:

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 
-from cluster.member_config import MemberConfig
 from cluster.node import NodeRole
-from cluster.node_process import run_node
 from cluster.proto import node_pb2_grpc
 from cluster.rpc import open_channel
 from engine.load import LoadSnapshot
-from node_parts.wiring import NodeParts, open_engine
+from node_parts.wiring import NodeParts, run_role
 from prefill_node.fetch_estimate import FetchEstimate
 from prefill_node.layer_groups import CPU_GROUP_BYTES, GPU_GROUP_BYTES
 from prefill_node.loop import LayerFacts, PrefillObserver
@@ -33,8 +30,7 @@ if TYPE_CHECKING:
 
     from cluster.config import LoadedConfig
     from cluster.member import Member, MemberSources
-    from cluster.node import NodeId, NodeLoad
-    from cluster.rpc import SessionHub
+    from cluster.node import NodeLoad
     from cluster.startup import StartupReport
     from engine.engine import Engine
     from kv_transfer.agent import TransferAgent
@@ -47,29 +43,20 @@ NUM_FETCH_SLOTS = 2  # staging slots for prefixes that come here
 class PrefillNode:
     """Prompts are computed here and handed off. Build it on the event loop."""
 
-    def __init__(
-        self,
-        engine: Engine,
-        agent: TransferAgent,
-        hub: SessionHub,
-        node_id: NodeId,
-        *,
-        on_fatal: Callable[[BaseException], None],
-    ) -> None:
-        self.parts = parts = NodeParts(
-            NodeRole.PREFILL, engine, agent, hub, node_id, on_fatal=on_fatal
-        )
+    def __init__(self, parts: NodeParts) -> None:
+        self.parts = parts
         self.info = parts.info
+        engine = parts.engine
         scheduler = PrefillScheduler(
             engine.block_manager, engine.max_num_batched_tokens, engine.max_num_seqs
         )
         self._snapshot = LoadSnapshot(scheduler, engine.block_manager)
-        self.handler = PrefillHandler(engine, scheduler, hub)
+        self.handler = PrefillHandler(engine, scheduler, parts.hub)
         self._observer = PrefillObserver(
             engine.block_manager,
             asyncio.get_running_loop(),
             self._snapshot,
-            layers=_layer_facts(engine, agent),
+            layers=_layer_facts(engine, parts.agent),
             on_scheduled=self.handler.on_scheduled,
             on_layers=self.handler.on_layers,
             on_step=self.handler.on_step,
@@ -84,10 +71,10 @@ class PrefillNode:
         self._receiver: KVReceiver | None = None
         if parts.fetches_prefixes:
             self.fetches = PrefixFetches(
-                node_id, engine.block_manager, FetchEstimate(), open_channel
+                parts.info.id, engine.block_manager, FetchEstimate(), open_channel
             )
             self._receiver = parts.new_receiver(
-                self.fetches.incoming, agent=agent.beside(NUM_FETCH_SLOTS)
+                self.fetches.incoming, agent=parts.agent.beside(NUM_FETCH_SLOTS)
             )
 
     def sources(self, on_replaced: Callable[[], None]) -> MemberSources:
@@ -150,6 +137,4 @@ def _record() -> torch.Event:
 
 async def run_prefill_node(loaded: LoadedConfig, report: StartupReport) -> None:
     """Serve until told to stop. Raises `ConfigError` for what keeps it from serving."""
-    engine, agent = open_engine(loaded, report)
-    build = partial(PrefillNode, engine, agent)
-    await run_node(NodeRole.PREFILL, loaded[MemberConfig], report, build)
+    await run_role(NodeRole.PREFILL, PrefillNode, loaded, report)

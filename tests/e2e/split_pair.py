@@ -19,7 +19,7 @@ from prometheus_client import CollectorRegistry
 from cluster.codec import PROTOCOL_VERSION, encode_handoff, encode_sequence
 from cluster.delta_codec import decode_delta
 from cluster.member import Member
-from cluster.node import NodeId, NodeName, new_incarnation
+from cluster.node import NodeId, NodeName, NodeRole, new_incarnation
 from cluster.node_stores import NodeStores
 from cluster.proto import node_pb2 as pb
 from cluster.proto import node_pb2_grpc
@@ -36,6 +36,7 @@ from decode_node.node import DecodeNode
 from kv_transfer.agent import TransferAgent
 from kv_transfer.config import KVTransferConfig
 from kv_transfer.transports.loopback import LoopbackNetwork, LoopbackTransport
+from node_parts.wiring import NodeParts
 from prefill_node.node import PrefillNode
 from tests.kv_twins import until
 from tests.node_doubles import check_all_free
@@ -226,13 +227,15 @@ async def split_pair(
 
     async with AsyncExitStack() as stack:
         served = []
-        for node_type, name, engine, part in (
-            (DecodeNode, "d0", decode_engine, by_decode),
-            (PrefillNode, "p0", prefill_engine, by_prefill),
+        for role, node_type, name, engine, part in (
+            (NodeRole.DECODE, DecodeNode, "d0", decode_engine, by_decode),
+            (NodeRole.PREFILL, PrefillNode, "p0", prefill_engine, by_prefill),
         ):
             agent = _agent(engine, network, fetch_prefixes)
             node_id = NodeId(NodeName(name), new_incarnation())
-            node = node_type(engine, agent, SessionHub(), node_id, on_fatal=failures.append)
+            hub = SessionHub()
+            parts = NodeParts(role, engine, agent, hub, node_id, on_fatal=failures.append)
+            node = node_type(parts)
             hear = _Hearing(answers, heard, part)
             served.append(await stack.enter_async_context(_serve(node, agent, hear)))
         decode, prefill = served
