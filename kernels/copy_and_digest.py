@@ -9,7 +9,7 @@ model, and a second launch costs the host more than a small frame costs the devi
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from kernels.block_digest import block_digests, multipliers_of
 from kernels.copy_blocks import pack_blocks, unpack_blocks
@@ -23,11 +23,23 @@ if TYPE_CHECKING:
 
     from kernels.seal_digests import Places, Sums
 
-# Words that one program copies and multiplies; their multipliers stay in its registers.
-_CHUNK_WORDS = 2048
-# Enough for a link to another GPU, and for half of this GPU's memory; more would leave the kernels
+
+class _Shape(NamedTuple):
+    """words: of a unit, that one program copies and multiplies; their multipliers stay in its
+    registers. num_stages: how many pieces of so many words are on their way."""
+
+    words: int
+    num_warps: int
+    num_stages: int
+
+
+# One program a multiprocessor: enough for half of this GPU's memory; more would leave the kernels
 # of the model less room.
-_PROGRAMS_PER_MULTIPROCESSOR = 1
+_PACKING = _Shape(words=2048, num_warps=4, num_stages=1)
+# The products of a decode step leave little of a multiprocessor, so a program is small, and another
+# GPU's memory is far away. On an H200 this reads 347 GB/s alone, and a step of 64 rows beside it
+# keeps 0.82 of its rate; four warps that wait for each piece read 312, and it kept 0.69.
+_UNPACKING = _Shape(words=512, num_warps=1, num_stages=6)
 _SEALED_AT_ONCE = 128  # a thread each
 
 
@@ -115,9 +127,10 @@ def _move(
     num_words = num_parts * part_bytes // 4
     pieces = 1 if num_parts == 1 else 2  # stretches of a part that stay together when packed
     piece = part_bytes // 4 // pieces
-    columns = pieces * -(-piece // _CHUNK_WORDS)
-    programs = min(_PROGRAMS_PER_MULTIPROCESSOR * num_multiprocessors(slot.device), MAX_STRETCHES)
-    units_per_program = -(-num_units * columns // programs)
+    shape = _PACKING if num_right is None else _UNPACKING
+    columns = pieces * -(-piece // shape.words)
+    most_stretches = max(1, min(num_multiprocessors(slot.device) // columns, MAX_STRETCHES))
+    units_per_program = -(-num_units // most_stretches)
     num_stretches = -(-num_units // units_per_program)
     multipliers = multipliers_of(num_words, slot.device)
     for part, pool in enumerate(pools):
@@ -127,7 +140,8 @@ def _move(
             places.layer_start, places.num_positions, places.first, num_blocks, num_units,
             units_per_program, columns * num_parts, COLUMNS=columns, PIECES=pieces, PIECE=piece,
             PACKED_PIECE=num_words // pieces, BEGIN=part * piece,
-            BLOCK=_CHUNK_WORDS, SEALED=_SEALED_AT_ONCE, UNPACKS=num_right is not None, num_warps=4,
+            BLOCK=shape.words, STAGES=shape.num_stages, SEALED=_SEALED_AT_ONCE,
+            UNPACKS=num_right is not None, num_warps=shape.num_warps,
         )  # fmt: skip
 
 
@@ -148,7 +162,7 @@ def _move_kernel(
     first_id: tl.tensor, num_blocks: tl.tensor, num_units: tl.tensor,
     units_per_program: tl.tensor, num_adding: tl.tensor, COLUMNS: tl.constexpr,
     PIECES: tl.constexpr, PIECE: tl.constexpr, PACKED_PIECE: tl.constexpr, BEGIN: tl.constexpr,
-    BLOCK: tl.constexpr, SEALED: tl.constexpr, UNPACKS: tl.constexpr,
+    BLOCK: tl.constexpr, STAGES: tl.constexpr, SEALED: tl.constexpr, UNPACKS: tl.constexpr,
 ) -> None:  # fmt: skip
     """`num_adding` programs, of all parts, work on one stretch of `units_per_program` units; the
     last of them seals it."""
@@ -164,7 +178,7 @@ def _move_kernel(
     multipliers = tl.load(multipliers_ptr + packed_word, mask=mask, other=0)
     first = stretch * units_per_program
     end = tl.minimum(first + units_per_program, num_units)
-    for unit in range(first, end):
+    for unit in tl.range(first, end, num_stages=STAGES):
         block_id = tl.load(ids_ptr + first_id + unit % num_ids)
         pool_unit = tl.cast(layer_start + unit // num_ids, tl.int64) * num_blocks + block_id
         in_pool = pool_words + pool_unit * (PIECES * PIECE) + piece * PIECE + word
