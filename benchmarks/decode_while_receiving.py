@@ -11,7 +11,7 @@
 Beside each stands what the bytes alone would cost: those that arrive cross the memory once, and a
 step is bound by the memory.
 
-    python -m benchmarks.decode_while_receiving [--rates 32 64 0] [--write]
+    python -m benchmarks.decode_while_receiving [--rates 16 32 0] [--write]
 """
 
 from __future__ import annotations
@@ -277,7 +277,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60, help="of each turn")
     parser.add_argument("--rounds", type=int, default=1, help="there and back")
     parser.add_argument(
-        "--rates", type=int, nargs="+", default=[16, 32, DEFAULT_RATE, 100, 0], help="GB/s"
+        "--rates", type=int, nargs="+", default=[16, DEFAULT_RATE, 64, 128, 0], help="GB/s"
     )
     parser.add_argument("--write", action="store_true", help="update benchmarks/RESULTS.md")
     arguments = parser.parse_args()

@@ -133,12 +133,12 @@ DECODE = (
     ),
     Row(
         "kv_receive_rate",
-        64,
         32,
+        16,
         0,
-        "KV that arrives takes memory and multiprocessors from those who decode: 155 GB/s a "
-        "seventh of their rate on an H200. One prefill GPU computes 5 GB/s of an 8B model's; of "
-        "many at once, some wait.",
+        "KV that arrives takes memory and multiprocessors from those who decode: 35 GB/s three "
+        "hundredths of their rate on an H200, 290 GB/s three tenths. One prefill GPU computes 5 "
+        "GB/s of an 8B model's; of many at once, some wait.",
         "GPU",
     ),
 )

@@ -51,7 +51,7 @@ class KVTransferConfig:
         8, help="Staging slots of this node.", group=_TRANSFER, advanced=True
     )
     kv_receive_rate: int = option(
-        64,
+        32,
         help="GB/s at which a node that decodes reads KV from other GPUs of its machine, on "
         "average; the last layer of a prompt, and everything while nothing is decoded, comes as "
         "fast as the link takes it. 0: everything does.",

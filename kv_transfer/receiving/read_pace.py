@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 # Of reading at the rate, that may be ahead of it: more than a timer of an event loop is late, and
-# two slots of 128 MiB at 64 GB/s.
+# one slot of 128 MiB at 32 GB/s.
 _AHEAD_SECONDS = 0.004
 
 
