@@ -15,13 +15,14 @@ Life of a lookout
 from __future__ import annotations
 
 import asyncio
+import time
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 STAY_SECONDS = 0.01  # a layer of 8192 tokens takes 7 ms
-REHEARSE_AFTER_SECONDS = 0.001  # before that the frame itself is under way
+REHEARSE_AFTER_SECONDS = 0.0015  # before that the frame itself is under way
 
 
 class Lookout:
@@ -30,23 +31,23 @@ class Lookout:
     ) -> None:
         self._is_decoding = is_decoding
         self._rehearse = rehearse
-        self._begun = 0.0  # the last frame, on the loop's clock
-        self._until = 0.0  # on the loop's clock
+        self._begun = 0.0  # the last frame; a loop's own clock knows milliseconds only
+        self._until = 0.0
         self._is_awake = False
 
     def stay(self) -> None:
-        loop = asyncio.get_running_loop()
-        self._begun = loop.time()
+        self._begun = time.monotonic()
         self._until = self._begun + STAY_SECONDS
         if not self._is_awake:
             self._is_awake = True
+            loop = asyncio.get_running_loop()
             loop.call_soon(self._look, loop)
 
     def rest(self) -> None:
         self._until = 0.0
 
     def _look(self, loop: asyncio.AbstractEventLoop) -> None:
-        now = loop.time()
+        now = time.monotonic()
         self._is_awake = now < self._until and not self._is_decoding()
         if self._is_awake:
             if now >= self._begun + REHEARSE_AFTER_SECONDS:
