@@ -78,6 +78,7 @@ class Intake:
         self.transfers = IncomingTransfers()
         self._endings = Endings(self.transfers, self._leases, drain_seconds=drain_seconds)
         self._open_sessions: set[int] = set()
+        self._stuck_sessions: set[int] = set()  # cut, but what was posted does not end
         self._epoch = 0
 
     def remaining_seconds(self, transfer_id: bytes, now: float) -> float:
@@ -100,10 +101,19 @@ class Intake:
             instructions += self._endings.abort(transfer, failure(reason), now)
         return [*instructions, Revoke(session_id)]
 
-    def revocation_failed(self, session_id: int) -> int:
-        """The connection is cut, but something posted on it does not end. Its blocks stay in
-        quarantine for good; returns how many they are."""
+    def num_blocks_of(self, session_id: int) -> int:
         return sum(len(each.block_ids) for each in self.transfers.of_session(session_id))
+
+    def revocation_failed(self, session_id: int, now: float) -> list[Instruction]:
+        """The connection is cut, but something posted on it does not end. Its blocks stay in
+        quarantine for good, and newer attempts that wait for them have waited in vain."""
+        self._stuck_sessions.add(session_id)
+        instructions: list[Instruction] = []
+        for transfer in self.transfers.of_session(session_id):
+            for newer in self.transfers.waiting_for(transfer.transfer_id):
+                lost = failure(FailureReason.LINK_LOST)
+                instructions += self._endings.abort(newer, lost, now)
+        return instructions
 
     def session_revoked(self, session_id: int, now: float) -> list[Instruction]:
         """The session's connection is cut and every operation posted on it has ended."""
@@ -124,6 +134,9 @@ class Intake:
         if refused is not None:
             return [SendRefused(session_id, sequence.transfer_id, failure(refused))]
         older = self.transfers.of_sequence(sequence.sequence_id)
+        if any(each.session_id in self._stuck_sessions for each in older):
+            lost = failure(FailureReason.LINK_LOST)
+            return [SendRefused(session_id, sequence.transfer_id, lost)]
         transfer = IncomingTransfer.begin(
             sequence, session_id, epoch=self._next_epoch(), nonce=self._draw_nonce(), now=now
         )

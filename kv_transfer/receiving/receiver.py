@@ -379,8 +379,9 @@ class KVReceiver:
         if is_revoked:
             self._execute(self._intake.session_revoked(session_id, self._clock()))
         else:
+            self._execute(self._intake.revocation_failed(session_id, self._clock()))
             self.agent.quarantine.keep(
-                num_blocks=self._intake.revocation_failed(session_id),
+                num_blocks=self._intake.num_blocks_of(session_id),
                 num_slots=self.agent.staging.num_owned_by(session_id),
                 peer=session.peer.name,
             )

@@ -126,14 +126,14 @@ class ModelDecode:
             link.wire.popleft().end(failure(FailureReason.LINK_LOST))
         self.execute(self.intake.session_revoked(link.id, now), now)
 
-    def fail_to_revoke(self, link: Link) -> None:
+    def fail_to_revoke(self, link: Link, now: float) -> None:
         """It is cut for whatever comes, but payloads already awaited may land for ever."""
         self.revoking.remove(link)
         link.is_cut = True
         self.stuck.append(link)
         while link.wire:
             link.wire.popleft().end(failure(FailureReason.LINK_LOST))
-        self.intake.revocation_failed(link.id)
+        self.execute(self.intake.revocation_failed(link.id, now), now)
 
     # ---- frames -------------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kv_transfer.protocol import parse_header, write_header
+from kv_transfer.receiving.incoming import EPOCH_MASK
 from tests.kv_transfer.model.memory import LIMITS
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ class Frame:
     def of_another_owner(self) -> Frame:
         """Well formed, but under another ticket, and with other bytes."""
         header = parse_header(memoryview(self.header), LIMITS)
-        return Frame.of(replace(header, epoch=header.epoch - 2), ~self.payload)
+        return Frame.of(replace(header, epoch=(header.epoch - 2) & EPOCH_MASK), ~self.payload)
 
     def again(self) -> Frame:
         return replace(self, payload=self.payload.copy(), settle=lambda _: None)

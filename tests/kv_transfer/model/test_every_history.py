@@ -156,7 +156,7 @@ class History(RuleBasedStateMachine):
                 wire.remove(frame)
                 frame.end(None)
             case "payload":
-                frame.payload[0, 0] ^= type(frame.payload[0, 0])(1 << byte % 64)
+                frame.payload[byte % len(frame.payload)] ^= frame.payload.dtype.type(1 << byte % 8)
             case "header":
                 frame.is_spoilt = True
                 header = bytearray(frame.header)
@@ -251,7 +251,7 @@ class History(RuleBasedStateMachine):
     def finish_revoking(self, pick: int, fails: bool) -> None:
         link = chosen(self.nodes.decode.revoking, pick)
         if fails:
-            self.nodes.decode.fail_to_revoke(link)
+            self.nodes.decode.fail_to_revoke(link, self.nodes.now)
         else:
             self.nodes.decode.revoke(link, self.nodes.now)
         self.nodes.notice(link)

@@ -32,6 +32,7 @@ from tests.kv_transfer.receiving.intake_world import (
     SESSION,
     IntakeWorld,
     make_header,
+    make_intake,
     make_sequence,
     reserved_world,
 )
@@ -367,3 +368,21 @@ def test_random_histories_of_several_transfers_keep_every_rule(data: st.DataObje
         steps = world.possible()
         steps[data.draw(st.sampled_from(sorted(steps)))]()
     world.finish()
+
+
+def test_who_waits_for_blocks_that_never_come_back_is_refused() -> None:
+    """An older attempt's connection could not be revoked: its blocks are kept for good."""
+    intake = make_intake()
+    for session_id in (1, 2):
+        intake.session_opened(session_id)
+    older, newer, newest = (make_sequence(transfer=n, attempt=n) for n in (1, 2, 3))
+    intake.reserve_asked(1, older, 0.0)
+    intake.reserved(older.transfer_id, (5, 6), 0, 0.0)
+    intake.session_lost(1, 1.0)
+    assert intake.reserve_asked(2, newer, 1.0) == []
+    refused = intake.revocation_failed(1, 2.0)
+    assert [type(each) for each in refused] == [ReportFailed, SendRefused]
+    assert intake.transfers.num_active == 1
+    [at_once] = intake.reserve_asked(2, newest, 3.0)
+    assert isinstance(at_once, SendRefused)
+    assert intake.num_blocks_of(1) == 2
