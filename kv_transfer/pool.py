@@ -56,7 +56,7 @@ class TransferPool:
         moves = DeviceMoves if self._pool.is_cuda else HostMoves
         self._moves: DeviceMoves | HostMoves = moves(shards, takes_digests)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="kv-pool")
-        self._computing = EventQueue(self.rehearse)
+        self._computing = EventQueue(self.rehearse_departure)
         self.rehearsal: Rehearsal | None = None
 
     @property
@@ -77,10 +77,15 @@ class TransferPool:
         """What can be computed where the pool is, the fastest first."""
         return self._moves.digest_kinds
 
-    def rehearse(self) -> None:
+    def rehearse_departure(self) -> None:
         """What comes next, while there is nothing to do but to wait for it."""
         if self.rehearsal is not None:
-            self.rehearsal.play()
+            self.rehearsal.depart()
+
+    def rehearse_arrival(self) -> None:
+        """The same of a receiver."""
+        if self.rehearsal is not None:
+            self.rehearsal.arrive()
 
     def when_computed(
         self, done: Any, tell: Callable[[Exception | None], None], *, is_urgent: bool

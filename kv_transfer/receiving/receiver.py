@@ -110,7 +110,9 @@ class KVReceiver:
         self.pace = ReadPace(
             config.receive_bytes_per_second, patience_seconds=config.patience_seconds
         )
-        self._lookout = None if is_decoding is None else Lookout(is_decoding, agent.pool.rehearse)
+        self._lookout = (
+            None if is_decoding is None else Lookout(is_decoding, agent.pool.rehearse_arrival)
+        )
         self._reads = PacedReads(
             self.pace,
             is_wanted=self.may_scatter,

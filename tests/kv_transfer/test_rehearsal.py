@@ -33,17 +33,21 @@ async def rounds(number: int) -> None:
         await asyncio.sleep(0)
 
 
-def test_each_is_played_to_its_end(
+def test_each_half_is_played_to_its_end(
     pools: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def scenario() -> None:
         monkeypatch.setattr(module, "EVERY_SECONDS", 0.0)
         rehearsal = Rehearsal(pools)
+        rehearsal.arrive()  # nothing has departed, so that comes first
+        await rounds(5)
+        assert (rehearsal.num_departed, rehearsal.num_arrived) == (1, 0)
         for number in range(1, 4):
-            rehearsal.play()
-            rehearsal.play()  # under way: nothing
-            await rounds(10)
-            assert rehearsal.num_played == number
+            for half in (rehearsal.arrive, rehearsal.depart):
+                half()
+                half()  # under way: nothing
+                await rounds(5)
+            assert (rehearsal.num_departed, rehearsal.num_arrived) == (1 + number, number)
 
     asyncio.run(scenario())
 
@@ -54,11 +58,11 @@ def test_the_next_waits_for_its_time(
     async def scenario() -> None:
         monkeypatch.setattr(module, "EVERY_SECONDS", 100.0)
         rehearsal = Rehearsal(pools)
-        rehearsal._ended_at = -1000.0
+        rehearsal._ended_at = float("-inf")
         for _ in range(3):
-            rehearsal.play()
-            await rounds(10)
-        assert rehearsal.num_played == 1
+            rehearsal.depart()
+            await rounds(5)
+        assert rehearsal.num_departed == 1
 
     asyncio.run(scenario())
 
@@ -76,7 +80,7 @@ def test_one_that_breaks_is_the_last_and_nobody_else_hears_of_it(
 
         monkeypatch.setattr(rehearsal._moves, "gather", broken)
         for _ in range(3):
-            rehearsal.play()
+            rehearsal.depart()
         assert len(begun) == 1
 
     asyncio.run(scenario())
