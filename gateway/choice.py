@@ -37,7 +37,7 @@ class Piece:
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
-    calls: list[ToolCall] = field(default_factory=list)
+    calls: tuple[ToolCall, ...] = ()
     thought: str = ""
 
     def extend(self, later: Piece) -> None:
@@ -59,6 +59,7 @@ class Choice:
 
     __slots__ = (
         "_detokenizer",
+        "_is_plain",
         "_keeps_ids",
         "_matcher",
         "_min_tokens",
@@ -95,6 +96,7 @@ class Choice:
         )
         self._thoughts = _splitter(rules)
         self._tools = None if rules.tool_format is None else ToolParser(rules.tool_format)
+        self._is_plain = self._thoughts is None and self._tools is None
         self._min_tokens = rules.min_tokens
         self._keeps_ids = keeps_ids
         self._unread: list[TokenDelta] = []
@@ -127,11 +129,16 @@ class Choice:
             most -= len(delta.token_ids)
             num_tokens -= len(delta.token_ids)
             self._read(delta, piece)
+        if not self._is_plain:
+            self._sort(piece)
+        return piece
+
+    def _sort(self, piece: Piece) -> None:
+        """Thoughts were told apart as they came; what is left of them, and calls, are told here."""
         if self._thoughts is not None and self.finish_reason is not None:
             self._keep(*self._thoughts.flush(), piece)
         if self._tools is not None and (piece.text or self.finish_reason is not None):
             self._find_calls(self._tools, piece)
-        return piece
 
     def _say(self, text: str, piece: Piece) -> None:
         if self._thoughts is None:
@@ -154,9 +161,9 @@ class Choice:
         if self.finish_reason is not None:
             found.append(tools.flush())
         piece.text = "".join(each.content for each in found)
-        piece.calls = [call for each in found for call in each.calls]
+        piece.calls = tuple(call for each in found for call in each.calls)
         if piece.calls and self.rules.one_call:
-            del piece.calls[1:]
+            piece.calls = piece.calls[:1]
             self.finish_reason = FinishReason.STOP
 
     def _read(self, delta: TokenDelta, piece: Piece) -> None:
