@@ -12,8 +12,8 @@ The rules are checked where something happens (`prefill.py`, `decode.py`) and af
 from __future__ import annotations
 
 import random
-from typing import TYPE_CHECKING
 
+import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -28,14 +28,12 @@ from hypothesis.stateful import (
 from cluster.errors import Cancelled
 from tests.kv_transfer.model.two_nodes import TwoNodes, chosen
 
-if TYPE_CHECKING:
-    import pytest
-
 NUM_EXAMPLES, NUM_STEPS = 120, 60
 FAMILIES = ((1, 2, 3, 4, 5), (1, 2, 3, 9), (6, 7))
 PICK = st.integers(0, 3)
 STEPS = ("work", "header", "land", "up", "down", "revoke", "engine")
 ENDS = ("cancel at prefill", "cancel at decode")
+SPOILS = ("twice", "late", "never", "stale", "payload", "header")
 FAULTS = ("spoil", "hurry", "trouble", "cancel", "refuse")
 DEADLINES = st.sampled_from([None, None, None, 20.0])
 
@@ -138,7 +136,7 @@ class History(RuleBasedStateMachine):
     @precondition(lambda self: self.nodes.wired() and "spoil" in self.faults)
     @rule(
         pick=PICK,
-        how=st.sampled_from(["twice", "late", "never", "stale", "payload", "header"]),
+        how=st.sampled_from(SPOILS),
         byte=st.integers(0, 70),
     )
     def spoil_a_frame(self, pick: int, how: str, byte: int) -> None:
@@ -283,3 +281,23 @@ def test_any_history_of_two_nodes_keeps_the_rules(request: pytest.FixtureRequest
             suppress_health_check=list(HealthCheck),
         ),
     )
+
+
+@pytest.mark.parametrize("how", SPOILS)
+def test_frames_that_are_spoilt_in_one_way_keep_the_rules(how: str) -> None:
+    """Drawn evenly, as few of the histories above spoil a frame that is still wanted."""
+    num_spoilt = 0
+    for seed in range(60):
+        draws = random.Random(f"{how} {seed}")
+        history = History()
+        history.begin(faults={"spoil"}, is_eager=draws.random() < 0.5)
+        for _ in range(60):
+            if len(history.nodes.latest) < 3 and draws.random() < 0.1:
+                history.reserve(draws.choice(FAMILIES), None, draws.random() < 0.5)
+            if draws.random() < 0.1 and history.nodes.wired():
+                history.spoil_a_frame(draws.randrange(4), how, draws.randrange(71))
+                num_spoilt += 1
+            history.nodes.step(draws.choice(STEPS))
+            history.the_books_balance()
+        history.teardown()
+    assert num_spoilt > 20
