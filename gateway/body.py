@@ -55,7 +55,7 @@ def parse_object(body: bytes) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise InvalidRequest("The body must be a JSON object.")
     # Fewer brackets than the limit cannot nest deeper; counting them is much cheaper.
-    if body.count(b"[") + body.count(b"{") > MAX_DEPTH and _depth(value) > MAX_DEPTH:
+    if body.count(b"[") + body.count(b"{") > MAX_DEPTH and depth_of(value) > MAX_DEPTH:
         raise InvalidRequest(f"The body nests deeper than {MAX_DEPTH} levels.")
     return value
 
@@ -102,7 +102,7 @@ def _too_large(max_bytes: int) -> RequestTooLarge:
     return RequestTooLarge(f"The request body is larger than {max_bytes} bytes.")
 
 
-def _depth(value: object) -> int:
+def depth_of(value: object) -> int:
     """Without recursion: the parser allows more levels than Python's stack should hold."""
     depth = 0
     level: list[object] = [value]

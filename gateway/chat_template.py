@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 Message = dict[str, Any]
 _MAX_PROBLEM_CHARS = 200
+# What templates run into with values that they were not written for.
+_MISFITS = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
 # Marks the end of a message that is to be continued. Ends in a space to reveal trimming.
 _TAG = "CONTINUE_FINAL_MESSAGE_TAG "
 
@@ -117,7 +119,7 @@ class ChatTemplate:
             raise Unsupported(
                 "The model's chat template asks for something it may not have.", param="messages"
             ) from error
-        except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
+        except (TemplateError, *_MISFITS) as error:
             raise InvalidRequest(
                 "The messages do not fit the model's chat template.", param="messages"
             ) from error

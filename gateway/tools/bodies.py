@@ -6,6 +6,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from cluster.errors import InvalidRequest, Unsupported
+from gateway.body import MAX_DEPTH, depth_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -58,7 +59,9 @@ def _earlier_call(call: object, path: str) -> dict[str, Any]:
         raise InvalidRequest(f"{path} must be a call of a function.", param=path)
     try:
         arguments = json.loads(function.get("arguments") or "{}")
-    except (ValueError, TypeError) as error:
+        if isinstance(arguments, dict | list) and depth_of(arguments) > MAX_DEPTH:
+            raise ValueError("too deep for a template")
+    except (ValueError, TypeError, RecursionError) as error:
         raise InvalidRequest(
             f"{path}.function.arguments must be JSON.", param=f"{path}.function.arguments"
         ) from error

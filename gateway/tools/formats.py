@@ -10,7 +10,9 @@ from __future__ import annotations
 import json
 import secrets
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from gateway.body import MAX_DEPTH, depth_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -43,9 +45,13 @@ class ToolFormat:
     is_special: bool = False  # `opening` is a special token, which clients else do not see
 
 
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"JSON has no {name}.")
+
+
 def _objects_of(text: str) -> list[Any]:
     """JSON values with nothing, blanks or semicolons between; none when something else is there."""
-    decoder, found, position = json.JSONDecoder(), [], 0
+    decoder, found, position = json.JSONDecoder(parse_constant=_refuse_constant), [], 0
     text = text.strip()
     while position < len(text):
         value, position = decoder.raw_decode(text, position)
@@ -59,11 +65,11 @@ def _parser_of(key: str) -> Callable[[str], list[ToolCall]]:
     def parse(text: str) -> list[ToolCall]:
         try:
             values = _objects_of(text)
-        except ValueError:
+            if len(values) == 1 and isinstance(values[0], list):
+                values = values[0]
+            calls = [_call_of(value, key) for value in values]
+        except (ValueError, RecursionError):  # whatever a model has been made to write
             return []
-        if len(values) == 1 and isinstance(values[0], list):
-            values = values[0]
-        calls = [_call_of(value, key) for value in values]
         return [] if None in calls else [call for call in calls if call is not None]
 
     return parse
@@ -73,7 +79,7 @@ def _call_of(value: object, key: str) -> ToolCall | None:
     if not isinstance(value, dict) or not isinstance(value.get("name"), str):
         return None
     arguments = value.get(key, {})
-    if not isinstance(arguments, dict):
+    if not isinstance(arguments, dict) or depth_of(arguments) > MAX_DEPTH:
         return None
     return ToolCall(new_call_id(), value["name"], json.dumps(arguments, ensure_ascii=False))
 

@@ -9,6 +9,9 @@ import httpx
 import openai
 import pytest
 
+from cluster.errors import InvalidRequest
+from gateway.schemas import MessageBody
+from gateway.tools.bodies import earlier_calls
 from gateway.tools.formats import HERMES, LLAMA, MISTRAL, ToolFormat, format_of
 from gateway.tools.parser import ToolParser
 from tests.gateway.model_folder import CHAT_TEMPLATE, write_model_folder
@@ -66,6 +69,22 @@ def test_text_becomes_calls_wherever_it_is_cut(
         assert (said, [name for name, _ in calls]) == (content, names)
     said, calls = parsed(form, list(text))
     assert (said, [name for name, _ in calls]) == (content, names)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "[" * 100_000,
+        '{"name": "f", "arguments": {"a": ' + "[" * 100 + "]" * 100 + "}}",
+        '{"name": "f", "arguments": {"a": NaN}}',
+        '{"name": "f", "arguments": {"a": ' + "9" * 5000 + "}}",
+    ],
+    ids=["deep noise", "deep", "no number", "no number either"],
+)
+def test_what_no_client_could_read_as_a_call_is_content(body: str) -> None:
+    """A prompt can make a model write anything."""
+    text = f"<tool_call>{body}</tool_call>"
+    assert parsed(HERMES, [text]) == (text, [])
 
 
 def test_arguments_are_json_with_their_letters() -> None:
@@ -197,3 +216,11 @@ def test_a_template_without_tools_refuses_them(http: httpx.Client, changes: dict
     body = {"model": MODEL, "messages": [{"role": "user", "content": "x"}], **changes}
     refused = http.post("/v1/chat/completions", json=body)
     assert (refused.status_code, error_of(refused)["code"]) == (400, "unsupported")
+
+
+@pytest.mark.parametrize("arguments", ["[" * 100_000, "[" * 100 + "]" * 100])
+def test_an_earlier_call_whose_arguments_are_too_deep_is_refused(arguments: str) -> None:
+    call = {"id": "1", "function": {"name": "f", "arguments": arguments}}
+    message = MessageBody(role="assistant", tool_calls=[call])
+    with pytest.raises(InvalidRequest, match="JSON"):
+        earlier_calls(message, "messages[0]")
