@@ -32,10 +32,11 @@ class Figure:
     what: str  # the reference is
 
 
-SPLIT, BESIDE, MOVED, ENGINE = (
+SPLIT, BESIDE, MOVED, PREFIX, ENGINE = (
     "split pools",
     "decode while receiving",
     "KV transfer, two GPUs",
+    "prefix_fetch",
     "engine llama-3.1-8b",
 )
 PEER = "vLLM 0.25.1, another day"
@@ -71,15 +72,21 @@ FIGURES = (
         "a plain copy",
     ),
     Figure(
+        "first token of 8192 tokens that another node has cached (ms)",
+        Cell(PREFIX, {0: "8192"}, 2),
+        Cell(PREFIX, {0: "8192"}, 1),
+        "computing them",
+    ),
+    Figure(
         "prefill of 8192 tokens, one engine (ms)",
         Cell(ENGINE, {0: "prefill 8192"}, 1),
-        Cell(ENGINE, {0: "prefill 8192"}, 5),
+        Cell(ENGINE, {0: "prefill 8192"}, 7),
         PEER,
     ),
     Figure(
         "a decode step at 1024 tokens, one engine (ms)",
         Cell(ENGINE, {0: "decode 1 x 1024"}, 1),
-        Cell(ENGINE, {0: "decode 1 x 1024"}, 5),
+        Cell(ENGINE, {0: "decode 1 x 1024"}, 7),
         PEER,
     ),
 )
