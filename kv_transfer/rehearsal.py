@@ -16,7 +16,7 @@ import torch
 
 from cluster.request import SamplingParams, SequenceRequest
 from kv_transfer.device_moves import DeviceMoves
-from kv_transfer.digests import PlaceSeal
+from kv_transfer.digests import PlaceSeal, digest_seed
 from kv_transfer.frame_place import FramePlace
 from kv_transfer.protocol import (
     CommitMessage,
@@ -67,7 +67,9 @@ class Rehearsal:
         self._moves = DeviceMoves(own, takes_digests=True, num_lists=2)
         self._slot = torch.zeros(unit_bytes + 8, dtype=torch.uint8, device=own[0].device)
         self._limits = FrameLimits(1, unit_bytes, unit_bytes)
-        self._place = FramePlace(PlaceSeal(0, 0, 1, (0,)), _TABLE, _TABLE)
+        # A seed as wide as those of real transfers: of another width, a kernel would be compiled
+        # for it, in the middle of serving.
+        self._place = FramePlace(PlaceSeal(digest_seed(b"", b""), 0, 1, (0,)), _TABLE, _TABLE)
         _, self._ticket = _reserved()
         self._is_packed = False
         self._is_running = False

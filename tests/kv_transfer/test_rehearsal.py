@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
+from kernels.launch import width_of_int
 from kv_transfer import rehearsal as module
+from kv_transfer.digests import digest_seed
 from kv_transfer.polling import EventQueue
 from kv_transfer.rehearsal import Rehearsal
 from tests.kv_transfer.fake_streams import streams_do_all_at_once
@@ -48,6 +50,16 @@ def test_each_half_is_played_to_its_end(
                 half()  # under way: nothing
                 await rounds(5)
             assert (rehearsal.num_departed, rehearsal.num_arrived) == (1 + number, number)
+
+    asyncio.run(scenario())
+
+
+def test_its_kernels_are_those_of_real_hand_offs(pools: list[torch.Tensor]) -> None:
+    """A seed of another width is another type, and compiled for in the middle of serving."""
+
+    async def scenario() -> None:
+        seed = Rehearsal(pools)._place.seal.seed
+        assert width_of_int(seed) == width_of_int(digest_seed(bytes(range(16)), b"tenant"))
 
     asyncio.run(scenario())
 
