@@ -29,7 +29,9 @@ if TYPE_CHECKING:
 
 FIRST_TOKENS_PER_SECOND = 10_000.0
 # Of a fetch beside moving: calls, a look at what is lacking, a reservation; and of a step what it
-# takes for any number of tokens, which a prompt whose prefix was fetched needs as well.
+# takes for any number of tokens, which a prompt whose prefix was fetched needs as well. Between two
+# H200s a first token came 11 ms later than one of a cached prompt for 2k tokens of an 8B model, 19
+# for 8k.
 FIXED_SECONDS = 0.010
 # Of moving, for a single block between two GPUs.
 LATENCY_SECONDS = 0.0015
