@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 MEASURE_SECONDS = 60.0
 SLOW_SHARE = 0.5  # of the plain copy: a hand-off reads and writes the pool and digests all of it
 SMALL_BYTES = 8 << 20  # below it, what a hand-off takes besides its bytes shows
+SMALL_UNIT_BYTES = 32 << 10  # below it, what each unit takes besides its bytes shows
 FAST = ("rdma", "cuda_ipc")
 
 
@@ -47,6 +48,7 @@ class NodePair:
     note: str = ""
     transport: str = ""
     num_bytes: int = 0
+    unit_bytes: int = 0  # of one layer of one block
     rate: float = 0.0
     reference: str = ""
     reference_rate: float = 0.0
@@ -98,6 +100,7 @@ def _measure(client: AdminClient, prefill: str, decode: str) -> NodePair:
                 verdict=PairVerdict.OK,
                 transport=str(found["transport"]),
                 num_bytes=int(found["num_bytes"]),
+                unit_bytes=int(found["unit_bytes"]),
                 rate=float(found["bytes_per_second"]),
                 reference=str(found["reference"]),
                 reference_rate=float(found["reference_bytes_per_second"]),
@@ -112,13 +115,17 @@ def _measure(client: AdminClient, prefill: str, decode: str) -> NodePair:
 
 
 def judged(pair: NodePair, *, on_gpu: bool) -> NodePair:
-    """The same with a verdict and what to look at."""
+    """The same with a verdict and what to look at. What says little is no reason for an alarm."""
     notes = []
-    is_slow = pair.share < SLOW_SHARE
+    is_slow = False
     if pair.num_bytes < SMALL_BYTES:
         size = f"{pair.num_bytes / 2**20:.1f} MiB"
         notes.append(f"few KV blocks were spare: {size} say little")
-    elif is_slow:
+    elif pair.share < SLOW_SHARE and pair.unit_bytes < SMALL_UNIT_BYTES:
+        size = f"{pair.unit_bytes / 2**10:.1f} KiB"
+        notes.append(f"a small model: blocks have {size} a layer, and their number counts")
+    elif pair.share < SLOW_SHARE:
+        is_slow = True
         notes.append("far below the plain copy: is a machine busy?")
     if on_gpu and pair.transport not in FAST:
         notes.append("through host memory: see --require-transport")

@@ -117,6 +117,7 @@ class HandoffMeasuring(rpc.MeasuringServicer):
             reference=reference,
             reference_bytes_per_second=rate,
             device=pool.device.type,
+            unit_bytes=pool.unit_bytes,
         )
 
     async def _hand_off(self, prefill: Any, max_blocks: int) -> tuple[float, int]:

@@ -367,20 +367,22 @@ class MeasureHandoffRequest(_message.Message):
     def __init__(self, name: _Optional[str] = ..., address: _Optional[str] = ...) -> None: ...
 
 class MeasureHandoffReply(_message.Message):
-    __slots__ = ("transport", "num_bytes", "seconds", "reference", "reference_bytes_per_second", "device")
+    __slots__ = ("transport", "num_bytes", "seconds", "reference", "reference_bytes_per_second", "device", "unit_bytes")
     TRANSPORT_FIELD_NUMBER: _ClassVar[int]
     NUM_BYTES_FIELD_NUMBER: _ClassVar[int]
     SECONDS_FIELD_NUMBER: _ClassVar[int]
     REFERENCE_FIELD_NUMBER: _ClassVar[int]
     REFERENCE_BYTES_PER_SECOND_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
+    UNIT_BYTES_FIELD_NUMBER: _ClassVar[int]
     transport: str
     num_bytes: int
     seconds: float
     reference: str
     reference_bytes_per_second: float
     device: str
-    def __init__(self, transport: _Optional[str] = ..., num_bytes: _Optional[int] = ..., seconds: _Optional[float] = ..., reference: _Optional[str] = ..., reference_bytes_per_second: _Optional[float] = ..., device: _Optional[str] = ...) -> None: ...
+    unit_bytes: int
+    def __init__(self, transport: _Optional[str] = ..., num_bytes: _Optional[int] = ..., seconds: _Optional[float] = ..., reference: _Optional[str] = ..., reference_bytes_per_second: _Optional[float] = ..., device: _Optional[str] = ..., unit_bytes: _Optional[int] = ...) -> None: ...
 
 class SendScratchRequest(_message.Message):
     __slots__ = ("sequence", "handoff")

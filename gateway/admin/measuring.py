@@ -93,6 +93,7 @@ def _view(pair: Pair, reply: pb.MeasureHandoffReply) -> Json:
         "transport": reply.transport,
         "device": reply.device,
         "num_bytes": reply.num_bytes,
+        "unit_bytes": reply.unit_bytes,
         "seconds": reply.seconds,
         "bytes_per_second": reply.num_bytes / reply.seconds if reply.seconds > 0 else 0.0,
         "reference": reply.reference,

@@ -35,6 +35,7 @@ FOUND = {
     "transport": "tcp",
     "device": "cpu",
     "num_bytes": 64 << 20,
+    "unit_bytes": 64 << 10,
     "seconds": 0.02,
     "bytes_per_second": 3.2e9,
     "reference": "plain socket",
@@ -72,6 +73,7 @@ def printed(pairs: list[NodePair], width: int = 120) -> str:
 
 def pair(**facts: Any) -> NodePair:
     known = {"transport": "tcp", "num_bytes": 64 << 20, "rate": 3e9, "reference_rate": 4e9}
+    known["unit_bytes"] = 64 << 10
     return NodePair(prefill="p", decode="d", verdict=PairVerdict.OK, **{**known, **facts})
 
 
@@ -112,8 +114,13 @@ def test_an_answer_that_nobody_understands_is_a_row() -> None:
     assert "own words" in first.note
 
 
-def test_few_bytes_are_said_to_say_little() -> None:
-    assert "1.0 MiB" in judged(pair(num_bytes=1 << 20), on_gpu=False).note
+def test_few_bytes_or_small_blocks_say_little_and_alarm_nobody() -> None:
+    few = judged(pair(num_bytes=1 << 20, rate=1e9), on_gpu=False)
+    small = judged(pair(unit_bytes=6 << 10, rate=1e9), on_gpu=False)
+    assert "1.0 MiB" in few.note
+    assert "6.0 KiB" in small.note
+    assert few.verdict is small.verdict is PairVerdict.OK
+    assert judged(pair(rate=1e9), on_gpu=False).verdict is PairVerdict.SLOW
 
 
 @pytest.mark.parametrize(("transport", "is_noted"), [("tcp", True), ("cuda_ipc", False)])

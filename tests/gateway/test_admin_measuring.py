@@ -46,6 +46,7 @@ class Measuring:
             reference="plain socket",
             reference_bytes_per_second=4000.0,
             device="cpu",
+            unit_bytes=10,
         )
 
 
@@ -65,6 +66,7 @@ def test_what_a_pair_measured_is_shown_as_a_rate(
         "transport": "tcp",
         "device": "cpu",
         "num_bytes": 1000,
+        "unit_bytes": 10,
         "seconds": 0.5,
         "bytes_per_second": 2000.0,
         "reference": "plain socket",
