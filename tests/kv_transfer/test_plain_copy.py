@@ -96,6 +96,7 @@ def test_a_listener_that_is_not_there_is_an_error_of_the_sender() -> None:
 def test_a_slot_of_a_gpu_is_copied_as_far_as_both_reach() -> None:
     source = torch.randint(0, 256, (1 << 20,), dtype=torch.uint8, device="cuda")
     target = torch.zeros((1 << 20) + 512, dtype=torch.uint8, device="cuda")
+    torch.cuda.synchronize()  # the copy is on a stream of its own
     assert peer_copy_rate(source, target) > 0
     assert torch.equal(target[: 1 << 20], source)
     assert not target[1 << 20 :].any()
