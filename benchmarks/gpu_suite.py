@@ -3,8 +3,9 @@
 1. Each part is a command of its own with a time limit, cheapest and most telling first, so that a
    suite that is cut short has told the most.
 2. A part that needs more GPUs than there are is left out, and said to be.
-3. What each part printed last is shown again at the end, with how it ended and what it took. The
-   tables are written to benchmarks/RESULTS.md by the parts themselves (`--write`).
+3. Of each part is shown what it printed last, and every test that failed, however it ended; at the
+   end how each ended and what it took. The tables are written to benchmarks/RESULTS.md by the parts
+   themselves (`--write`).
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from dataclasses import dataclass
 
 import torch
 
-_PYTEST = "-m pytest -q -p no:cacheprovider -p no:benchmark -m gpu"
+# Each test on a line of its own: what a part that is cut short had found is not lost.
+_PYTEST = "-m pytest -v --tb=short -p no:cacheprovider -p no:benchmark -m gpu"
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +40,12 @@ PARTS = (
         "-m benchmarks.engine --quantization fp8 --batch 1 32 128 --prefill 2048 8192",
         60,
     ),
-    Part("engine tests", f"{_PYTEST} tests/engine tests/decode_node", 120, writes=False),
+    Part(
+        "engine tests",
+        f"{_PYTEST} tests/engine tests/decode_node tests/prefill_node",
+        120,
+        writes=False,
+    ),
     Part("first wave", "-m benchmarks.first_wave", 60),
     Part("memory", "-m benchmarks.memory", 90),
     Part(
@@ -65,11 +72,13 @@ PARTS = (
         225,
         num_gpus=2,
     ),
+    Part("launches", "-m benchmarks.launches", 40),
+    Part("launches, fp8", "-m benchmarks.launches --fp8", 40),
     Part("tensor parallel", "-m benchmarks.tensor_parallel", 90, num_gpus=2),
     Part("rank profile", "-m benchmarks.rank_profile", 90, num_gpus=2),
     Part(
         "tests of ranks",
-        f"{_PYTEST} -n 4 tests/engine/tensor_parallel tests/e2e/test_split_ranks.py",
+        f"{_PYTEST} -n 4 tests/engine/tensor_parallel tests/e2e tests/kv_transfer",
         150,
         num_gpus=2,
         writes=False,
@@ -82,7 +91,7 @@ class Outcome:
     name: str
     ending: str
     seconds: float
-    last_lines: tuple[str, ...]
+    shown: tuple[str, ...]
 
 
 def run_part(part: Part, *, write: bool, num_lines: int) -> Outcome:
@@ -105,8 +114,10 @@ def run_part(part: Part, *, write: bool, num_lines: int) -> Outcome:
         raw = cut.stdout or b""
         output = raw.decode(errors="replace") if isinstance(raw, bytes) else raw
         ending = f"cut after {part.seconds} s"
-    lines = tuple(line for line in output.splitlines() if line.strip())
-    return Outcome(part.name, ending, time.perf_counter() - began, lines[-num_lines:])
+    lines = [line for line in output.splitlines() if line.strip()]
+    failed = [line for line in lines[:-num_lines] if " FAILED " in line or " ERROR " in line]
+    shown = (*failed, *lines[-num_lines:])
+    return Outcome(part.name, ending, time.perf_counter() - began, shown)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -127,7 +138,7 @@ def main(argv: list[str] | None = None) -> int:
             continue
         outcome = run_part(part, write=arguments.write, num_lines=arguments.lines)
         outcomes.append(outcome)
-        print("\n".join(outcome.last_lines), flush=True)
+        print("\n".join(outcome.shown), flush=True)
     print("\n| part | ending | seconds |\n|---|---|---:|")
     for outcome in outcomes:
         print(f"| {outcome.name} | {outcome.ending} | {outcome.seconds:.0f} |")
