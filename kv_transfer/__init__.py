@@ -3,8 +3,10 @@
 both ends    agent (one in a process) over a transport, staging, pool, stats; config; rehearsal;
              required_transport
 what is said handshake, then protocol: frames (frame_place, digests) and a commit; failures
-sending      sending/: outgoing (pure) in sender, of a prompt; peer ships it; prefixes for others
-receiving    receiving/: intake (pure) in receiver, of all transfers; landings take what arrives
+sending      sending/: outgoing (pure), of a prompt, in sender; sendings: its books; answers: what
+             decode nodes say; peer ships; prefixes for others
+receiving    receiving/: intake (pure), of all transfers, in receiver; sessions: who is connected;
+             errands: what takes time; fates: what the node is told; landings take what arrives
 bytes        device_moves (device_lists) and host_moves, between pool and slots; mapped_slots: slots
              of a peer
 ownership    lease, quarantine; transfer: names of its states

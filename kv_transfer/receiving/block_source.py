@@ -36,7 +36,8 @@ class BlockSource(Protocol):
         and `release`, `recompute` follows when nothing writes into the blocks any more."""
 
     def recompute(self, sequence_id: str, num_good_blocks: int) -> None:
-        """Take the blocks over and compute the KV after the first `num_good_blocks`."""
+        """Take the blocks over and compute the KV after the first `num_good_blocks`. When it
+        raises, `on_transfer_failed` and `release` follow."""
 
     def on_transfer_failed(self, sequence_id: str, error: ServingError) -> None:
         """The sequence will not start. At once, maybe before `release`."""

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 
 from kv_transfer.failures import FailureReason, failure
 from kv_transfer.lease import LeaseTable
-from kv_transfer.receiving.endings import DOUBT_SECONDS, Endings
+from kv_transfer.receiving.endings import Endings
 from kv_transfer.receiving.incoming import (
     EPOCH_MASK,
     BlockProgress,
@@ -47,6 +47,7 @@ from kv_transfer.receiving.intake_instructions import (
     SendTicket,
     Start,
 )
+from kv_transfer.receiving.overdue import Overdue
 from kv_transfer.transfer import TransferState
 
 if TYPE_CHECKING:
@@ -72,9 +73,9 @@ class Intake:
     ) -> None:
         self._incarnation = incarnation
         self._num_layers = num_layers
-        self._stall_seconds = stall_seconds
         self._draw_nonce = draw_nonce
         self._leases = LeaseTable(lease_seconds)
+        self._overdue = Overdue(self._leases, stall_seconds=stall_seconds)
         self.transfers = IncomingTransfers()
         self._endings = Endings(self.transfers, self._leases, drain_seconds=drain_seconds)
         self._open_sessions: set[int] = set()
@@ -192,7 +193,7 @@ class Intake:
         reason = transfer.why_not_ours(header, self._incarnation)
         if reason is not None:
             return Dropping(header.transfer_id, reason, is_counted=False), []
-        overdue = self._overdue(transfer, now)
+        overdue = self._overdue.why(transfer, now)
         problem = transfer.announce(header) or overdue
         transfer.progress_at = now
         if not transfer.is_receiving:
@@ -372,7 +373,7 @@ class Intake:
         num_committed = transfer.num_committed
         if num_committed is None or transfer.num_verified < num_committed:
             return []
-        overdue = self._overdue(transfer, now)
+        overdue = self._overdue.why(transfer, now)
         if overdue is not None:
             return self._endings.abort(transfer, failure(overdue), now)
         if transfer.num_arrived > num_committed:
@@ -384,22 +385,8 @@ class Intake:
         return [Start(transfer.sequence, transfer.first_token_id)]
 
     def _end_if_overdue(self, transfer: IncomingTransfer, now: float) -> list[Instruction]:
-        overdue = self._overdue(transfer, now)
+        overdue = self._overdue.why(transfer, now)
         return [] if overdue is None else self._endings.abort(transfer, failure(overdue), now)
-
-    def _overdue(self, transfer: IncomingTransfer, now: float) -> FailureReason | None:
-        """Why time alone has ended it. Asked at every frame and commit too: a node that was stopped
-        may find those before its timer runs."""
-        if not (transfer.is_receiving or transfer.state is TransferState.PENDING):
-            return None
-        if not self._leases.is_live(transfer.transfer_id, now):
-            return FailureReason.LEASE_EXPIRED
-        if transfer.deadline is not None and now >= transfer.deadline:
-            return FailureReason.DEADLINE
-        if transfer.is_doubted and now - transfer.progress_at >= DOUBT_SECONDS:
-            return FailureReason.SENDER_LOST
-        is_stalled = now - transfer.progress_at >= self._stall_seconds
-        return FailureReason.TRANSFER_TIMEOUT if is_stalled and transfer.waits_for_peer else None
 
     def _next_epoch(self) -> int:
         """Two apart: the one between is that of the ticket's abort."""

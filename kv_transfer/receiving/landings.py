@@ -159,11 +159,13 @@ class Landings:
     def _end(self, frame: _Frame, error: ServingError | None) -> None:
         """A sequence may wait for it: that comes first."""
         header = frame.header
-        self._events.frame_ended(header.transfer_id, error, header if error is None else None)
-        frame.arrival.finish()
+        try:
+            self._events.frame_ended(header.transfer_id, error, header if error is None else None)
+        finally:  # or its session could never end
+            self._frames.discard(frame.ended)
+            frame.ended.set_result(None)
+            frame.arrival.finish()
         if error is None:
             spent = time.perf_counter() - frame.began
             kv_bytes = header.num_units * self._agent.limits.unit_bytes
             self._agent.stats.moved(self.transport_name, kv_bytes, spent)
-        self._frames.discard(frame.ended)
-        frame.ended.set_result(None)

@@ -9,7 +9,8 @@ Life of a hand-off
     4. `on_committed`, or `on_failed` with a typed error; or nothing, after `abort`.
     5. `on_sources_free`, once, when no send reads the prompt's blocks any more.
 
-The rules are in `outgoing.py`; this is its shell. All methods and callbacks run on
+The rules are in `outgoing.py`; this is its shell, which keeps its books in `sendings.py` and leaves
+what decode nodes say to `answers.py`. All methods and callbacks run on
 the event loop. Leases: the source blocks are granted to the decode node, which renews them; a
 lease that ran out ends the transfer, and is looked at again before each frame is posted. A peer
 that lives but takes nothing does not hold them for ever: a transfer that stalls is ended, and one
@@ -28,16 +29,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 import grpc
 
 from cluster.clock import Clock, monotonic
-from cluster.delta_codec import decode_error
-from cluster.errors import InternalError, ServingError
 from cluster.proto import node_pb2 as pb
 from cluster.rpc import open_channel
 from kv_transfer.digests import digest_seed
 from kv_transfer.failures import FailureReason, failure, failure_label
 from kv_transfer.lease import LeaseTable
+from kv_transfer.sending.answers import Answers
 from kv_transfer.sending.computing import Computing
 from kv_transfer.sending.kv_session import (
-    decode_ticket,
     encode_instruction,
     renew_frame,
     reserve_frame,
@@ -52,9 +51,10 @@ from kv_transfer.sending.outgoing_instructions import (
     SendCommit,
 )
 from kv_transfer.sending.peer import Peer
-from kv_transfer.sending.sendings import Sending, Tombstone, commit_message
+from kv_transfer.sending.sendings import Sending, Sendings, commit_message
 
 if TYPE_CHECKING:
+    from cluster.errors import ServingError
     from cluster.node import NodeId
     from cluster.request import Handoff, SequenceRequest
     from kv_transfer.agent import TransferAgent
@@ -99,9 +99,8 @@ class KVSender:
         self._open_channel = open_channel
         self._clock = clock
         self._leases = LeaseTable(agent.config.lease_seconds)
-        self._sendings: dict[str, Sending] = {}  # by sequence_id
-        self._by_transfer: dict[bytes, Sending] = {}
-        self._tombstones: dict[bytes, Tombstone] = {}
+        self._sendings = Sendings()
+        self._answers = Answers(self._sendings, self._leases, self.did, clock)
         self._peers: dict[NodeId, Peer] = {}
         self._sweeping: asyncio.Task[None] | None = None
 
@@ -113,7 +112,7 @@ class KVSender:
     @property
     def num_quarantined_blocks(self) -> int:
         """Source blocks of transfers that have ended, but that a send may still read."""
-        draining = (each for each in self._sendings.values() if each.machine.is_draining)
+        draining = (each for each in self._sendings if each.machine.is_draining)
         return sum(sending.machine.num_blocks for sending in draining)
 
     async def start(self) -> None:
@@ -135,9 +134,9 @@ class KVSender:
     def open(self, request: SequenceRequest, handoff: Handoff) -> None:
         """Ask the decode node for blocks. Raises `ValueError` for a sequence whose earlier
         hand-off still holds sources, and for the id of a transfer that does."""
-        if request.sequence_id in self._sendings:
+        if self._sendings.of_sequence(request.sequence_id) is not None:
             raise ValueError("the sequence is being handed off already")
-        if handoff.transfer_id in self._by_transfer:
+        if handoff.transfer_id in self._sendings:
             raise ValueError("the transfer is another sequence's")
         num_blocks = -(-len(request.prompt_token_ids) // self._block_size)
         sending = Sending(
@@ -148,8 +147,7 @@ class KVSender:
             peer=self._peer_for(handoff.decode, handoff.decode_address),
             progress_at=self._clock(),
         )
-        self._sendings[request.sequence_id] = sending
-        self._by_transfer[handoff.transfer_id] = sending
+        self._sendings.add(sending)
         self._leases.grant(handoff.transfer_id, self._clock())
         if sending.peer.is_ready:
             sending.peer.send(reserve_frame(request, handoff))
@@ -172,7 +170,7 @@ class KVSender:
         done: Any,
     ) -> None:
         """The same of the layers below `layer_end` alone, while later ones are computed."""
-        sending = self._sendings.get(sequence_id)
+        sending = self._sendings.of_sequence(sequence_id)
         if sending is None:
             return
         num_prompt_tokens = len(sending.request.prompt_token_ids)
@@ -195,7 +193,7 @@ class KVSender:
 
     def commit(self, sequence_id: str, first_token_id: int) -> None:
         """The whole prompt is computed and this is its first token."""
-        sending = self._sendings.get(sequence_id)
+        sending = self._sendings.of_sequence(sequence_id)
         if sending is not None:
             sending.computing.hand_over()
             self.did(sending, sending.machine.commit_asked(first_token_id))
@@ -204,7 +202,7 @@ class KVSender:
     def abort(self, sequence_id: str, *, finished: bool = False) -> None:
         """The KV is not needed on the decode node any more: cancelled, or `finished` with its
         first token. No callback but `on_sources_free`. Idempotent."""
-        sending = self._sendings.get(sequence_id)
+        sending = self._sendings.of_sequence(sequence_id)
         if sending is not None:
             logger.debug("hand-off of %s withdrawn, finished: %s", sequence_id, finished)
             self.did(sending, sending.machine.withdrawn())
@@ -220,59 +218,43 @@ class KVSender:
                 num_blocks=sending.machine.num_blocks,
                 expires_in_seconds=self._leases.remaining_seconds(sending.transfer_id, now),
             )
-            for sending in self._sendings.values()
+            for sending in self._sendings
         ]
 
     def sweep(self) -> None:
         """Act on what time alone has changed. Runs on a timer; tests call it."""
         now = self._clock()
         for transfer_id in self._leases.expire(now):
-            self._expire(self._by_transfer[transfer_id])
-        for sending in list(self._sendings.values()):
+            self._expire(self._sendings[transfer_id])
+        for sending in list(self._sendings):
             self._check_progress(sending, now)
         for transfer_id in self._leases.due_renewals(now):
-            sending = self._by_transfer[transfer_id]
+            sending = self._sendings[transfer_id]
             sending.peer.send(renew_frame(transfer_id, self._leases.extension_seconds))
-        for transfer_id, tombstone in list(self._tombstones.items()):
-            if now >= tombstone.forget_at:
-                del self._tombstones[transfer_id]
+        self._sendings.forget_until(now)
 
     # ---- what a peer says (`PeerEvents`) ------------------------------------------------------
 
     def paired(self, peer: Peer) -> None:
-        for sending in self._of(peer):
+        for sending in self._sendings.of_peer(peer):
             peer.send(reserve_frame(sending.request, sending.handoff))
 
     def received(self, peer: Peer, frame: pb.ReceiverFrame) -> None:
-        match frame.WhichOneof("frame"):
-            case "ticket":
-                self._on_ticket(peer, frame.ticket)
-            case "refused":
-                self._on_refused(peer, frame.refused)
-            case "committed":
-                self._on_committed(peer, frame.committed)
-            case "abort":
-                self._on_abort(peer, frame.abort)
-            case "renew":
-                renew = frame.renew
-                if self._find(peer, renew.transfer_id) is not None:
-                    self._leases.renew(renew.transfer_id, renew.extend_seconds, self._clock())
-            case other:
-                raise InternalError(f"The decode node sent {other} out of turn.")
+        self._answers.received(peer, frame)
 
     def lost(self, peer: Peer, error: ServingError) -> None:
         if self._peers.get(peer.node_id) is peer:
             del self._peers[peer.node_id]
-        for sending in self._of(peer):
+        for sending in self._sendings.of_peer(peer):
             self.did(sending, sending.machine.peer_lost(error))
 
     def stuck(self, peer: Peer) -> int:
         """Its sends did not end with the connection: how many source blocks stay held."""
-        return sum(sending.machine.num_blocks for sending in self._of(peer))
+        return sum(sending.machine.num_blocks for sending in self._sendings.of_peer(peer))
 
     def next_shipment(self, peer: Peer) -> Sending | None:
         """The oldest hand-off to this peer that has something to ship."""
-        for sending in self._sendings.values():
+        for sending in self._sendings:
             if sending.peer is peer and sending.machine.has_frame:
                 return sending
         return None
@@ -306,38 +288,6 @@ class KVSender:
                     self._forget(shipment)
                     self._events.on_sources_free(shipment.sequence_id)
 
-    # ---- messages of a peer -------------------------------------------------------------------
-
-    def _on_ticket(self, peer: Peer, message: pb.Ticket) -> None:
-        ticket = decode_ticket(message)
-        sending = self._find(peer, ticket.transfer_id)
-        if sending is not None:
-            self.did(sending, sending.machine.ticketed(ticket))
-            self._wake(sending)
-
-    def _on_refused(self, peer: Peer, message: pb.Refused) -> None:
-        sending = self._find(peer, message.transfer_id)
-        if sending is not None:
-            self.did(sending, sending.machine.refused(decode_error(message.error)))
-
-    def _on_committed(self, peer: Peer, message: pb.Committed) -> None:
-        sending = self._find(peer, message.transfer_id)
-        if sending is not None:
-            error = decode_error(message.error) if message.HasField("error") else None
-            self.did(sending, sending.machine.committed(error))
-
-    def _on_abort(self, peer: Peer, message: pb.ReceiverAbort) -> None:
-        """Always answered, so that the receiver can free: also for what ended here long ago."""
-        sending = self._find(peer, message.transfer_id)
-        if sending is not None:
-            error = decode_error(message.error)
-            self.did(sending, sending.machine.abort_asked(message.epoch, error))
-            return
-        tombstone = self._tombstones.get(message.transfer_id)
-        if tombstone is not None:
-            ack = SendAbortAck(message.epoch, tombstone.num_frames_posted)
-            peer.send(encode_instruction(ack, message.transfer_id))
-
     # ---- helpers ------------------------------------------------------------------------------
 
     def _peer_for(self, decode: NodeId, address: str) -> Peer:
@@ -354,13 +304,6 @@ class KVSender:
             )
             self._peers[decode] = peer
         return peer
-
-    def _of(self, peer: Peer) -> list[Sending]:
-        return [sending for sending in self._sendings.values() if sending.peer is peer]
-
-    def _find(self, peer: Peer, transfer_id: bytes) -> Sending | None:
-        sending = self._by_transfer.get(transfer_id)
-        return sending if sending is not None and sending.peer is peer else None
 
     def _wake(self, sending: Sending) -> None:
         if sending.machine.has_frame:
@@ -386,12 +329,9 @@ class KVSender:
         self.agent.stats.transfer_seconds += time.monotonic() - sending.began_at
 
     def _forget(self, sending: Sending) -> None:
-        """Its sources are free; only its count of frames is still remembered."""
-        del self._sendings[sending.sequence_id]
-        del self._by_transfer[sending.transfer_id]
         self._leases.release(sending.transfer_id)
         forget_at = self._clock() + TOMBSTONE_LEASES * self._leases.duration_seconds
-        self._tombstones[sending.transfer_id] = Tombstone(sending.machine.num_posted, forget_at)
+        self._sendings.end(sending, forget_at=forget_at)
 
     async def _sweep_forever(self) -> None:
         interval = min(MAX_SWEEP_SECONDS, self.agent.config.lease_seconds / 12)

@@ -1,4 +1,4 @@
-"""One hand-off as the sender keeps it: under way, and after it has ended."""
+"""The hand-offs of one sender, as it keeps them: under way, and after they have ended."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from kv_transfer.protocol import CommitMessage
 from kv_transfer.sending.computing import ComputingLayers
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from cluster.request import Handoff, SequenceRequest
     from kv_transfer.sending.outgoing import OutgoingTransfer
     from kv_transfer.sending.outgoing_instructions import SendCommit
@@ -48,6 +50,57 @@ class Tombstone:
 
     num_frames_posted: int
     forget_at: float
+
+
+class Sendings:
+    """Iterates over those under way, the oldest first."""
+
+    def __init__(self) -> None:
+        self._by_sequence: dict[str, Sending] = {}
+        self._by_transfer: dict[bytes, Sending] = {}
+        self._tombstones: dict[bytes, Tombstone] = {}
+
+    def __iter__(self) -> Iterator[Sending]:
+        return iter(self._by_sequence.values())
+
+    def __len__(self) -> int:
+        return len(self._by_sequence)
+
+    def __getitem__(self, transfer_id: bytes) -> Sending:
+        return self._by_transfer[transfer_id]
+
+    def __contains__(self, transfer_id: bytes) -> bool:
+        return transfer_id in self._by_transfer
+
+    def of_sequence(self, sequence_id: str) -> Sending | None:
+        return self._by_sequence.get(sequence_id)
+
+    def of_peer(self, peer: Peer) -> list[Sending]:
+        return [sending for sending in self if sending.peer is peer]
+
+    def find(self, transfer_id: bytes, peer: Peer) -> Sending | None:
+        """None when the transfer is another peer's."""
+        sending = self._by_transfer.get(transfer_id)
+        return sending if sending is not None and sending.peer is peer else None
+
+    def tombstone(self, transfer_id: bytes) -> Tombstone | None:
+        return self._tombstones.get(transfer_id)
+
+    def add(self, sending: Sending) -> None:
+        self._by_sequence[sending.sequence_id] = sending
+        self._by_transfer[sending.transfer_id] = sending
+
+    def end(self, sending: Sending, *, forget_at: float) -> None:
+        """Its sources are free; only its count of frames is still remembered."""
+        del self._by_sequence[sending.sequence_id]
+        del self._by_transfer[sending.transfer_id]
+        self._tombstones[sending.transfer_id] = Tombstone(sending.machine.num_posted, forget_at)
+
+    def forget_until(self, now: float) -> None:
+        """Drop the tombstones whose time has come."""
+        for transfer_id, tombstone in list(self._tombstones.items()):
+            if now >= tombstone.forget_at:
+                del self._tombstones[transfer_id]
 
 
 def commit_message(commit: SendCommit, sending: Sending) -> CommitMessage:

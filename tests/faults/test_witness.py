@@ -190,7 +190,7 @@ def test_a_receive_into_blocks_that_are_given_back_is_seen(
             request = make_request(30)
             prefill.hand_off(decode, request)
             await until(lambda: decode.source.of(request.sequence_id) == ["reserved"])
-            [session] = decode.receiver._sessions.values()
+            [session] = decode.receiver._sessions
             session._pieces = cast("Any", SimpleNamespace(recv_pieces=receive))
             prefill.compute(request, TABLE)
             await until(lambda: bool(receives))

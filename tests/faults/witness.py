@@ -99,7 +99,7 @@ class TransferBooks:
             case ReportFailed(sequence) | ReportWithdrawn(sequence):
                 self._ended(sequence.transfer_id)
             case Free(sequence, num_good_blocks):
-                goes_on = sequence.transfer_id in receiver._recomputing
+                goes_on = sequence.transfer_id in receiver._fates.recomputing
                 self._freed(sequence.transfer_id, num_good_blocks if goes_on else 0, num_layers)
 
     def accepted(self, receiver: KVReceiver, header: FrameHeader) -> None:

@@ -289,7 +289,7 @@ def test_what_a_broken_connection_does_not_give_back_stays_out_of_use_and_is_cou
         _, frames = await two_frames(peer, request)
         await peer.post_header(frames[0][0])
         await until(lambda: agent.staging.num_free < agent.staging.num_slots)
-        [session] = decode.receiver._sessions.values()
+        [session] = decode.receiver._sessions
 
         async def does_not_end() -> bool:
             return False
@@ -316,7 +316,8 @@ def test_sources_of_sends_that_do_not_end_with_their_connection_stay_held_and_ar
         agent.quarantine.watch(full.set)
         prefill.hand_off(decode, request)
         prefill.compute(request, TABLE)
-        await until(lambda: prefill.sender._sendings[name].machine.num_posted == 1)
+        [sending] = prefill.sender._sendings
+        await until(lambda: sending.machine.num_posted == 1)
         prefill.sender.abort(name)
         prefill.clock.advance(DRAIN_SECONDS)
         await until(full.is_set)  # a quarter of 32 blocks
@@ -341,7 +342,8 @@ def test_a_staging_slot_is_not_given_to_others_while_a_send_reads_it() -> None:
         prefill.hand_off(decode, request)
         prefill.compute(request, TABLE)
         await until(lambda: staging.num_free < staging.num_slots)
-        await until(lambda: prefill.sender._sendings[request.sequence_id].machine.num_posted == 1)
+        [sending] = prefill.sender._sendings
+        await until(lambda: sending.machine.num_posted == 1)
         prefill.sender.abort(request.sequence_id)
         assert staging.num_free < staging.num_slots
         assert prefill.owner.of(request.sequence_id) == []

@@ -132,7 +132,7 @@ def test_a_dead_peer_leaves_no_connection_behind() -> None:
     """vllm#58063: its memory stayed mapped, 67 GiB per GPU."""
 
     async def scenario(peer: HandDriven, decode: DecodeSide) -> None:
-        [session] = decode.receiver._sessions.values()
+        [session] = decode.receiver._sessions
         closed = asyncio.Event()
         await until(lambda: session.is_connected)
         assert session._endpoint is not None

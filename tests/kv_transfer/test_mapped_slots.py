@@ -191,7 +191,7 @@ def test_a_frame_that_nobody_wants_gives_its_slot_back_unread(
     async def scenario(here: World) -> None:
         receiver, request = here.decode.receiver, make_request(32)
         here.prefill.hand_off(here.decode, request)
-        [sending] = here.prefill.sender._sendings.values()
+        [sending] = here.prefill.sender._sendings
         await until(lambda: sending.machine.ticket is not None)
         before = here.decode.pool.clone()
         heard = here.prefill.sender.received
@@ -250,7 +250,7 @@ def test_who_connects_for_messages_without_being_a_sender_is_cut(
     async def scenario(here: World) -> None:
         assert await here.ended(here.hand_off()) == ["committed", "free"]
         receiver = here.decode.receiver
-        [session] = receiver._sessions.values()
+        [session] = receiver._sessions
         session_id = session.id if names == "one that has its messages" else session.id ^ 1
         stranger = await connect(receiver.messages_at, session_id, max_bytes=64)
         cut: list[bool] = []
@@ -270,7 +270,7 @@ def test_the_loss_of_the_messages_alone_ends_the_pairing(
         request = here.hand_off(commits=False)
         await until(lambda: here.decode.receiver.agent.stats.frames == 1)
         [peer] = here.prefill.sender._peers.values()
-        [session] = here.decode.receiver._sessions.values()
+        [session] = here.decode.receiver._sessions
         messages = peer._messages if end == "sender" else session._messages
         assert messages is not None
         messages.close()

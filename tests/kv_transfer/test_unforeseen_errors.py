@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from kv_transfer.receiving.arrivals import SlotArrival
+from kv_transfer.receiving.receiver import KVReceiver
 from kv_transfer.sending.outgoing import OutgoingTransfer
 from kv_transfer.sending.payloads import SlotPayload
 from kv_transfer.staging import Staging
@@ -100,6 +101,54 @@ def test_a_hand_off_whose_frames_cannot_be_planned_ends_and_the_next_ones_go_on(
         await handed_off(prefill, decode)
 
     with_pair(scenario)
+
+
+@pytest.mark.parametrize("callback", ["on_transfer_failed", "release"])
+def test_a_node_that_breaks_when_it_is_told_of_one_transfer_is_told_of_the_others(
+    callback: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario(peer: HandDriven, decode: DecodeSide) -> None:
+        first, second = make_request(2 * BLOCK_SIZE), make_request(2 * BLOCK_SIZE)
+        for request in (first, second):
+            peer.reserve(request)
+            await peer.ticket()
+        tell = getattr(decode.source, callback)
+
+        def told(sequence_id: str, *rest: Any) -> None:
+            broken() if sequence_id == first.sequence_id else tell(sequence_id, *rest)
+
+        monkeypatch.setattr(decode.source, callback, told)
+        await peer.stream.close()
+        await until(lambda: "released" in decode.source.of(second.sequence_id))
+        assert "failed" in decode.source.of(second.sequence_id)
+        await until(lambda: decode.receiver.num_transfers == decode.receiver.num_sessions == 0)
+
+    with_peer(scenario, gives_all_back=callback != "release")
+
+
+def test_a_frame_ends_and_its_slot_comes_back_whatever_its_end_sets_off(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The session could never be revoked, nor its blocks be freed."""
+    ended = KVReceiver.frame_ended
+
+    def ended_badly(self: KVReceiver, *frame: Any) -> None:
+        ended(self, *frame)
+        broken()
+
+    async def scenario(peer: HandDriven, decode: DecodeSide) -> None:
+        _, frames = await two_frames(peer, make_request(2 * BLOCK_SIZE))
+        staging = decode.receiver.agent.staging
+        monkeypatch.setattr(KVReceiver, "frame_ended", ended_badly)
+        asyncio.get_running_loop().set_exception_handler(lambda *_: seen.set())
+        seen = asyncio.Event()
+        peer.post(*frames[0])
+        await asyncio.wait_for(seen.wait(), 5)
+        assert staging.num_free == staging.num_slots
+        await peer.stream.close()
+        await until(lambda: len(decode.source.free) == NUM_BLOCKS)
+
+    with_peer(scenario)
 
 
 def test_a_transfer_id_that_is_in_use_is_refused() -> None:

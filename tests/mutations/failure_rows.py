@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from tests.mutations.row import Mutation, Row
 from tests.mutations.transfer_rows import (
+    ANSWERS,
     ENDINGS,
     INCOMING,
     INTAKE,
@@ -196,7 +197,7 @@ FAILURE_ROWS = (
                 TIME + "a_sweep_reaches_expired_leases_behind_a_live_one",
             ),
             Mutation(
-                SENDER,
+                ANSWERS,
                 "self._leases.renew(renew.transfer_id, renew.extend_seconds, self._clock())",
                 "pass",
                 TIME + "a_renewal_that_is_pushed_keeps_the_sources",

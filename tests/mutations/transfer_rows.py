@@ -12,6 +12,9 @@ INTAKE = "kv_transfer/receiving/intake.py"
 ENDINGS = "kv_transfer/receiving/endings.py"
 SESSION = "kv_transfer/receiving/receiver_session.py"
 RECEIVER = "kv_transfer/receiving/receiver.py"
+SESSIONS = "kv_transfer/receiving/sessions.py"
+OVERDUE = "kv_transfer/receiving/overdue.py"
+ANSWERS = "kv_transfer/sending/answers.py"
 OUTGOING = "kv_transfer/sending/outgoing.py"
 SENDER = "kv_transfer/sending/sender.py"
 STUCK_SENDS = "sources_of_sends_that_do_not_end_with_their_connection_stay_held_and_are_counted"
@@ -59,20 +62,20 @@ TRANSFER_ROWS = (
         "vllm#46283, 35943, 50719, 55870",
         (
             Mutation(
-                INTAKE,
+                OVERDUE,
                 "            return FailureReason.LEASE_EXPIRED\n",
                 "            pass\n",
                 CATALOGUE + "blocks_come_back_from_a_prefill_node_that_says_nothing_any_more",
             ),
             Mutation(
-                INTAKE,
+                OVERDUE,
                 "return FailureReason.TRANSFER_TIMEOUT if is_stalled and",
                 "return FailureReason.TRANSFER_TIMEOUT if False and is_stalled and",
                 CATALOGUE
                 + "a_payload_that_never_comes_ends_its_transfer_however_alive_its_peer_is",
             ),
             Mutation(
-                INTAKE,
+                OVERDUE,
                 "            return FailureReason.SENDER_LOST\n",
                 "            pass\n",
                 "tests/kv_transfer/receiving/test_doubted_sender.py::"
@@ -122,7 +125,7 @@ TRANSFER_ROWS = (
                 CATALOGUE + "a_frame_whose_lease_ran_out_while_it_was_packed_is_not_sent",
             ),
             Mutation(
-                SENDER,
+                ANSWERS,
                 "        if tombstone is not None:\n",
                 "        if tombstone is None:\n            return\n        if False:\n",
                 CATALOGUE + "an_abort_of_a_transfer_that_is_long_over_is_still_acknowledged",
@@ -142,8 +145,8 @@ TRANSFER_ROWS = (
             ),
             Mutation(
                 INTAKE,
-                "        overdue = self._overdue(transfer, now)\n        if overdue is not None:\n"
-                "            return",
+                "        overdue = self._overdue.why(transfer, now)\n"
+                "        if overdue is not None:\n            return",
                 "        overdue = None\n        if overdue is not None:\n            return",
                 CATALOGUE
                 + "nothing_that_comes_after_the_lease_is_taken_even_before_a_sweep[commit]",
@@ -198,7 +201,7 @@ TRANSFER_ROWS = (
                 OWNERS + "who_kept_a_staging_slot_too_long_is_told_from_its_next_owner",
             ),
             Mutation(
-                RECEIVER,
+                SESSIONS,
                 "if not self._succession.admit(peer):",
                 "if False:",
                 OWNERS + "a_process_that_was_replaced_does_not_end_its_successors_session",
@@ -239,8 +242,8 @@ TRANSFER_ROWS = (
             ),
             Mutation(
                 SENDER,
-                "return sum(sending.machine.num_blocks for sending in self._of(peer))",
-                "return 0",
+                "sum(sending.machine.num_blocks for sending in self._sendings.of_peer(peer))",
+                "0",
                 CATALOGUE + STUCK_SENDS,
             ),
             *(
@@ -266,9 +269,9 @@ TRANSFER_ROWS = (
                 TIME + "a_dead_peer_leaves_no_connection_behind",
             ),
             Mutation(
-                RECEIVER,
-                "session = self._sessions.pop(session_id)",
-                "session = self._sessions[session_id]",
+                SESSIONS,
+                "return self._sessions.pop(session_id)",
+                "return self._sessions[session_id]",
                 TIME + "a_dead_peer_leaves_no_connection_behind",
             ),
         ),

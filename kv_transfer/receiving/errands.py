@@ -1,0 +1,123 @@
+"""What takes a receiver time: to ask the node for blocks, to start a sequence, to cut a connection.
+
+Each is a task, and the intake hears how it ended, well or not. Errors end here: a sender, and
+all that waits for blocks, hang on the answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import TYPE_CHECKING
+
+from cluster.errors import Cancelled, InternalError, ServingError
+from kv_transfer.trace import TRACE
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from cluster.clock import Clock
+    from kv_transfer.agent import TransferAgent
+    from kv_transfer.receiving.block_source import BlockSource
+    from kv_transfer.receiving.incoming import IncomingSequence
+    from kv_transfer.receiving.intake import Intake
+    from kv_transfer.receiving.intake_instructions import Instruction
+    from kv_transfer.receiving.sessions import Sessions
+    from kv_transfer.receiving.tasks import Tasks
+
+logger = logging.getLogger(__name__)
+
+
+class Errands:
+    """`execute` carries out what the intake says to their ends."""
+
+    def __init__(
+        self,
+        agent: TransferAgent,
+        source: BlockSource,
+        intake: Intake,
+        sessions: Sessions,
+        tasks: Tasks,
+        execute: Callable[[Sequence[Instruction]], None],
+        clock: Clock,
+    ) -> None:
+        self._agent = agent
+        self._source = source
+        self._intake = intake
+        self._sessions = sessions
+        self._tasks = tasks
+        self._execute = execute
+        self._clock = clock
+        self._asking: dict[bytes, asyncio.Task[None]] = {}
+
+    def ask(self, sequence: IncomingSequence) -> None:
+        self._asking[sequence.transfer_id] = self._tasks.spawn(self._ask(sequence))
+
+    def stop_asking(self, transfer_id: bytes) -> None:
+        """Not before its first step: it would never say that it has ended."""
+        asyncio.get_running_loop().call_soon(self._asking[transfer_id].cancel)
+
+    def start(self, sequence: IncomingSequence, first_token_id: int) -> None:
+        self._tasks.spawn(self._start(sequence, first_token_id))
+
+    def revoke(self, session_id: int) -> None:
+        self._tasks.spawn(self._revoke(session_id))
+
+    async def _ask(self, sequence: IncomingSequence) -> None:
+        transfer_id = sequence.transfer_id
+        try:
+            blocks = await self._source.reserve(sequence.request, sequence.gateway_id)
+        except asyncio.CancelledError:
+            error: ServingError = Cancelled("The reservation is not wanted any more.")
+            instructions = self._intake.reserve_failed(transfer_id, error, self._clock())
+        except ServingError as refused:
+            instructions = self._intake.reserve_failed(transfer_id, refused, self._clock())
+        except Exception:  # the top of the task: the sender must hear of it
+            logger.exception("blocks could not be reserved")
+            error = InternalError("The decode node could not reserve blocks.")
+            instructions = self._intake.reserve_failed(transfer_id, error, self._clock())
+        else:
+            table = tuple(blocks.block_ids)
+            self._agent.pool.prepare(table)  # while nobody waits for it
+            instructions = self._intake.reserved(
+                transfer_id, table, blocks.num_held_blocks, self._clock()
+            )
+        del self._asking[transfer_id]
+        self._execute(instructions)
+
+    async def _start(self, sequence: IncomingSequence, first_token_id: int) -> None:
+        transfer_id = sequence.transfer_id
+        if TRACE.is_on:
+            TRACE.mark("r.start")
+        try:
+            await self._source.start(sequence.sequence_id, first_token_id)
+        except ServingError as error:
+            instructions = self._intake.start_failed(transfer_id, error, self._clock())
+        except Exception:  # the top of the task: the sender must hear of it
+            logger.exception("a sequence could not be started")
+            failed = InternalError("The decode node could not start the sequence.")
+            instructions = self._intake.start_failed(transfer_id, failed, self._clock())
+        else:
+            began_at = self._intake.transfers[transfer_id].began_at
+            self._agent.stats.transfers_done += 1
+            self._agent.stats.transfer_seconds += self._clock() - began_at
+            instructions = self._intake.started(transfer_id, self._clock())
+        self._execute(instructions)
+
+    async def _revoke(self, session_id: int) -> None:
+        session = self._sessions.remove(session_id)
+        self._agent.stats.revocations += 1
+        try:
+            is_revoked = await session.revoke()
+        except Exception:  # the top of the task: who knows what still writes
+            logger.exception("a connection could not be cut")
+            is_revoked = False
+        if is_revoked:
+            self._execute(self._intake.session_revoked(session_id, self._clock()))
+        else:
+            self._execute(self._intake.revocation_failed(session_id, self._clock()))
+            self._agent.quarantine.keep(
+                num_blocks=self._intake.num_blocks_of(session_id),
+                num_slots=self._agent.staging.num_owned_by(session_id),
+                peer=session.peer.name,
+            )
