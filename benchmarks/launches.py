@@ -105,7 +105,7 @@ def passes(arguments: argparse.Namespace) -> Iterator[str]:
         graph, rows = median_ms(captured(run)), rows_ms(model, batch)
         with by_triton():
             figures = [("Triton", *queued_and_done_ms(run))]
-        figures.append(("us", *queued_and_done_ms(run)))
+        figures.append(("directly", *queued_and_done_ms(run)))
         for name, queued, done in figures:
             figures_of_it = f"{queued:.2f} | {done:.2f} | {graph:.2f} | {rows}"
             yield f"| {new} behind {cached} | {name} | {figures_of_it} |"

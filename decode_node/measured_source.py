@@ -28,14 +28,6 @@ if TYPE_CHECKING:
     from kv_transfer.receiving.block_source import BlockSource, ReservedBlocks
 
 
-@dataclass(frozen=True, slots=True)
-class ScratchBlocks:
-    """What the receiver is told of a reservation: all of it is to be sent."""
-
-    block_ids: tuple[int, ...]
-    num_held_blocks: int = 0
-
-
 @dataclass(slots=True)
 class Measured:
     """One hand-off on the clock. `done` gives the seconds from its ticket to its last byte."""
@@ -99,7 +91,7 @@ class MeasuredSource:
         self._reservations[request.sequence_id] = reservation
         measured.num_blocks = num_blocks
         measured.reserved_at = self._clock()
-        return ScratchBlocks(reservation.block_ids)
+        return reservation
 
     async def start(self, sequence_id: str, first_token_id: int) -> None:
         reservation = self._reservations.get(sequence_id)

@@ -1,6 +1,6 @@
 """The HTTP edge: from a client's JSON to tokens of two nodes, and back. Where to look:
 
-a request    http_server -> origins, edge (id, key) -> app -> routes/ -> body -> schemas (types) ->
+a request    http_server -> edge (id, key) -> app -> routes/ -> body -> schemas (types) ->
              validation by request_rules, chat_messages, chat_template -> request; gateway.begin
 its way      admission -> prefix_lookup -> router (a pure choice, by policy) -> dispatch
 a sequence   sequence_machine (pure; says sequence_instructions) inside dispatch; active, attempts:

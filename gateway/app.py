@@ -13,6 +13,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Route as HttpRoute
 
 from cluster.errors import InvalidRequest, MethodNotAllowed, RouteNotFound, ServingError
@@ -29,7 +30,6 @@ from gateway.http_errors import (
     log_refusal,
     unexplained,
 )
-from gateway.origins import Origins
 from gateway.request import Route
 from gateway.routes.generate import GenerateEndpoint
 from gateway.routes.health import health_router
@@ -100,7 +100,17 @@ def public_app(gateway: Gateway, metrics: CollectorRegistry) -> ASGIApp:
         gateway.config.api_key, "API key", "Send it as `Authorization: Bearer` or `x-api-key`."
     )
     edge = Edge(app, keys)
-    return Origins(edge, gateway.config.allowed_origins) if gateway.config.allowed_origins else edge
+    origins = gateway.config.allowed_origins
+    if not origins:
+        return edge
+    # In front of the key check: a browser asks first, without a key, whether it may send one.
+    return CORSMiddleware(
+        edge,
+        allow_origins=origins,
+        allow_methods=("GET", "POST"),
+        allow_headers=("*",),
+        expose_headers=("x-request-id",),
+    )
 
 
 def translate_errors(app: FastAPI, *, advice: str) -> None:

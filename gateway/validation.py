@@ -31,7 +31,7 @@ from gateway.tools.bodies import offered_tools
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from gateway.chat_template import ChatTemplate, Message
+    from gateway.chat_template import ChatTemplate
     from gateway.schemas import ChatBody, CompletionBody, GenerationBody, TokenizeBody
     from gateway.tokenizer import Tokenizer
     from gateway.tools.formats import ToolFormat
@@ -98,7 +98,8 @@ class Validator:
         budget = Budget(asked.max_model_len, "messages", max_tokens)
         if route is Route.RESPONSES:
             budget = replace(budget, unit="input", field="max_output_tokens")
-        prompt = await self._chat_prompt(body)
+        tools = self._tools(body)
+        prompt = await self._chat_prompt(body, tools)
         token_ids = await self._encode_chat(prompt, body)
         thinks = self._template is not None and self._template.thinks
         shape = _Shape(
@@ -108,16 +109,13 @@ class Validator:
             budget=budget,
             num_logprobs=chat_logprobs(body),
             echo=False,
-            tool_format=self._tool_format("tools") if self._tools(body) else None,
+            tool_format=self._tool_format("tools") if tools else None,
             thinking_prompt=prompt if thinks else None,
         )
         return self._request(body, asked, shape)
 
     async def chat_token_ids(self, body: ChatBody | TokenizeBody) -> tuple[int, ...]:
-        return await self._encode_chat(await self._chat_prompt(body), body)
-
-    async def _chat_prompt(self, body: ChatBody | TokenizeBody) -> str:
-        return await self._render(plain_messages(body.messages or []), body)
+        return await self._encode_chat(await self._chat_prompt(body, self._tools(body)), body)
 
     async def _encode_chat(self, text: str, body: ChatBody | TokenizeBody) -> tuple[int, ...]:
         """The template wrote the special tokens, so the tokenizer adds none unless asked to."""
@@ -136,7 +134,8 @@ class Validator:
             raise Unsupported("This model's chat template takes no tools.", param=param)
         return form
 
-    async def _render(self, messages: list[Message], body: ChatBody | TokenizeBody) -> str:
+    async def _chat_prompt(self, body: ChatBody | TokenizeBody, tools: list[dict[str, Any]]) -> str:
+        messages = plain_messages(body.messages or [])
         if self._template is None:
             raise Unsupported("This model has no chat template; use /v1/completions.")
         for index, message in enumerate(messages):
@@ -150,7 +149,7 @@ class Validator:
             add_generation_prompt=(not continues) if adds is None else adds,
             continue_final_message=continues,
             variables=template_variables(body),
-            tools=self._tools(body),
+            tools=tools,
         )
         num_chars = sum(_MESSAGE_CHARS + len(message["content"]) for message in messages)
         return await self._tokenizer.run(render, num_chars)

@@ -14,9 +14,9 @@ Life of a call
 
 A key tells apart at least what Triton does, whose rules are: types; whether addresses and integers
 are multiples of 16; whether an integer is 1, and in how many bits it fits, or that alone where the
-kernel is compiled for any. Call sites pass what a
-kernel is given at run time by position, and constants and options by name; any other call is left
-to Triton, as are all on other GPUs than NVIDIA's and in its interpreter.
+kernel is compiled for any. Call sites pass what a kernel is given at run time by position, and
+constants and options by name; any other call is left to Triton, as are all on other GPUs than
+NVIDIA's and in its interpreter.
 """
 
 from __future__ import annotations

@@ -29,14 +29,6 @@ if TYPE_CHECKING:
     from engine.sequence import Sequence
 
 
-@dataclass(frozen=True, slots=True)
-class PrefixBlocks:
-    """What the receiver is told of a reservation."""
-
-    block_ids: tuple[int, ...]
-    num_held_blocks: int
-
-
 @dataclass(slots=True)
 class IncomingPrefix:
     """The first `num_blocks` blocks of a sequence's prompt, or fewer. `done`: it has arrived."""
@@ -87,7 +79,7 @@ class IncomingPrefixes:
 
     # ---- what the receiver asks and says --------------------------------------------------
 
-    async def reserve(self, request: SequenceRequest, gateway_id: str) -> PrefixBlocks:
+    async def reserve(self, request: SequenceRequest, gateway_id: str) -> Reservation:
         prefix = self._prefixes.get(request.sequence_id)
         if prefix is None:
             raise Cancelled("Nobody waits for this prefix.")
@@ -103,7 +95,7 @@ class IncomingPrefixes:
         self._reservations[request.sequence_id] = reservation
         prefix.num_tokens_moved = (num_blocks - reservation.num_held_blocks) * size
         prefix.reserved_at = self._clock()
-        return PrefixBlocks(reservation.block_ids, reservation.num_held_blocks)
+        return reservation
 
     async def start(self, sequence_id: str, first_token_id: int) -> None:
         reservation = self._reservations.get(sequence_id)
