@@ -6,7 +6,7 @@ router; their schemas are added to the OpenAPI document by name.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -38,6 +38,8 @@ from gateway.routes.tokenize import CountTokensEndpoint, DetokenizeEndpoint, Tok
 from gateway.schemas import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from prometheus_client import CollectorRegistry
     from pydantic import BaseModel
     from starlette.types import ASGIApp
@@ -50,52 +52,27 @@ MAX_PATH_CHARS = 200
 _REF = "#/components/schemas/{model}"
 
 
+class _RawRoute(NamedTuple):
+    """A plain ASGI application at a path, and what the OpenAPI document says of it."""
+
+    path: str
+    endpoint: ASGIApp
+    body: type[BaseModel]
+    summary: str
+
+
 def public_app(gateway: Gateway, metrics: CollectorRegistry) -> ASGIApp:
     """Everything on the public port."""
     app = FastAPI(title="Baton", version=VERSION, docs_url=None, redoc_url=None)
     translate_errors(
         app, advice="GET /v1/models lists the models, POST /v1/chat/completions asks one."
     )
-    raw: list[tuple[str, Any, type[BaseModel], str]] = [
-        (
-            "/v1/chat/completions",
-            GenerateEndpoint(gateway, Route.CHAT),
-            ChatBody,
-            "Answer a conversation",
-        ),
-        (
-            "/v1/completions",
-            GenerateEndpoint(gateway, Route.COMPLETIONS),
-            CompletionBody,
-            "Continue a text",
-        ),
-        (
-            "/v1/responses",
-            GenerateEndpoint(gateway, Route.RESPONSES),
-            ResponsesBody,
-            "Answer an input, as OpenAI's Responses",
-        ),
-        (
-            "/v1/messages",
-            GenerateEndpoint(gateway, Route.MESSAGES),
-            MessagesBody,
-            "Answer a conversation, as Anthropic's Messages",
-        ),
-        (
-            "/v1/messages/count_tokens",
-            CountTokensEndpoint(gateway),
-            CountTokensBody,
-            "Count the tokens of a conversation",
-        ),
-        ("/tokenize", TokenizeEndpoint(gateway), TokenizeBody, "Text to token ids"),
-        ("/detokenize", DetokenizeEndpoint(gateway), DetokenizeBody, "Token ids to text"),
-    ]
-    for path, endpoint, _, _ in raw:
-        app.router.routes.append(HttpRoute(path, endpoint, methods=["POST"]))
+    raw = _raw_routes(gateway)
+    for route in raw:
+        app.router.routes.append(HttpRoute(route.path, route.endpoint, methods=["POST"]))
     app.include_router(models_router(gateway))
     app.include_router(health_router(gateway, metrics))
-    bodies = [(path, body, summary) for path, _, body, summary in raw]
-    app.openapi = lambda: _document(app, bodies)  # type: ignore[method-assign]
+    app.openapi = lambda: _document(app, raw)  # type: ignore[method-assign]
     keys = KeyCheck(
         gateway.config.api_key, "API key", "Send it as `Authorization: Bearer` or `x-api-key`."
     )
@@ -110,6 +87,36 @@ def public_app(gateway: Gateway, metrics: CollectorRegistry) -> ASGIApp:
         allow_methods=("GET", "POST"),
         allow_headers=("*",),
         expose_headers=("x-request-id",),
+    )
+
+
+def _raw_routes(gateway: Gateway) -> tuple[_RawRoute, ...]:
+    def generate(path: str, route: Route, body: type[BaseModel], summary: str) -> _RawRoute:
+        return _RawRoute(path, GenerateEndpoint(gateway, route), body, summary)
+
+    return (
+        generate("/v1/chat/completions", Route.CHAT, ChatBody, "Answer a conversation"),
+        generate("/v1/completions", Route.COMPLETIONS, CompletionBody, "Continue a text"),
+        generate(
+            "/v1/responses",
+            Route.RESPONSES,
+            ResponsesBody,
+            "Answer an input, as OpenAI's Responses",
+        ),
+        generate(
+            "/v1/messages",
+            Route.MESSAGES,
+            MessagesBody,
+            "Answer a conversation, as Anthropic's Messages",
+        ),
+        _RawRoute(
+            "/v1/messages/count_tokens",
+            CountTokensEndpoint(gateway),
+            CountTokensBody,
+            "Count the tokens of a conversation",
+        ),
+        _RawRoute("/tokenize", TokenizeEndpoint(gateway), TokenizeBody, "Text to token ids"),
+        _RawRoute("/detokenize", DetokenizeEndpoint(gateway), DetokenizeBody, "Token ids to text"),
     )
 
 
@@ -157,11 +164,11 @@ def error_response(error: ServingError, message_id: str | None = None) -> Respon
     return Response(body, status_code=status, media_type=JSON.decode(), headers=headers)
 
 
-def _document(app: FastAPI, bodies: list[tuple[str, type[BaseModel], str]]) -> dict[str, Any]:
+def _document(app: FastAPI, raw: Sequence[_RawRoute]) -> dict[str, Any]:
     """FastAPI's document, with the routes it does not run itself."""
     document = get_openapi(title=app.title, version=app.version, routes=app.routes)
     schemas = document.setdefault("components", {}).setdefault("schemas", {})
-    for path, body, summary in bodies:
+    for path, _, body, summary in raw:
         schema = body.model_json_schema(ref_template=_REF)
         schemas.update(schema.pop("$defs", {}))
         schemas[body.__name__] = schema
