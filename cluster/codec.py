@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 
 from cluster.errors import InvalidRequest
+from cluster.message_size import message_limit
 from cluster.node import Incarnation, NodeId, NodeInfo, NodeLoad, NodeName, NodeRole, NodeState
 from cluster.proto import node_pb2 as pb
 from cluster.request import (
@@ -228,6 +229,7 @@ def encode_description(info: NodeInfo, *, version: str) -> pb.NodeDescription:
         version=version,
         transports=info.transports,
         fetches_prefixes=info.fetches_prefixes,
+        max_message_bytes=message_limit(info.max_model_len),
         load=encode_load(info.load),
     )
 

@@ -33,6 +33,7 @@ from cluster.logging import setup_logging
 from cluster.loop_watch import LoopWatch
 from cluster.member import Member
 from cluster.member_config import MemberConfig
+from cluster.message_size import message_limit
 from cluster.metrics import MetricsServer, new_registry, start_metrics_server
 from cluster.node import new_incarnation
 from cluster.node_stores import NodeStores
@@ -54,10 +55,12 @@ EXIT_FAILED = 1
 
 
 class NodeProcess:
-    """Runs one node. `server` is there for the role to add its services before `start`."""
+    """Runs one node. `open_server` makes the server that a role adds its services to, before
+    `start`."""
+
+    server: grpc.aio.Server
 
     def __init__(self, config: MemberConfig, hub: SessionHub, registry: CollectorRegistry) -> None:
-        self.server: grpc.aio.Server = create_server()
         self._config = config
         self._hub = hub
         self._registry = registry
@@ -67,6 +70,11 @@ class NodeProcess:
         self._metrics: MetricsServer | None = None
         self._event_loop = asyncio.get_running_loop()
         registry.register(LoopWatch())
+
+    def open_server(self, max_model_len: int) -> grpc.aio.Server:
+        """It takes the longest prompt of this node."""
+        self.server = create_server(message_limit(max_model_len))
+        return self.server
 
     async def run(
         self, member: Member, report: StartupReport, *, close: Callable[[], Awaitable[None]]
@@ -177,7 +185,7 @@ async def run_node(
         on_replaced=lambda: process.fail("Another node has taken this node's name.")
     )
     member = Member(node.info, stores.registry, stores.index, sources)
-    node.add_services(process.server, member)
+    node.add_services(process.open_server(node.info.max_model_len), member)
     node.add_metrics(registry, sources)
     await node.start(member)
 

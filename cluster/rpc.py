@@ -26,6 +26,7 @@ from cluster.errors import (
     ServingError,
     cannot_listen,
 )
+from cluster.message_size import BASE_MESSAGE_BYTES
 from cluster.proto import node_pb2 as pb
 from cluster.session_hub import Session, SessionHub
 
@@ -46,8 +47,6 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-# A prompt of a million tokens is 3 MiB of varints.
-MAX_MESSAGE_BYTES = 4 * 2**20
 KEEPALIVE_SECONDS = 10.0
 KEEPALIVE_TIMEOUT_SECONDS = 3.0
 MAX_CONCURRENT_STREAMS = 256
@@ -59,10 +58,10 @@ _MAX_RECONNECT_MS = 2000
 Options = list[tuple[str, int]]
 
 
-def _common_options() -> Options:
+def _common_options(max_message_bytes: int) -> Options:
     return [
-        ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-        ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+        ("grpc.max_send_message_length", -1),  # the receiver's is what counts (`message_size.py`)
+        ("grpc.max_receive_message_length", max_message_bytes),
         ("grpc.keepalive_time_ms", int(KEEPALIVE_SECONDS * 1000)),
         ("grpc.keepalive_timeout_ms", int(KEEPALIVE_TIMEOUT_SECONDS * 1000)),
         ("grpc.keepalive_permit_without_calls", 1),
@@ -70,10 +69,10 @@ def _common_options() -> Options:
     ]
 
 
-def channel_options() -> Options:
+def channel_options(max_message_bytes: int = BASE_MESSAGE_BYTES) -> Options:
     """A silent peer is found out within keepalive time and timeout; reconnects are quick."""
     return [
-        *_common_options(),
+        *_common_options(max_message_bytes),
         ("grpc.enable_retries", 0),  # the gateway alone decides about retries
         ("grpc.enable_http_proxy", 0),
         ("grpc.initial_reconnect_backoff_ms", _RECONNECT_MS),
@@ -84,11 +83,11 @@ def channel_options() -> Options:
     ]
 
 
-def server_options() -> Options:
+def server_options(max_message_bytes: int = BASE_MESSAGE_BYTES) -> Options:
     """Accepts the channels' pings and those of a pulse (`pulse.py`); refuses a port that another
     process has."""
     return [
-        *_common_options(),
+        *_common_options(max_message_bytes),
         # However close they come: those that were held up on their way come together.
         ("grpc.http2.max_ping_strikes", 0),
         ("grpc.max_concurrent_streams", MAX_CONCURRENT_STREAMS),
@@ -97,17 +96,23 @@ def server_options() -> Options:
 
 
 def open_channel(
-    address: str, *, credentials: grpc.ChannelCredentials | None = None
+    address: str,
+    *,
+    credentials: grpc.ChannelCredentials | None = None,
+    max_message_bytes: int = BASE_MESSAGE_BYTES,
 ) -> grpc.aio.Channel:
-    """A channel to `host:port`; it connects with the first call. Plain text unless told."""
+    """A channel to `host:port`; it connects with the first call. Plain text unless told.
+    `max_message_bytes`: of what comes."""
+    options = channel_options(max_message_bytes)
     if credentials is None:
-        return grpc.aio.insecure_channel(address, options=channel_options())
-    return grpc.aio.secure_channel(address, credentials, options=channel_options())
+        return grpc.aio.insecure_channel(address, options=options)
+    return grpc.aio.secure_channel(address, credentials, options=options)
 
 
-def create_server() -> grpc.aio.Server:
+def create_server(max_message_bytes: int = BASE_MESSAGE_BYTES) -> grpc.aio.Server:
     """A server that translates errors. Add services, `bind`, then start it."""
-    return grpc.aio.server(interceptors=[ErrorInterceptor()], options=server_options())
+    options = server_options(max_message_bytes)
+    return grpc.aio.server(interceptors=[ErrorInterceptor()], options=options)
 
 
 def bind(

@@ -59,6 +59,9 @@ class ActiveSequence:
 
 def demand_of(request: SequenceRequest) -> Demand:
     num_prompt_tokens = len(request.prompt_token_ids)
-    expected = request.sampling.max_tokens - request.num_emitted_tokens
-    expected = min(expected, EXPECTED_OUTPUT_TOKENS)
-    return Demand(num_prompt_tokens=num_prompt_tokens, num_tokens=num_prompt_tokens + expected)
+    most = request.sampling.max_tokens - request.num_emitted_tokens
+    return Demand(
+        num_prompt_tokens=num_prompt_tokens,
+        num_tokens=num_prompt_tokens + min(most, EXPECTED_OUTPUT_TOKENS),
+        max_num_tokens=num_prompt_tokens + most,
+    )

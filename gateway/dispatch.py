@@ -13,10 +13,11 @@ Life of a sequence here
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from typing import TYPE_CHECKING
 
-from cluster.errors import Cancelled, NodeUnavailable, ServingError
+from cluster.errors import Cancelled, NodeUnavailable, RequestTooLarge, ServingError
 from cluster.membership import SessionLost, SessionOpened
 from cluster.request import KVLoadFailurePolicy, SequenceRequest, TokenDelta
 from gateway.active import ActiveSequence, Listener, demand_of
@@ -87,7 +88,7 @@ class Dispatcher:
         kv_load_failure_policy: KVLoadFailurePolicy | None = None,
     ) -> None:
         """`kv_load_failure_policy` None: the gateway's. Raises `NodeUnavailable` when no pair can
-        take it; nothing has happened then."""
+        take it, `RequestTooLarge` when it is too much for its node; nothing has happened then."""
         now = self._clock()
         policy = self._policy.current
         placement = choose(
@@ -115,12 +116,15 @@ class Dispatcher:
         listener: Listener,
         now: float,
     ) -> None:
-        """One attempt. Raises `NodeUnavailable`; nothing has happened then."""
+        """One attempt. Raises `NodeUnavailable`, or `RequestTooLarge` when the node does not take
+        such a frame; nothing has happened then."""
         active = self._new_attempt(stream, request, placement, listener, now)
         self._attempts.begin(active, num_cached_tokens)
-        if not active.prefilling.client.send(submit_frame(active, self._gateway_id)):
-            self._forget(active)
-            raise NodeUnavailable("The chosen node went away.", retry_after_seconds=1.0)
+        with contextlib.ExitStack() as undo:
+            undo.callback(self._forget, active)
+            if not active.prefilling.client.send(submit_frame(active, self._gateway_id)):
+                raise NodeUnavailable("The chosen node went away.", retry_after_seconds=1.0)
+            undo.pop_all()
 
     def cancel(self, sequence_id: str) -> None:
         """The client is gone, or has all it wants: both nodes stop, nothing is delivered."""
@@ -245,7 +249,7 @@ class Dispatcher:
                 avoided=stream.avoided,
             )
             self._start(stream, request, placement, {}, active.listener, now)
-        except NodeUnavailable as unavailable:
+        except (NodeUnavailable, RequestTooLarge) as unavailable:
             if kind is RetryKind.REDISPATCH and not is_in_order:
                 self._budget.give_back()
             logger.info("%s: no other nodes for it: %s", stream.id, unavailable.message)

@@ -26,6 +26,7 @@ import grpc
 from cluster.codec import PROTOCOL_VERSION, decode_description
 from cluster.delta_codec import decode_delta, decode_error
 from cluster.errors import HandshakeMismatch, InternalError, InvalidRequest, ServingError
+from cluster.message_size import BASE_MESSAGE_BYTES, check_fits, limit_of
 from cluster.proto import node_pb2 as pb
 from cluster.proto import node_pb2_grpc
 from cluster.request import TokenDelta
@@ -89,6 +90,7 @@ class NodeClient:
             )
         self._frames: deque[pb.GatewayFrame] = deque()
         self._has_frames = asyncio.Event()
+        self._max_message_bytes = BASE_MESSAGE_BYTES  # of the node, as its welcome says
         self._call: Any = None  # the running Session call; grpc.aio has no types
         self.has_left = False  # the last session was ended by the node, in order
         self._heard_at: float | None = None
@@ -118,9 +120,11 @@ class NodeClient:
         await self._channel.close()
 
     def send(self, frame: pb.GatewayFrame) -> bool:
-        """Queue a frame; False when there is no session to carry it."""
+        """Queue a frame; False when there is no session to carry it. Raises `RequestTooLarge` for
+        one that the node does not take: it would end the session."""
         if self._call is None:
             return False
+        check_fits(frame, self._max_message_bytes)
         if len(self._frames) >= MAX_QUEUED_FRAMES:
             logger.error("node %s does not take frames any more", self.node.id.name)
             self._call.cancel()
@@ -205,6 +209,7 @@ class NodeClient:
         said = decode_description(frame.welcome, grpc_address=self.node.grpc_address)
         if said.id != self.node.id or said.role is not self.node.role:
             raise HandshakeMismatch("Another node answers at this address.")
+        self._max_message_bytes = limit_of(frame.welcome.max_message_bytes)
 
     async def _serve(self, call: Any) -> None:
         """From welcome to loss."""

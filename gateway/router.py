@@ -54,13 +54,19 @@ class Candidate:
     def can_take_work(self) -> bool:
         return self.is_connected and self.node.state is NodeState.READY
 
+    def can_take(self, demand: Demand) -> bool:
+        """A node that has joined since the request was checked may be too small for it."""
+        return self.can_take_work and demand.max_num_tokens <= self.node.max_model_len
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Demand:
-    """What is to be placed. `num_tokens` is the prompt with the most it may generate."""
+    """What is to be placed. `num_tokens` is the prompt with what it is expected to generate,
+    `max_num_tokens` with the most that it may."""
 
     num_prompt_tokens: int
     num_tokens: int
+    max_num_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +96,7 @@ def choose(
     """The cheapest pair; `NodeUnavailable` when there is none."""
     pairs: list[tuple[float, Candidate, Candidate, PrefixHolder | None]] = []
     costs: list[CandidateCost] = []
-    for prefill_nodes, decode_nodes in _pools(candidates):
+    for prefill_nodes, decode_nodes in _pools(candidates, demand):
         prefill_cost, prefill = _cheapest(prefill_nodes, demand, costs)
         decode_cost, decode = _cheapest(decode_nodes, demand, costs)
         holder = _holder([*prefill_nodes, *decode_nodes], prefill)
@@ -122,18 +128,18 @@ def choose_again(
     """A pair for what failed elsewhere: without `avoided` nodes if that is possible, else without
     `suspects`. `NodeUnavailable` when there is none."""
     fresh = [candidate for candidate in candidates if candidate.node.id not in avoided]
-    if _pools(fresh):
+    if _pools(fresh, demand):
         return choose(fresh, demand)
     return choose((c for c in candidates if c.node.id not in suspects), demand)
 
 
 def _pools(
-    candidates: Iterable[Candidate],
+    candidates: Iterable[Candidate], demand: Demand
 ) -> list[tuple[list[Candidate], list[Candidate]]]:
     """(prefill, decode) nodes by compatibility hash; only hashes that have both."""
     pools: dict[str, tuple[list[Candidate], list[Candidate]]] = {}
     for candidate in candidates:
-        if candidate.can_take_work:
+        if candidate.can_take(demand):
             pool = pools.setdefault(candidate.node.compatibility_hash, ([], []))
             pool[candidate.node.role is NodeRole.DECODE].append(candidate)
     return [pool for pool in pools.values() if pool[0] and pool[1]]

@@ -6,12 +6,14 @@ may have are given away by both roles, so that is here.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 from cluster.codec import PROTOCOL_VERSION
 from cluster.errors import InternalError
 from cluster.member import MemberSources
 from cluster.member_config import MemberConfig
+from cluster.message_size import message_limit
 from cluster.node_process import run_node
 from cluster.node_service import NodeService
 from cluster.proto import node_pb2_grpc
@@ -127,7 +129,9 @@ class NodeParts:
             agent=self.agent,
             block_size=self.info.block_size,
             events=self.prefixes,
-            open_channel=open_channel,
+            open_channel=partial(
+                open_channel, max_message_bytes=message_limit(self.info.max_model_len)
+            ),
         )
         self.prefixes.bind(self.sender)
 
@@ -173,7 +177,7 @@ class NodeParts:
         service = NodeService(handler, self.hub, member, prefixes)
         node_pb2_grpc.add_NodeServicer_to_server(service, server)
         if receiver is not None:
-            receiving = KvReceiverService(receiver)
+            receiving = KvReceiverService(receiver, message_limit(self.info.max_model_len))
             node_pb2_grpc.add_KvReceiverServicer_to_server(receiving, server)
 
     def add_metrics(self, registry: CollectorRegistry, sources: MemberSources) -> None:

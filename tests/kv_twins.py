@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from cluster.message_size import BASE_MESSAGE_BYTES
 from cluster.node import NodeId, NodeName, new_incarnation
 from cluster.proto import node_pb2_grpc
 from cluster.request import Handoff, SamplingParams, SequenceRequest
@@ -226,6 +227,7 @@ async def decode_side(
     port: int = 0,
     unit_bytes: int = UNIT_BYTES,
     is_decoding: Callable[[], bool] = lambda: False,
+    max_message_bytes: int = BASE_MESSAGE_BYTES,
     **options: object,
 ) -> AsyncIterator[DecodeSide]:
     pool = make_pool(2, unit_bytes=unit_bytes)
@@ -241,8 +243,9 @@ async def decode_side(
         is_decoding=is_decoding,
         clock=clock,
     )
-    server = create_server()
-    node_pb2_grpc.add_KvReceiverServicer_to_server(KvReceiverService(receiver), server)  # type: ignore[no-untyped-call]
+    server = create_server(max_message_bytes)
+    service = KvReceiverService(receiver, max_message_bytes)
+    node_pb2_grpc.add_KvReceiverServicer_to_server(service, server)  # type: ignore[no-untyped-call]
     port = bind(server, host, port)
     await receiver.start()
     await server.start()
@@ -291,10 +294,15 @@ async def prefill_side(
 
 
 @asynccontextmanager
-async def twins(**options: Any) -> AsyncIterator[tuple[PrefillSide, DecodeSide]]:
+async def twins(
+    *, max_message_bytes: int = BASE_MESSAGE_BYTES, **options: Any
+) -> AsyncIterator[tuple[PrefillSide, DecodeSide]]:
+    """`max_message_bytes`: of what the decode node takes."""
     network = LoopbackNetwork()
     async with (
-        decode_side(LoopbackTransport(network), **options) as decode,
+        decode_side(
+            LoopbackTransport(network), max_message_bytes=max_message_bytes, **options
+        ) as decode,
         prefill_side(LoopbackTransport(network), **options) as prefill,
     ):
         yield prefill, decode

@@ -23,7 +23,7 @@ class DescribeRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class NodeDescription(_message.Message):
-    __slots__ = ("name", "incarnation", "role", "state", "model_name", "compatibility_hash", "block_size", "max_model_len", "protocol_version", "version", "transports", "load", "fetches_prefixes")
+    __slots__ = ("name", "incarnation", "role", "state", "model_name", "compatibility_hash", "block_size", "max_model_len", "protocol_version", "version", "transports", "load", "fetches_prefixes", "max_message_bytes")
     NAME_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
@@ -37,6 +37,7 @@ class NodeDescription(_message.Message):
     TRANSPORTS_FIELD_NUMBER: _ClassVar[int]
     LOAD_FIELD_NUMBER: _ClassVar[int]
     FETCHES_PREFIXES_FIELD_NUMBER: _ClassVar[int]
+    MAX_MESSAGE_BYTES_FIELD_NUMBER: _ClassVar[int]
     name: str
     incarnation: int
     role: str
@@ -50,7 +51,8 @@ class NodeDescription(_message.Message):
     transports: _containers.RepeatedScalarFieldContainer[str]
     load: NodeLoad
     fetches_prefixes: bool
-    def __init__(self, name: _Optional[str] = ..., incarnation: _Optional[int] = ..., role: _Optional[str] = ..., state: _Optional[str] = ..., model_name: _Optional[str] = ..., compatibility_hash: _Optional[str] = ..., block_size: _Optional[int] = ..., max_model_len: _Optional[int] = ..., protocol_version: _Optional[int] = ..., version: _Optional[str] = ..., transports: _Optional[_Iterable[str]] = ..., load: _Optional[_Union[NodeLoad, _Mapping]] = ..., fetches_prefixes: _Optional[bool] = ...) -> None: ...
+    max_message_bytes: int
+    def __init__(self, name: _Optional[str] = ..., incarnation: _Optional[int] = ..., role: _Optional[str] = ..., state: _Optional[str] = ..., model_name: _Optional[str] = ..., compatibility_hash: _Optional[str] = ..., block_size: _Optional[int] = ..., max_model_len: _Optional[int] = ..., protocol_version: _Optional[int] = ..., version: _Optional[str] = ..., transports: _Optional[_Iterable[str]] = ..., load: _Optional[_Union[NodeLoad, _Mapping]] = ..., fetches_prefixes: _Optional[bool] = ..., max_message_bytes: _Optional[int] = ...) -> None: ...
 
 class NodeLoad(_message.Message):
     __slots__ = ("num_running", "num_waiting", "queued_tokens", "num_blocks", "num_free_blocks", "num_cached_blocks", "num_transfers", "num_quarantined_blocks")
@@ -497,7 +499,7 @@ class ReceiverFrame(_message.Message):
     def __init__(self, hello: _Optional[_Union[ReceiverHello, _Mapping]] = ..., refused_hello: _Optional[_Union[Error, _Mapping]] = ..., ticket: _Optional[_Union[Ticket, _Mapping]] = ..., refused: _Optional[_Union[Refused, _Mapping]] = ..., committed: _Optional[_Union[Committed, _Mapping]] = ..., abort: _Optional[_Union[ReceiverAbort, _Mapping]] = ..., renew: _Optional[_Union[Renew, _Mapping]] = ...) -> None: ...
 
 class ReceiverHello(_message.Message):
-    __slots__ = ("name", "incarnation", "data_host", "data_port", "slot_bytes", "session_id", "digest_kind", "messages_at")
+    __slots__ = ("name", "incarnation", "data_host", "data_port", "slot_bytes", "session_id", "digest_kind", "messages_at", "max_message_bytes")
     NAME_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     DATA_HOST_FIELD_NUMBER: _ClassVar[int]
@@ -506,6 +508,7 @@ class ReceiverHello(_message.Message):
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     DIGEST_KIND_FIELD_NUMBER: _ClassVar[int]
     MESSAGES_AT_FIELD_NUMBER: _ClassVar[int]
+    MAX_MESSAGE_BYTES_FIELD_NUMBER: _ClassVar[int]
     name: str
     incarnation: int
     data_host: str
@@ -514,7 +517,8 @@ class ReceiverHello(_message.Message):
     session_id: int
     digest_kind: str
     messages_at: bytes
-    def __init__(self, name: _Optional[str] = ..., incarnation: _Optional[int] = ..., data_host: _Optional[str] = ..., data_port: _Optional[int] = ..., slot_bytes: _Optional[int] = ..., session_id: _Optional[int] = ..., digest_kind: _Optional[str] = ..., messages_at: _Optional[bytes] = ...) -> None: ...
+    max_message_bytes: int
+    def __init__(self, name: _Optional[str] = ..., incarnation: _Optional[int] = ..., data_host: _Optional[str] = ..., data_port: _Optional[int] = ..., slot_bytes: _Optional[int] = ..., session_id: _Optional[int] = ..., digest_kind: _Optional[str] = ..., messages_at: _Optional[bytes] = ..., max_message_bytes: _Optional[int] = ...) -> None: ...
 
 class Ticket(_message.Message):
     __slots__ = ("transfer_id", "incarnation", "epoch", "nonce", "expires_in_seconds", "missing_positions")

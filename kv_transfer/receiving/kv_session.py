@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from cluster.codec import checked_transfer_id, decode_policy, decode_sequence
 from cluster.delta_codec import decode_error, encode_error
 from cluster.errors import InvalidRequest, ServingError
+from cluster.message_size import BASE_MESSAGE_BYTES
 from cluster.node import Incarnation, NodeId, NodeName
 from cluster.proto import node_pb2 as pb
 from cluster.proto import node_pb2_grpc as rpc
@@ -44,8 +45,10 @@ logger = logging.getLogger(__name__)
 class KvReceiverService(rpc.KvReceiverServicer):
     """`KvReceiver` of a decode node."""
 
-    def __init__(self, receiver: KVReceiver) -> None:
+    def __init__(self, receiver: KVReceiver, max_message_bytes: int = BASE_MESSAGE_BYTES) -> None:
+        """`max_message_bytes`: of the server that this is a service of."""
         self._receiver = receiver
+        self._max_message_bytes = max_message_bytes
 
     async def KvSession(
         self, request_iterator: AsyncIterator[pb.SenderFrame], context: Any
@@ -92,6 +95,7 @@ class KvReceiverService(rpc.KvReceiverServicer):
             slot_bytes=receiver.agent.limits.slot_bytes,
             session_id=session.id,
             digest_kind=session.digest_kind,
+            max_message_bytes=self._max_message_bytes,
             messages_at=receiver.messages_at if session.sender_slots else b"",
         )
 

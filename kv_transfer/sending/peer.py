@@ -16,6 +16,7 @@ import logging
 from typing import TYPE_CHECKING, Any, Protocol
 
 from cluster.errors import InternalError, ServingError, TransferFailed
+from cluster.message_size import check_fits, limit_of
 from kv_transfer.digests import agreed_kind
 from kv_transfer.failures import FailureReason, failure
 from kv_transfer.protocol import SLOT_READ_BYTES, FrameLimits
@@ -80,8 +81,10 @@ class Peer:
         self._running = asyncio.create_task(self._run())
 
     def send(self, frame: pb.SenderFrame) -> None:
-        """Queue a control message; nothing before the pairing or after the loss."""
+        """Queue a control message; nothing before the pairing or after the loss. Raises
+        `RequestTooLarge` for one that the peer does not take: it would end the pairing."""
         if self._stream is not None and not self._is_lost:
+            check_fits(frame, limit_of(self._stream.hello.max_message_bytes))
             self._stream.send(frame)
 
     def wake(self) -> None:

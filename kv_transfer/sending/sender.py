@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import grpc
 
 from cluster.clock import Clock, monotonic
+from cluster.errors import RequestTooLarge
 from cluster.proto import node_pb2 as pb
 from cluster.rpc import open_channel
 from kv_transfer.digests import digest_seed
@@ -150,7 +151,7 @@ class KVSender:
         self._sendings.add(sending)
         self._leases.grant(handoff.transfer_id, self._clock())
         if sending.peer.is_ready:
-            sending.peer.send(reserve_frame(request, handoff))
+            self._reserve(sending)
 
     def chunk_computed(
         self, sequence_id: str, num_computed_tokens: int, block_table: Sequence[int], done: Any
@@ -237,7 +238,7 @@ class KVSender:
 
     def paired(self, peer: Peer) -> None:
         for sending in self._sendings.of_peer(peer):
-            peer.send(reserve_frame(sending.request, sending.handoff))
+            self._reserve(sending)
 
     def received(self, peer: Peer, frame: pb.ReceiverFrame) -> None:
         self._answers.received(peer, frame)
@@ -289,6 +290,18 @@ class KVSender:
                     self._events.on_sources_free(shipment.sequence_id)
 
     # ---- helpers ------------------------------------------------------------------------------
+
+    def _reserve(self, sending: Sending) -> None:
+        """What the decode node cannot be sent at all ends like what it refuses: not before whoever
+        opened it has it."""
+        try:
+            sending.peer.send(reserve_frame(sending.request, sending.handoff))
+        except RequestTooLarge as error:
+            refuse = partial(self._refused, sending, error)
+            asyncio.get_running_loop().call_soon(refuse)
+
+    def _refused(self, sending: Sending, error: ServingError) -> None:
+        self.did(sending, sending.machine.refused(error))
 
     def _peer_for(self, decode: NodeId, address: str) -> Peer:
         peer = self._peers.get(decode)

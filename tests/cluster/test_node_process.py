@@ -76,6 +76,7 @@ class World:
         config = MemberConfig(port=0, metrics_port=0) if not options else MemberConfig(**options)
         registry = new_registry(role="decode", version="0")
         self.process = NodeProcess(config, self.hub, registry)
+        self.process.open_server(info.max_model_len)
         self.member = RecordingMember(info, self.log)
 
     def start(self) -> asyncio.Task[None]:

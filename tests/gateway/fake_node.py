@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from cluster.codec import encode_description, encode_load
+from cluster.message_size import message_limit
 from cluster.node import (
     NodeId,
     NodeInfo,
@@ -92,7 +93,7 @@ class FakeNode:
         self.hub = SessionHub()
         self._peers = peers
         self._tasks: dict[str, asyncio.Task[None]] = {}
-        self._server = create_server()
+        self._server = create_server(message_limit(max_model_len))
         service = NodeService(self, self.hub, self)
         node_pb2_grpc.add_NodeServicer_to_server(  # type: ignore[no-untyped-call]
             service, self._server

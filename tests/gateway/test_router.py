@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -81,6 +82,15 @@ def test_only_ready_nodes_take_work(state: NodeState) -> None:
 def test_a_node_that_is_not_connected_takes_no_work() -> None:
     with pytest.raises(NodeUnavailable):
         choose([candidate("p1"), candidate("d1", is_connected=False)], DEMAND)
+
+
+def test_a_node_that_joined_later_and_is_too_small_takes_no_longer_request() -> None:
+    small = {"max_model_len": 1900}
+    nodes = [candidate("p1"), candidate("d1", node_changes=small)]
+    fits = Demand(num_prompt_tokens=1000, num_tokens=1500, max_num_tokens=1900)
+    assert names(choose(nodes, fits)) == ("p1", "d1")
+    with pytest.raises(NodeUnavailable):
+        choose(nodes, replace(fits, max_num_tokens=1901))
 
 
 def test_only_nodes_of_equal_compatibility_are_paired() -> None:
