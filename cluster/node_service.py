@@ -8,8 +8,8 @@ Life of a session (one per gateway and node)
     4. The stream ends, or falls too far behind: the handler hears that the gateway is gone
        and ends what it ran for it.
 
-A frame that cannot be decoded ends its sequence; one that does not even say which sequence ends
-the session with a typed error. Neither ends the node.
+A frame that cannot be decoded, or that the handler breaks over, ends its sequence; one that does
+not even say which sequence ends the session with a typed error. Neither ends the node.
 """
 
 from __future__ import annotations
@@ -23,7 +23,13 @@ import grpc.aio
 
 from cluster.codec import PROTOCOL_VERSION, checked_id, decode_handoff, decode_sequence
 from cluster.delta_codec import encode_error
-from cluster.errors import HandshakeMismatch, InvalidRequest, NodeUnavailable, ServingError
+from cluster.errors import (
+    HandshakeMismatch,
+    InternalError,
+    InvalidRequest,
+    NodeUnavailable,
+    ServingError,
+)
 from cluster.proto import node_pb2 as pb
 from cluster.proto import node_pb2_grpc
 from cluster.request import Handoff, SequenceRequest, TokenDelta
@@ -136,9 +142,9 @@ class NodeService(node_pb2_grpc.NodeServicer):
                 case "submit":
                     self._submit(gateway_id, frame.submit)
                 case "cancel":
-                    self._handler.cancel(frame.cancel.sequence_id)
+                    self._cancel(gateway_id, frame.cancel.sequence_id)
                 case "orphaned":
-                    self._handler.orphaned(gateway_id, frame.orphaned.sequence_id)
+                    self._orphaned(gateway_id, frame.orphaned.sequence_id)
                 case other:
                     raise InvalidRequest(f"A session does not take {other} here.")
 
@@ -150,8 +156,30 @@ class NodeService(node_pb2_grpc.NodeServicer):
             handoff = decode_handoff(submit.handoff) if submit.HasField("handoff") else None
             self._handler.submit(gateway_id, sequence, handoff)
         except ServingError as error:
-            delta = TokenDelta(sequence_id=sequence_id, error=error)
-            self._hub.publish(gateway_id, [delta])
+            self._end(gateway_id, sequence_id, error)
+        except Exception:  # the role's, as below
+            self._broke(gateway_id, sequence_id)
+            self._cancel(gateway_id, sequence_id)  # what it had begun
+
+    def _cancel(self, gateway_id: str, sequence_id: str) -> None:
+        try:
+            self._handler.cancel(sequence_id)
+        except Exception:  # the role's, as below
+            self._broke(gateway_id, sequence_id)
+
+    def _orphaned(self, gateway_id: str, sequence_id: str) -> None:
+        try:
+            self._handler.orphaned(gateway_id, sequence_id)
+        except Exception:  # the role's, as below
+            self._broke(gateway_id, sequence_id)
+
+    def _broke(self, gateway_id: str, sequence_id: str) -> None:
+        """All sequences of a gateway hang on who reads its frames: only one of them ends."""
+        logger.exception("a frame about sequence %s could not be served", sequence_id)
+        self._end(gateway_id, sequence_id, InternalError("The node failed at this sequence."))
+
+    def _end(self, gateway_id: str, sequence_id: str, error: ServingError) -> None:
+        self._hub.publish(gateway_id, [TokenDelta(sequence_id=sequence_id, error=error)])
 
 
 def ending_of(reader: asyncio.Task[None]) -> BaseException | None:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from cluster.errors import Cancelled, NodeUnavailable, Overloaded, ServingError, TransferFailed
+from engine.loop_errors import unawaited
 from node_parts.reserving import reserved
 
 if TYPE_CHECKING:
@@ -109,7 +110,7 @@ class MeasuredSource:
     def release(self, sequence_id: str) -> None:
         reservation = self._reservations.pop(sequence_id, None)
         if reservation is not None:
-            self._loop.call(reservation.cancel)
+            unawaited(self._loop.call(reservation.cancel))
         else:
             self._others.release(sequence_id)
 

@@ -34,7 +34,7 @@ from cluster.errors import (
 from cluster.failpoints import failpoint
 from cluster.node import NodeState
 from decode_node.streams import LAUNCH_SECONDS, Remembered, Stream, Streams, orphan_error
-from engine.loop_errors import refusal
+from engine.loop_errors import refusal, unawaited
 from node_parts.requests import inspect_reply, runnable
 
 if TYPE_CHECKING:
@@ -120,10 +120,13 @@ class DecodeHandler:
 
     def gateway_gone(self, gateway_id: str) -> None:
         for sequence_id in self._streams.of(gateway_id):
-            self.cancel(sequence_id)
+            try:
+                self.cancel(sequence_id)
+            except Exception:  # nobody else will ever end the others
+                logger.exception("sequence %s outlives its gateway", sequence_id)
 
     def reset_prefix_cache(self) -> None:
-        self._loop.call(self._engine.block_manager.reset_prefix_cache)
+        unawaited(self._loop.call(self._engine.block_manager.reset_prefix_cache))
 
     async def inspect(self) -> pb.InspectReply:
         streams = (
@@ -167,7 +170,7 @@ class DecodeHandler:
 
     def release(self, sequence_id: str) -> None:
         """The transfer ended without a start, and nothing writes into its blocks any more."""
-        self._loop.call(lambda: self._reservations.cancel(sequence_id))
+        unawaited(self._loop.call(lambda: self._reservations.cancel(sequence_id)))
 
     def may_recompute(self, sequence_id: str, num_good_blocks: int) -> bool:
         """Its gateway hears at once that this node goes on with it."""
@@ -212,7 +215,7 @@ class DecodeHandler:
         """Comes before the first step's tokens, so `started` reaches the gateway first."""
         stream = self._streams.get(sequence_id)
         if stream is None:
-            self._loop.call(lambda: self._abort(sequence_id))
+            unawaited(self._loop.call(lambda: self._abort(sequence_id)))
             return
         stream.is_started = True
         self._streams.say_started_soon(stream)
@@ -264,7 +267,7 @@ class DecodeHandler:
         """End what runs or arrives for it; its blocks follow."""
         sequence_id = stream.request.sequence_id
         if stream.is_started:
-            self._loop.call(lambda: self._abort(sequence_id))
+            unawaited(self._loop.call(lambda: self._abort(sequence_id)))
         else:
             self._receiver.cancel(sequence_id)
 

@@ -7,6 +7,7 @@ from concurrent.futures import Future
 from typing import TYPE_CHECKING
 
 from cluster.prefix_hash import hash_blocks, root_hash
+from engine.loop_errors import unawaited
 from engine.restores import Wish
 
 if TYPE_CHECKING:
@@ -51,4 +52,4 @@ def _pass_failure(asking: Future[None], answer: Future[Hold]) -> None:
 
 def _release(loop: EngineLoop, answer: Future[Hold]) -> None:
     if not answer.cancelled() and answer.exception() is None:
-        loop.call(answer.result().release)
+        unawaited(loop.call(answer.result().release))

@@ -1,15 +1,16 @@
-"""What a node says of a sequence that its engine refused or failed."""
+"""What a node says of a sequence that its engine refused or failed, and of commands that failed."""
 
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cluster.errors import InternalError, ServingError
 from cluster.request import TokenDelta
 
 if TYPE_CHECKING:
     import asyncio
+    from concurrent.futures import Future
 
     from engine.sequence import Sequence
 
@@ -26,6 +27,18 @@ def refusal(adding: asyncio.Future[None]) -> ServingError | None:
         return error
     logger.error("a sequence could not be queued", exc_info=error)
     return InternalError("The node could not queue the sequence.")
+
+
+def unawaited(command: Future[Any]) -> None:
+    """Of a command that nobody waits for: what it raised is logged, else nobody would know why
+    blocks are missing."""
+    command.add_done_callback(_log)
+
+
+def _log(command: Future[Any]) -> None:
+    error = None if command.cancelled() else command.exception()
+    if error is not None:
+        logger.error("a command to the engine failed", exc_info=error)
 
 
 def error_delta(sequence: Sequence) -> TokenDelta:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING
 
+from engine.loop_errors import unawaited
+
 if TYPE_CHECKING:
     from collections.abc import Callable
     from concurrent.futures import Future
@@ -31,4 +33,4 @@ def _give_back(loop: EngineLoop, late: Future[Reservation | None]) -> None:
         return
     reservation = late.result()
     if reservation is not None:
-        loop.call(reservation.cancel)
+        unawaited(loop.call(reservation.cancel))

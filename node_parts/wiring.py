@@ -24,6 +24,7 @@ from engine.engine import Engine
 from engine.facts import node_info
 from engine.held_prefix import hold_prefix
 from engine.loop import EngineLoop
+from engine.loop_errors import unawaited
 from engine.metrics import engine_collectors
 from kv_transfer.agent import TransferAgent
 from kv_transfer.config import KVTransferConfig
@@ -203,4 +204,4 @@ class NodeParts:
             self._member.model_key,
             restore_seconds_per_token,
         )
-        return HeldPrefix(hold.block_ids, lambda: self.loop.call(hold.release))
+        return HeldPrefix(hold.block_ids, lambda: unawaited(self.loop.call(hold.release)))

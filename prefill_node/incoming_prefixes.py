@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from cluster.clock import Clock, monotonic
 from cluster.errors import Cancelled, NodeUnavailable, Overloaded, ServingError, TransferFailed
+from engine.loop_errors import unawaited
 from node_parts.reserving import reserved
 
 if TYPE_CHECKING:
@@ -106,14 +107,14 @@ class IncomingPrefixes:
         hashes = prefix.sequence.block_hashes[: len(reservation.block_ids)]
         del self._reservations[sequence_id]
         # Not waited for, which would be for the step that runs: the prompt is queued behind it.
-        self._loop.call(lambda: reservation.keep(hashes))
+        unawaited(self._loop.call(lambda: reservation.keep(hashes)))
         if not prefix.done.done():
             prefix.done.set_result(None)
 
     def release(self, sequence_id: str) -> None:
         reservation = self._reservations.pop(sequence_id, None)
         if reservation is not None:
-            self._loop.call(reservation.cancel)
+            unawaited(self._loop.call(reservation.cancel))
 
     def may_recompute(self, sequence_id: str, num_good_blocks: int) -> bool:
         return False

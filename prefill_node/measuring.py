@@ -16,6 +16,7 @@ from cluster.codec import decode_handoff, decode_sequence
 from cluster.errors import InvalidRequest, NodeUnavailable, Overloaded
 from cluster.proto import node_pb2 as pb
 from cluster.proto import node_pb2_grpc as rpc
+from engine.loop_errors import unawaited
 from kv_transfer.idle import IDLE_SECONDS, until_idle
 from kv_transfer.plain_copy import NONCE_BYTES, send_plain
 from kv_transfer.sending.prefixes import HeldPrefix, PrefixSender
@@ -97,5 +98,5 @@ class ScratchSender(rpc.MeasuringServicer):
         return manager.reserve((), num_blocks * manager.block_size, f"measuring {sequence_id}")
 
     def _release(self, reservation: Reservation) -> None:
-        self._loop.call(reservation.cancel)
+        unawaited(self._loop.call(reservation.cancel))
         self._is_free.release()

@@ -20,6 +20,7 @@ import asyncio
 import logging
 import time
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from cluster.errors import (
@@ -32,10 +33,11 @@ from cluster.errors import (
 from cluster.failpoints import failpoint
 from cluster.node import NodeState
 from cluster.request import TokenDelta
-from engine.loop_errors import refusal
+from engine.loop_errors import refusal, unawaited
 from node_parts.requests import inspect_reply, runnable
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from collections.abc import Sequence as SequenceOf
 
     from cluster.member import Member
@@ -46,7 +48,7 @@ if TYPE_CHECKING:
     from engine.loop import EngineLoop
     from engine.sequence import Sequence
     from kv_transfer.sending.sender import KVSender
-    from prefill_node.loop import ComputedLayers, PrefillObserver, StepReport
+    from prefill_node.loop import ComputedChunk, ComputedLayers, PrefillObserver, StepReport
     from prefill_node.prefix_fetches import PrefixFetches
     from prefill_node.scheduler import PrefillScheduler
 
@@ -168,10 +170,10 @@ class PrefillHandler:
     def gateway_gone(self, gateway_id: str) -> None:
         for sequence_id, prompt in list(self._prompts.items()):
             if prompt.gateway_id == gateway_id:
-                self.cancel(sequence_id)
+                self._for_one(sequence_id, partial(self.cancel, sequence_id))
 
     def reset_prefix_cache(self) -> None:
-        self._loop.call(self._engine.block_manager.reset_prefix_cache)
+        unawaited(self._loop.call(self._engine.block_manager.reset_prefix_cache))
 
     async def inspect(self) -> pb.InspectReply:
         prompts = (
@@ -184,11 +186,14 @@ class PrefillHandler:
 
     def on_scheduled(self, sequence_ids: SequenceOf[str]) -> None:
         for sequence_id in sequence_ids:
-            prompt = self._prompts.get(sequence_id)
-            if prompt is None or prompt.is_done:
-                self._release(sequence_id)
-            elif prompt.request.sampling.max_tokens > 1:
-                self._open(sequence_id, prompt)
+            self._for_one(sequence_id, partial(self._on_scheduled, sequence_id))
+
+    def _on_scheduled(self, sequence_id: str) -> None:
+        prompt = self._prompts.get(sequence_id)
+        if prompt is None or prompt.is_done:
+            self._release(sequence_id)
+        elif prompt.request.sampling.max_tokens > 1:
+            self._open(sequence_id, prompt)
 
     def _open(self, sequence_id: str, prompt: Prompt) -> None:
         try:
@@ -203,27 +208,33 @@ class PrefillHandler:
 
     def on_layers(self, reports: SequenceOf[ComputedLayers]) -> None:
         for report in reports:
-            chunk = report.chunk
-            prompt = self._prompts.get(chunk.sequence_id)
-            if prompt is not None and prompt.is_sending:
-                self._sender.layers_computed(
-                    chunk.sequence_id,
-                    chunk.num_computed_tokens,
-                    chunk.block_table,
-                    report.layer_end,
-                    report.done,
-                )
+            self._for_one(report.chunk.sequence_id, partial(self._on_layers, report))
+
+    def _on_layers(self, report: ComputedLayers) -> None:
+        chunk = report.chunk
+        prompt = self._prompts.get(chunk.sequence_id)
+        if prompt is not None and prompt.is_sending:
+            self._sender.layers_computed(
+                chunk.sequence_id,
+                chunk.num_computed_tokens,
+                chunk.block_table,
+                report.layer_end,
+                report.done,
+            )
 
     def on_step(self, report: StepReport) -> None:
         for chunk in report.chunks:
-            prompt = self._prompts.get(chunk.sequence_id)
-            if prompt is not None and prompt.is_sending:
-                self._sender.chunk_computed(
-                    chunk.sequence_id, chunk.num_computed_tokens, chunk.block_table, chunk.done
-                )
-                failpoint("prefill.after_chunk")
+            self._for_one(chunk.sequence_id, partial(self._on_chunk, chunk))
         for delta in report.deltas:
-            self._on_delta(delta)
+            self._for_one(delta.sequence_id, partial(self._on_delta, delta))
+
+    def _on_chunk(self, chunk: ComputedChunk) -> None:
+        prompt = self._prompts.get(chunk.sequence_id)
+        if prompt is not None and prompt.is_sending:
+            self._sender.chunk_computed(
+                chunk.sequence_id, chunk.num_computed_tokens, chunk.block_table, chunk.done
+            )
+            failpoint("prefill.after_chunk")
 
     def _on_delta(self, delta: TokenDelta) -> None:
         prompt = self._prompts.get(delta.sequence_id)
@@ -255,6 +266,15 @@ class PrefillHandler:
 
     # ---- endings ----------------------------------------------------------------------
 
+    def _for_one(self, sequence_id: str, act: Callable[[], None]) -> None:
+        """What breaks over one prompt ends that prompt: all others of a step, or of a gateway, hang
+        on who goes through them."""
+        try:
+            act()
+        except Exception:  # whose it is the log says
+            logger.exception("the node broke over the prompt of %s", sequence_id)
+            self._fail(sequence_id, InternalError("The node failed at this prompt."))
+
     def _fail(self, sequence_id: str, error: ServingError) -> None:
         prompt = self._prompts.get(sequence_id)
         if prompt is None or prompt.is_done:
@@ -267,7 +287,7 @@ class PrefillHandler:
         """End what still runs for it here; blocks follow when nothing reads them."""
         if prompt.fetching is not None:
             prompt.fetching.cancel()
-        self._loop.call(lambda: self._scheduler.abort(sequence_id))
+        unawaited(self._loop.call(lambda: self._scheduler.abort(sequence_id)))
         if prompt.is_sending:
             self._sender.abort(sequence_id)
         else:
@@ -275,4 +295,4 @@ class PrefillHandler:
 
     def _release(self, sequence_id: str) -> None:
         self._prompts.pop(sequence_id, None)
-        self._loop.call(lambda: self._observer.release(sequence_id))
+        unawaited(self._loop.call(lambda: self._observer.release(sequence_id)))

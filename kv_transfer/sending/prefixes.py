@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -77,12 +78,14 @@ class PrefixSender:
         if num_tokens == 0:
             held.release()
             raise NodeUnavailable("Nothing of this prefix is cached here.", reason="not_cached")
-        try:
-            request = replace(prefix, prompt_token_ids=prefix.prompt_token_ids[:num_tokens])
-            self._sender.open(request, handoff)
-        except ValueError:
-            held.release()
-            raise NodeUnavailable("This prefix is being sent.", reason="not_offered") from None
+        request = replace(prefix, prompt_token_ids=prefix.prompt_token_ids[:num_tokens])
+        with ExitStack() as undo:
+            undo.callback(held.release)
+            try:
+                self._sender.open(request, handoff)
+            except ValueError:
+                raise NodeUnavailable("This prefix is being sent.", reason="not_offered") from None
+            undo.pop_all()
         sequence_id = prefix.sequence_id
         self._held[sequence_id] = held
         self._sender.chunk_computed(sequence_id, num_tokens, held.block_ids, None)

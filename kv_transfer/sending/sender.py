@@ -53,6 +53,7 @@ from kv_transfer.sending.outgoing_instructions import (
 )
 from kv_transfer.sending.peer import Peer
 from kv_transfer.sending.sendings import Sending, Sendings, commit_message
+from kv_transfer.telling import told
 
 if TYPE_CHECKING:
     from cluster.errors import ServingError
@@ -68,7 +69,7 @@ TOMBSTONE_LEASES = 2
 
 
 class SenderEvents(Protocol):
-    """The node that owns the source blocks."""
+    """The node that owns the source blocks. What it raises is logged; nothing here waits for it."""
 
     def on_committed(self, sequence_id: str) -> None: ...
     def on_failed(self, sequence_id: str, error: ServingError) -> None: ...
@@ -280,14 +281,14 @@ class KVSender:
                     shipment.peer.send(encode_instruction(instruction, shipment.transfer_id))
                 case ReportCommitted():
                     self._count_done(shipment)
-                    self._events.on_committed(shipment.sequence_id)
+                    told(partial(self._events.on_committed, shipment.sequence_id))
                 case ReportFailed(error):
                     policy = shipment.handoff.kv_load_failure_policy.value
                     self.agent.stats.failures[failure_label(error), policy] += 1
-                    self._events.on_failed(shipment.sequence_id, error)
+                    told(partial(self._events.on_failed, shipment.sequence_id, error))
                 case FreeSources():
                     self._forget(shipment)
-                    self._events.on_sources_free(shipment.sequence_id)
+                    told(partial(self._events.on_sources_free, shipment.sequence_id))
 
     # ---- helpers ------------------------------------------------------------------------------
 

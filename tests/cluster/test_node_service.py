@@ -44,6 +44,7 @@ class RecordingHandler:
     def __init__(self) -> None:
         self.log: list[tuple[str, str]] = []
         self.refusal: ServingError | None = None
+        self.breaks_over: tuple[str, str] | None = None
         self.changed = asyncio.Event()
 
     def description(self) -> pb.NodeDescription:
@@ -75,6 +76,8 @@ class RecordingHandler:
         return pb.InspectReply(sequences=[pb.SequenceInfo(sequence_id="s")])
 
     def _note(self, kind: str, name: str) -> None:
+        if (kind, name) == self.breaks_over:
+            raise RuntimeError("nobody foresaw this")
         self.log.append((kind, name))
         self.changed.set()
 
@@ -185,6 +188,29 @@ def test_a_refused_sequence_ends_and_the_session_goes_on() -> None:
         world.handler.refusal = None
         await call.write(submit("b"))
         await world.handler.until("submit", "b")
+
+    run(body)
+
+
+@pytest.mark.parametrize("kind", ["submit", "cancel", "orphaned"])
+def test_a_sequence_that_the_role_breaks_over_ends_and_the_session_goes_on(kind: str) -> None:
+    async def body(world: World) -> None:
+        frames = {
+            "submit": submit("bad"),
+            "cancel": pb.GatewayFrame(cancel=pb.Cancel(sequence_id="bad")),
+            "orphaned": pb.GatewayFrame(orphaned=pb.Orphaned(sequence_id="bad")),
+        }
+        call = await world.welcomed()
+        world.handler.breaks_over = (kind, "bad")
+        await call.write(frames[kind])
+        delta = await next_delta(call)
+        assert delta.sequence_id == "bad"
+        assert delta.error is not None
+        assert delta.error.code == "internal"
+        await call.write(submit("good"))
+        await world.handler.until("submit", "good")
+        ended = [("cancel", "bad")] if kind == "submit" else []
+        assert world.handler.log == [*ended, ("submit", "good")], "what a submit had begun is over"
 
     run(body)
 

@@ -395,6 +395,26 @@ def test_a_gateway_that_goes_takes_all_of_its_sequences_and_no_others() -> None:
     run(body)
 
 
+def test_a_gateway_that_goes_takes_the_others_also_when_one_cannot_be_ended(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def body(world: World) -> None:
+        await world.reserve(request("reserved"))
+        await world.started("running", max_tokens=1000)
+
+        def broken(_: str) -> None:
+            raise RuntimeError("nobody foresaw this")
+
+        monkeypatch.setattr(world.receiver, "cancel", broken)
+        world.gateway.leave()
+        world.handler.gateway_gone(world.gateway.id)
+        world.handler.release("reserved")
+        world.engine.may_step.set()
+        await world.check_over()
+
+    run(body)
+
+
 def test_nothing_is_reserved_for_a_gateway_that_is_not_there() -> None:
     async def body(world: World) -> None:
         world.gateway.leave()

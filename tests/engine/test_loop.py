@@ -14,6 +14,7 @@ from cluster.errors import OutOfMemory
 from cluster.prefix_hash import root_hash
 from cluster.request import SamplingParams, SequenceRequest, TokenDelta
 from engine.loop import MAX_FAILED_STEPS, EngineLoop
+from engine.loop_errors import unawaited
 from engine.schedule import ScheduledChunk, ScheduleDecision
 from engine.sequence import Sequence
 from engine.tensor_parallel.failures import RankLost
@@ -158,6 +159,17 @@ def test_an_error_of_a_command_is_its_callers_and_the_thread_goes_on() -> None:
         harness.loop.call(lambda: 1 // 0).result(10)
     assert harness.loop.call(lambda: 7).result(10) == 7
     harness.loop.stop()
+
+
+def test_an_error_of_a_command_that_nobody_waits_for_is_logged(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    harness = Harness()
+    harness.loop.start()
+    unawaited(harness.loop.call(lambda: 1 // 0))
+    assert harness.loop.call(lambda: 7).result(10) == 7
+    harness.loop.stop()
+    assert "a command to the engine failed" in caplog.messages
 
 
 def test_a_bad_step_ends_its_sequence_typed_and_the_others_go_on() -> None:

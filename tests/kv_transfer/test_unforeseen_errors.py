@@ -126,6 +126,40 @@ def test_a_node_that_breaks_when_it_is_told_of_one_transfer_is_told_of_the_other
     with_peer(scenario, gives_all_back=callback != "release")
 
 
+@pytest.mark.parametrize("callback", ["on_committed", "on_failed", "on_sources_free"])
+def test_a_node_that_breaks_over_the_end_of_one_hand_off_hears_of_the_others(
+    callback: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And their pairing stands: what its node makes of a hand-off is no fault of the peer."""
+
+    async def scenario(prefill: PrefillSide, decode: DecodeSide) -> None:
+        first, second, third = (make_request(2 * BLOCK_SIZE) for _ in range(3))
+        requests = (first, second) if callback != "on_failed" else (first, second, third)
+        tell = getattr(prefill.owner, callback)
+
+        def told(sequence_id: str, *rest: Any) -> None:
+            broken() if sequence_id == first.sequence_id else tell(sequence_id, *rest)
+
+        monkeypatch.setattr(prefill.owner, callback, told)
+        for request in requests:
+            prefill.hand_off(decode, request)
+        await until(lambda: len(decode.source.owned) == len(requests))
+        if callback == "on_failed":
+            for request in (first, second):
+                decode.receiver.cancel(request.sequence_id)
+            await until(lambda: "free" in prefill.owner.of(second.sequence_id))
+            assert prefill.owner.of(second.sequence_id) == ["failed", "free"]
+        for request in requests:
+            prefill.compute(request, TABLE[:2])
+            prefill.sender.commit(request.sequence_id, 7)
+        last = requests[-1].sequence_id
+        await until(lambda: prefill.owner.of(last) == ["committed", "free"])
+        await until(lambda: prefill.sender.num_transfers == 0)
+        assert prefill.sender.agent.stats.pairings == 1
+
+    with_pair(scenario)
+
+
 def test_a_frame_ends_and_its_slot_comes_back_whatever_its_end_sets_off(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

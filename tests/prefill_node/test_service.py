@@ -49,6 +49,7 @@ class RecordingSender:
         self.opened: dict[str, SequenceRequest] = {}
         self.paired: list[str] = []
         self.refusal: Exception | None = None
+        self.breaks_over: tuple[str, str] | None = None  # of which prompt, and when
         self.changed = asyncio.Event()
 
     def pair(self, decode: NodeId, address: str) -> None:
@@ -73,6 +74,8 @@ class RecordingSender:
         return [pb.LeaseInfo(sequence_id=name) for name in self.opened]
 
     def _note(self, *entry: Any) -> None:
+        if entry[:2] == self.breaks_over:
+            raise RuntimeError("nobody foresaw this")
         self.log.append(entry)
         self.changed.set()
 
@@ -272,6 +275,40 @@ def test_a_hand_off_that_cannot_be_opened_ends_the_prompt(refusal: Exception) ->
         ending = (await world.gateway.until_end())[-1]
         assert ending.error is not None
         assert world.sender.log == []
+        await world.check_over()
+
+    run(body)
+
+
+@pytest.mark.parametrize("kind", ["open", "chunk", "commit"])
+def test_a_sender_that_breaks_over_one_prompt_of_a_step_hears_of_the_others(kind: str) -> None:
+    async def body(world: World) -> None:
+        world.sender.breaks_over = (kind, "a")
+        world.engine.may_step.clear()
+        for name in ("a", "b"):
+            world.submit(request(name, 4))
+        world.engine.may_step.set()
+        deltas = await world.gateway.until_end()
+        assert [delta.sequence_id for delta in deltas if delta.error is not None] == ["a"]
+        await world.sender.until("commit")
+        assert [entry[1] for entry in world.sender.of("commit")] == ["b"]
+        world.handler.on_committed("b")
+        for name in ("a", "b"):
+            world.handler.on_sources_free(name)
+        await world.check_over()
+
+    run(body)
+
+
+def test_a_gateway_that_goes_ends_all_prompts_also_when_the_sender_breaks_over_one() -> None:
+    async def body(world: World) -> None:
+        await world.sending("a")
+        world.submit(request("b"))
+        world.sender.breaks_over = ("abort", "a")
+        world.gateway.leave()
+        world.handler.gateway_gone(world.gateway.id)
+        world.engine.may_step.set()
+        world.handler.on_sources_free("a")
         await world.check_over()
 
     run(body)

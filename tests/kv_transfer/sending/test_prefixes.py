@@ -119,6 +119,19 @@ def test_the_same_prefix_is_not_sent_twice_at_once() -> None:
     assert bench.num_held == 1
 
 
+def test_what_cannot_be_sent_for_a_reason_nobody_foresaw_is_not_held_for_ever(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("nobody foresaw this")
+
+    bench = Bench()
+    monkeypatch.setattr(bench.sender, "open", broken)
+    with pytest.raises(RuntimeError):
+        asyncio.run(bench.prefixes.send(*asked(), 0.5))
+    assert bench.num_held == bench.prefixes.num_given_away == 0
+
+
 def test_no_more_are_given_away_at_once_than_is_allowed() -> None:
     bench = Bench()
     for _ in range(MAX_GIVEN_AWAY):
