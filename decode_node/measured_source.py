@@ -17,9 +17,9 @@ import asyncio
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from cluster.errors import Cancelled, NodeUnavailable, Overloaded, ServingError, TransferFailed
+from cluster.errors import Cancelled, NodeUnavailable, ServingError, TransferFailed
 from engine.loop_errors import unawaited
-from node_parts.reserving import reserved
+from node_parts.spare_blocks import reserve_spare
 
 if TYPE_CHECKING:
     from cluster.clock import Clock
@@ -84,11 +84,12 @@ class MeasuredSource:
         num_blocks, left = divmod(len(request.prompt_token_ids), self._block_manager.block_size)
         if left or not 0 < num_blocks <= measured.max_blocks:
             raise TransferFailed("This is not what was to be measured.", reason="unknown")
-        reservation = await reserved(
-            self._loop, lambda: self._take(request.sequence_id, num_blocks)
+        reservation = await reserve_spare(
+            self._loop,
+            self._block_manager,
+            request.sequence_id,
+            lambda num_spare: num_blocks if num_blocks <= num_spare else 0,
         )
-        if reservation is None:
-            raise Overloaded("There are no spare KV blocks to measure with.", reason="no_blocks")
         self._reservations[request.sequence_id] = reservation
         measured.num_blocks = num_blocks
         measured.reserved_at = self._clock()
@@ -134,10 +135,3 @@ class MeasuredSource:
             self.on_transfer_failed(sequence_id, NodeUnavailable("The sender withdrew it."))
         else:
             self._others.on_transfer_withdrawn(sequence_id)
-
-    def _take(self, sequence_id: str, num_blocks: int) -> Reservation | None:
-        """On the engine's thread. None when cached blocks would have to make room."""
-        manager = self._block_manager
-        if num_blocks > manager.num_ready_blocks:
-            return None
-        return manager.reserve((), num_blocks * manager.block_size, f"measuring {sequence_id}")

@@ -31,6 +31,7 @@ from cluster.request import Handoff, SamplingParams, SequenceRequest
 from cluster.rpc import error_from_rpc
 from kv_transfer.idle import until_idle
 from kv_transfer.plain_copy import PlainListener, peer_copy_rate
+from node_parts.spare_blocks import no_spare_blocks
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -101,7 +102,7 @@ class HandoffMeasuring(rpc.MeasuringServicer):
         num_spare = await self._source.num_spare_blocks()
         max_blocks = min(MAX_BYTES[pool.device.type] // block_bytes, MAX_BLOCKS, num_spare // 2)
         if max_blocks == 0:
-            raise Overloaded("There are no spare KV blocks to measure with.", reason="no_blocks")
+            raise no_spare_blocks()
         seconds, num_blocks = [], 0
         for _ in range(NUM_HANDOFFS):
             took, num_blocks = await self._hand_off(prefill, max_blocks)

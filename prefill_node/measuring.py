@@ -10,6 +10,7 @@ Life of a measured hand-off, on the prefill node
 from __future__ import annotations
 
 import asyncio
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from cluster.codec import decode_handoff, decode_sequence
@@ -20,7 +21,7 @@ from engine.loop_errors import unawaited
 from kv_transfer.idle import IDLE_SECONDS, until_idle
 from kv_transfer.plain_copy import NONCE_BYTES, send_plain
 from kv_transfer.sending.prefixes import HeldPrefix, PrefixSender
-from node_parts.reserving import reserved
+from node_parts.spare_blocks import reserve_spare
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -68,34 +69,24 @@ class ScratchSender(rpc.MeasuringServicer):
         return pb.SendPlainReply(bytes_per_second=rate)
 
     async def _hold(self, sequence: SequenceRequest, _: float) -> HeldPrefix:
-        """Up to as many blocks as the sequence has."""
+        """Up to as many blocks as the sequence has, and half of what is spare at most."""
         try:
             async with asyncio.timeout(IDLE_SECONDS):
                 await self._is_free.acquire()
         except TimeoutError:
             raise Overloaded("Another hand-off is being measured.", reason="measuring") from None
-        try:
+        with ExitStack() as failing:
+            failing.callback(self._is_free.release)
             await until_idle(self._is_idle, "The prefill node")
             num_blocks = len(sequence.prompt_token_ids) // self._block_manager.block_size
-            reservation = await reserved(
-                self._loop, lambda: self._take(sequence.sequence_id, num_blocks)
+            reservation = await reserve_spare(
+                self._loop,
+                self._block_manager,
+                sequence.sequence_id,
+                lambda num_spare: min(num_blocks, num_spare // 2),
             )
-            if reservation is None:
-                raise Overloaded(
-                    "There are no spare KV blocks to measure with.", reason="no_blocks"
-                )
-        except BaseException:
-            self._is_free.release()
-            raise
+            failing.pop_all()
         return HeldPrefix(reservation.block_ids, lambda: self._release(reservation))
-
-    def _take(self, sequence_id: str, num_blocks: int) -> Reservation | None:
-        """On the engine's thread: half of what holds nothing, at most."""
-        manager = self._block_manager
-        num_blocks = min(num_blocks, manager.num_ready_blocks // 2)
-        if num_blocks == 0:
-            return None
-        return manager.reserve((), num_blocks * manager.block_size, f"measuring {sequence_id}")
 
     def _release(self, reservation: Reservation) -> None:
         unawaited(self._loop.call(reservation.cancel))
