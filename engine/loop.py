@@ -199,7 +199,7 @@ class EngineLoop:
         if decision is None:
             self._settle(flight)
             return
-        behind = self._launch(decision)
+        behind = _tried(lambda: self._launch(decision))
         if self._settle(flight, decision):
             self._flight = self._launched(decision, behind)
 
@@ -211,22 +211,17 @@ class EngineLoop:
         if not decision.chunks:
             self._wait_for_blocks()
             return None
-        return self._launched(decision, self._launch(decision))
+        return self._launched(decision, _tried(lambda: self._launch(decision)))
 
-    def _launch(self, decision: ScheduleDecision) -> _Flight | Exception:
-        """The step, or why there is none, which `_launched` says when it is its turn."""
+    def _launch(self, decision: ScheduleDecision) -> _Flight:
         began = time.perf_counter()
-        try:
-            self._observer.before_step(decision)
-            on_layer = None if self._layer_hook is None else self._layer_hook(decision)
-            step = self._engine.launch(decision, on_layer=on_layer)
-            return _Flight(decision, step, began)
-        except RankLost:  # no step can run any more
-            raise
-        except Exception as error:  # one bad step must not end the node
-            return error
+        self._observer.before_step(decision)
+        on_layer = None if self._layer_hook is None else self._layer_hook(decision)
+        step = self._engine.launch(decision, on_layer=on_layer)
+        return _Flight(decision, step, began)
 
     def _launched(self, decision: ScheduleDecision, launch: _Flight | Exception) -> _Flight | None:
+        """When it is its turn: what was launched, or nothing, of which its sequences hear."""
         if isinstance(launch, Exception):
             self._fail_step(decision, launch)
             return None
@@ -234,13 +229,10 @@ class EngineLoop:
 
     def _settle(self, flight: _Flight, behind: ScheduleDecision | None = None) -> bool:
         """Collect a step and tell everybody. False if it failed, and with it the one behind."""
-        try:
-            output = self._engine.collect(flight.step)
-        except RankLost:
-            raise
-        except Exception as error:
+        output = _tried(lambda: self._engine.collect(flight.step))
+        if isinstance(output, Exception):
             chunks = flight.decision.chunks + (() if behind is None else behind.chunks)
-            self._fail_step(ScheduleDecision(chunks), error)
+            self._fail_step(ScheduleDecision(chunks), output)
             return False
         self._num_failed_in_a_row = 0
         now = time.perf_counter()
@@ -289,3 +281,14 @@ class EngineLoop:
                 return
             if command is not None:
                 command.future.cancel()
+
+
+def _tried(part: Callable[[], T]) -> T | Exception:
+    """What this part of a step gives, or why it failed: one bad step must not end the node. A lost
+    rank must, as no step can run any more."""
+    try:
+        return part()
+    except RankLost:
+        raise
+    except Exception as error:
+        return error

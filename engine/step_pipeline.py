@@ -115,13 +115,13 @@ class StepPipeline:
 
     def collect(self, step: InFlightStep) -> StepOutput:
         """See `Engine.collect`."""
+        num_landing = len(self._in_flight)  # if this one fails, what is behind it is lost, too
         try:
             tokens = self._wait(step)
-        except BaseException:
-            while self._in_flight:
+            num_landing = 1
+        finally:
+            for _ in range(num_landing):
                 self._land(self._in_flight.popleft())
-            raise
-        self._land(self._in_flight.popleft())
         chunks = tuple([chunk for chunk in step.chunks if not chunk.sequence.is_finished])
         block_size = self._block_manager.block_size
         for chunk in chunks:
