@@ -56,13 +56,15 @@ class EventQueue:
 
     def _ask(self, loop: asyncio.AbstractEventLoop) -> None:
         while self._questions:
-            question, error = self._questions[0], None
+            question = self._questions[0]
+            error: RuntimeError | None = None
             try:
-                if not question.event.query():
-                    self._ask_again(loop, question)
-                    return
-            except Exception as problem:  # the device's; whoever waits must hear of it
-                error = problem
+                has_happened = question.event.query()
+            except RuntimeError as problem:  # the device's; whoever waits must hear of it
+                has_happened, error = True, problem
+            if not has_happened:
+                self._ask_again(loop, question)
+                return
             self._questions.popleft()
             try:
                 question.tell(error)  # now: another round of the loop takes its time

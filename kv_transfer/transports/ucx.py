@@ -86,6 +86,8 @@ class UcxTransport:
         self, *, ucx_tls: str | None, moves_device_memory: bool, connect_seconds: float
     ) -> None:
         self._ucx, self._arr = _load()
+        # Its own, and what its C++ library throws besides.
+        self.errors = (self._ucx.UCXError, RuntimeError, MemoryError, OSError, ValueError)
         options = _options(ucx_tls, moves_device_memory=moves_device_memory)
         self._shares_memory = "SYSV_ERROR_HANDLING" in options
         feature = self._ucx.Feature
@@ -93,7 +95,7 @@ class UcxTransport:
             options, feature_flags=(feature.TAG, feature.STREAM, feature.WAKEUP)
         )
         self._worker = self._ucx.UCXWorker(self._context)
-        self.progress = Progress(self._worker)
+        self.progress = Progress(self._worker, self.errors)
         self.moves_device_memory = moves_device_memory
         self._connect_seconds = connect_seconds
         self._listener: Any = None
@@ -136,7 +138,7 @@ class UcxTransport:
     async def connect(self, host: str, port: int, session_id: int) -> UcxEndpoint:
         try:
             raw = self._ucx.UCXEndpoint.create(self._worker, host, port, True)
-        except (self._ucx.UCXError, RuntimeError, OSError) as error:
+        except self.errors as error:
             raise failure(FailureReason.LINK_LOST) from error
         endpoint = UcxEndpoint(self, raw)
         self._endpoints.add(endpoint)
@@ -216,7 +218,7 @@ class UcxTransport:
         self._listener = None
         self.progress.stop()
         self._worker = self._ucx.UCXWorker(self._context)
-        self.progress = Progress(self._worker)
+        self.progress = Progress(self._worker, self.errors)
         try:
             self._bind(port)
         except ConfigError:

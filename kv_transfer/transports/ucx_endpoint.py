@@ -33,6 +33,10 @@ class Worker(Protocol):
     def moves_device_memory(self) -> bool: ...
     @property
     def progress(self) -> Progress: ...
+    @property
+    def errors(self) -> tuple[type[Exception], ...]:
+        """What ucxx raises."""
+
     def tag(self, tag: int) -> Any: ...
     def array(self, buffer: torch.Tensor) -> Any: ...
     def array_of(self, data: np.ndarray[Any, np.dtype[np.uint8]]) -> Any: ...
@@ -112,19 +116,23 @@ class UcxEndpoint:
     def _post(
         self, post: Callable[[], Any], array: Any, *, on_device: bool = False
     ) -> asyncio.Future[None]:
+        if self._is_closed:
+            return self._refused()
         try:
-            if self._is_closed:
-                raise failure(FailureReason.LINK_LOST)
             request = post()
-        except Exception:  # one of ucxx's many: for the caller, the link is gone
+        except self._transport.errors:
             logger.debug("UCX refused an operation", exc_info=True)
-            refused: asyncio.Future[None] = self._loop.create_future()
-            refused.set_exception(failure(FailureReason.LINK_LOST))
-            return refused
+            return self._refused()
         future = self._transport.progress.watch(request, array, on_device=on_device)
         self._posted.add(future)
         future.add_done_callback(self._posted.discard)
         return future
+
+    def _refused(self) -> asyncio.Future[None]:
+        """For the caller, the link is gone."""
+        refused: asyncio.Future[None] = self._loop.create_future()
+        refused.set_exception(failure(FailureReason.LINK_LOST))
+        return refused
 
     def _on_ucx_close(self) -> None:
         """Called by UCX inside progress, where no UCX call is allowed."""

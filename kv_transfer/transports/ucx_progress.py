@@ -24,8 +24,10 @@ _SPIN_SECONDS = 0.02
 class Progress:
     """Drives one worker from the event loop and completes the futures of its requests."""
 
-    def __init__(self, worker: Any) -> None:
+    def __init__(self, worker: Any, errors: tuple[type[Exception], ...]) -> None:
+        """`errors`: what ucxx raises."""
         self._worker = worker
+        self._errors = errors
         self._loop = asyncio.get_running_loop()
         self._pending: list[tuple[Any, asyncio.Future[None], Any]] = []
         self._is_scheduled = False
@@ -83,19 +85,18 @@ class Progress:
         waiting = []
         for entry in self._pending:
             if entry[0].completed:
-                _resolve(entry[0], entry[1])
+                self._resolve(entry[0], entry[1])
             else:
                 waiting.append(entry)
         self._pending = waiting
 
-
-def _resolve(request: Any, future: asyncio.Future[None]) -> None:
-    if future.done():
-        return
-    try:
-        request.check_error()
-    except Exception:  # one of ucxx's many: whoever waits hears that the link is gone
-        logger.debug("a UCX request ended", exc_info=True)
-        future.set_exception(failure(FailureReason.LINK_LOST))
-    else:
-        future.set_result(None)
+    def _resolve(self, request: Any, future: asyncio.Future[None]) -> None:
+        if future.done():
+            return
+        try:
+            request.check_error()
+        except self._errors:  # whoever waits hears that the link is gone
+            logger.debug("a UCX request ended", exc_info=True)
+            future.set_exception(failure(FailureReason.LINK_LOST))
+        else:
+            future.set_result(None)
