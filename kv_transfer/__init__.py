@@ -9,7 +9,8 @@ receiving    receiving/: intake (pure), of all transfers, in receiver; sessions:
              errands: what takes time; fates: what the node is told; landings take what arrives
 bytes        device_moves (device_lists) and host_moves, between pool and slots; mapped_slots: slots
              of a peer
-ownership    lease, quarantine; transfer: names of its states; telling: of the node, who owns it
+ownership    lease, quarantine; sweeping: their timer; transfer: names of its states; telling: of
+             the node, who owns it
 transports   transports/: base (what one must do), tcp, ucx, loopback; choice; small_messages
 the device   polling: waiting for it on the event loop
 for others   metrics; trace: where a hand-off's time goes; plain_copy, idle: for who measures

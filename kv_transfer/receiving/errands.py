@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from cluster.errors import Cancelled, InternalError, ServingError
 from kv_transfer.trace import TRACE
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Awaitable, Callable, Sequence
 
     from cluster.clock import Clock
     from kv_transfer.agent import TransferAgent
-    from kv_transfer.receiving.block_source import BlockSource
+    from kv_transfer.receiving.block_source import BlockSource, ReservedBlocks
     from kv_transfer.receiving.incoming import IncomingSequence
     from kv_transfer.receiving.intake import Intake
     from kv_transfer.receiving.intake_instructions import Instruction
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from kv_transfer.receiving.tasks import Tasks
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 class Errands:
@@ -65,17 +66,14 @@ class Errands:
 
     async def _ask(self, sequence: IncomingSequence) -> None:
         transfer_id = sequence.transfer_id
+        asking = self._source.reserve(sequence.request, sequence.gateway_id)
+        blocks: ReservedBlocks | ServingError
         try:
-            blocks = await self._source.reserve(sequence.request, sequence.gateway_id)
+            blocks = await _outcome(asking, "The decode node could not reserve blocks.")
         except asyncio.CancelledError:
-            error: ServingError = Cancelled("The reservation is not wanted any more.")
-            instructions = self._intake.reserve_failed(transfer_id, error, self._clock())
-        except ServingError as refused:
-            instructions = self._intake.reserve_failed(transfer_id, refused, self._clock())
-        except Exception:  # the top of the task: the sender must hear of it
-            logger.exception("blocks could not be reserved")
-            error = InternalError("The decode node could not reserve blocks.")
-            instructions = self._intake.reserve_failed(transfer_id, error, self._clock())
+            blocks = Cancelled("The reservation is not wanted any more.")
+        if isinstance(blocks, ServingError):
+            instructions = self._intake.reserve_failed(transfer_id, blocks, self._clock())
         else:
             table = tuple(blocks.block_ids)
             self._agent.pool.prepare(table)  # while nobody waits for it
@@ -89,14 +87,10 @@ class Errands:
         transfer_id = sequence.transfer_id
         if TRACE.is_on:
             TRACE.mark("r.start")
-        try:
-            await self._source.start(sequence.sequence_id, first_token_id)
-        except ServingError as error:
+        starting = self._source.start(sequence.sequence_id, first_token_id)
+        error = await _outcome(starting, "The decode node could not start the sequence.")
+        if error is not None:
             instructions = self._intake.start_failed(transfer_id, error, self._clock())
-        except Exception:  # the top of the task: the sender must hear of it
-            logger.exception("a sequence could not be started")
-            failed = InternalError("The decode node could not start the sequence.")
-            instructions = self._intake.start_failed(transfer_id, failed, self._clock())
         else:
             began_at = self._intake.transfers[transfer_id].began_at
             self._agent.stats.transfers_done += 1
@@ -121,3 +115,14 @@ class Errands:
                 num_slots=self._agent.staging.num_owned_by(session_id),
                 peer=session.peer.name,
             )
+
+
+async def _outcome(errand: Awaitable[T], apology: str) -> T | ServingError:
+    """What it gives, or why it gives nothing."""
+    try:
+        return await errand
+    except ServingError as refused:
+        return refused
+    except Exception:  # the top of the task: the sender must hear of it
+        logger.exception("an errand failed: %s", apology)
+        return InternalError(apology)

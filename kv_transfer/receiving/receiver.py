@@ -16,7 +16,6 @@ what the node is told, in `fates.py`. All methods run on the event loop.
 from __future__ import annotations
 
 import asyncio
-import logging
 import secrets
 from typing import TYPE_CHECKING
 
@@ -49,6 +48,7 @@ from kv_transfer.receiving.paced_reads import PacedReads
 from kv_transfer.receiving.read_pace import ReadPace
 from kv_transfer.receiving.sessions import Sessions
 from kv_transfer.receiving.tasks import Tasks
+from kv_transfer.sweeping import sweep_forever
 from kv_transfer.trace import TRACE
 
 if TYPE_CHECKING:
@@ -61,10 +61,6 @@ if TYPE_CHECKING:
     from kv_transfer.receiving.block_source import BlockSource
     from kv_transfer.receiving.incoming import IncomingSequence
     from kv_transfer.receiving.receiver_session import ReceiverSession
-
-logger = logging.getLogger(__name__)
-
-MAX_SWEEP_SECONDS = 0.25
 
 
 class KVReceiver:
@@ -142,7 +138,7 @@ class KVReceiver:
 
     async def start(self) -> None:
         await self._sessions.listen()
-        self._sweeping = asyncio.create_task(self._sweep_forever())
+        self._sweeping = asyncio.create_task(sweep_forever(self, self.agent.config.lease_seconds))
 
     async def close(self) -> None:
         if self._sweeping is not None:
@@ -277,12 +273,3 @@ class KVReceiver:
                     session = self._sessions.find(instruction.session_id)
                     if session is not None:
                         session.send(instruction)
-
-    async def _sweep_forever(self) -> None:
-        interval = min(MAX_SWEEP_SECONDS, self.agent.config.lease_seconds / 12)
-        while True:
-            await asyncio.sleep(interval)
-            try:
-                self.sweep()
-            except Exception:  # the top of the task: all other leases and drains hang on it
-                logger.exception("a sweep broke off")

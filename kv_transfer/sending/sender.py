@@ -53,6 +53,7 @@ from kv_transfer.sending.outgoing_instructions import (
 )
 from kv_transfer.sending.peer import Peer
 from kv_transfer.sending.sendings import Sending, Sendings, commit_message
+from kv_transfer.sweeping import sweep_forever
 from kv_transfer.telling import told
 
 if TYPE_CHECKING:
@@ -64,7 +65,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-MAX_SWEEP_SECONDS = 0.25
 TOMBSTONE_LEASES = 2
 
 
@@ -118,7 +118,7 @@ class KVSender:
         return sum(sending.machine.num_blocks for sending in draining)
 
     async def start(self) -> None:
-        self._sweeping = asyncio.create_task(self._sweep_forever())
+        self._sweeping = asyncio.create_task(sweep_forever(self, self.agent.config.lease_seconds))
 
     async def close(self) -> None:
         """End every hand-off and every pairing; sources are free when it returns."""
@@ -346,12 +346,3 @@ class KVSender:
         self._leases.release(sending.transfer_id)
         forget_at = self._clock() + TOMBSTONE_LEASES * self._leases.duration_seconds
         self._sendings.end(sending, forget_at=forget_at)
-
-    async def _sweep_forever(self) -> None:
-        interval = min(MAX_SWEEP_SECONDS, self.agent.config.lease_seconds / 12)
-        while True:
-            await asyncio.sleep(interval)
-            try:
-                self.sweep()
-            except Exception:  # the top of the task: all other leases and drains hang on it
-                logger.exception("a sweep broke off")

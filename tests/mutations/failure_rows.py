@@ -216,14 +216,14 @@ FAILURE_ROWS = (
         (
             Mutation(
                 RECEIVER,
-                "        self._sweeping = asyncio.create_task(self._sweep_forever())\n",
-                "        self._sweeping = asyncio.create_task(asyncio.sleep(0))\n",
+                "sweep_forever(self, self.agent.config.lease_seconds)",
+                "asyncio.sleep(0)",
                 TIME + "what_has_run_out_is_cleaned_up_with_no_new_work[decode]",
             ),
             Mutation(
                 SENDER,
-                "        self._sweeping = asyncio.create_task(self._sweep_forever())\n",
-                "        self._sweeping = asyncio.create_task(asyncio.sleep(0))\n",
+                "sweep_forever(self, self.agent.config.lease_seconds)",
+                "asyncio.sleep(0)",
                 TIME + "what_has_run_out_is_cleaned_up_with_no_new_work[prefill]",
             ),
             Mutation(
