@@ -91,9 +91,11 @@ def _add_listing(collection: str, columns: Sequence[Column], summary: str) -> No
     app.command(collection, help=summary)(show)
 
 
-def _add_action(verb: str, collection: str, summary: str) -> None:
+def _add_action(verb: str, collection: str, named: str, summary: str) -> None:
+    argument = typer.Argument(metavar=named)
+
     def act(
-        target: Annotated[str, typer.Argument(metavar="ID")],
+        target: str = argument,
         url: Url = DEFAULT_URL,
         token: Token = None,
         form: Form = Output.TABLE,
@@ -110,10 +112,22 @@ def _add_action(verb: str, collection: str, summary: str) -> None:
 _add_listing("nodes", NODES, "List the nodes: role, state, load.")
 _add_listing("requests", REQUESTS, "List the requests that run now.")
 _add_listing("leases", LEASES, "List the KV leases that nodes hold.")
-_add_action("cordon", "nodes", "Give a node no new work.")
-_add_action("uncordon", "nodes", "Give a cordoned node new work again.")
-_add_action("drain", "nodes", "Cordon a node and let its work come to an end.")
-_add_action("cancel", "requests", "End a request.")
+_add_action("cordon", "nodes", "NODE", "Give a node no new work.")
+_add_action("uncordon", "nodes", "NODE", "Give a cordoned node new work again.")
+_add_action("drain", "nodes", "NODE", "Cordon a node and let its work come to an end.")
+_add_action("cancel", "requests", "REQUEST", "End a request.")
+
+
+@app.command("reset-prefix-cache")
+def reset_prefix_cache(
+    url: Url = DEFAULT_URL, token: Token = None, form: Form = Output.TABLE
+) -> None:
+    """Have every node forget its cached prefixes, as before a measurement."""
+    document = connect(url, token).post("/prefix-cache:reset", {})
+    if form is Output.JSON:
+        _print_json(document)
+    else:
+        print(f"reset on {shown(document.get('nodes'))}")
 
 
 @policy_app.command("get")
@@ -142,8 +156,9 @@ def connect(url: str, token: str | None) -> AdminClient:
 
 
 def parse_setting(text: str) -> tuple[str, object]:
-    """`a=1` -> ("a", 1): the value is JSON where it is JSON, else a string."""
+    """`a-b=1` -> ("a_b", 1): the value is JSON where it is JSON, else a string."""
     key, equals, value = text.partition("=")
+    key = key.replace("-", "_")  # as the flag of the same option is written
     if not key or not equals:
         raise typer.BadParameter(f"{text!r} is not KEY=VALUE")
     try:

@@ -62,8 +62,10 @@ class AdminClient:
         """POST `/admin/v1/{collection}/{name}:{verb}`."""
         return self._call("POST", f"/{collection}/{quote(name, safe='')}:{verb}", {})
 
-    def post(self, path: str, body: Mapping[str, object], timeout_seconds: float) -> dict[str, Any]:
-        """POST `/admin/v1` + path, for what takes its time."""
+    def post(
+        self, path: str, body: Mapping[str, object], timeout_seconds: float = TIMEOUT_SECONDS
+    ) -> dict[str, Any]:
+        """POST `/admin/v1` + path."""
         return self._call("POST", path, body, timeout_seconds)
 
     def _call(
@@ -102,16 +104,19 @@ class AdminClient:
         return document
 
     def _refusal(self, error: urllib.error.HTTPError, path: str) -> AdminRefused:
-        told = _told_message(error.read())
+        told, param = _told_by(error.read())
         if error.code == 401:
             hint = "pass --admin-token or set BATON_ADMIN_TOKEN"
             what = "does not accept this token" if self.token else "wants a token"
             return AdminRefused(f"{self.url} {what}; {hint}.")
         if error.code == 403:
             return AdminRefused(told or f"This token may not do that at {self.url}.")
-        if error.code == 404:
-            return AdminRefused(told or f"{self.url} knows no {_PREFIX}{path}.")
-        return AdminRefused(f"{told or error.reason} (HTTP {error.code}).")
+        if error.code == 404 and (not told or param is None):
+            return AdminRefused(
+                f"{self.url} has no {_PREFIX}{path}; is it the public port? A gateway's admin API "
+                f"is at its --admin-port, {DEFAULT_PORT} unless told otherwise."
+            )
+        return AdminRefused(told or f"{error.reason} (HTTP {error.code}).")
 
 
 def admin_client(url: str, token: str | None) -> AdminClient:
@@ -133,11 +138,13 @@ def local_token(host: str, port: int) -> str | None:
     return read_admin_token(port, os.environ)
 
 
-def _told_message(body: bytes) -> str:
-    """The message inside `{"error": {"message": ...}}`; empty when the body is another."""
+def _told_by(body: bytes) -> tuple[str, str | None]:
+    """Message and param of `{"error": {…}}`; an empty message when the body is another."""
     try:
         document = json.loads(body)
     except ValueError:
-        return ""
+        return "", None
     error = document.get("error") if isinstance(document, dict) else None
-    return str(error.get("message") or "") if isinstance(error, dict) else ""
+    if not isinstance(error, dict):
+        return "", None
+    return str(error.get("message") or ""), error.get("param")

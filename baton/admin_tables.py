@@ -1,6 +1,7 @@
 """Tables of `baton admin`: which facts of an entry are shown, and how each reads.
 
-On a terminal they are drawn by rich; elsewhere as plain columns, never cut, for grep and awk.
+On a terminal those columns are shown that fit, in colours, and the others are named below.
+Elsewhere all are, with headings of one word, for grep and awk. No value is cut.
 Whatever the server sent is shown as text: control characters cannot reach the terminal.
 """
 
@@ -11,10 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 Entry = Mapping[str, Any]
+_GAP = 2  # between two columns
 
 _STATE_STYLES = {
     "ready": "green",
@@ -28,11 +29,13 @@ _STATE_STYLES = {
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """`read` takes what it shows out of an entry; an entry without it shows as "-"."""
+    """`read` takes what it shows out of an entry; an entry without it shows as "-". Where the
+    terminal is too narrow, columns of the highest `rank` are left out first, of rank 0 never."""
 
     heading: str
     read: Callable[[Entry], object]
     is_number: bool = False
+    rank: int = 0
 
 
 def _field(name: str) -> Callable[[Entry], object]:
@@ -71,23 +74,23 @@ NODES = (
     Column("ROLE", _field("role")),
     Column("STATE", _field("state")),
     Column("SESSION", _session),
-    Column("MODEL", _field("model")),
+    Column("MODEL", _field("model"), rank=6),
     Column("RUNNING", _load("num_running"), is_number=True),
     Column("WAITING", _load("num_waiting"), is_number=True),
-    Column("QUEUED TOKENS", _load("queued_tokens"), is_number=True),
+    Column("QUEUED TOKENS", _load("queued_tokens"), is_number=True, rank=1),
     Column("KV IN USE", _blocks_in_use, is_number=True),
-    Column("TRANSFERS", _load("num_transfers"), is_number=True),
-    Column("TRANSPORTS", _field("transports")),
-    Column("ADDRESS", _field("grpc_address")),
-    Column("SEEN", _seconds("age_seconds"), is_number=True),
+    Column("TRANSFERS", _load("num_transfers"), is_number=True, rank=3),
+    Column("TRANSPORTS", _field("transports"), rank=4),
+    Column("ADDRESS", _field("grpc_address"), rank=5),
+    Column("SEEN", _seconds("age_seconds"), is_number=True, rank=2),
 )
 REQUESTS = (
     Column("REQUEST", _field("id")),
     Column("STATE", _field("state")),
-    Column("MODEL", _field("model")),
+    Column("MODEL", _field("model"), rank=2),
     Column("PREFILL", _field("prefill_node")),
     Column("DECODE", _field("decode_node")),
-    Column("PROMPT", _field("prompt_tokens"), is_number=True),
+    Column("PROMPT", _field("prompt_tokens"), is_number=True, rank=1),
     Column("OUTPUT", _field("output_tokens"), is_number=True),
     Column("AGE", _seconds("age_seconds"), is_number=True),
 )
@@ -108,16 +111,50 @@ def render_rows(
     if not rows:
         console.print(empty)
         return
-    cells = [[shown(column.read(row)) for column in columns] for row in rows]
     if not console.is_terminal:
-        _print_plain([[c.heading.replace(" ", "_") for c in columns], *cells], columns)
+        _draw([column.heading.replace(" ", "_") for column in columns], rows, columns, console)
         return
-    table = Table(box=None, pad_edge=False)
-    for column in columns:
-        table.add_column(column.heading, justify="right" if column.is_number else "left")
-    for row in cells:
-        table.add_row(*(Text(cell, style=_STATE_STYLES.get(cell, "")) for cell in row))
-    console.print(table)
+    fitting = columns_that_fit(rows, columns, console.width)
+    _draw([column.heading for column in fitting], rows, fitting, console)
+    left_out = ", ".join(column.heading for column in columns if column not in fitting)
+    if left_out:
+        console.print(f"Too narrow for {left_out}; -o json has all.", style="dim")
+
+
+def columns_that_fit(
+    rows: Sequence[Entry], columns: Sequence[Column], width: int
+) -> Sequence[Column]:
+    """Those that `width` has room for, in order; those of rank 0 in any case."""
+    while sum(_widths(rows, columns)) + _GAP * (len(columns) - 1) > width:
+        least = max(columns, key=lambda column: column.rank)
+        if least.rank == 0:
+            break
+        columns = [column for column in columns if column is not least]
+    return columns
+
+
+def _widths(rows: Sequence[Entry], columns: Sequence[Column]) -> list[int]:
+    return [
+        max(len(column.heading), *(len(shown(column.read(row))) for row in rows))
+        for column in columns
+    ]
+
+
+def _draw(
+    headings: Sequence[str], rows: Sequence[Entry], columns: Sequence[Column], out: Console
+) -> None:
+    """Aligned columns. A line that is longer than the terminal is left to it: nothing is cut."""
+    cells = [[shown(column.read(row)) for column in columns] for row in rows]
+    widths = [max(map(len, column)) for column in zip(headings, *cells, strict=True)]
+    for number, line in enumerate((headings, *cells)):
+        text = Text()
+        for cell, width, column in zip(line, widths, columns, strict=True):
+            style = "bold" if number == 0 else _STATE_STYLES.get(cell, "")
+            space = " " * (width - len(cell))
+            text.append(space if column.is_number else "").append(cell, style)
+            text.append(" " * _GAP if column.is_number else space + " " * _GAP)
+        text.rstrip()
+        out.print(text, soft_wrap=True, highlight=False)
 
 
 def render_policy(policy: Entry) -> None:
@@ -133,13 +170,3 @@ def shown(value: object) -> str:
         return "true" if value else "false"
     text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
     return "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in text)
-
-
-def _print_plain(lines: Sequence[Sequence[str]], columns: Sequence[Column]) -> None:
-    widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
-    for line in lines:
-        padded = [
-            cell.rjust(width) if column.is_number else cell.ljust(width)
-            for cell, width, column in zip(line, widths, columns, strict=True)
-        ]
-        print("  ".join(padded).rstrip())

@@ -15,6 +15,7 @@ Everything here belongs to the event loop's thread.
 from __future__ import annotations
 
 import asyncio
+import logging
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Self
 
@@ -26,8 +27,10 @@ from cluster.request import TokenDelta
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from cluster.errors import ServingError
     from cluster.request import TokenLogprobs
 
+logger = logging.getLogger(__name__)
 MAX_PENDING_BYTES = 16 * 2**20
 MAX_FRAME_BYTES = 2**20  # far below the message limit: sizes here are estimates
 
@@ -192,6 +195,8 @@ class SessionHub:
         if session is None or session.is_closed:
             return
         for delta in deltas:
+            if delta.error is not None:
+                _log_error(delta.sequence_id, delta.error)
             if not session.push(delta):
                 session.drop()
                 if self._on_drop is not None:
@@ -206,6 +211,12 @@ class SessionHub:
         """End every iteration, for an orderly exit."""
         for session in self._sessions.values():
             session.close()
+
+
+def _log_error(sequence_id: str, error: ServingError) -> None:
+    """The gateway's log has the request that the sequence belongs to."""
+    facts = {"sequence_id": sequence_id, "error": error.code, "reason": error.reason}
+    logger.info("a sequence ended in an error", extra=facts)
 
 
 def _size_of(delta: TokenDelta) -> int:

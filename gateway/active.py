@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from gateway.router import Demand
 
 if TYPE_CHECKING:
+    from cluster.errors import ServingError
     from cluster.request import SequenceRequest, TokenDelta
     from gateway.nodes import NodeEntry
     from gateway.retries import Stream
     from gateway.router import Placement
     from gateway.sequence_machine import SequenceMachine, SequenceState
+
+logger = logging.getLogger(__name__)
 
 # What a sequence is expected to generate, for the memory forecast, when it may generate more.
 EXPECTED_OUTPUT_TOKENS = 512
@@ -20,6 +24,9 @@ EXPECTED_OUTPUT_TOKENS = 512
 
 class Listener(Protocol):
     """Who gets a sequence's tokens. Called on the event loop; must not block."""
+
+    def placed(self, nodes: str) -> None:
+        """An attempt begins on these nodes, as a log names them."""
 
     def deliver(self, delta: TokenDelta, now: float) -> None:
         """One call has `finish_reason` or `error`: the last. None follows a `cancel`."""
@@ -47,6 +54,12 @@ class ActiveSequence:
         return self.decode if self.prefill is None else self.prefill
 
     @property
+    def nodes(self) -> str:
+        """As a log names them: `prefill-0 > decode-0`, or `decode-0` alone."""
+        names = [entry.info.id.name for entry in (self.prefill, self.decode) if entry is not None]
+        return " > ".join(names)
+
+    @property
     def state(self) -> SequenceState:
         return self.machine.state
 
@@ -55,6 +68,18 @@ class ActiveSequence:
         """One of its nodes has ended its session in order, as it does when it is drained."""
         nodes = (self.decode,) if self.prefill is None else (self.decode, self.prefill)
         return any(node.client.has_left for node in nodes)
+
+    def log_failure(self, error: ServingError, what_follows: str) -> None:
+        """Under both ids: the nodes' logs have that of the sequence."""
+        facts = {
+            "request_id": self.request.request_id,
+            "sequence_id": self.request.sequence_id,
+            "nodes": self.nodes,
+            "error": error.code,
+            "reason": error.reason,
+            "output_tokens": self.num_output_tokens,
+        }
+        logger.info("an attempt failed: %s", what_follows, extra=facts)
 
 
 def demand_of(request: SequenceRequest) -> Demand:

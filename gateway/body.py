@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 MAX_DEPTH = 32
 MAX_DISCARDED_BYTES = 32 * 1024 * 1024
 DISCARD_SECONDS = 5.0
+_FORM = b"application/x-www-form-urlencoded"  # what curl sends when it is not told
+_MAX_SHOWN = 80
 
 
 async def read_object(
@@ -34,6 +36,7 @@ async def read_object(
     """The JSON object in the body. Raises the typed error for whatever else is there."""
     headers = dict(scope["headers"])
     _check_media_type(headers)
+    _check_encoding(headers)
     length = headers.get(b"content-length", b"")
     if length.isdigit() and int(length) > max_bytes:
         if b"expect" not in headers and int(length) <= MAX_DISCARDED_BYTES:
@@ -64,7 +67,22 @@ def _check_media_type(headers: dict[bytes, bytes]) -> None:
     given = headers.get(b"content-type", b"application/json")
     media_type = given.split(b";")[0].strip().lower()
     if media_type != b"application/json" and not media_type.endswith(b"+json"):
-        raise UnsupportedMediaType("The content type must be application/json.")
+        hint = " With curl: -H 'Content-Type: application/json'." if media_type == _FORM else ""
+        raise UnsupportedMediaType(
+            f"The content type must be application/json, not {_shown(media_type)}.{hint}"
+        )
+
+
+def _check_encoding(headers: dict[bytes, bytes]) -> None:
+    coding = headers.get(b"content-encoding", b"").strip().lower()
+    if coding not in (b"", b"identity"):
+        raise UnsupportedMediaType(
+            f"A body with the content encoding {_shown(coding)} is not read; send it plain."
+        )
+
+
+def _shown(header: bytes) -> str:
+    return ascii(header[:_MAX_SHOWN].decode("latin-1"))
 
 
 async def _read(receive: Receive, max_bytes: int) -> bytes:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 from typing import TYPE_CHECKING
 
 from cluster.errors import Cancelled, NodeUnavailable, RequestTooLarge, ServingError
@@ -45,8 +44,6 @@ if TYPE_CHECKING:
     from gateway.node_client import NodeClient
     from gateway.nodes import NodeEntry, Nodes
     from gateway.policy import PolicyHolder
-
-logger = logging.getLogger(__name__)
 
 SWEEP_SECONDS = 0.1
 
@@ -125,6 +122,7 @@ class Dispatcher:
             if not active.prefilling.client.send(submit_frame(active, self._gateway_id)):
                 raise NodeUnavailable("The chosen node went away.", retry_after_seconds=1.0)
             undo.pop_all()
+        listener.placed(active.nodes)
 
     def cancel(self, sequence_id: str) -> None:
         """The client is gone, or has all it wants: both nodes stop, nothing is delivered."""
@@ -239,6 +237,7 @@ class Dispatcher:
         is_in_order = is_refusal(error) or active.has_lost_in_order
         kind = stream.retry_kind(error, self._budget, is_in_order=is_in_order)
         if kind is None:
+            active.log_failure(error, "the client is told")
             return False
         request = stream.next_attempt(kind, error, active.placement, now)
         try:
@@ -252,11 +251,11 @@ class Dispatcher:
         except (NodeUnavailable, RequestTooLarge) as unavailable:
             if kind is RetryKind.REDISPATCH and not is_in_order:
                 self._budget.give_back()
-            logger.info("%s: no other nodes for it: %s", stream.id, unavailable.message)
+            active.log_failure(error, f"no other nodes for it: {unavailable.message}")
             return False
         counted = "in_order" if is_in_order and kind is RetryKind.REDISPATCH else kind.value
         self._measures.retries[counted, error.reason or error.code] += 1
-        logger.info("%s: %s after %s", stream.id, kind.value, error.reason or error.code)
+        active.log_failure(error, kind.value)
         return True
 
     def _deliver(self, active: ActiveSequence, delta: TokenDelta, now: float) -> None:

@@ -79,7 +79,12 @@ class Gateway:
     @property
     def is_ready(self) -> bool:
         """True when a request that came now would be taken by some pair."""
-        return self.nodes.is_ready and not self.admission.is_closed
+        return self.why_not_ready() is None
+
+    def why_not_ready(self) -> str | None:
+        if self.admission.is_closed:
+            return "this gateway is shutting down"
+        return self.nodes.what_is_missing()
 
     def model_for(self, asked: str | None) -> str:
         """The name the answer shows. Raises `ModelNotFound`."""

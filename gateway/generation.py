@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 HTTP_OK = 200
+HTTP_SERVER_ERROR = 500
 
 
 def _reading_interval(request: Request, stream_interval: int) -> int:
@@ -45,15 +46,27 @@ def _reading_interval(request: Request, stream_interval: int) -> int:
 class SequenceRun:
     """The dispatcher's listener for one choice. Instants are the clock's."""
 
-    __slots__ = ("_generation", "choice", "first_at", "has_ended", "last_at", "sequence_id")
+    __slots__ = (
+        "_generation",
+        "attempts",
+        "choice",
+        "first_at",
+        "has_ended",
+        "last_at",
+        "sequence_id",
+    )
 
     def __init__(self, generation: Generation, choice: Choice, sequence_id: str) -> None:
         self._generation = generation
         self.choice = choice
         self.sequence_id = sequence_id
+        self.attempts: list[str] = []  # the nodes of each
         self.first_at: float | None = None
         self.last_at = 0.0
         self.has_ended = False
+
+    def placed(self, nodes: str) -> None:
+        self.attempts.append(nodes)
 
     def deliver(self, delta: TokenDelta, now: float) -> None:
         self.choice.deliver(delta)
@@ -218,7 +231,8 @@ class Generation:
             measures.request_latency.observe(now - self.arrived_at)
         for run in self._runs:
             self._count_sequence(run)
-        logger.info("request ended", extra=self._log_facts(now))
+        level = logging.WARNING if self.status >= HTTP_SERVER_ERROR else logging.INFO
+        logger.log(level, "request ended", extra=self._log_facts(now))
 
     def _count_sequence(self, run: SequenceRun) -> None:
         reason = run.choice.finish_reason
@@ -231,12 +245,16 @@ class Generation:
 
     def _log_facts(self, now: float) -> dict[str, object]:
         first_at = self.first_at
+        nodes = [each for run in self._runs for each in run.attempts]
         return {
             "route": self.request.route.value,
             "status": self.status,
             "error": None if self.error is None else self.error.code,
+            "reason": None if self.error is None else self.error.reason,
             "model": self.request.model,
+            "nodes": ", ".join(dict.fromkeys(nodes)) or None,
             "num_sequences": self.request.num_sequences,
+            "num_retries": sum(max(0, len(run.attempts) - 1) for run in self._runs),
             "prompt_tokens": self.num_prompt_tokens,
             "cached_tokens": self.num_cached_tokens,
             "output_tokens": self.num_output_tokens,

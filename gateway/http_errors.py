@@ -38,7 +38,8 @@ def unexplained() -> InternalError:
 def log_refusal(error: ServingError, route: str) -> None:
     """For what is refused before it is a `Generation`, which logs its own end. The message stays
     out: it may quote the body."""
-    facts = {"route": route, "status": error.http_status, "error": error.code, "param": error.param}
+    facts = {"route": route, "status": error.http_status, "error": error.code}
+    facts |= {"reason": error.reason, "param": error.param}
     logger.info("request refused", extra=facts)
 
 

@@ -145,11 +145,6 @@ class Nodes:
         lengths = [e.info.max_model_len for e in self if e.client.is_connected]
         return min(lengths, default=None)
 
-    @property
-    def is_ready(self) -> bool:
-        """True when some pair could take a request now."""
-        return self.what_is_missing() is None
-
     def what_is_missing(self) -> str | None:
         """Why no pair could take a request now, for the operator; None when one could."""
         ready: dict[NodeRole, set[str]] = {role: set() for role in NodeRole}

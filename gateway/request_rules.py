@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from cluster.errors import InvalidRequest
+from cluster.request import MAX_LOGPROBS
 from gateway.request import MAX_SEQUENCES, StreamRules, TextRules, Thoughts
 from gateway.thoughts import has_begun
 
 if TYPE_CHECKING:
-    from gateway.schemas import ChatBody, GenerationBody
+    from gateway.schemas import ChatBody, CompletionBody, GenerationBody
     from gateway.tools.formats import ToolFormat
 
 
@@ -65,6 +66,12 @@ def chat_logprobs(body: ChatBody) -> int | None:
             raise InvalidRequest("top_logprobs needs logprobs.", param="top_logprobs")
         return None
     return body.top_logprobs or 0
+
+
+def completion_logprobs(body: CompletionBody) -> int | None:
+    if body.logprobs is not None and not 0 <= body.logprobs <= MAX_LOGPROBS:
+        raise InvalidRequest(f"logprobs must be in [0, {MAX_LOGPROBS}].", param="logprobs")
+    return body.logprobs
 
 
 def text_rules(

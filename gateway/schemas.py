@@ -39,7 +39,9 @@ _UNSUPPORTED = (
     "suffix",
     "documents",
     "audio",
+    "web_search_options",
 )
+_MODALITIES: tuple[object, ...] = (None, [], ["text"])
 
 _PROMPT_SCHEMA = {
     "anyOf": [
@@ -174,6 +176,8 @@ class DetokenizeBody(Wire):
 
 def parse_chat(fields: Mapping[str, Any]) -> ChatBody:
     refuse_unsupported(fields)
+    if fields.get("modalities") not in _MODALITIES:
+        raise Unsupported("Only the modality text is supported.", param="modalities")
     return valid(ChatBody, fields)
 
 

@@ -22,6 +22,7 @@ from gateway.request_rules import (
     checked_n,
     checked_priority,
     checked_salt,
+    completion_logprobs,
     prompts_of,
     stream_rules,
     text_rules,
@@ -85,7 +86,7 @@ class Validator:
             budget=Budget(
                 asked.max_model_len, "prompt", body.max_tokens, DEFAULT_COMPLETION_TOKENS
             ),
-            num_logprobs=body.logprobs,
+            num_logprobs=completion_logprobs(body),
             echo=bool(body.echo),
         )
         return self._request(body, asked, shape)
@@ -93,9 +94,10 @@ class Validator:
     async def chat(self, body: ChatBody, asked: Asked, route: Route = Route.CHAT) -> Request:
         """`route`: the API that the chat was written for."""
         n = checked_n(body.n)
-        max_tokens = body.max_completion_tokens
-        max_tokens = body.max_tokens if max_tokens is None else max_tokens
-        budget = Budget(asked.max_model_len, "messages", max_tokens)
+        budget = Budget(asked.max_model_len, "messages", body.max_tokens)
+        if body.max_completion_tokens is not None:
+            field = "max_completion_tokens"
+            budget = replace(budget, asked=body.max_completion_tokens, field=field)
         if route is Route.RESPONSES:
             budget = replace(budget, unit="input", field="max_output_tokens")
         tools = self._tools(body)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import difflib
 import logging
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,7 +16,7 @@ from fastapi import APIRouter, FastAPI, Request
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from cluster.codec import decode_load
-from cluster.errors import ConfigError, RouteNotFound, ServingError
+from cluster.errors import ConfigError, InvalidRequest, RouteNotFound, ServingError
 from cluster.membership import Event, StateObserved
 from cluster.node import NodeState
 from cluster.proto import node_pb2 as pb
@@ -88,12 +89,14 @@ def _views(gateway: Gateway) -> APIRouter:
         loads = await asyncio.gather(*(_load_now(entry) for entry in entries))
         now = gateway.clock()
         shown = zip(entries, loads, strict=True)
-        return {"nodes": [node_view(entry, load, now) for entry, load in shown]}
+        model = gateway.model_names[0]
+        return {"nodes": [node_view(entry, load, now, model=model) for entry, load in shown]}
 
     @router.get("/requests", summary="Requests in flight, and where they were placed")
     async def requests() -> Json:
         active = gateway.dispatcher.active.values()
-        return {"requests": request_views(active, gateway.clock())}
+        views = request_views(active, gateway.clock(), model=gateway.model_names[0])
+        return {"requests": views}
 
     @router.get("/leases", summary="Leases of KV that is in transfer, asked of every node")
     async def leases() -> Json:
@@ -120,7 +123,7 @@ def _levers(gateway: Gateway, observe: Callable[[Event], None]) -> APIRouter:
         num_cancelled = gateway.dispatcher.cancel_request(request_id)
         _audit("cancel", request_id, f"{num_cancelled} sequences")
         if num_cancelled == 0:
-            raise RouteNotFound("No such request is in flight.", param="id")
+            raise RouteNotFound(f"No request {request_id[:200]} is in flight.", param="id")
         return {"id": request_id, "num_cancelled": num_cancelled}
 
     async def order(name: str, action: pb.ControlRequest.Action) -> Json:
@@ -178,6 +181,7 @@ def _policy(gateway: Gateway) -> APIRouter:
         fields = await read_object(
             request.scope, request.receive, max_bytes=16_384, timeout_seconds=10.0
         )
+        _check_names(fields)
         try:
             asked = PolicyChange.model_validate(fields)
         except ValidationError as error:
@@ -192,6 +196,15 @@ def _policy(gateway: Gateway) -> APIRouter:
         return _policy_view(gateway)
 
     return router
+
+
+def _check_names(fields: Json) -> None:
+    known = list(PolicyChange.model_fields)
+    for name in fields:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            advice = f"Did you mean {close[0]}?" if close else f"There are {', '.join(known)}."
+            raise InvalidRequest(f"The policy has no {name[:200]!r}. {advice}", param=name)
 
 
 def _policy_view(gateway: Gateway) -> Json:
@@ -225,7 +238,8 @@ async def _inspect(entry: NodeEntry) -> pb.InspectReply | None:
 def _entry(gateway: Gateway, name: str) -> NodeEntry:
     entry = gateway.nodes.get(name)
     if entry is None:
-        raise RouteNotFound("There is no node of this name.", param="name")
+        known = ", ".join(sorted(each.info.id.name for each in gateway.nodes)) or "none"
+        raise RouteNotFound(f"There is no node {name[:200]}; known: {known}.", param="name")
     return entry
 
 

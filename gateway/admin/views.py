@@ -26,15 +26,16 @@ _STATES = {
 }
 
 
-def node_view(entry: NodeEntry, load: NodeLoad, now: float) -> Json:
-    """`load`: as it is now, or as new as it is known."""
+def node_view(entry: NodeEntry, load: NodeLoad, now: float, *, model: str) -> Json:
+    """`load`: as it is now, or as new as it is known. `model`: as clients name it."""
     info = entry.info
     return {
         "name": info.id.name,
         "incarnation": str(info.id.incarnation),  # 63 bits: more than JavaScript's numbers hold
         "role": info.role.value,
         "state": info.state.value,
-        "model": info.model_name,
+        "model": model,
+        "checkpoint": info.model_name,
         "compatibility_hash": info.compatibility_hash,
         "block_size": info.block_size,
         "max_model_len": info.max_model_len,
@@ -51,12 +52,13 @@ def node_view(entry: NodeEntry, load: NodeLoad, now: float) -> Json:
     }
 
 
-def request_views(active: Iterable[ActiveSequence], now: float) -> list[Json]:
+def request_views(active: Iterable[ActiveSequence], now: float, *, model: str) -> list[Json]:
     """One entry per request, oldest first, with its sequences inside."""
     grouped: dict[str, list[ActiveSequence]] = {}
     for sequence in active:
         grouped.setdefault(sequence.request.request_id, []).append(sequence)
-    return [_request_view(name, sequences, now) for name, sequences in grouped.items()]
+    views = [_request_view(name, sequences, now) for name, sequences in grouped.items()]
+    return [{**view, "model": model} for view in views]
 
 
 def _request_view(request_id: str, sequences: list[ActiveSequence], now: float) -> Json:
@@ -66,7 +68,6 @@ def _request_view(request_id: str, sequences: list[ActiveSequence], now: float) 
     return {
         "id": request_id,
         "state": _STATES[slowest.state],
-        "model": first.decode.info.model_name,
         "prefill_node": None if first.prefill is None else first.prefill.info.id.name,
         "decode_node": first.decode.info.id.name,
         "prompt_tokens": len(first.request.prompt_token_ids),

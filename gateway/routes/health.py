@@ -28,14 +28,14 @@ def health_router(gateway: Gateway, metrics: CollectorRegistry) -> APIRouter:
         return Response()
 
     @router.head("/readyz", include_in_schema=False)
-    @router.get("/readyz", summary="May traffic come?")
+    @router.get("/readyz", summary="May traffic come? If not, why")
     async def readyz() -> Response:
-        return Response(status_code=200 if gateway.is_ready else 503)
+        return _readiness(gateway)
 
     @router.head("/health", include_in_schema=False)
     @router.get("/health", summary="The same as /readyz")
     async def health() -> Response:
-        return Response(status_code=200 if gateway.is_ready else 503)
+        return _readiness(gateway)
 
     @router.get("/version", summary="The version that runs")
     async def version() -> dict[str, str]:
@@ -47,3 +47,10 @@ def health_router(gateway: Gateway, metrics: CollectorRegistry) -> APIRouter:
         return Response(encode(metrics), media_type=content_type)
 
     return router
+
+
+def _readiness(gateway: Gateway) -> Response:
+    why_not = gateway.why_not_ready()
+    if why_not is None:
+        return Response()
+    return Response(f"Not ready: {why_not}.\n", status_code=503, media_type="text/plain")

@@ -145,6 +145,20 @@ def test_a_terminal_gets_a_table_with_colours() -> None:
     assert "\x1b[33mcordoned" in captured.get()
 
 
+@pytest.mark.parametrize("width", [60, 80, 100, 140])
+def test_a_narrow_terminal_gets_whole_columns_and_hears_which_are_missing(width: int) -> None:
+    console = Console(force_terminal=True, width=width, color_system=None)
+    with console.capture() as captured:
+        render_rows([NODE, NODE | {"name": "prefill-0"}], NODES, empty="none", console=console)
+    table, _, told = captured.get().partition("Too narrow for ")
+    lines = table.splitlines()
+    assert len(lines) == 3
+    assert max(map(len, lines)) <= max(width, 66)  # 66: what is never left out
+    assert "\N{HORIZONTAL ELLIPSIS}" not in table
+    for column in NODES:
+        assert (column.heading in lines[0]) != (column.heading in " ".join(told.split()))
+
+
 def test_what_the_server_sends_cannot_steer_the_terminal() -> None:
     assert "\x1b" not in shown("evil\x1b[2J\nname")
     assert "\n" not in shown("evil\x1b[2J\nname")
@@ -207,12 +221,20 @@ def test_actions_post_to_the_thing_they_name(
     assert server.seen == [("POST", path, {})]
 
 
+def test_the_prefix_cache_of_every_node_is_reset(
+    server: AdminServer, admin: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.answers["POST", "/admin/v1/prefix-cache:reset"] = 200, {"nodes": ["p", "d"]}
+    assert admin("reset-prefix-cache") == 0
+    assert capsys.readouterr().out == "reset on p,d\n"
+
+
 def test_policy_settings_are_typed_and_sent_together(
     server: AdminServer, admin: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     server.answers["PATCH", "/admin/v1/policy"] = 200, {"b": "recompute", "a": 5}
-    assert admin("policy", "set", "a=5", "b=recompute", "c=true", "d=null") == 0
-    changes = {"a": 5, "b": "recompute", "c": True, "d": None}
+    assert admin("policy", "set", "a=5", "b=recompute", "c-x=true", "d=null") == 0
+    changes = {"a": 5, "b": "recompute", "c_x": True, "d": None}
     assert server.seen == [("PATCH", "/admin/v1/policy", changes)]
     assert capsys.readouterr().out == "a = 5\nb = recompute\n"
 
@@ -227,8 +249,10 @@ def test_a_setting_without_a_value_is_a_usage_error(
 def test_errors_are_one_line_that_says_what_to_do(
     server: AdminServer, admin: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
+    unknown = {"message": "There is no node ghost.", "param": "name"}
+    server.answers["POST", "/admin/v1/nodes/ghost:cordon"] = 404, {"error": unknown}
     assert admin("cordon", "ghost") == EXIT_REFUSED
-    assert capsys.readouterr().err == "baton admin: There is no /admin/v1/nodes/ghost:cordon.\n"
+    assert capsys.readouterr().err == "baton admin: There is no node ghost.\n"
     server.token = "right"
     assert admin("nodes") == EXIT_REFUSED
     assert "wants a token; pass --admin-token" in capsys.readouterr().err
@@ -242,7 +266,16 @@ def test_a_refusal_is_shown_in_the_words_of_the_server(
     error = {"error": {"message": "x must be positive.", "code": "invalid_value"}}
     server.answers["PATCH", "/admin/v1/policy"] = 400, error
     assert admin("policy", "set", "x=-1") == EXIT_REFUSED
-    assert "x must be positive. (HTTP 400)" in capsys.readouterr().err
+    assert capsys.readouterr().err == "baton admin: x must be positive.\n"
+
+
+def test_a_public_port_is_told_from_an_admin_port(
+    server: AdminServer, admin: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert admin("nodes") == EXIT_REFUSED  # the server of the test knows no route
+    told = capsys.readouterr().err
+    assert f"{server.url} has no /admin/v1/nodes; is it the public port?" in told
+    assert "--admin-port, 8001" in told
 
 
 def test_an_address_where_nothing_listens_is_not_ready(

@@ -239,3 +239,20 @@ def test_deltas_for_nobody_are_dropped_silently() -> None:
             await anext(session)
 
     run(scenario)
+
+
+def test_a_sequence_that_ends_in_an_error_is_in_the_nodes_log_under_its_id(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def scenario() -> None:
+        hub = SessionHub()
+        hub.open("g")
+        error = NodeLost("lost", reason="prefill_lost")
+        hub.publish("g", [tokens("a", 1), TokenDelta(sequence_id="b", error=error)])
+
+    with caplog.at_level("INFO"):
+        run(scenario)
+    (record,) = caplog.records
+    facts = record.__dict__
+    assert (facts["sequence_id"], facts["error"]) == ("b", "node_lost")
+    assert facts["reason"] == "prefill_lost"

@@ -38,6 +38,16 @@ def test_nodes_are_shown_with_state_and_load(admin: httpx.Client) -> None:
     assert node["load"]["num_transfers"] == 0
 
 
+def test_a_node_serves_the_model_that_clients_name_from_the_checkpoint_of_its_folder(
+    gateway: RunningGateway, admin: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entry = gateway.gateway.nodes.get("decode-0")
+    assert entry is not None
+    monkeypatch.setattr(entry, "info", replace(entry.info, model_name="a_folder"))
+    nodes = {node["name"]: node for node in admin.get("/nodes").json()["nodes"]}
+    assert (nodes["decode-0"]["model"], nodes["decode-0"]["checkpoint"]) == (MODEL, "a_folder")
+
+
 def test_a_nodes_load_is_what_it_says_now_and_not_its_last_heartbeat(
     gateway: RunningGateway, admin: httpx.Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -130,6 +140,24 @@ def test_the_policy_changes_at_once_or_not_at_all(
     recompute = admin.patch("/policy", json={"kv_load_failure_policy": "recompute"})
     assert recompute.json() == {**changed.json(), "kv_load_failure_policy": "recompute"}
     assert admin.patch("/policy", json=before).json() == before
+
+
+def test_a_setting_that_the_policy_has_not_is_answered_with_what_it_has(
+    admin: httpx.Client,
+) -> None:
+    def told(name: str) -> str:
+        return str(admin.patch("/policy", json={name: 2}).json()["error"]["message"])
+
+    assert told("stream_intervl") == (
+        "The policy has no 'stream_intervl'. Did you mean stream_interval?"
+    )
+    assert "There are local_prefill_tokens, stream_interval" in told("x")
+
+
+def test_a_node_that_is_not_there_is_answered_with_those_that_are(admin: httpx.Client) -> None:
+    error = admin.post("/nodes/decode-9:drain").json()["error"]
+    assert error["message"] == "There is no node decode-9; known: decode-0, prefill-0."
+    assert error["param"] == "name"
 
 
 @pytest.mark.parametrize(

@@ -111,6 +111,38 @@ def test_only_a_session_that_breaks_is_called_lost(
     assert not any("lost decode" in message for message in caplog.messages)
 
 
+def test_the_log_of_a_failed_request_names_its_nodes_and_the_cause(
+    running: RunningGateway, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    running.do(running.decode.gates.tokens.clear)
+    stream = OpenStream(running)
+    assert stream.has_text.wait(10)
+    running.until(lambda: not running.prefill._tasks)
+    running.call(running.decode.kill())
+    stream.error()
+    running.until(lambda: "request ended" in caplog.messages)
+    records = {record.message: record.__dict__ for record in caplog.records}
+    ended, attempt = records["request ended"], records["an attempt failed: the client is told"]
+    assert (ended["levelname"], ended["status"]) == ("WARNING", 503)
+    assert ended["num_retries"] == 0
+    for facts in (ended, attempt):
+        assert facts["nodes"] == "prefill-0 > decode-0"
+        assert (facts["error"], facts["reason"]) == ("node_lost", "decode_lost")
+    assert attempt["request_id"]
+    assert attempt["sequence_id"] in running.prefill.submitted
+
+
+def test_an_answered_request_is_no_warning_and_names_its_nodes(
+    running: RunningGateway, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    assert post(running, n=2).status_code == 200
+    (ended,) = [r.__dict__ for r in caplog.records if r.message == "request ended"]
+    assert (ended["levelname"], ended["nodes"]) == ("INFO", "prefill-0 > decode-0")
+    assert (ended["error"], ended["reason"], ended["num_retries"]) == (None, None, 0)
+
+
 def test_a_prefill_node_killed_before_its_token_is_a_503(running: RunningGateway) -> None:
     running.do(running.prefill.gates.first_token.clear)
     with ThreadPoolExecutor(1) as pool:
@@ -270,7 +302,9 @@ def test_without_a_pair_requests_are_refused_and_health_says_so(running: Running
     response = post(running)
     assert code_of(response) == (503, "no_capacity")
     assert int(response.headers["retry-after"]) >= 1
-    assert httpx.get(f"{running.url}/readyz").status_code == 503
+    for path in ("readyz", "health"):
+        answer = httpx.get(f"{running.url}/{path}")
+        assert (answer.status_code, answer.text) == (503, "Not ready: no decode node is ready.\n")
     assert httpx.get(f"{running.url}/livez").status_code == 200
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import socket
 from typing import TYPE_CHECKING, Any
@@ -61,7 +62,8 @@ BAD_COMPLETIONS: list[tuple[dict[str, Any], str]] = [
     ({"max_tokens": 10**9}, "prompt"),
     ({"min_tokens": 9}, "min_tokens"),
     ({"presence_penalty": 3}, "presence_penalty"),
-    ({"logprobs": 21}, "top_logprobs"),
+    ({"logprobs": 21}, "logprobs"),
+    ({"logprobs": -1}, "logprobs"),
     ({"logprobs": 1, "echo": True}, "echo"),
     ({"logit_bias": {"x": 1}}, "logit_bias"),
     ({"logit_bias": {"1": 101}}, "logit_bias"),
@@ -94,6 +96,9 @@ BAD_CHATS: list[tuple[dict[str, Any], str]] = [
     ({"tool_choice": "auto"}, "tool_choice"),
     ({"chat_template": "{{ x }}"}, "chat_template"),
     ({"chat_template_kwargs": {"messages": "x"}}, "chat_template_kwargs.messages"),
+    ({"modalities": ["text", "audio"]}, "modalities"),
+    ({"web_search_options": {}}, "web_search_options"),
+    ({"max_completion_tokens": 0}, "max_completion_tokens"),
     ({"top_logprobs": 2}, "top_logprobs"),
     ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
     (
@@ -165,7 +170,27 @@ def test_a_model_need_not_be_named(http: httpx.Client) -> None:
 def test_another_content_type_is_a_415(http: httpx.Client) -> None:
     response = http.post("/v1/completions", content=b"a=1", headers={"content-type": "text/plain"})
     assert response.status_code == 415
-    assert error_of(response)["code"] == "unsupported_media_type"
+    error = error_of(response)
+    assert error["code"] == "unsupported_media_type"
+    assert error["message"] == "The content type must be application/json, not 'text/plain'."
+
+
+def test_what_curl_sends_untold_is_answered_with_the_flag_it_lacks(http: httpx.Client) -> None:
+    headers = {"content-type": "application/x-www-form-urlencoded"}
+    response = http.post("/v1/completions", content=b"{}", headers=headers)
+    assert response.status_code == 415
+    told = "With curl: -H 'Content-Type: application/json'."
+    assert error_of(response)["message"].endswith(told)
+
+
+def test_a_compressed_body_is_a_415_that_says_so(http: httpx.Client) -> None:
+    headers = {"content-type": "application/json", "content-encoding": "gzip"}
+    response = http.post("/v1/completions", content=gzip.compress(b"{}"), headers=headers)
+    assert response.status_code == 415
+    assert "'gzip'" in error_of(response)["message"]
+    headers["content-encoding"] = "identity"
+    body = json.dumps(completion()).encode()
+    assert http.post("/v1/completions", content=body, headers=headers).status_code == 200
 
 
 @pytest.mark.parametrize("is_chunked", [False, True])

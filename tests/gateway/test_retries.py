@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -282,8 +283,9 @@ def test_a_failed_transfer_is_redispatched_to_another_prefill_node_and_then_repo
 
 
 def test_a_stream_survives_the_loss_of_its_decode_node(
-    new_gateway: NewGateway, expected: str
+    new_gateway: NewGateway, expected: str, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level(logging.INFO)
     running = new_gateway(num_decode=2, stream_recovery=True)
     for name in ("decode-0", "decode-1"):
         running.do(running.nodes[name].gates.tokens.clear)
@@ -298,6 +300,11 @@ def test_a_stream_survives_the_loss_of_its_decode_node(
     assert text_of(reading.result()) == expected
     assert running.gateway.measures.retries["recovery", "decode_lost"] == 1
     everything_is_given_back(running)
+    running.until(lambda: "request ended" in caplog.messages)
+    assert "an attempt failed: recovery" in caplog.messages
+    (ended,) = [r.__dict__ for r in caplog.records if r.message == "request ended"]
+    assert (ended["status"], ended["num_retries"]) == (200, 1)
+    assert len(ended["nodes"].split(", ")) == 2
 
 
 def test_a_stream_that_cannot_go_on_elsewhere_gets_the_error(new_gateway: NewGateway) -> None:
