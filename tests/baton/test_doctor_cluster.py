@@ -57,7 +57,9 @@ class FakeAdmin(AdminClient):
     def get(self, path: str) -> dict[str, Any]:
         return {"nodes": NODES}
 
-    def post(self, path: str, body: Mapping[str, object], timeout_seconds: float) -> dict[str, Any]:
+    def post(
+        self, path: str, body: Mapping[str, object], timeout_seconds: float = 1.0
+    ) -> dict[str, Any]:
         self.asked.append(body)
         answer = self.answers[str(body["decode"]).replace("-", "_")]
         if isinstance(answer, Exception):

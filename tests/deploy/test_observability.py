@@ -152,6 +152,21 @@ def test_legends_use_labels_that_are_left_after_grouping(dashboard: dict[str, An
                 assert shown <= kept, panel["title"]
 
 
+def test_a_share_of_failures_is_there_when_nothing_has_failed(dashboard: dict[str, Any]) -> None:
+    """Prometheus has no series of what has not happened, and 0/0 is no number."""
+    shares = [
+        target["expr"]
+        for panel in dashboard["panels"]
+        for target in panel.get("targets", ())
+        if panel["type"] == "stat" and " / " in target["expr"]
+    ]
+    assert len(shares) == 2
+    for expression in shares:
+        part, _, whole = expression.partition(" / ")
+        assert whole.endswith("> 0)"), expression
+        assert "{" not in part or "or vector(0)" in part, expression
+
+
 def test_brackets_and_quotes_of_expressions_close(expressions: list[str]) -> None:
     for expression in expressions:
         assert expression.count('"') % 2 == 0
