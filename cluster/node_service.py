@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import grpc
@@ -35,7 +36,7 @@ from cluster.proto import node_pb2_grpc
 from cluster.request import Handoff, SequenceRequest, TokenDelta
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Callable
 
     from cluster.rpc import SessionHub
 
@@ -144,39 +145,40 @@ class NodeService(node_pb2_grpc.NodeServicer):
                 case "cancel":
                     self._cancel(gateway_id, frame.cancel.sequence_id)
                 case "orphaned":
-                    self._orphaned(gateway_id, frame.orphaned.sequence_id)
+                    orphan = frame.orphaned.sequence_id
+                    orphaned = partial(self._handler.orphaned, gateway_id, orphan)
+                    self._serve(gateway_id, orphan, orphaned)
                 case other:
                     raise InvalidRequest(f"A session does not take {other} here.")
 
     def _submit(self, gateway_id: str, submit: pb.Submit) -> None:
         """Raises for a sequence without a valid id: no delta could tell whose end it is."""
         sequence_id = checked_id("sequence_id", submit.sequence.sequence_id)
+        if not self._serve(gateway_id, sequence_id, lambda: self._take(gateway_id, submit)):
+            self._cancel(gateway_id, sequence_id)  # what it had begun
+
+    def _take(self, gateway_id: str, submit: pb.Submit) -> None:
         try:
             sequence = decode_sequence(submit.sequence)
             handoff = decode_handoff(submit.handoff) if submit.HasField("handoff") else None
             self._handler.submit(gateway_id, sequence, handoff)
         except ServingError as error:
-            self._end(gateway_id, sequence_id, error)
-        except Exception:  # the role's, as below
-            self._broke(gateway_id, sequence_id)
-            self._cancel(gateway_id, sequence_id)  # what it had begun
+            self._end(gateway_id, submit.sequence.sequence_id, error)
 
     def _cancel(self, gateway_id: str, sequence_id: str) -> None:
-        try:
-            self._handler.cancel(sequence_id)
-        except Exception:  # the role's, as below
-            self._broke(gateway_id, sequence_id)
+        self._serve(gateway_id, sequence_id, partial(self._handler.cancel, sequence_id))
 
-    def _orphaned(self, gateway_id: str, sequence_id: str) -> None:
+    def _serve(self, gateway_id: str, sequence_id: str, serve: Callable[[], None]) -> bool:
+        """False when the role breaks over it. All sequences of a gateway hang on who reads its
+        frames: only this one ends."""
         try:
-            self._handler.orphaned(gateway_id, sequence_id)
-        except Exception:  # the role's, as below
-            self._broke(gateway_id, sequence_id)
-
-    def _broke(self, gateway_id: str, sequence_id: str) -> None:
-        """All sequences of a gateway hang on who reads its frames: only one of them ends."""
-        logger.exception("a frame about sequence %s could not be served", sequence_id)
-        self._end(gateway_id, sequence_id, InternalError("The node failed at this sequence."))
+            serve()
+        except Exception:
+            logger.exception("a frame about sequence %s could not be served", sequence_id)
+            error = InternalError("The node failed at this sequence.")
+            self._end(gateway_id, sequence_id, error)
+            return False
+        return True
 
     def _end(self, gateway_id: str, sequence_id: str, error: ServingError) -> None:
         self._hub.publish(gateway_id, [TokenDelta(sequence_id=sequence_id, error=error)])

@@ -101,12 +101,8 @@ class Errands:
     async def _revoke(self, session_id: int) -> None:
         session = self._sessions.remove(session_id)
         self._agent.stats.revocations += 1
-        try:
-            is_revoked = await session.revoke()
-        except Exception:  # the top of the task: who knows what still writes
-            logger.exception("a connection could not be cut")
-            is_revoked = False
-        if is_revoked:
+        is_revoked = await _outcome(session.revoke(), "A connection could not be cut.")
+        if is_revoked is True:  # else, who knows what still writes
             self._execute(self._intake.session_revoked(session_id, self._clock()))
         else:
             self._execute(self._intake.revocation_failed(session_id, self._clock()))
@@ -118,11 +114,11 @@ class Errands:
 
 
 async def _outcome(errand: Awaitable[T], apology: str) -> T | ServingError:
-    """What it gives, or why it gives nothing."""
+    """What it gives, or why it gives nothing: of the task that runs it nobody else hears."""
     try:
         return await errand
     except ServingError as refused:
         return refused
-    except Exception:  # the top of the task: the sender must hear of it
+    except Exception:
         logger.exception("an errand failed: %s", apology)
         return InternalError(apology)

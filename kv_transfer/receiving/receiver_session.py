@@ -108,6 +108,7 @@ class ReceiverSession:
         endpoint.on_close(self._lost)
         self._pieces = self._agent.pieces_of(endpoint, self.digest_kind)
         self._receiving = asyncio.create_task(self._receive(endpoint))
+        self._receiving.add_done_callback(self._received)
         self._hear()
 
     def messages_connected(self, messages: LocalMessages) -> None:
@@ -151,19 +152,20 @@ class ReceiverSession:
             self._post_header(endpoint, torch.zeros(limits.max_header_bytes, dtype=torch.uint8))
             for _ in range(_HEADERS_AHEAD)
         )
-        try:
-            while True:
-                buffer, received = posted.popleft()
-                await received
-                message = parse_message(buffer.numpy().data, limits)
-                posted.append(self._post_header(endpoint, buffer))
-                if isinstance(message, CommitMessage):
-                    self._events.commit_arrived(self.id, message)
-                else:
-                    await self._take(endpoint, message)
-                    await asyncio.sleep(0)  # what has landed meanwhile goes before what comes
-        except Exception as error:
-            self._break(error)
+        while True:
+            buffer, received = posted.popleft()
+            await received
+            message = parse_message(buffer.numpy().data, limits)
+            posted.append(self._post_header(endpoint, buffer))
+            if isinstance(message, CommitMessage):
+                self._events.commit_arrived(self.id, message)
+            else:
+                await self._take(endpoint, message)
+                await asyncio.sleep(0)  # what has landed meanwhile goes before what comes
+
+    def _received(self, receiving: asyncio.Task[None]) -> None:
+        if not receiving.cancelled():
+            self._break(receiving.exception())
 
     def _heard(self, data: memoryview, reader: SlotReader) -> None:
         """A message over the local connection."""
@@ -176,7 +178,7 @@ class ReceiverSession:
         except Exception as error:
             self._break(error)
 
-    def _break(self, error: Exception) -> None:
+    def _break(self, error: BaseException | None) -> None:
         reason = FailureReason.LINK_LOST
         if isinstance(error, FrameMalformed):
             logger.warning("frames of %s cannot be read: %s", self.peer.name, error.message)

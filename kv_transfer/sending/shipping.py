@@ -94,6 +94,7 @@ class Shipping:
         )
         self._reads = SlotReads(link.messages, cut) if link.messages is not None else None
         self._pumping = asyncio.create_task(self._pump())
+        self._pumping.add_done_callback(self._pumped)
 
     def wake(self) -> None:
         """A transfer may have a frame to ship: one is packed at once, where there is a slot."""
@@ -104,8 +105,8 @@ class Shipping:
             shipment = self._ship(slot) if slot is not None else None
             if slot is None or (shipment is not None and shipment.machine.has_frame):
                 self._has_work.set()  # the rest, one a round
-        except Exception:  # whoever wakes us has others to care for
-            self._give_up()
+        except Exception as error:  # whoever wakes us has others to care for
+            self._give_up(error)
 
     def commit(self, commit: CommitMessage) -> None:
         """Behind the headers of all its frames. Should it not arrive, the link is lost."""
@@ -118,17 +119,18 @@ class Shipping:
         await asyncio.gather(self._pumping, *self._packing, return_exceptions=True)
 
     async def _pump(self) -> None:
-        try:
-            while True:
-                await self._has_work.wait()
-                if self._ship(await self._agent.staging.acquire(self._shipper)) is None:
-                    self._has_work.clear()
-                await asyncio.sleep(0)  # what is packed meanwhile goes out before more is packed
-        except Exception:  # the top of the task
-            self._give_up()
+        while True:
+            await self._has_work.wait()
+            if self._ship(await self._agent.staging.acquire(self._shipper)) is None:
+                self._has_work.clear()
+            await asyncio.sleep(0)  # what is packed meanwhile goes out before more is packed
 
-    def _give_up(self) -> None:
-        logger.exception("frames cannot be planned any more")
+    def _pumped(self, pumping: asyncio.Task[None]) -> None:
+        if not pumping.cancelled():
+            self._give_up(pumping.exception())
+
+    def _give_up(self, error: BaseException | None) -> None:
+        logger.error("frames cannot be planned any more", exc_info=error)
         self._cut()  # nothing is ever sent again
 
     def _ship(self, slot: StagingSlot) -> Any:

@@ -87,15 +87,22 @@ def test_sources_and_slots_come_back_when_a_frame_cannot_be_posted(
     with_pair(scenario)
 
 
+@pytest.mark.parametrize("waits", [False, True], ids=["at once", "when there is a slot"])
 def test_a_hand_off_whose_frames_cannot_be_planned_ends_and_the_next_ones_go_on(
-    monkeypatch: pytest.MonkeyPatch,
+    waits: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def scenario(prefill: PrefillSide, decode: DecodeSide) -> None:
         request = make_request(32)
         prefill.hand_off(decode, request)
         await until(lambda: decode.source.of(request.sequence_id) == ["reserved"])
         monkeypatch.setattr(OutgoingTransfer, "next_frame", broken)
+        staging = prefill.sender.agent.staging
+        taken = [staging.take("others") for _ in range(staging.num_slots if waits else 0)]
         prefill.compute(request, TABLE)
+        await asyncio.sleep(0)
+        for slot in taken:
+            assert slot is not None
+            staging.release(slot)
         await until(lambda: prefill.owner.of(request.sequence_id) == ["failed", "free"])
         monkeypatch.undo()
         await handed_off(prefill, decode)
@@ -156,6 +163,29 @@ def test_a_node_that_breaks_over_the_end_of_one_hand_off_hears_of_the_others(
         await until(lambda: prefill.owner.of(last) == ["committed", "free"])
         await until(lambda: prefill.sender.num_transfers == 0)
         assert prefill.sender.agent.stats.pairings == 1
+
+    with_pair(scenario)
+
+
+@pytest.mark.parametrize("errand", ["reserve", "start"])
+def test_a_sender_hears_of_a_node_that_breaks_when_it_is_asked(
+    errand: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It waits for the answer, and so do the blocks at its end."""
+
+    async def breaks(*_: Any) -> None:
+        broken()
+
+    async def scenario(prefill: PrefillSide, decode: DecodeSide) -> None:
+        monkeypatch.setattr(decode.source, errand, breaks)
+        request = make_request(32)
+        prefill.hand_off(decode, request)
+        prefill.compute(request, TABLE)
+        prefill.sender.commit(request.sequence_id, 7)
+        await until(lambda: prefill.owner.of(request.sequence_id) == ["failed", "free"])
+        await until(lambda: len(decode.source.free) == NUM_BLOCKS)
+        monkeypatch.undo()
+        await handed_off(prefill, decode)
 
     with_pair(scenario)
 
