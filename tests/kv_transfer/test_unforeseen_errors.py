@@ -97,7 +97,7 @@ def test_a_hand_off_whose_frames_cannot_be_planned_ends_and_the_next_ones_go_on(
         await until(lambda: decode.source.of(request.sequence_id) == ["reserved"])
         monkeypatch.setattr(OutgoingTransfer, "next_frame", broken)
         staging = prefill.sender.agent.staging
-        taken = [staging.take("others") for _ in range(staging.num_slots if waits else 0)]
+        taken = [staging.take(other) for other in range(staging.num_slots if waits else 0)]
         prefill.compute(request, TABLE)
         await asyncio.sleep(0)
         for slot in taken:
