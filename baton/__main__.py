@@ -1,12 +1,15 @@
 """The `baton` command: one line per program, each loaded only when asked for.
 
 `baton gateway` must start without torch, so programs are resolved by name with importlib.
-Exit codes: 0 done, 2 usage, 3 configuration, 4 not ready, 130 interrupted.
+Exit codes: 0 done, 2 usage, 3 configuration, 4 not ready, 130 interrupted,
+141 the reader of the output has left.
 """
 
 from __future__ import annotations
 
 import importlib
+import os
+import select
 import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -20,6 +23,8 @@ if TYPE_CHECKING:
 EXIT_USAGE = 2
 EXIT_CONFIG = 3
 EXIT_INTERRUPTED = 130
+STANDARD_OUTPUT = 1
+EXIT_BROKEN_PIPE = 141  # as of a program that SIGPIPE ends
 
 ROOMS = (
     *("baton", "gateway", "prefill_node", "decode_node", "loadtest"),
@@ -70,11 +75,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run_program(program: Program, arguments: Sequence[str]) -> int:
     try:
         entry: Callable[[Sequence[str]], int] = importlib.import_module(program.module).main
-        return entry(arguments)
+        code = entry(arguments)
+        sys.stdout.flush()
     except ConfigError as error:
-        prefix = f"baton {program.name}: "
-        print(prefix + error.message.removeprefix(prefix), file=sys.stderr)
+        is_named = error.message.startswith(f"baton {program.name}")
+        prefix = "" if is_named else f"baton {program.name}: "
+        print(prefix + error.message, file=sys.stderr)
         return error.exit_code
+    except BrokenPipeError:
+        if not _has_lost_its_reader():
+            raise
+        return EXIT_BROKEN_PIPE
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except ModuleNotFoundError as error:
@@ -86,6 +97,18 @@ def run_program(program: Program, arguments: Sequence[str]) -> int:
             file=sys.stderr,
         )
         return EXIT_CONFIG
+    return code
+
+
+def _has_lost_its_reader() -> bool:
+    """Whether whoever read the output has left, as `| head` does. Python says so once more at its
+    end, unless what is left of the output goes nowhere."""
+    output = select.poll()
+    output.register(STANDARD_OUTPUT, 0)
+    if not output.poll(0):  # a broken end is told unasked
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), STANDARD_OUTPUT)
+    return True
 
 
 if __name__ == "__main__":

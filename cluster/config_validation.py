@@ -103,5 +103,6 @@ def _refuse_value(
 
 def raise_for(each: Option, message: str, origin: str) -> NoReturn:
     kind = UsageError if origin.startswith(("flag", "argument")) else ConfigError
+    where = "" if origin == f"flag {each.flag}" else f" ({origin})"
     # From None: the cause holds the value as given, and that may be a secret.
-    raise kind(f"{each.flag}: {message} ({origin}).", param=each.name) from None
+    raise kind(f"{each.flag}: {message}{where}.", param=each.name) from None

@@ -15,7 +15,7 @@ from cluster.errors import UsageError
 from loadtest.client import ServerNotReady
 from loadtest.compare import read_result, render_comparison
 from loadtest.config import BenchConfig
-from loadtest.report import render_notes, render_table, save
+from loadtest.report import make_folder, render_notes, render_table, save
 from loadtest.run import run
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ EXIT_USAGE = 2
 EXIT_NOT_READY = 4
 _USAGE = (
     "usage: baton bench run [options]\n"
-    "       baton bench compare FIRST.json SECOND.json\n\n"
+    "       baton bench compare [--markdown] FIRST.json SECOND.json\n\n"
     "Measure an OpenAI-compatible server; lay two results of --save-result beside each other.\n\n"
     "`baton bench run --help` lists the options; without any it sends 1000 prompts of 1024 tokens "
     "to\nhttp://127.0.0.1:8000, all at once."
@@ -46,10 +46,15 @@ def main(argv: Sequence[str]) -> int:
 
 
 def bench_compare(argv: Sequence[str]) -> int:
-    if len(argv) != 2 or any(word.startswith("-") for word in argv):
+    """`--markdown`: a table for a report instead of one for a terminal."""
+    if argv and argv[0] in ("-h", "--help"):
+        print(_USAGE)
+        return 0
+    names = [word for word in argv if word != "--markdown"]
+    if len(names) != 2 or any(word.startswith("-") for word in names):
         raise UsageError("baton bench: compare takes two files of `baton bench run --save-result`.")
-    first, second = (read_result(Path(name)) for name in argv)
-    print(render_comparison(first, second))
+    first, second = (read_result(Path(name)) for name in names)
+    print(render_comparison(first, second, markdown="--markdown" in argv))
     return 0
 
 
@@ -65,6 +70,8 @@ def bench_run(argv: Sequence[str]) -> int:
         print(render_config(loaded), end="")
         return 0
     config = loaded[BenchConfig]
+    if config.is_saved:
+        make_folder(config)
     try:
         result = run(config)
     except ServerNotReady as error:
@@ -73,7 +80,7 @@ def bench_run(argv: Sequence[str]) -> int:
     print(render_table(result))
     if notes := render_notes(result):
         print(notes)
-    if config.save_result:
+    if config.is_saved:
         print(f"Saved {save(result)}")
     return 0 if result.summary.completed else EXIT_NOTHING_SUCCEEDED
 

@@ -9,7 +9,10 @@ Life of a request
 
 from __future__ import annotations
 
+import asyncio
 import json
+import os
+from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urljoin
 
@@ -28,6 +31,7 @@ if TYPE_CHECKING:
 
 _ROUTES = {"openai": "v1/completions", "openai-chat": "v1/chat/completions"}
 _MESSAGE_LIMIT = 500
+MODELS_SECONDS = 30.0  # for the server to name its model
 
 
 class ServerNotReady(NodeUnavailable):
@@ -45,12 +49,13 @@ class BenchClient:
         count_tokens: Callable[[str], int] | None = None,
     ) -> None:
         self._backend = config.backend
-        self._base_url = config.base_url.rstrip("/") + "/"
+        self._base_url = config.server_url + "/"
         self._url = urljoin(self._base_url, _ROUTES[config.backend])
         self._headers = {"Content-Type": "application/json"}
         if config.api_key:
             self._headers["Authorization"] = f"Bearer {config.api_key[0]}"
         self._timeout = aiohttp.ClientTimeout(total=config.request_timeout)
+        self._patience = min(config.request_timeout, MODELS_SECONDS)
         self._clock = clock
         self._count_tokens = count_tokens
 
@@ -82,12 +87,18 @@ class BenchClient:
         """The first of `/v1/models`. Raises `ServerNotReady`."""
         url = urljoin(self._base_url, "v1/models")
         try:
-            async with self._session.get(url) as response:
+            async with asyncio.timeout(self._patience), self._session.get(url) as response:
                 response.raise_for_status()
                 document: Any = await response.json()
             return str(document["data"][0]["id"])
-        except (aiohttp.ClientError, OSError, TimeoutError) as error:
-            raise ServerNotReady(f"{url} does not answer: {error or 'timeout'}") from error
+        except TimeoutError as error:
+            raise ServerNotReady(f"{url} did not answer in {self._patience:g} s.") from error
+        except aiohttp.ClientResponseError as error:
+            hint = "; pass --api-key" if error.status == HTTPStatus.UNAUTHORIZED else ""
+            told = f"{error.status} {error.message}".strip()
+            raise ServerNotReady(f"{url} answers {told}{hint}.") from error
+        except (aiohttp.ClientError, OSError) as error:
+            raise ServerNotReady(f"No server answers at {url}: {_cause(error)}.") from error
         except (LookupError, TypeError, ValueError) as error:
             raise ServerNotReady(f"{url} names no model; pass --model.") from error
 
@@ -124,6 +135,15 @@ def _refusal(status: int, body: bytes) -> RequestFailure:
         name, message = describe_error(document["error"])
         return RequestFailure(f"http_{status} {name}", message[:_MESSAGE_LIMIT])
     return RequestFailure(f"http_{status}", body[:_MESSAGE_LIMIT].decode(errors="replace"))
+
+
+def _cause(error: Exception) -> str:
+    """What the system says where it says something: "Connection refused"."""
+    cause = error.os_error if isinstance(error, aiohttp.ClientConnectorError) else error
+    number = getattr(cause, "errno", None) or 0
+    if number > 0:
+        return os.strerror(number)
+    return str(getattr(cause, "strerror", None) or cause).rstrip(".")
 
 
 def _connection_class(error: Exception) -> str:

@@ -1,6 +1,7 @@
 """Two saved results beside each other: what changed, and whether they measured the same thing.
 
-A ratio is the second over the first; whether more is better the name of the row says.
+Rows have the names of the table of a run. A ratio is the second over the first; whether more is
+better the name of the row says.
 """
 
 from __future__ import annotations
@@ -11,52 +12,91 @@ from typing import TYPE_CHECKING, Any
 from cluster.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
 Json = dict[str, Any]
-_COUNTS = ("completed", "failed")
-_RATES = ("request_throughput", "request_goodput", "output_throughput", "total_token_throughput")
-_PARTS = ("mean", "median", "p90", "p99")
+Row = tuple[str, str, str, str]
+_COUNTS = {"completed": "Successful requests", "failed": "Failed requests"}
+_RATES = {
+    "request_throughput": "Request throughput (req/s)",
+    "request_goodput": "Request goodput (req/s)",
+    "output_throughput": "Output token throughput (tok/s)",
+    "total_token_throughput": "Total token throughput (tok/s)",
+}
+_PARTS = {"mean": "Mean", "median": "Median", "p90": "P90", "p99": "P99"}
 _METRICS = ("ttft", "tpot", "itl", "e2el")
-# What may differ without making two runs incomparable.
-_INCIDENTAL = frozenset({"base_url", "label", "result_dir", "result_filename", "save_detailed"})
+_LATENCIES = {
+    f"{part}_{metric}_ms": f"{word} {metric.upper()} (ms)"
+    for metric in _METRICS
+    for part, word in _PARTS.items()
+}
+# What may differ without making two runs incomparable: where it ran, what was shown and kept.
+_INCIDENTAL = frozenset(
+    {
+        "base_url",
+        "label",
+        "metric_percentiles",
+        "percentile_metrics",
+        "result_dir",
+        "result_filename",
+        "save_detailed",
+        "save_result",
+    }
+)
+# Of the prompt tokens, beyond which one run is told to have found more cached than the other.
+_CACHED_SHARE = 0.05
 
 
 def read_result(path: Path) -> Json:
     """Raises `ConfigError` for what `baton bench run --save-result` did not write."""
     try:
         result = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}") from error
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}.") from error
+    except ValueError as error:
+        raise ConfigError(f"{path} is not JSON.") from error
     if not isinstance(result, dict) or "schema_version" not in result:
         raise ConfigError(f"{path} is no result of `baton bench run --save-result`.")
     return result
 
 
-def render_comparison(first: Json, second: Json) -> str:
-    rows = [("", first.get("label") or "first", second.get("label") or "second", "ratio")]
+def render_comparison(first: Json, second: Json, *, markdown: bool = False) -> str:
+    """`markdown`: as a table of a report."""
+    one, other = str(first.get("label") or "first"), str(second.get("label") or "second")
+    rows: list[Row] = [("", one, other, "ratio")]
     rows += [_row(name, first[name], second[name]) for name in _names(first, second)]
+    remarks = [f"Different: {text}" for text in _differences(first, second)]
+    if not markdown:
+        return "\n".join([*_aligned(rows), *remarks])
+    lines = [f"| {' | '.join(_escaped(cell) for cell in row)} |" for row in rows]
+    lines.insert(1, "|---|---:|---:|---:|")
+    return "\n".join(lines + [f"\n{remark}" for remark in remarks])
+
+
+def _aligned(rows: Sequence[Row]) -> Iterator[str]:
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
-    lines = [
-        "  ".join([row[0].ljust(widths[0]), *(row[i].rjust(widths[i]) for i in (1, 2, 3))]).rstrip()
-        for row in rows
-    ]
-    return "\n".join(lines + [f"Different: {text}" for text in _differences(first, second)])
+    for row in rows:
+        numbers = [row[column].rjust(widths[column]) for column in (1, 2, 3)]
+        yield "  ".join([row[0].ljust(widths[0]), *numbers]).rstrip()
+
+
+def _escaped(cell: str) -> str:
+    return cell.replace("|", "\\|")
 
 
 def _names(first: Json, second: Json) -> Iterator[str]:
-    latencies = (f"{part}_{metric}_ms" for metric in _METRICS for part in _PARTS)
-    for name in (*_COUNTS, *_RATES, *latencies):
+    for name in (*_COUNTS, *_RATES, *_LATENCIES):
         if first.get(name) is not None and second.get(name) is not None:
             yield name
 
 
-def _row(name: str, first: float, second: float) -> tuple[str, str, str, str]:
+def _row(name: str, first: float, second: float) -> Row:
     if name in _COUNTS:
-        return name, str(first), str(second), ""
+        return _COUNTS[name], str(first), str(second), ""
     ratio = f"{second / first:.3f}x" if first else ""
-    return name, f"{first:.2f}", f"{second:.2f}", ratio
+    heading = _RATES.get(name) or _LATENCIES[name]
+    return heading, f"{first:.2f}", f"{second:.2f}", ratio
 
 
 def _differences(first: Json, second: Json) -> Iterator[str]:
@@ -64,5 +104,21 @@ def _differences(first: Json, second: Json) -> Iterator[str]:
         yield f"model {first.get('model_id')} and {second.get('model_id')}"
     one, other = first.get("options", {}), second.get("options", {})
     for name in sorted((one.keys() | other.keys()) - _INCIDENTAL):
-        if one.get(name) != other.get(name):
-            yield f"--{name.replace('_', '-')} {one.get(name)} and {other.get(name)}"
+        values = one.get(name), other.get(name)
+        if values[0] != values[1]:
+            flag = f"--{name.replace('_', '-')}"
+            yield f"{flag} {_shown(values[0])} and {_shown(values[1])}"
+    cached = _cached_share(first), _cached_share(second)
+    if abs(cached[0] - cached[1]) > _CACHED_SHARE:
+        yield f"{cached[0]:.0%} and {cached[1]:.0%} of the prompt tokens were cached"
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, list):
+        return " ".join(map(str, value)) or "none"
+    return "none" if value in (None, "") else str(value)
+
+
+def _cached_share(result: Json) -> float:
+    cached = result.get("total_cached_tokens") or 0
+    return float(cached) / max(1, result.get("total_input_tokens") or 0)

@@ -24,12 +24,14 @@ class BenchConfig:
     backend: Backend = option(
         "openai", help="Route to measure: completions or chat completions.", group="Target"
     )
-    base_url: str = option("http://127.0.0.1:8000", help="Where the server is.", group="Target")
+    base_url: str = option(
+        "http://127.0.0.1:8000", help="Where the server is, with or without /v1.", group="Target"
+    )
     model: str | None = option(
         None, help="Model name to ask for; without it the server's first.", group="Target"
     )
     tokenizer: str | None = option(
-        None, help="Tokenizer.json or its folder; prompts are then text.", group="Target"
+        None, help="A file tokenizer.json, or its folder; prompts are then text.", group="Target"
     )
     api_key: tuple[str, ...] = option(
         (),
@@ -86,7 +88,11 @@ class BenchConfig:
     goodput: tuple[str, ...] = option(
         (), help="Limits in ms a good request keeps: ttft:MS tpot:MS e2el:MS.", group="Report"
     )
-    save_result: bool = option(False, help="Write a JSON file.", group="Report")
+    save_result: bool = option(
+        False,
+        help="Write a JSON file; so do --save-detailed and --result-filename.",
+        group="Report",
+    )
     save_detailed: bool = option(False, help="With every request in it.", group="Report")
     result_dir: str = option(".", help="Folder of the file.", group="Report", metavar="DIR")
     result_filename: str | None = option(None, help="Name of the file.", group="Report")
@@ -96,6 +102,15 @@ class BenchConfig:
         self._check_target()
         self._check_numbers()
         _ = self.selected_metrics, self.percentiles, self.slo_seconds
+
+    @property
+    def server_url(self) -> str:
+        """`base_url` as routes are added to it."""
+        return self.base_url.rstrip("/").removesuffix("/v1").rstrip("/")
+
+    @property
+    def is_saved(self) -> bool:
+        return self.save_result or self.save_detailed or self.result_filename is not None
 
     @property
     def requests_per_second(self) -> float:
@@ -131,8 +146,8 @@ class BenchConfig:
         """Limit by metric name, in seconds; empty when no goodput is asked for."""
         limits: dict[str, float] = {}
         for text in self.goodput:
-            name, _, value = text.partition(":")
-            if name not in SLO_METRICS:
+            name, colon, value = text.partition(":")
+            if name not in SLO_METRICS or not colon:
                 raise ConfigError(
                     f"{text!r} must be one of {', '.join(SLO_METRICS)}, a colon, and milliseconds",
                     param="goodput",

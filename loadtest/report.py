@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import json
 import math
+import tempfile
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cluster.errors import ConfigError
 from cluster.options import options_of
 from loadtest.config import BenchConfig
 
@@ -141,6 +143,19 @@ def result_path(result: BenchResult) -> Path:
         )
     )
     return Path(config.result_dir) / f"{name}.json"
+
+
+def make_folder(config: BenchConfig) -> None:
+    """Before anything is measured. Raises `ConfigError` where the result could not be written."""
+    folder = Path(config.result_dir)
+    if config.result_filename is not None:
+        folder = (folder / config.result_filename).parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ConfigError(f"nothing can be written into {folder}: {error.strerror}.") from error
 
 
 def save(result: BenchResult) -> Path:

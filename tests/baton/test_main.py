@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
 import sys
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from baton.__main__ import EXIT_CONFIG, EXIT_INTERRUPTED, EXIT_USAGE, PROGRAMS, main
+from baton.__main__ import (
+    EXIT_BROKEN_PIPE,
+    EXIT_CONFIG,
+    EXIT_INTERRUPTED,
+    EXIT_USAGE,
+    PROGRAMS,
+    main,
+)
 from cluster.errors import ConfigError, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from pathlib import Path
 
 
 @pytest.fixture
@@ -53,12 +64,30 @@ def test_a_mistake_is_one_line_with_the_exit_code_of_its_kind(
     assert capsys.readouterr().err == f"baton doctor: {error.message}\n"
 
 
+@pytest.mark.parametrize("named", ["baton doctor", "baton doctor run"])
 def test_a_message_that_names_its_program_names_it_once(
-    doctor: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+    doctor: Callable[..., Any], capsys: pytest.CaptureFixture[str], named: str
 ) -> None:
-    doctor(UsageError("baton doctor: unknown flag --hurry."))
+    doctor(UsageError(f"{named}: unknown flag --hurry."))
     main(["doctor"])
-    assert capsys.readouterr().err == "baton doctor: unknown flag --hurry.\n"
+    assert capsys.readouterr().err == f"{named}: unknown flag --hurry.\n"
+
+
+def test_a_reader_that_leaves_is_no_traceback(tmp_path: Path) -> None:
+    result = tmp_path / "a.json"
+    result.write_text(json.dumps({"schema_version": 1, "completed": 1, "failed": 0}))
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    command = [sys.executable, "-m", "baton", "bench", "compare", str(result), str(result)]
+    ended = subprocess.run(command, stdout=write_end, stderr=subprocess.PIPE, check=False)
+    os.close(write_end)
+    assert (ended.returncode, ended.stderr) == (EXIT_BROKEN_PIPE, b"")
+
+
+def test_another_pipe_that_breaks_is_an_error(doctor: Callable[..., Any]) -> None:
+    doctor(BrokenPipeError())
+    with pytest.raises(BrokenPipeError):
+        main(["doctor"])
 
 
 def test_a_package_that_is_missing_is_named_with_what_brings_it(

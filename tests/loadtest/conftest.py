@@ -16,6 +16,7 @@ from aiohttp import web
 from loadtest.config import BenchConfig
 from loadtest.run import measure
 
+Models = Callable[[web.Request], Awaitable[web.Response]]
 Script = Callable[["ScriptedServer", web.Request, dict[str, Any]], Awaitable[Any]]
 
 
@@ -50,12 +51,12 @@ class ScriptedServer:
 
 
 @asynccontextmanager
-async def serving(script: Script) -> AsyncIterator[ScriptedServer]:
+async def serving(script: Script, models: Models | None = None) -> AsyncIterator[ScriptedServer]:
     server = ScriptedServer(script)
     app = web.Application()
     app.router.add_post("/v1/completions", server.handle)
     app.router.add_post("/v1/chat/completions", server.handle)
-    app.router.add_get("/v1/models", server.models)
+    app.router.add_get("/v1/models", models or server.models)
     runner = web.AppRunner(app, handler_cancellation=True)
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", 0)

@@ -35,19 +35,44 @@ def test_ratios_are_the_second_over_the_first() -> None:
     second["options"] = {"num_prompts": 10, "base_url": "http://b"}
     assert [line.split() for line in render_comparison(result(), second).splitlines()] == [
         ["first", "new", "ratio"],
-        ["completed", "10", "10"],
-        ["failed", "0", "0"],
-        ["request_throughput", "2.00", "3.00", "1.500x"],
-        ["median_ttft_ms", "50.00", "25.00", "0.500x"],
+        ["Successful", "requests", "10", "10"],
+        ["Failed", "requests", "0", "0"],
+        ["Request", "throughput", "(req/s)", "2.00", "3.00", "1.500x"],
+        ["Median", "TTFT", "(ms)", "50.00", "25.00", "0.500x"],
     ]
 
 
 def test_what_was_measured_differently_is_said() -> None:
-    second = result(model_id="n", options={"num_prompts": 20})
+    options = {"num_prompts": 20, "goodput": ["ttft:5", "tpot:1"], "metric_percentiles": "50"}
+    second = result(model_id="n", options=options)
     text = render_comparison(result(request_throughput=0.0), second)
-    assert text.splitlines()[-2:] == [
+    assert text.splitlines()[-3:] == [
         "Different: model m and n",
+        "Different: --goodput none and ttft:5 tpot:1",
         "Different: --num-prompts 10 and 20",
+    ]
+
+
+def test_a_cache_that_was_warm_in_one_run_alone_is_said() -> None:
+    """Of the same prompts, sent twice, the second run measures the cache."""
+    cold = result(total_input_tokens=1000, total_cached_tokens=0)
+    warm = result(total_input_tokens=1000, total_cached_tokens=960)
+    last = render_comparison(cold, warm).splitlines()[-1]
+    assert last == "Different: 0% and 96% of the prompt tokens were cached"
+    assert "Different" not in render_comparison(warm, warm)
+
+
+def test_a_report_gets_a_table_in_markdown() -> None:
+    text = render_comparison(result(label="a|b"), result(model_id="n"), markdown=True)
+    assert text.splitlines() == [
+        "|  | a\\|b | second | ratio |",
+        "|---|---:|---:|---:|",
+        "| Successful requests | 10 | 10 |  |",
+        "| Failed requests | 0 | 0 |  |",
+        "| Request throughput (req/s) | 2.00 | 2.00 | 1.000x |",
+        "| Median TTFT (ms) | 50.00 | 50.00 | 1.000x |",
+        "",
+        "Different: model m and n",
     ]
 
 
@@ -61,7 +86,12 @@ def test_the_command_reads_two_files_and_refuses_what_is_none(
     other.write_text("[]")
     with pytest.raises(ConfigError, match="is no result"):
         main(["compare", str(first), str(other)])
-    with pytest.raises(ConfigError, match="cannot be read"):
+    other.write_text("x")
+    with pytest.raises(ConfigError, match="is not JSON"):
+        main(["compare", str(first), str(other)])
+    with pytest.raises(ConfigError, match=r"cannot be read: No such file or directory\.$"):
         main(["compare", str(first), str(tmp_path / "c.json")])
+    assert main(["compare", "--markdown", str(first), str(first)]) == 0
+    assert capsys.readouterr().out.startswith("|  | first | second | ratio |")
     with pytest.raises(UsageError, match="two files"):
         main(["compare", str(first)])

@@ -11,9 +11,10 @@ from aiohttp import web
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from cluster.errors import ConfigError, UsageError
+from loadtest import client
 from loadtest.__main__ import EXIT_NOT_READY, EXIT_NOTHING_SUCCEEDED, main
 from loadtest.client import ServerNotReady
-from loadtest.run import run
+from loadtest.run import measure, run
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -142,8 +143,58 @@ def closed_port_url() -> str:
 
 
 def test_a_server_that_is_not_there_is_not_ready(bench_config: Any) -> None:
-    with pytest.raises(ServerNotReady, match="does not answer"):
-        run(bench_config(base_url=closed_port_url(), model=None))
+    url = closed_port_url()
+    with pytest.raises(ServerNotReady) as refused:
+        run(bench_config(base_url=url, model=None))
+    assert refused.value.message == f"No server answers at {url}/v1/models: Connection refused."
+
+
+def test_a_server_that_names_no_model_is_told_from_one_that_refuses_or_hangs(
+    bench_config: Any, wire: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def told(answer: Any, **options: Any) -> str:
+        async with wire.serving(wire.answer_all_tokens, models=answer) as server:
+            with pytest.raises(ServerNotReady) as refused:
+                await measure(bench_config(base_url=server.url, model=None, **options))
+        return refused.value.message.partition("/v1/models ")[2]
+
+    async def refuses(_: web.Request) -> web.Response:
+        return web.Response(status=401)
+
+    async def nothing(_: web.Request) -> web.Response:
+        return web.json_response({"data": []})
+
+    async def hangs(_: web.Request) -> web.Response:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    assert asyncio.run(told(refuses)) == "answers 401 Unauthorized; pass --api-key."
+    assert asyncio.run(told(nothing)) == "names no model; pass --model."
+    monkeypatch.setattr(client, "MODELS_SECONDS", 0.05)  # whatever a request may take
+    assert asyncio.run(told(hangs)) == "did not answer in 0.05 s."
+
+
+@pytest.mark.parametrize("end", ["", "/", "/v1", "/v1/"])
+def test_the_address_may_end_as_other_clients_have_it(bench_config: Any, end: str) -> None:
+    config = bench_config(base_url=f"http://a:1/x{end}")
+    assert config.server_url == "http://a:1/x"
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_anything_is_measured(
+    wire: Any, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+
+    async def scenario() -> int:
+        async with wire.serving(wire.answer_all_tokens) as server:
+            arguments = ["run", "--base-url", server.url, "--num-prompts", "1"]
+            arguments += ["--save-result", "--result-dir", str(tmp_path / "file" / "x")]
+            with pytest.raises(ConfigError, match="nothing can be written into"):
+                await asyncio.to_thread(main, arguments)
+            return len(server.bodies)
+
+    assert asyncio.run(scenario()) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_the_command_ends_non_zero_when_nothing_succeeded(
@@ -163,12 +214,13 @@ def test_the_command_measures_prints_and_saves(
     async def scenario() -> int:
         async with wire.serving(wire.answer_all_tokens) as server:
             arguments = ["run", "--base-url", server.url, "--num-prompts", "2"]
-            arguments += ["--input-len", "5", "--output-len", "3", "--save-result"]
-            arguments += ["--result-dir", str(tmp_path), "--result-filename", "r.json"]
+            arguments += ["--input-len", "5", "--output-len", "3"]
+            # Whoever names a file means to have it.
+            arguments += ["--result-dir", str(tmp_path), "--result-filename", "new/r.json"]
             return await asyncio.to_thread(main, arguments)
 
     assert asyncio.run(scenario()) == 0
-    document = json.loads((tmp_path / "r.json").read_text())
+    document = json.loads((tmp_path / "new" / "r.json").read_text())
     assert document["completed"] == 2
     assert document["total_output_tokens"] == 6
     assert "Serving Benchmark Result" in capsys.readouterr().out
@@ -188,6 +240,7 @@ def test_an_unknown_command_is_a_usage_error() -> None:
         ({"metric_percentiles": "50,101"}, "metric_percentiles"),
         ({"goodput": ("itl:5",)}, "goodput"),
         ({"goodput": ("ttft:-5",)}, "goodput"),
+        ({"goodput": ("ttft",)}, "goodput"),
         ({"extra_body": "[1]"}, "extra_body"),
         ({"base_url": "localhost:8000"}, "base_url"),
         ({"max_concurrency": 0}, "max_concurrency"),
