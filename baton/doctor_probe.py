@@ -33,14 +33,13 @@ def _torch() -> Any:
     return torch
 
 
-def _ucx() -> tuple[Any, Any] | None:
-    """ucxx and the bindings in it; None where they are not installed."""
+def _ucx() -> Any:
+    """None where it is not installed."""
     try:
         import ucxx
-        from ucxx._lib import libucxx
     except ImportError:
         return None
-    return ucxx, libucxx
+    return ucxx
 
 
 def probe_torch() -> list[Row]:
@@ -65,15 +64,14 @@ def probe_torch() -> list[Row]:
 
 def probe_ucx() -> list[Row]:
     os.environ.setdefault("UCX_WARN_UNUSED_ENV_VARS", "n")
-    found = _ucx()
-    if found is None:
+    ucxx = _ucx()
+    if ucxx is None:
         return [("UCX", "problem", "ucxx is not installed: `pip install 'baton-serve[cuda13]'`")]
-    ucxx, libucxx = found
     release = next((v for v in map(_version, ("ucxx-cu13", "ucxx-cu12")) if v), "")
     detail = f"ucxx {release}, UCX {'.'.join(str(n) for n in ucxx.get_ucx_version())}"
     asyncio.run(_round_trip(ucxx))
     rows: list[Row] = [("UCX", "ok", f"{detail}; a message to itself came back right")]
-    return [*rows, _transports_found(libucxx)]
+    return [*rows, _transports_found(ucxx._lib.libucxx)]
 
 
 def _transports_found(libucxx: Any) -> Row:

@@ -46,7 +46,6 @@ class BlockCopy:
 class HostStats:
     """Counters since start. Written by the engine's thread."""
 
-    num_saved_blocks: int = 0
     num_loaded_blocks: int = 0
     num_bad_blocks: int = 0  # another digest than when they were written
     num_failed_copies: int = 0

@@ -126,7 +126,6 @@ class HostBlocks:
         if copy.kind is CopyKind.SAVE:
             self.tier.end_save(copy.entries, digests)
             num_good = 0 if digests is None else len(digests)
-            self.stats.num_saved_blocks += num_good
         else:
             num_good = self._end_load(copy, digests)
         copy.hold.release()

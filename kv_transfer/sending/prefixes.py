@@ -53,7 +53,6 @@ class PrefixSender:
         self._held: dict[str, HeldPrefix] = {}
         self._num_asked = 0
         self._sender: KVSender
-        self.num_tokens_sent = 0
 
     def bind(self, sender: KVSender) -> None:
         self._sender = sender
@@ -90,7 +89,6 @@ class PrefixSender:
         self._held[sequence_id] = held
         self._sender.chunk_computed(sequence_id, num_tokens, held.block_ids, None)
         self._sender.commit(sequence_id, 0)
-        self.num_tokens_sent += num_tokens
         return num_tokens
 
     # ---- reports of the sender (`SenderEvents`) ------------------------------------------------

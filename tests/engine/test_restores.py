@@ -275,7 +275,7 @@ class World:
         self.answers: dict[str, Future[Hold]] = {}
         self.copies: list[BlockCopy] = []
         self.sequence: Sequence | None = None
-        self.has_ended = self.is_reset = False
+        self.has_ended = False
 
     def possible(self) -> dict[str, Callable[[], None]]:
         steps: dict[str, Callable[[], None]] = {"cache is reset": self.reset}

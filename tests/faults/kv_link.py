@@ -149,7 +149,7 @@ class SpoiledTransport:
 
     async def connect(self, host: str, port: int, session_id: int) -> Endpoint:
         endpoint = await self._inner.connect(host, port, session_id)
-        return SpoiledEndpoint(endpoint, session_id, self._orders)
+        return SpoiledEndpoint(endpoint, self._orders)
 
     async def close(self) -> None:
         await self._inner.close()
@@ -165,9 +165,8 @@ class Message:
 class SpoiledEndpoint:
     """Sends go through a queue, so that what is held back holds back what follows."""
 
-    def __init__(self, inner: Endpoint, session_id: int, orders: Orders) -> None:
+    def __init__(self, inner: Endpoint, orders: Orders) -> None:
         self._inner = inner
-        self._session_id = session_id
         self._orders = orders
         self._header: Message | None = None
         self._queue: asyncio.Queue[tuple[Message, ...]] = asyncio.Queue()

@@ -31,7 +31,6 @@ from kv_transfer.receiving.intake_instructions import (
     Start,
     StopAsking,
 )
-from kv_transfer.receiving.succession import Succession
 from kv_transfer.sending.outgoing_instructions import SendAbort as SenderAbort
 from kv_transfer.sending.outgoing_instructions import SendAbortAck, SendCommit
 from tests.kv_transfer.model.memory import (
@@ -79,7 +78,6 @@ class ModelDecode:
         self.blocks = BlockManager(NUM_BLOCKS, BLOCK_SIZE)
         self.pool = Pool(NUM_BLOCKS)
         self.slots = Slots(NUM_SLOTS, loop)
-        self.succession = Succession()
         self.intake = Intake(
             incarnation=incarnation,
             num_layers=NUM_LAYERS,

@@ -68,7 +68,6 @@ class Sending:
     packed: list[tuple[FramePlan, StagingSlot]] = field(default_factory=list)
     num_in_flight: int = 0
     endings: list[str] = field(default_factory=list)
-    is_withdrawn: bool = False
     is_freed: bool = False
 
     @property
@@ -128,7 +127,6 @@ class ModelPrefill:
 
     def withdraw(self, sending: Sending) -> None:
         if not sending.endings:
-            sending.is_withdrawn = True
             sending.endings.append("withdrawn")
         self.blocks.free(sending.sequence)
         self.did(sending, sending.machine.withdrawn())
