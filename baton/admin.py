@@ -20,7 +20,16 @@ from baton.admin_client import (
     AdminUnreachable,
     admin_client,
 )
-from baton.admin_tables import LEASES, NODES, REQUESTS, Column, render_policy, render_rows, shown
+from baton.admin_tables import (
+    LEASES,
+    NODES,
+    REQUESTS,
+    Column,
+    remarks_on,
+    render_policy,
+    render_rows,
+    shown,
+)
 from cluster.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -84,6 +93,8 @@ def _add_listing(collection: str, columns: Sequence[Column], summary: str) -> No
         if not isinstance(rows, list):
             raise AdminUnreachable(f"{url} answers, but not as a Baton admin API.")
         render_rows(rows, columns, empty=f"No {collection}.")
+        for remark in remarks_on(rows):
+            print(f"baton admin: {remark}", file=sys.stderr)
         for name in document.get("unreachable") or ():
             told = f"baton admin: {shown(name)} did not answer; its {collection} are missing."
             print(told, file=sys.stderr)

@@ -106,7 +106,10 @@ class AdminClient:
     def _refusal(self, error: urllib.error.HTTPError, path: str) -> AdminRefused:
         told, param = _told_by(error.read())
         if error.code == 401:
-            hint = "pass --admin-token or set BATON_ADMIN_TOKEN"
+            hint = (
+                "pass --admin-token or set BATON_ADMIN_TOKEN. A gateway that was given none has "
+                "logged one at its start"
+            )
             what = "does not accept this token" if self.token else "wants a token"
             return AdminRefused(f"{self.url} {what}; {hint}.")
         if error.code == 403:

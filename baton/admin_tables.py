@@ -7,7 +7,7 @@ Whatever the server sent is shown as text: control characters cannot reach the t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -119,6 +119,17 @@ def render_rows(
     left_out = ", ".join(column.heading for column in columns if column not in fitting)
     if left_out:
         console.print(f"Too narrow for {left_out}; -o json has all.", style="dim")
+
+
+def remarks_on(rows: Sequence[Entry]) -> Iterator[str]:
+    """What no column tells: ready, and yet without work for ever."""
+    roles = {row.get("role") for row in rows}
+    for row in rows:
+        if row.get("num_partners") == 0 and len(roles) > 1:
+            yield (
+                f"{shown(row.get('name'))} can exchange KV with no node of the other role: model, "
+                "KV layout, block size or version differ."
+            )
 
 
 def columns_that_fit(

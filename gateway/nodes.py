@@ -96,6 +96,7 @@ class Nodes:
         self._new_client = new_client
         self._model_names = model_names
         self._foreign: set[NodeId] = set()
+        self._unlike: set[NodeId] = set()  # told of once
         self._entries: dict[NodeName, NodeEntry] = {}
         self._retired: set[NodeEntry] = set()
         self._closing: set[asyncio.Task[None]] = set()
@@ -119,6 +120,7 @@ class Nodes:
             if entry is not None:
                 self.retire(entry.info.id)
             self._add(info)
+        self._tell_of_unlike()
 
     def retire(self, node: NodeId) -> None:
         """No new work; closed at once, or when its last sequence has ended."""
@@ -136,6 +138,10 @@ class Nodes:
         ):
             self._retired.discard(entry)
             self._spawn_close(entry)
+
+    def num_partners(self, entry: NodeEntry) -> int:
+        """Known nodes of the other role that it can exchange KV with."""
+        return sum(1 for other in self if _can_pair(entry.info, other.info))
 
     def candidates(self, num_cached_tokens: Mapping[NodeName, int]) -> list[Candidate]:
         return [entry.candidate(num_cached_tokens.get(entry.info.id.name, 0)) for entry in self]
@@ -186,6 +192,22 @@ class Nodes:
             )
         return False
 
+    def _tell_of_unlike(self) -> None:
+        """Such a node is ready, and idle."""
+        roles: dict[str, set[NodeRole]] = {}
+        for entry in self:
+            roles.setdefault(entry.info.compatibility_hash, set()).add(entry.info.role)
+        if len(set().union(*roles.values())) < len(NodeRole):
+            return  # what is missing then is nodes
+        unlike = {e.info.id for e in self if len(roles[e.info.compatibility_hash]) == 1}
+        told, self._unlike = self._unlike, unlike
+        for node in unlike - told:
+            logger.warning(
+                "node %s can exchange KV with no node of the other role: model, KV layout, block "
+                "size or version differ",
+                node.name,
+            )
+
     def _add(self, info: NodeInfo) -> None:
         client = self._new_client(info)
         self._entries[info.id.name] = NodeEntry(info, client)
@@ -195,3 +217,7 @@ class Nodes:
         task = asyncio.create_task(entry.client.close())
         self._closing.add(task)
         task.add_done_callback(self._closing.discard)
+
+
+def _can_pair(one: NodeInfo, other: NodeInfo) -> bool:
+    return one.role is not other.role and one.compatibility_hash == other.compatibility_hash

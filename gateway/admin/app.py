@@ -88,9 +88,18 @@ def _views(gateway: Gateway) -> APIRouter:
         entries = list(gateway.nodes)
         loads = await asyncio.gather(*(_load_now(entry) for entry in entries))
         now = gateway.clock()
-        shown = zip(entries, loads, strict=True)
-        model = gateway.model_names[0]
-        return {"nodes": [node_view(entry, load, now, model=model) for entry, load in shown]}
+        return {
+            "nodes": [
+                node_view(
+                    entry,
+                    load,
+                    now,
+                    model=gateway.model_names[0],
+                    num_partners=gateway.nodes.num_partners(entry),
+                )
+                for entry, load in zip(entries, loads, strict=True)
+            ]
+        }
 
     @router.get("/requests", summary="Requests in flight, and where they were placed")
     async def requests() -> Json:

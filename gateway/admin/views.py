@@ -26,7 +26,9 @@ _STATES = {
 }
 
 
-def node_view(entry: NodeEntry, load: NodeLoad, now: float, *, model: str) -> Json:
+def node_view(
+    entry: NodeEntry, load: NodeLoad, now: float, *, model: str, num_partners: int
+) -> Json:
     """`load`: as it is now, or as new as it is known. `model`: as clients name it."""
     info = entry.info
     return {
@@ -37,6 +39,7 @@ def node_view(entry: NodeEntry, load: NodeLoad, now: float, *, model: str) -> Js
         "model": model,
         "checkpoint": info.model_name,
         "compatibility_hash": info.compatibility_hash,
+        "num_partners": num_partners,
         "block_size": info.block_size,
         "max_model_len": info.max_model_len,
         "transports": list(info.transports),

@@ -176,6 +176,22 @@ def test_an_empty_list_is_said_in_words(
     assert capsys.readouterr().out == "No leases.\n"
 
 
+@pytest.mark.parametrize(("other", "is_told"), [("prefill", True), ("decode", False)])
+def test_a_node_without_a_partner_is_told_below_the_table(
+    server: AdminServer,
+    admin: Callable[..., int],
+    capsys: pytest.CaptureFixture[str],
+    other: str,
+    is_told: bool,
+) -> None:
+    nodes = [NODE | {"num_partners": 0}, NODE | {"name": "p", "role": other, "num_partners": 1}]
+    server.answers["GET", "/admin/v1/nodes"] = 200, {"nodes": nodes}
+    assert admin("nodes") == 0
+    told = capsys.readouterr().err
+    assert ("decode-0 can exchange KV with no node of the other role" in told) == is_told
+    assert "baton admin: p " not in told
+
+
 def test_nodes_that_did_not_answer_are_named(
     server: AdminServer, admin: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:

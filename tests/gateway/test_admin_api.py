@@ -34,6 +34,7 @@ def test_nodes_are_shown_with_state_and_load(admin: httpx.Client) -> None:
     node = nodes["decode-0"]
     assert (node["role"], node["state"], node["is_connected"]) == ("decode", "ready", True)
     assert node["transports"] == ["loopback"]
+    assert [nodes[name]["num_partners"] for name in ("prefill-0", "decode-0")] == [1, 1]
     assert node["load"]["num_free_blocks"] == node["load"]["num_blocks"] == 100_000
     assert node["load"]["num_transfers"] == 0
 

@@ -14,6 +14,8 @@ from tests.gateway.fake_node import FakeNode
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    import pytest
+
     from tests.gateway.running_gateway import RunningGateway
 
 MODEL = "org/test-model"
@@ -94,6 +96,27 @@ def test_nodes_of_another_model_in_the_same_registry_are_left_alone(
     assert running.gateway.nodes.what_is_missing() == "no prefill node is ready"
     running.call(add("alias", "ours"))
     running.until(lambda: running.gateway.is_ready)
+
+
+def test_a_node_that_none_of_the_other_role_is_like_is_told_once_and_shown(
+    new_gateway: Callable[..., RunningGateway], caplog: pytest.LogCaptureFixture
+) -> None:
+    running = new_gateway()
+
+    async def start() -> None:
+        peers = running.nodes
+        node = FakeNode(NodeRole.DECODE, "unlike", peers=peers, compatibility_hash="x")
+        info = await node.start()
+        await running.see(info)
+        running.gateway.nodes.apply(ClusterView.of((running.prefill.info, info)))
+
+    with caplog.at_level("WARNING"):
+        running.call(start())
+    told = [message for message in caplog.messages if "can exchange KV with no node" in message]
+    assert [message.split()[1] for message in told] == ["unlike"]
+    nodes = {entry.info.id.name: entry for entry in running.gateway.nodes}
+    partners = {name: running.gateway.nodes.num_partners(e) for name, e in nodes.items()}
+    assert partners == {"prefill-0": 1, "decode-0": 1, "unlike": 0}
 
 
 def test_foreign_nodes_that_left_are_forgotten(new_gateway: Callable[..., RunningGateway]) -> None:
