@@ -21,6 +21,7 @@ from collections import deque
 from typing import TYPE_CHECKING
 
 from kv_transfer.failures import FailureReason, failure
+from kv_transfer.transports.closes_once import ClosesOnce
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -34,18 +35,17 @@ _BACKLOG = 128
 _PAUSE_SECONDS = 0.1
 
 
-class LocalMessages:
+class LocalMessages(ClosesOnce):
     """One end of a connection. Used on the event loop that made it."""
 
     def __init__(self, connection: socket.socket, *, max_bytes: int) -> None:
         """`max_bytes`: of a message that comes; of a longer one the rest is lost."""
+        super().__init__()
         self._loop = asyncio.get_running_loop()
         self._socket = connection
         self._buffer = memoryview(bytearray(max_bytes))
         self._unsent: deque[bytes] = deque()
         self._on_message: Callable[[memoryview], None] | None = None
-        self._on_close: list[Callable[[], None]] = []
-        self._is_closed = False
 
     def listen(self, on_message: Callable[[memoryview], None]) -> None:
         """From now on call it with each message, whose bytes are lent for the call."""
@@ -58,13 +58,6 @@ class LocalMessages:
         if self._on_message is not None and not self._is_closed:
             self._loop.remove_reader(self._socket.fileno())
         self._on_message = None
-
-    def on_close(self, callback: Callable[[], None]) -> None:
-        """Call it once when the connection ends, whoever ended it; at once if it has."""
-        if self._is_closed:
-            callback()
-        else:
-            self._on_close.append(callback)
 
     def send(self, message: bytes) -> None:
         """Nothing when the connection has ended, which `on_close` tells."""
@@ -83,16 +76,13 @@ class LocalMessages:
 
     def close(self) -> None:
         """Idempotent."""
-        if self._is_closed:
-            return
-        self._is_closed = True
+        self._end_once(self._drop)
+
+    def _drop(self) -> None:
         self._loop.remove_reader(self._socket.fileno())
         self._loop.remove_writer(self._socket.fileno())
         self._socket.close()
         self._unsent.clear()
-        callbacks, self._on_close = self._on_close, []
-        for callback in callbacks:
-            callback()
 
     def _hear(self) -> None:
         """One message a round, so that what it began is looked at before the next."""

@@ -14,10 +14,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from kv_transfer.failures import FailureReason, failure
+from kv_transfer.transports.closes_once import ClosesOnce
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from kv_transfer.transports.base import Accept
 
 
@@ -27,15 +26,14 @@ class _Posted:
     done: asyncio.Future[None]
 
 
-class LoopbackEndpoint:
+class LoopbackEndpoint(ClosesOnce):
     """One end of a pair. Messages wait at the receiving end until both sides have posted."""
 
     def __init__(self) -> None:
+        super().__init__()
         self._peer: LoopbackEndpoint
         self._arrived: dict[int, deque[_Posted]] = defaultdict(deque)
         self._wanted: dict[int, deque[_Posted]] = defaultdict(deque)
-        self._callbacks: list[Callable[[], None]] = []
-        self._is_closed = False
 
     @classmethod
     def pair(cls) -> tuple[LoopbackEndpoint, LoopbackEndpoint]:
@@ -64,12 +62,6 @@ class LoopbackEndpoint:
             self._wanted[tag].append(posted)
             self._match(tag)
         return posted.done
-
-    def on_close(self, callback: Callable[[], None]) -> None:
-        if self._is_closed:
-            callback()
-        else:
-            self._callbacks.append(callback)
 
     async def close(self) -> bool:
         self._end()
@@ -104,18 +96,15 @@ class LoopbackEndpoint:
         message.done.set_result(None)
 
     def _end(self) -> None:
-        if self._is_closed:
-            return
-        self._is_closed = True
+        self._end_once(self._drop_posted)
+
+    def _drop_posted(self) -> None:
         for queue in (*self._arrived.values(), *self._wanted.values()):
             for posted in queue:
                 if not posted.done.done():
                     posted.done.set_exception(failure(FailureReason.LINK_LOST))
         self._arrived.clear()
         self._wanted.clear()
-        callbacks, self._callbacks = self._callbacks, []
-        for callback in callbacks:
-            callback()
 
 
 class LoopbackNetwork:

@@ -27,11 +27,12 @@ from typing import TYPE_CHECKING
 
 from cluster.errors import ConfigError, ServingError
 from kv_transfer.failures import FailureReason, failure
+from kv_transfer.transports.closes_once import ClosesOnce
 from kv_transfer.transports.tcp_options import hand_to_threads, open_socket
 from kv_transfer.transports.tcp_threads import Posted, Receiving, Sending
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     import torch
 
@@ -45,15 +46,14 @@ _BACKLOG = 128
 _CLOSE_SECONDS = 2.0
 
 
-class TcpEndpoint:
+class TcpEndpoint(ClosesOnce):
     """One connection. Made once both sides know each other."""
 
     def __init__(self, transport: TcpTransport, connection: socket.socket) -> None:
+        super().__init__()
         self._transport = transport
         self._loop = asyncio.get_running_loop()
         self._socket = connection
-        self._callbacks: list[Callable[[], None]] = []
-        self._is_closed = False
         hand_to_threads(connection)
         self._sending = Sending(connection, self._on_broken)
         self._receiving = Receiving(connection, self._on_broken)
@@ -94,12 +94,6 @@ class TcpEndpoint:
         self._receiving.post(posted)
         return posted.done
 
-    def on_close(self, callback: Callable[[], None]) -> None:
-        if self._is_closed:
-            callback()
-        else:
-            self._callbacks.append(callback)
-
     async def close(self) -> bool:
         self._cut()
         ended = await asyncio.to_thread(self._join)
@@ -117,16 +111,13 @@ class TcpEndpoint:
             self._loop.call_soon_threadsafe(self._cut)
 
     def _cut(self) -> None:
-        if self._is_closed:
-            return
-        self._is_closed = True
+        self._end_once(self._shut_down)
+
+    def _shut_down(self) -> None:
         with contextlib.suppress(OSError):  # the peer was faster
             self._socket.shutdown(socket.SHUT_RDWR)
         self._sending.stop()
         self._receiving.stop()
-        callbacks, self._callbacks = self._callbacks, []
-        for callback in callbacks:
-            callback()
 
 
 class TcpTransport:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from kv_transfer.failures import FailureReason, failure
+from kv_transfer.transports.closes_once import ClosesOnce
 from kv_transfer.transports.ucx_lanes import carrier, lanes_of
 
 if TYPE_CHECKING:
@@ -43,15 +44,14 @@ class Worker(Protocol):
     def forget(self, endpoint: UcxEndpoint) -> None: ...
 
 
-class UcxEndpoint:
+class UcxEndpoint(ClosesOnce):
     """One UCX endpoint, with the operations posted on it."""
 
     def __init__(self, transport: Worker, endpoint: Any) -> None:
+        super().__init__()
         self._transport = transport
         self._endpoint = endpoint
         self._posted: set[asyncio.Future[None]] = set()
-        self._callbacks: list[Callable[[], None]] = []
-        self._is_closed = False
         self._loop = asyncio.get_running_loop()
         endpoint.set_close_callback(self._on_ucx_close)
 
@@ -93,14 +93,8 @@ class UcxEndpoint:
         magic, session_id = _HELLO.unpack(data.tobytes())
         return int(session_id) if magic == _HELLO_MAGIC else None
 
-    def on_close(self, callback: Callable[[], None]) -> None:
-        if self._is_closed:
-            callback()
-        else:
-            self._callbacks.append(callback)
-
     async def close(self) -> bool:
-        self._mark_closed()
+        self._end_once()
         if self._endpoint is None:
             return not self._posted
         # Cancels what is posted, then cuts; it progresses the worker until the cut is done,
@@ -136,12 +130,4 @@ class UcxEndpoint:
 
     def _on_ucx_close(self) -> None:
         """Called by UCX inside progress, where no UCX call is allowed."""
-        self._loop.call_soon(self._mark_closed)
-
-    def _mark_closed(self) -> None:
-        if self._is_closed:
-            return
-        self._is_closed = True
-        callbacks, self._callbacks = self._callbacks, []
-        for callback in callbacks:
-            callback()
+        self._loop.call_soon(self._end_once)
