@@ -37,7 +37,8 @@ from cluster.message_size import message_limit
 from cluster.metrics import MetricsServer, new_registry, start_metrics_server
 from cluster.node import new_incarnation
 from cluster.node_stores import NodeStores
-from cluster.rpc import SessionHub, bind, create_server
+from cluster.rpc import bind, create_server
+from cluster.session_hub import SessionHub
 from cluster.startup import StartupReport
 from cluster.version import VERSION
 

@@ -38,7 +38,7 @@ from cluster.request import Handoff, SequenceRequest, TokenDelta
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
-    from cluster.rpc import SessionHub
+    from cluster.session_hub import SessionHub
 
 logger = logging.getLogger(__name__)
 HELLO_SECONDS = 5.0

@@ -28,22 +28,9 @@ from cluster.errors import (
 )
 from cluster.message_size import BASE_MESSAGE_BYTES
 from cluster.proto import node_pb2 as pb
-from cluster.session_hub import Session, SessionHub
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
-
-__all__ = [
-    "ErrorInterceptor",
-    "Session",
-    "SessionHub",
-    "bind",
-    "channel_options",
-    "create_server",
-    "error_from_rpc",
-    "open_channel",
-    "server_options",
-]
 
 logger = logging.getLogger(__name__)
 

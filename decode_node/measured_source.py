@@ -24,8 +24,9 @@ from node_parts.spare_blocks import reserve_spare
 if TYPE_CHECKING:
     from cluster.clock import Clock
     from cluster.request import SequenceRequest
-    from engine.block_manager import BlockManager, Reservation
+    from engine.block_manager import BlockManager
     from engine.loop import EngineLoop
+    from engine.reservation import Reservation
     from kv_transfer.receiving.block_source import BlockSource, ReservedBlocks
 
 

@@ -24,7 +24,8 @@ from engine.sequence import Sequence, SequenceStatus
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from engine.block_manager import BlockManager, Reservation
+    from engine.block_manager import BlockManager
+    from engine.reservation import Reservation
 
 
 @dataclass(frozen=True, slots=True)

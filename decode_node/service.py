@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from cluster.member import Member
     from cluster.proto import node_pb2 as pb
     from cluster.request import Handoff, SequenceRequest, TokenDelta
-    from cluster.rpc import SessionHub
+    from cluster.session_hub import SessionHub
     from decode_node.recompute import RecomputeBudget
     from decode_node.reservations import Reservations, ReservedBlocks
     from decode_node.scheduler import DecodeScheduler

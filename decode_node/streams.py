@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from cluster.errors import ServingError
     from cluster.request import SequenceRequest
-    from cluster.rpc import SessionHub
+    from cluster.session_hub import SessionHub
     from decode_node.recompute import RecomputeBudget
 
 MAX_REMEMBERED = 4096

@@ -22,7 +22,6 @@ from engine.host_blocks import HostBlocks
 from engine.host_tier import HostEntry, HostTier
 from engine.lent_blocks import LentBlocks
 from engine.prefix_cache import BlockAccountingError
-from engine.reservation import Hold, Reservation
 from engine.steps_in_flight import StepsInFlight
 
 if TYPE_CHECKING:
@@ -31,9 +30,8 @@ if TYPE_CHECKING:
 
     from cluster.prefix_hash import BlockHash
     from engine.prefix_cache import Block
+    from engine.reservation import Hold, Reservation
     from engine.sequence import Sequence
-
-__all__ = ["BlockAccountingError", "BlockManager", "CacheEvents", "Hold", "Reservation"]
 
 
 class BlockManager:

@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from concurrent.futures import Future
 
-    from engine.block_manager import Reservation
     from engine.loop import EngineLoop
+    from engine.reservation import Reservation
 
 
 async def reserved(

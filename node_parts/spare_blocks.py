@@ -11,8 +11,9 @@ from node_parts.reserving import reserved
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from engine.block_manager import BlockManager, Reservation
+    from engine.block_manager import BlockManager
     from engine.loop import EngineLoop
+    from engine.reservation import Reservation
 
 
 async def reserve_spare(

@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from cluster.node_process import Node
     from cluster.node_service import Handler
     from cluster.request import SequenceRequest
-    from cluster.rpc import SessionHub
+    from cluster.session_hub import SessionHub
     from cluster.startup import StartupReport
     from engine.load import LoadSnapshot
     from engine.loop_parts import LayerHook, Observer, Scheduler

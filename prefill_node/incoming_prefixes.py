@@ -25,8 +25,9 @@ if TYPE_CHECKING:
     import asyncio
 
     from cluster.request import SequenceRequest
-    from engine.block_manager import BlockManager, Reservation
+    from engine.block_manager import BlockManager
     from engine.loop import EngineLoop
+    from engine.reservation import Reservation
     from engine.sequence import Sequence
 
 

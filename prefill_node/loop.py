@@ -21,8 +21,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from cluster.request import TokenDelta
-    from engine.block_manager import BlockManager, Hold
+    from engine.block_manager import BlockManager
     from engine.load import LoadSnapshot
+    from engine.reservation import Hold
     from engine.schedule import ScheduledChunk, ScheduleDecision
     from engine.step_pipeline import StepOutput
 

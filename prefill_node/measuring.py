@@ -27,8 +27,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from cluster.request import SequenceRequest
-    from engine.block_manager import BlockManager, Reservation
+    from engine.block_manager import BlockManager
     from engine.loop import EngineLoop
+    from engine.reservation import Reservation
     from kv_transfer.sending.sender import KVSender, SenderEvents
 
 

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from cluster.member import Member
     from cluster.proto import node_pb2 as pb
     from cluster.request import Handoff, PrefixHolder, SequenceRequest
-    from cluster.rpc import SessionHub
+    from cluster.session_hub import SessionHub
     from engine.engine import Engine
     from engine.loop import EngineLoop
     from engine.sequence import Sequence

@@ -22,7 +22,7 @@ from tests.sequences import Flight, collect_step, land_step, launch_step
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from cluster.rpc import SessionHub
+    from cluster.session_hub import SessionHub
     from engine.loop import EngineLoop
     from engine.schedule import ScheduleDecision
 

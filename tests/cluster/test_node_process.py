@@ -21,7 +21,7 @@ from cluster.metrics import new_registry
 from cluster.node import Incarnation, NodeLoad, NodeRole
 from cluster.node_process import EXIT_FAILED, NodeProcess, node_main, run_node
 from cluster.options import option
-from cluster.rpc import SessionHub
+from cluster.session_hub import SessionHub
 from cluster.startup import PROGRESS_FD_VARIABLE, StartupReport
 
 if TYPE_CHECKING:

@@ -17,7 +17,8 @@ from cluster.node_service import NodeService
 from cluster.proto import node_pb2 as pb
 from cluster.proto import node_pb2_grpc
 from cluster.request import SamplingParams, SequenceRequest, TokenDelta
-from cluster.rpc import SessionHub, bind, create_server, error_from_rpc, open_channel
+from cluster.rpc import bind, create_server, error_from_rpc, open_channel
+from cluster.session_hub import SessionHub
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable

@@ -10,7 +10,7 @@ import pytest
 from cluster.errors import Cancelled, InvalidRequest, NodeUnavailable, Overloaded, TransferFailed
 from cluster.node import Incarnation, NodeId, NodeName, NodeState
 from cluster.request import FinishReason, Handoff
-from cluster.rpc import SessionHub
+from cluster.session_hub import SessionHub
 from decode_node.loop import DecodeObserver
 from decode_node.recompute import RecomputeBudget
 from decode_node.reservations import Reservations

@@ -31,7 +31,8 @@ from cluster.request import (
     TokenDelta,
     TokenLogprobs,
 )
-from cluster.rpc import SessionHub, bind, create_server, open_channel
+from cluster.rpc import bind, create_server, open_channel
+from cluster.session_hub import SessionHub
 from decode_node.node import DecodeNode
 from kv_transfer.agent import TransferAgent
 from kv_transfer.config import KVTransferConfig

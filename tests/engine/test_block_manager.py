@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from cluster.prefix_hash import root_hash
-from engine.block_manager import BlockAccountingError, BlockManager
+from engine.block_manager import BlockManager
+from engine.prefix_cache import BlockAccountingError
 from engine.sequence import Sequence
 from tests.sequences import BLOCK_SIZE, compute, make_sequence
 

@@ -23,7 +23,8 @@ from hypothesis.stateful import (
     rule,
 )
 
-from engine.block_manager import BlockAccountingError, BlockManager
+from engine.block_manager import BlockManager
+from engine.prefix_cache import BlockAccountingError
 from engine.reservation import ReservationState
 from tests.sequences import BLOCK_SIZE, make_sequence
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from engine.block_manager import BlockAccountingError, BlockManager
+from engine.block_manager import BlockManager
+from engine.prefix_cache import BlockAccountingError
 from tests.sequences import BLOCK_SIZE, compute, make_sequence
 
 

@@ -26,7 +26,8 @@ from cluster.node_service import NodeService
 from cluster.proto import node_pb2 as pb
 from cluster.proto import node_pb2_grpc
 from cluster.request import FinishReason, Handoff, SequenceRequest, TokenDelta, TokenLogprobs
-from cluster.rpc import SessionHub, bind, create_server
+from cluster.rpc import bind, create_server
+from cluster.session_hub import SessionHub
 
 if TYPE_CHECKING:
     from collections.abc import Callable

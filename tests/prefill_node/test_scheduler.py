@@ -24,7 +24,7 @@ from tests.sequences import (
 )
 
 if TYPE_CHECKING:
-    from engine.block_manager import Hold
+    from engine.reservation import Hold
     from engine.schedule import ScheduleDecision
     from engine.sequence import Sequence
 

@@ -11,7 +11,7 @@ from cluster.errors import InvalidRequest, NodeUnavailable, TransferFailed
 from cluster.node import Incarnation, NodeId, NodeName, NodeState
 from cluster.proto import node_pb2 as pb
 from cluster.request import FinishReason, Handoff
-from cluster.rpc import SessionHub
+from cluster.session_hub import SessionHub
 from engine.load import LoadSnapshot
 from engine.loop import EngineLoop
 from prefill_node.loop import LayerFacts, PrefillObserver
