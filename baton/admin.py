@@ -126,7 +126,7 @@ _add_listing("leases", LEASES, "List the KV leases that nodes hold.")
 _add_action("cordon", "nodes", "NODE", "Give a node no new work.")
 _add_action("uncordon", "nodes", "NODE", "Give a cordoned node new work again.")
 _add_action("drain", "nodes", "NODE", "Cordon a node and let its work come to an end.")
-_add_action("cancel", "requests", "REQUEST", "End a request.")
+_add_action("cancel", "requests", "REQUEST", "End a request, by its id or its answer's.")
 
 
 @app.command("reset-prefix-cache")

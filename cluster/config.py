@@ -216,8 +216,10 @@ def _build(
 
 def _row(each: Option, value: Any) -> str:
     if each.secret and value not in (None, (), ""):
-        # A comment, so that the text loads back without making the word the secret.
-        return f"  # {each.name}: {REDACTED}"
+        # A comment, so that the text loads back without making the word the secret. What is a
+        # default everybody may read.
+        told = _shown(value) if value == each.default else REDACTED
+        return f"  # {each.name}: {told}"
     return f"  {each.name}: {_shown(value)}"
 
 

@@ -49,7 +49,7 @@ def build_parser(
     _add_general_flags(parser, hides_some=any(o.advanced for o in options))
     if positional is not None:
         (named,) = (o for o in options if o.name == positional)
-        parser.add_argument(
+        parser.add_argument_group("Argument").add_argument(
             POSITIONAL_DEST, nargs="?", metavar=positional.upper(), help=_help_text(named)
         )
     _add_options(parser, options, positional, show_advanced=show_advanced)
@@ -65,7 +65,7 @@ def _add_options(
 ) -> None:
     groups: dict[str, Any] = {}
     for each in options:
-        title = each.group or section_name(each.section).replace("_", " ")
+        title = each.group or section_name(each.section).replace("_", " ").capitalize()
         if title not in groups:
             groups[title] = parser.add_argument_group(title)
         shown = _help_text(each) if show_advanced or not each.advanced else argparse.SUPPRESS
@@ -75,7 +75,7 @@ def _add_options(
 
 
 def _add_general_flags(parser: argparse.ArgumentParser, *, hides_some: bool) -> None:
-    general = parser.add_argument_group("general")
+    general = parser.add_argument_group("General")
     general.add_argument("-h", "--help", action="help", help="Show this and exit.")
     general.add_argument(
         "--help-all",

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 PREFIX = "/admin/v1"
 LOAD_SECONDS = 0.5  # for a node to say what it has, before its last heartbeat must do
+_ANSWER_PREFIXES = ("chatcmpl-", "cmpl-", "resp_", "msg_")
 Json = dict[str, Any]
 
 
@@ -129,7 +130,7 @@ def _levers(gateway: Gateway, observe: Callable[[Event], None]) -> APIRouter:
 
     @router.post("/requests/{request_id}:cancel", summary="End a request with a typed error")
     async def cancel(request_id: str) -> Json:
-        num_cancelled = gateway.dispatcher.cancel_request(request_id)
+        num_cancelled = sum(map(gateway.dispatcher.cancel_request, _ids_of(request_id)))
         _audit("cancel", request_id, f"{num_cancelled} sequences")
         if num_cancelled == 0:
             raise RouteNotFound(f"No request {request_id[:200]} is in flight.", param="id")
@@ -250,6 +251,12 @@ def _entry(gateway: Gateway, name: str) -> NodeEntry:
         known = ", ".join(sorted(each.info.id.name for each in gateway.nodes)) or "none"
         raise RouteNotFound(f"There is no node {name[:200]}; known: {known}.", param="name")
     return entry
+
+
+def _ids_of(asked: str) -> list[str]:
+    """Of a request: its own, or that of its answer, which clients are shown."""
+    bare = (asked.removeprefix(prefix) for prefix in _ANSWER_PREFIXES)
+    return [asked, *(each for each in bare if each and each != asked)]
 
 
 def _audit(action: str, target: str, outcome: str) -> None:

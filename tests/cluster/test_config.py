@@ -135,7 +135,7 @@ def test_help_is_grouped_and_hides_advanced_options(capsys: pytest.CaptureFixtur
     with pytest.raises(SystemExit):
         load("--help")
     text = capsys.readouterr().out
-    for heading in ("engine:", "kv transfer:", "parallel:", "[default: 16]", "[required]", "100%"):
+    for heading in ("Engine:", "Kv transfer:", "parallel:", "[default: 16]", "[required]", "100%"):
         assert heading in text
     assert "--require-transport" not in text
     assert text.count("Folder of the model.") == 1, "the positional says it, the flag refers to it"
@@ -241,6 +241,18 @@ def test_show_config_is_yaml_that_loads_back_with_origins_and_no_secret(tmp_path
     again = load("--config", write(tmp_path, text))
     assert again[EngineConfig] == loaded[EngineConfig]
     assert yaml.safe_load(text)["kv_transfer"]["require_transport"] == "rdma"
+
+
+@dataclass(frozen=True, slots=True)
+class StoreConfig:
+    url: str = option("redis://here", help="Where.", secret=True)
+
+
+def test_a_default_is_no_secret_and_still_a_comment() -> None:
+    text = render_config(load_config("p", (StoreConfig,), ["--show-config"], {}))
+    assert text == 'store:\n  # url: "redis://here"  # default\n'
+    given = load_config("p", (StoreConfig,), ["--url", "redis://:s3@there"], {})
+    assert "s3" not in render_config(given)
 
 
 def test_to_environment_round_trips() -> None:

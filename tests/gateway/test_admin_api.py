@@ -69,8 +69,9 @@ def test_a_nodes_load_is_what_it_says_now_and_not_its_last_heartbeat(
     assert cached() == 0, "of a node that says nothing the last heartbeat counts"
 
 
+@pytest.mark.parametrize("asked", ["to-cancel", "cmpl-to-cancel"])  # its id, its answer's
 def test_requests_are_shown_and_can_be_cancelled(
-    gateway: RunningGateway, admin: httpx.Client
+    gateway: RunningGateway, admin: httpx.Client, asked: str
 ) -> None:
     gateway.do(gateway.decode.gates.tokens.clear)
     url = f"{gateway.url}/v1/completions"
@@ -80,7 +81,7 @@ def test_requests_are_shown_and_can_be_cancelled(
             answer = pool.submit(httpx.post, url, json={**BODY, "n": 2}, headers=headers)
             gateway.until(lambda: gateway.gateway.measures.num_running == 2)
             [shown] = admin.get("/requests").json()["requests"]
-            done = admin.post("/requests/to-cancel:cancel")
+            done = admin.post(f"/requests/{asked}:cancel")
             response = answer.result(20)
     finally:
         gateway.do(gateway.decode.gates.tokens.set)
@@ -89,10 +90,10 @@ def test_requests_are_shown_and_can_be_cancelled(
     assert shown["output_tokens"] == 2
     assert len(shown["sequences"]) == 2
     assert {c["node"] for c in shown["sequences"][0]["candidates"]} == {"prefill-0", "decode-0"}
-    assert done.json() == {"id": "to-cancel", "num_cancelled": 2}
+    assert done.json() == {"id": asked, "num_cancelled": 2}
     assert (response.status_code, response.json()["error"]["code"]) == (499, "cancelled")
     assert admin.get("/requests").json() == {"requests": []}
-    assert admin.post("/requests/to-cancel:cancel").status_code == 404
+    assert admin.post(f"/requests/{asked}:cancel").status_code == 404
 
 
 def test_leases_are_asked_of_every_node(admin: httpx.Client) -> None:
