@@ -4,7 +4,9 @@
     2. `finish()` when the body has ended: what is missing then makes the request a failure.
 
 A chunk counts when it brings non-empty text, reasoning or part of a tool call. How many tokens
-it brings is not known from it; the usage chunk at the end says how many there were in all.
+it brings is not known from it; the usage chunk at the end says how many there were in all. One that
+contradicts itself, or what was asked and how the answer ended, makes the request a failure, too:
+rates would be computed from it.
 """
 
 from __future__ import annotations
@@ -31,13 +33,23 @@ _DONE = b"[DONE]"
 
 
 class AnswerReader:
-    def __init__(self, backend: Backend, record: RequestRecord, *, keep_text: bool = False) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        record: RequestRecord,
+        *,
+        keep_text: bool = False,
+        num_asked: int | None = None,
+    ) -> None:
+        """`num_asked`: tokens that the answer has when it ends by `length`; None: nobody knows."""
         self._parser = EventParser()
         self._text_of = _completion_text if backend == "openai" else _chat_text
         self._record = record
         self._keep_text = keep_text
         self._pieces: list[str] = []
         self._usage: dict[str, Any] | None = None
+        self._num_asked = num_asked
+        self._finish_reason: str | None = None
         self._has_ended = False  # the server said so
 
     @property
@@ -79,6 +91,7 @@ class AnswerReader:
                 if self._keep_text:
                     self._pieces.append(text)
             if choice.get("finish_reason") is not None:
+                self._finish_reason = str(choice["finish_reason"])
                 self._has_ended = True
 
     def _take_usage(self, usage: dict[str, Any]) -> None:
@@ -89,6 +102,24 @@ class AnswerReader:
             record.counted_by = "usage"
         details = usage.get("prompt_tokens_details") or {}
         record.num_cached_tokens = details.get("cached_tokens") or 0
+        if problem := self._contradiction(usage):
+            self._fail("stream_wrong_usage", problem)
+
+    def _contradiction(self, usage: dict[str, Any]) -> str | None:
+        """What cannot be true of the usage; None where all can."""
+        record = self._record
+        num_input, num_output = usage.get("prompt_tokens"), usage.get("completion_tokens")
+        total = usage.get("total_tokens")
+        if None not in (num_input, num_output, total) and num_input + num_output != total:
+            return f"{num_input} and {num_output} tokens are said to be {total}"
+        if num_input is not None and not 0 <= record.num_cached_tokens <= num_input:
+            return f"{record.num_cached_tokens} tokens of a prompt of {num_input} are called cached"
+        if self._num_asked is None or num_output is None:
+            return None
+        is_short = num_output < self._num_asked and self._finish_reason == "length"
+        if num_output > self._num_asked or is_short:
+            return f"ended by {self._finish_reason} with {num_output} of {self._num_asked} tokens"
+        return None
 
     def _fail_as_told(self, error: Any) -> None:
         error_class, message = describe_error(error)

@@ -110,10 +110,17 @@ class BenchClient:
             if response.content_type != "text/event-stream":
                 record.failure = RequestFailure("not_a_stream", response.content_type)
                 return
-            await self._read_stream(response, record)
+            await self._read_stream(response, record, request.num_output_tokens)
 
-    async def _read_stream(self, response: aiohttp.ClientResponse, record: RequestRecord) -> None:
-        reader = AnswerReader(self._backend, record, keep_text=self._count_tokens is not None)
+    async def _read_stream(
+        self, response: aiohttp.ClientResponse, record: RequestRecord, num_asked: int
+    ) -> None:
+        reader = AnswerReader(
+            self._backend,
+            record,
+            keep_text=self._count_tokens is not None,
+            num_asked=num_asked,
+        )
         clock, stream = self._clock, response.content
         while data := await stream.readany():
             reader.take(data, clock())

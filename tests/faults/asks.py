@@ -22,6 +22,8 @@ class Ask:
     top_p: float = 1.0
     seed: int | None = None
     cache_salt: str | None = None  # of its tenant
+    stop: str | None = None
+    stop_token_ids: tuple[int, ...] = ()
     deadline_seconds: float = DEADLINE_SECONDS
     leaves_after: int | None = None
     leaves_by_reset: bool = False
@@ -50,7 +52,14 @@ class Ask:
             "return_token_ids": True,
             "stream": self.is_stream,
         }
-        optional = {"seed": self.seed, "cache_salt": self.cache_salt}
+        if self.is_stream:
+            body["stream_options"] = {"include_usage": True}
+        optional = {
+            "seed": self.seed,
+            "cache_salt": self.cache_salt,
+            "stop": self.stop,
+            "stop_token_ids": list(self.stop_token_ids) or None,
+        }
         return body | {name: value for name, value in optional.items() if value is not None}
 
 

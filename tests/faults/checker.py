@@ -1,6 +1,7 @@
 """Judges a history: each request ends once, its tokens are the oracle's, and nothing hangs.
 
-Invariants I1 (one ending), I2 (a prefix of the oracle's tokens, whole unless an error ended it),
+Invariants I1 (one ending), I2 (a prefix of the oracle's tokens, whole unless an error ended it,
+then with the oracle's finish_reason and a usage that counts its prompt and these tokens),
 I6 (somebody hears something in time, blocks of who has left come back in time) and I9 (only
 requests that touched the faulty part may err). I3 (no KV that was not verified), I5 (tenants) and
 I7 (fencing) are judged where blocks are, by the `witness` in each node: the history has what it
@@ -13,12 +14,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from tests.faults.history import ENDINGS, LAST, NO_REQUEST
+from tests.faults.history import ENDINGS, LAST, NO_REQUEST, Usage
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping, Sequence
 
-    from tests.faults.history import Event, History
+    from tests.faults.history import Answer, Event, History
 
 # What may be said of a fault of the machinery. All are 503 or 504: the client may try again.
 FAULT_CODES = frozenset({"node_lost", "kv_load_failed", "no_capacity", "deadline_exceeded"})
@@ -28,7 +29,7 @@ FREED_WITHIN_SECONDS = 5.0  # one, and what a busy machine adds
 
 def violations(
     history: History,
-    oracle: Mapping[int, Sequence[int]],
+    oracle: Mapping[int, Answer],
     *,
     allowed_codes: Collection[str] = FAULT_CODES,
     may_break: Collection[int] = (),
@@ -36,7 +37,7 @@ def violations(
 ) -> list[str]:
     """What is wrong with a history, in words; nothing when it holds.
 
-    `oracle`: each request's tokens in an undisturbed run. `may_break`: requests whose connection
+    `oracle`: each request's answer in an undisturbed run. `may_break`: requests whose connection
     may break, because their gateway was killed. `may_err`: those that may end in an error at all;
     None: every one.
     """
@@ -44,9 +45,7 @@ def violations(
     found = [
         f"request {number}: {problem}"
         for number, expected in oracle.items()
-        for problem in _of_one(
-            events.get(number, []), tuple(expected), allowed_codes, number in may_break
-        )
+        for problem in _of_one(events.get(number, []), expected, allowed_codes, number in may_break)
     ]
     strangers = set(events) - set(oracle)
     found += [f"request {number}: not known to the oracle" for number in sorted(strangers)]
@@ -58,12 +57,12 @@ def violations(
     return found
 
 
-def wrong_tokens(history: History, oracle: Mapping[int, Sequence[int]]) -> int:
+def wrong_tokens(history: History, oracle: Mapping[int, Answer]) -> int:
     """How many requests got a token that is not the oracle's."""
     events = history.by_request()
+    got = {number: _tokens(events.get(number, [])) for number in oracle}
     return sum(
-        _tokens(events.get(number, [])) != tuple(expected)[: len(_tokens(events.get(number, [])))]
-        for number, expected in oracle.items()
+        got[number] != expected.token_ids[: len(got[number])] for number, expected in oracle.items()
     )
 
 
@@ -107,7 +106,7 @@ def not_freed(history: History) -> list[str]:
 
 def _of_one(
     events: Sequence[Event],
-    expected: tuple[int, ...],
+    expected: Answer,
     allowed_codes: Collection[str],
     may_break: bool,
 ) -> Iterator[str]:
@@ -128,13 +127,39 @@ def _of_one(
     if kinds.count("done") > 1 or (kinds.count("done") == 1 and kinds[-1] != "done"):
         yield "[DONE] is not the last line"
     tokens = _tokens(events)
-    if tokens != expected[: len(tokens)]:
-        yield f"token {_first_difference(tokens, expected)} is not the oracle's"
+    if tokens != expected.token_ids[: len(tokens)]:
+        yield f"token {_first_difference(tokens, expected.token_ids)} is not the oracle's"
     for ending in endings:
-        if ending.kind == "finished" and len(tokens) != len(expected):
-            yield f"finished with {len(tokens)} of {len(expected)} tokens"
-        if ending.kind != "finished" and ending.detail not in allowed_codes:
+        if ending.kind == "finished":
+            yield from _of_finished(ending, events, len(tokens), expected)
+        elif ending.detail not in allowed_codes:
             yield f"ended with {ending.detail}"
+
+
+def _of_finished(
+    ending: Event, events: Sequence[Event], num_tokens: int, expected: Answer
+) -> Iterator[str]:
+    if num_tokens != len(expected.token_ids):
+        yield f"finished with {num_tokens} of {len(expected.token_ids)} tokens"
+    if ending.detail != expected.finish_reason:
+        yield f"finished by {ending.detail}, not by {expected.finish_reason}"
+    usages = [event.usage for event in events if event.usage is not None]
+    if len(usages) != 1:
+        yield f"{len(usages)} usages"
+    for usage in usages:
+        yield from _of_usage(usage, num_tokens, expected)
+
+
+def _of_usage(usage: Usage, num_tokens: int, expected: Answer) -> Iterator[str]:
+    if usage.prompt != expected.num_prompt_tokens:
+        yield f"usage counts {usage.prompt} tokens of a prompt of {expected.num_prompt_tokens}"
+    if usage.completion != num_tokens:
+        yield f"usage counts {usage.completion} of {num_tokens} tokens"
+    if usage.total != usage.prompt + usage.completion:
+        yield f"usage adds {usage.prompt} and {usage.completion} up to {usage.total}"
+    # The last token of a prompt is always computed.
+    if not 0 <= usage.cached < usage.prompt:
+        yield f"usage calls {usage.cached} tokens of a prompt of {usage.prompt} cached"
 
 
 def _tokens(events: Sequence[Event]) -> tuple[int, ...]:

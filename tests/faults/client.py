@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import aiohttp
 
-from tests.faults.history import History
+from tests.faults.history import History, Usage
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -72,9 +72,11 @@ async def _record(history: History, ask: Ask, response: aiohttp.ClientResponse) 
         answer = await response.json()
         history.record(ask.number, "refused", detail=str(answer["error"]["code"]))
     elif not ask.is_stream:
-        choice = (await response.json())["choices"][0]
+        answer = await response.json()
+        choice = answer["choices"][0]
         history.record(ask.number, "tokens", token_ids=choice["token_ids"])
         history.record(ask.number, "finished", detail=choice["finish_reason"])
+        history.record(ask.number, "usage", usage=_usage(answer["usage"]))
     else:
         await _record_stream(history, ask, response)
 
@@ -107,7 +109,18 @@ def _record_event(history: History, ask: Ask, event: dict[str, Any]) -> int:
             num_tokens += len(token_ids)
         if choice["finish_reason"] is not None:
             history.record(ask.number, "finished", detail=choice["finish_reason"])
+    if event.get("usage") is not None:
+        history.record(ask.number, "usage", usage=_usage(event["usage"]))
     return num_tokens
+
+
+def _usage(told: dict[str, Any]) -> Usage:
+    return Usage(
+        prompt=told["prompt_tokens"],
+        completion=told["completion_tokens"],
+        total=told["total_tokens"],
+        cached=told["prompt_tokens_details"]["cached_tokens"],
+    )
 
 
 def _leave(ask: Ask, response: aiohttp.ClientResponse) -> None:

@@ -30,7 +30,7 @@ from tests.faults.asks import Ask, draw_prompt
 from tests.faults.checker import FAULT_CODES, FREED_WITHIN_SECONDS, not_freed, violations
 from tests.faults.client import load
 from tests.faults.cluster import FaultCluster
-from tests.faults.history import ENDINGS, NO_REQUEST, History
+from tests.faults.history import ENDINGS, NO_REQUEST, Answer, History
 from tests.faults.kv_link import Order, Spoil, shots_done, withdraw
 from tests.faults.leaks import await_quiescence, baseline
 from tests.faults.metrics import scrape
@@ -66,12 +66,12 @@ COMMON = ("--lease-seconds", f"{LEASE_SECONDS:g}", "--max-recomputes", "16")
 
 @dataclass
 class Rows:
-    """`oracle`: the tokens of each request, from the same cluster before anything happened."""
+    """`oracle`: the answer to each request, from the same cluster before anything happened."""
 
     cluster: FaultCluster
     folder: Path
     asks: list[Ask] = field(default_factory=list)
-    oracle: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    oracle: dict[int, Answer] = field(default_factory=dict)
     before: dict[str, Held] = field(default_factory=dict)
     evidence: Evidence = field(init=False)
     nemesis: Nemesis = field(init=False)
@@ -91,17 +91,17 @@ class Rows:
             for number in range(NUM_REQUESTS)
         ]
         self.oracle = self.undisturbed(self.asks)
-        assert len(set(self.oracle.values())) == NUM_REQUESTS
+        assert len({answer.token_ids for answer in self.oracle.values()}) == NUM_REQUESTS
         self.before = baseline(self.cluster)
 
     # ---- load ------------------------------------------------------------------------------
 
-    def undisturbed(self, asks: Sequence[Ask]) -> dict[int, tuple[int, ...]]:
-        """The tokens of these requests."""
+    def undisturbed(self, asks: Sequence[Ask]) -> dict[int, Answer]:
+        """The answers to these requests."""
         with self.load(asks) as history:
             pass
         assert history.kinds().count("finished") == len(asks), history.codes()
-        return {ask.number: history.tokens_of(ask.number) for ask in asks}
+        return {ask.number: history.answer_of(ask.number) for ask in asks}
 
     @contextmanager
     def load(
@@ -182,7 +182,7 @@ class Rows:
     def check(
         self,
         history: History,
-        oracle: Mapping[int, Sequence[int]] | None = None,
+        oracle: Mapping[int, Answer] | None = None,
         *,
         also_allowed: Collection[str] = (),
         may_err: Collection[int] | None = None,

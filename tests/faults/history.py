@@ -1,9 +1,10 @@
 """What clients saw and what was done to the cluster, in order: the record that `checker` judges.
 
 Kinds of events of one request: `sent`; `tokens`; then one of the endings `finished` (with its
-finish_reason), `failed` (an error event inside the stream) and `refused` (an HTTP error); `done`
-for the line `[DONE]`. `left` says that the client went away, `unreachable` that nobody took its
-connection, `broken` that its connection broke, `hung` that it had no end long after its deadline.
+finish_reason), `failed` (an error event inside the stream) and `refused` (an HTTP error); `usage`
+for what the gateway has counted; `done` for the line `[DONE]`. `left` says that the client went
+away, `unreachable` that nobody took its connection, `broken` that its connection broke, `hung` that
+it had no end long after its deadline.
 
 Events of no request are `fault` (what the nemesis did), `server` (what became of a process), and
 what the witnesses in the nodes saw (`witness`): `held` and `freed` for blocks of a request on a
@@ -29,12 +30,32 @@ COMES_WITHIN_SECONDS = 120.0  # a guard: the requests themselves have deadlines
 
 
 @dataclass(frozen=True, slots=True)
+class Usage:
+    """In tokens, as clients are told."""
+
+    prompt: int
+    completion: int
+    total: int
+    cached: int
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What one request gets when nothing disturbs it. How much of its prompt is cached is luck."""
+
+    token_ids: tuple[int, ...]
+    finish_reason: str
+    num_prompt_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
 class Event:
     request: int
     kind: str
     at: float  # monotonic seconds
     token_ids: tuple[int, ...] = ()
     detail: str = ""  # finish_reason, error code, or what was done to whom
+    usage: Usage | None = None
 
 
 @dataclass
@@ -47,9 +68,15 @@ class History:
     num_ended: int = 0
 
     def record(
-        self, request: int, kind: str, *, token_ids: Sequence[int] = (), detail: str = ""
+        self,
+        request: int,
+        kind: str,
+        *,
+        token_ids: Sequence[int] = (),
+        detail: str = "",
+        usage: Usage | None = None,
     ) -> None:
-        self.add(Event(request, kind, time.monotonic(), tuple(token_ids), detail))
+        self.add(Event(request, kind, time.monotonic(), tuple(token_ids), detail, usage))
 
     def add(self, event: Event) -> None:
         with self.changed:
@@ -71,6 +98,13 @@ class History:
 
     def tokens_of(self, request: int) -> tuple[int, ...]:
         return tuple(token for event in self.of(request) for token in event.token_ids)
+
+    def answer_of(self, request: int) -> Answer:
+        """Raises `ValueError` for one that has not finished, or without its usage."""
+        events = self.of(request)
+        [finish_reason] = (event.detail for event in events if event.kind == "finished")
+        [usage] = (event.usage for event in events if event.usage is not None)
+        return Answer(self.tokens_of(request), finish_reason, usage.prompt)
 
     def kinds(self) -> list[str]:
         return [event.kind for event in self.events]
@@ -107,7 +141,8 @@ def read_history(lines: Iterable[str]) -> History:
     history = History()
     for line in lines:
         entry = json.loads(line)
-        event = Event(**{**entry, "token_ids": tuple(entry["token_ids"])})
+        usage = None if entry["usage"] is None else Usage(**entry["usage"])
+        event = Event(**{**entry, "token_ids": tuple(entry["token_ids"]), "usage": usage})
         history.events.append(event)
         history.num_tokens += len(event.token_ids)
         history.num_ended += event.kind in LAST

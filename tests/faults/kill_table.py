@@ -28,7 +28,7 @@ from tests.e2e.cluster_process import eventually
 from tests.faults.asks import draw_asks
 from tests.faults.checker import hung, violations, wrong_tokens
 from tests.faults.client import load
-from tests.faults.history import LAST, History
+from tests.faults.history import LAST, Answer, History
 from tests.faults.leaks import Held, await_quiescence, baseline
 from tests.faults.nemesis import Nemesis
 from tests.faults.placements import Placements, watched
@@ -49,7 +49,7 @@ POLICIES = {
 VICTIMS = {"prefill": "prefill-0", "decode": "decode-0", "redis": "redis", "gateway": "gateway"}
 ACTIONS = ("kill", "stall")
 UNNOTICED_SECONDS = 1.0  # in which a node that died may still be given requests
-Oracle = dict[int, tuple[int, ...]]
+Oracle = dict[int, Answer]
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,13 +137,13 @@ def run_seed(policy: str, seed: int, options: argparse.Namespace) -> list[Outcom
 
 
 def undisturbed(cluster: ServedCluster, asks: list[Ask]) -> Oracle:
-    """The tokens of each request. Raises `RuntimeError` when not all of them come."""
+    """The answer to each request. Raises `RuntimeError` when not all of them come."""
     with load(cluster.url_of, asks, at_once=AT_ONCE) as history:
         pass
-    oracle = {ask.number: history.tokens_of(ask.number) for ask in asks}
-    if history.erred() or len(set(oracle.values())) != len(asks):
+    tokens = {history.tokens_of(ask.number) for ask in asks}
+    if history.erred() or len(tokens) != len(asks):
         raise RuntimeError("the undisturbed run failed, or two requests have the same tokens")
-    return oracle
+    return {ask.number: history.answer_of(ask.number) for ask in asks}
 
 
 def run_fault(

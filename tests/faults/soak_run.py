@@ -8,10 +8,10 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from tests.faults.asks import Ask, draw_prompt
+from tests.faults.asks import FIRST_TOKEN, VOCABULARY, Ask, draw_prompt
 from tests.faults.checker import FAULT_CODES, violations, wrong_tokens
 from tests.faults.client import load
-from tests.faults.history import NO_REQUEST, History
+from tests.faults.history import NO_REQUEST, Answer, History
 from tests.faults.kv_link import Order, Spoil, shots_done, withdraw
 from tests.faults.nemesis import Nemesis, NotInjected, Planned, draw_schedule, verify
 from tests.faults.proxy import Faults
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from tests.faults.cluster import FaultCluster
 
 NUM_TEMPLATES = 48
+NUM_STOP_IDS = 128
 AT_ONCE = 8
 PAUSE_SECONDS = (2.0, 8.0)  # between two faults
 MIB = 1 << 20
@@ -35,7 +36,8 @@ FAULTS: tuple[tuple[str, str], ...] = (
     ("slow", "redis"),
     *((spoil.value, name) for spoil in Spoil for name in NODES[:2]),
 )
-Oracle = dict[int, tuple[int, ...]]
+Oracle = dict[int, Answer]
+STOPS = ("\n", ",", " the", "e ")
 
 
 @dataclass
@@ -166,7 +168,17 @@ def draw_templates(seed: int) -> list[Ask]:
                 cache_salt=f"tenant-{number % 3}",
             )
         )
-    return templates
+    return [_stopping(draw, ask) for ask in templates]
+
+
+def _stopping(draw: random.Random, ask: Ask) -> Ask:
+    """One in four may end before it has all of its tokens."""
+    if draw.random() < 0.75:
+        return ask
+    if draw.random() < 0.5:
+        return replace(ask, stop=draw.choice(STOPS))
+    ids = draw.sample(range(FIRST_TOKEN, VOCABULARY), NUM_STOP_IDS)
+    return replace(ask, stop_token_ids=tuple(ids))
 
 
 def repeated(seed: int, templates: Sequence[Ask], ends_at: float) -> Iterator[Ask]:
@@ -189,13 +201,19 @@ def repeated(seed: int, templates: Sequence[Ask], ends_at: float) -> Iterator[As
 
 def steady(cluster: FaultCluster, templates: Sequence[Ask]) -> tuple[list[Ask], Oracle]:
     """Those whose tokens are the same alone and among others, with cached prefixes and without,
-    and their tokens. A sum of floats in another order may tip a close choice: where it does
+    and their answers. A sum of floats in another order may tip a close choice: where it does
     undisturbed, nothing could be said of it disturbed."""
     first = answers(cluster, templates)
     again = [answers(cluster, templates)]
     cluster.admin("prefix-cache:reset", "POST")
     again += [answers(cluster, templates, at_once=1), answers(cluster, templates)]
-    kept = [ask for ask in templates if all(a[ask.number] == first[ask.number] for a in again)]
+    kept = [
+        ask
+        for ask in templates
+        if {each[ask.number].token_ids for each in again} == {first[ask.number].token_ids}
+    ]
+    if any(each[ask.number] != first[ask.number] for ask in kept for each in again):
+        raise RuntimeError("the same tokens were counted otherwise, or ended for another reason")
     return kept, {ask.number: first[ask.number] for ask in kept}
 
 
@@ -205,4 +223,4 @@ def answers(cluster: FaultCluster, templates: Sequence[Ask], *, at_once: int = A
         pass
     if history.erred():
         raise RuntimeError(f"requests failed although nothing was disturbed: {history.codes()}")
-    return {ask.number: history.tokens_of(ask.number) for ask in templates}
+    return {ask.number: history.answer_of(ask.number) for ask in templates}

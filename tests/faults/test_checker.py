@@ -20,22 +20,30 @@ from tests.faults.checker import (
     violations,
     wrong_tokens,
 )
-from tests.faults.history import NO_REQUEST, Event, History, read_history
+from tests.faults.history import NO_REQUEST, Answer, Event, History, Usage, read_history
 from tests.faults.leaks import Held, held_by_node, more_than
 from tests.faults.metrics import parse
 from tests.faults.nemesis import NotInjected, draw_schedule, is_gone, process_state, verify
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
-ORACLE = {0: (5, 6, 7)}
+ORACLE = {0: Answer((5, 6, 7), "length", 4)}
 
 
-def history_of(*events: tuple[str, tuple[int, ...], str]) -> History:
+def history_of(
+    *events: tuple[str, tuple[int, ...], str], usages: Sequence[Usage] | None = None
+) -> History:
+    """`usages`: come with `finished`. None: the right one, of the tokens so far."""
     history = History()
     history.record(0, "sent")
     for kind, token_ids, detail in events:
         history.record(0, kind, token_ids=token_ids, detail=detail)
+        if kind == "finished":
+            count = len(history.tokens_of(0))
+            for usage in [Usage(4, count, 4 + count, 0)] if usages is None else usages:
+                history.record(0, "usage", usage=usage)
     return history
 
 
@@ -77,6 +85,31 @@ def test_a_wrong_history_is_named(
     events: list[tuple[str, tuple[int, ...], str]], problem: str
 ) -> None:
     assert f"request 0: {problem}" in violations(history_of(*events), ORACLE)
+
+
+@pytest.mark.parametrize(
+    ("usages", "problem"),
+    [
+        ([Usage(4, 3, 7, 3)], None),
+        ([], "0 usages"),
+        ([Usage(4, 3, 7, 0), Usage(4, 3, 7, 0)], "2 usages"),
+        ([Usage(6, 3, 9, 0)], "usage counts 6 tokens of a prompt of 4"),
+        ([Usage(4, 2, 6, 0)], "usage counts 2 of 3 tokens"),
+        ([Usage(4, 3, 8, 0)], "usage adds 4 and 3 up to 8"),
+        ([Usage(4, 3, 7, 4)], "usage calls 4 tokens of a prompt of 4 cached"),
+        ([Usage(4, 3, 7, -1)], "usage calls -1 tokens of a prompt of 4 cached"),
+    ],
+)
+def test_a_usage_that_is_not_what_the_client_got_is_named(
+    usages: list[Usage], problem: str | None
+) -> None:
+    history = history_of(("tokens", (5, 6, 7), ""), FINISHED, DONE, usages=usages)
+    assert violations(history, ORACLE) == ([] if problem is None else [f"request 0: {problem}"])
+
+
+def test_an_end_for_another_reason_than_the_oracles_is_named() -> None:
+    history = history_of(("tokens", (5, 6, 7), ""), ("finished", (), "stop"), DONE)
+    assert violations(history, ORACLE) == ["request 0: finished by stop, not by length"]
 
 
 def test_a_request_that_was_never_sent_and_one_that_nobody_expects_are_named() -> None:
@@ -180,6 +213,7 @@ def test_a_history_is_read_back_as_it_was_written(tmp_path: Path) -> None:
     again = read_history(path.read_text().splitlines())
     assert again.events == history.events
     assert (again.num_tokens, again.num_ended) == (3, 1)
+    assert again.answer_of(0) == ORACLE[0]
     assert violations(again, ORACLE) == []
 
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import redis
 
     from tests.faults.cluster_rows import Rows
+    from tests.faults.history import Answer
 
 pytestmark = pytest.mark.faults
 GATEWAYS = ("gateway", "gateway-1")
@@ -181,7 +182,7 @@ def test_k5_any_part_of_a_prompt_may_be_held_already(cached: Rows) -> None:
         Ask(number=number, prompt=stem[:length], num_tokens=16)
         for number, length in enumerate(lengths)
     ]
-    oracle: dict[int, tuple[int, ...]] = {}
+    oracle: dict[int, Answer] = {}
     for ask in asks:
         cached.cluster.admin("prefix-cache:reset", "POST")
         oracle |= cached.undisturbed([ask])

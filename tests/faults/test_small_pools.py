@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from tests.faults.cluster_rows import Rows
+    from tests.faults.history import Answer
 
 pytestmark = pytest.mark.faults
 BLOCKS = 64  # of 16 tokens: two or three of the prompts below
@@ -69,12 +70,12 @@ def test_d3_long_answers_that_do_not_fit_together_all_end(small: Rows, policy: s
     preempted = small.counted("baton_preemptions_total", ["decode-0"])
     with small.load(asks) as history:
         pass
-    alone: dict[int, tuple[int, ...]] = {}
+    alone: dict[int, Answer] = {}
     for ask in asks[:3]:
         alone |= small.undisturbed([ask])
     assert small.counted("baton_preemptions_total", ["decode-0"]) > preempted
     assert history.codes() <= {"overloaded"}
-    for number, tokens in alone.items():
-        assert history.tokens_of(number) == tokens[: len(history.tokens_of(number))]
+    for number, answer in alone.items():
+        assert history.tokens_of(number) == answer.token_ids[: len(history.tokens_of(number))]
     assert not history.erred() or history.codes() == {"overloaded"}
     small.check_recovered()

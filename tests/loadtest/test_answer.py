@@ -8,10 +8,12 @@ from loadtest.answer import AnswerReader
 from loadtest.record import RequestRecord
 
 
-def read(wire: Any, *pieces: bytes, backend: Any = "openai") -> RequestRecord:
+def read(
+    wire: Any, *pieces: bytes, backend: Any = "openai", num_asked: int | None = None
+) -> RequestRecord:
     """Pieces arrive at seconds 1, 2, 3 ..."""
     record = RequestRecord(index=0, planned=0.0)
-    reader = AnswerReader(backend, record)
+    reader = AnswerReader(backend, record, num_asked=num_asked)
     for second, piece in enumerate(pieces, start=1):
         reader.take(piece, float(second))
     reader.finish()
@@ -38,6 +40,28 @@ def test_usage_counts_tokens_when_a_chunk_brings_several(wire: Any) -> None:
     record = read(wire, wire.text_chunk("abc"), wire.usage_chunk(1, 6) + wire.done)
     assert len(record.chunk_times) == 1
     assert record.num_output_tokens == 6
+
+
+@pytest.mark.parametrize(
+    ("ending", "usage", "problem"),
+    [
+        ("length", (7, 4, 11, 7), None),
+        ("stop", (7, 3, 10, 0), None),
+        ("length", (7, 4, 12, 0), "7 and 4 tokens are said to be 12"),
+        ("length", (7, 4, 11, 8), "8 tokens of a prompt of 7 are called cached"),
+        ("length", (7, 3, 10, 0), "ended by length with 3 of 4 tokens"),
+        ("stop", (7, 5, 12, 0), "ended by stop with 5 of 4 tokens"),
+    ],
+)
+def test_a_usage_that_cannot_be_true_fails_the_request(
+    ending: str, usage: tuple[int, ...], problem: str | None, wire: Any
+) -> None:
+    names = ("prompt_tokens", "completion_tokens", "total_tokens")
+    told: dict[str, Any] = dict(zip(names, usage, strict=False))
+    told["prompt_tokens_details"] = {"cached_tokens": usage[3]}
+    last = wire.event({"choices": [], "usage": told})
+    record = read(wire, wire.text_chunk("a"), wire.text_chunk("b", ending), last, num_asked=4)
+    assert (record.failure and record.failure.message) == problem
 
 
 def test_running_usage_in_every_chunk_leaves_the_last_as_the_count(wire: Any) -> None:
