@@ -1,13 +1,15 @@
 """The HTTP edge: from a client's JSON to tokens of two nodes, and back. Where to look:
 
 a request    http_server -> edge (id, key) -> app -> routes/ -> body -> schemas (types) ->
-             validation by request_rules, chat_messages, chat_template -> request; gateway.begin
+             validation by request_rules, chat_messages, chat_template, budget -> request;
+             gateway.begin
 its way      admission -> prefix_lookup -> router (a pure choice, by policy) -> dispatch
 a sequence   sequence_machine (pure; says sequence_instructions) inside dispatch; active, attempts:
              what is in flight; retries: whether it is tried again
 nodes        nodes (known) -> node_client (a session each, by node_frames); pulse_watch: silent?
 the answer   generation of choices (detokenizer, stop_strings, thoughts, tools/; markers) ->
-             streaming -> answers, as frames; dialects/: as other APIs have it; http_errors
+             streaming, as frames; or whole_answers, of a held_answer; in turns. As answers and
+             logprob_answers have it, or dialects/: other APIs; http_errors
 text         tokenizer
 the process  config -> assembly -> server
 for others   measures -> metrics; admin/ (the API of operators)

@@ -1,26 +1,26 @@
-"""Answers as JSON objects, in OpenAI's shape: whole completions, usage and log-probabilities."""
+"""Answers as JSON, in OpenAI's shape: whole completions and usage; `logprob_answers` are part."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import orjson
+
 from cluster.request import FinishReason
+from gateway.logprob_answers import chat_logprob_parts, text_logprob_parts
 from gateway.request import Route
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
-    from cluster.request import TokenLogprobs
     from gateway.choice import Choice, Piece
     from gateway.detokenizer import TokenBytes
     from gateway.generation import Generation
+    from gateway.held_answer import HeldAnswer
     from gateway.request import Request
     from gateway.tools.formats import ToolCall
 
 Json = dict[str, Any]
-# JSON has no infinity; this is what OpenAI and vLLM write for impossible tokens.
-LOWEST_LOGPROB = -9999.0
-
 _ID_PREFIX = {Route.CHAT: "chatcmpl-", Route.COMPLETIONS: "cmpl-"}
 
 
@@ -47,33 +47,44 @@ def usage(generation: Generation) -> Json:
     }
 
 
-def whole_answer(generation: Generation, pieces: Sequence[Piece], token_bytes: TokenBytes) -> Json:
-    """`pieces[i]` is all of choice `i`."""
+def answer_parts(
+    generation: Generation, held: Sequence[HeldAnswer], token_bytes: TokenBytes
+) -> Iterator[bytes]:
+    """The whole answer as JSON, in parts that take about a millisecond each to make."""
     request = generation.request
-    is_chat = request.route is Route.CHAT
-    build = _chat_choice if is_chat else _text_choice
-    return {
+    head = {
         "id": answer_id(request),
-        "object": "chat.completion" if is_chat else "text_completion",
+        "object": "chat.completion" if request.route is Route.CHAT else "text_completion",
         "created": request.created,
         "model": request.model,
-        "choices": [
-            build(choice, piece, request, token_bytes)
-            for choice, piece in zip(generation.choices, pieces, strict=True)
-        ],
-        "usage": usage(generation),
     }
+    yield orjson.dumps(head)[:-1] + b',"choices":['
+    for choice, whole in zip(generation.choices, held, strict=True):
+        if choice.index:
+            yield b","
+        yield from _choice_parts(choice, whole, request, token_bytes)
+    yield b'],"usage":' + orjson.dumps(usage(generation)) + b"}"
 
 
-def _chat_choice(choice: Choice, piece: Piece, request: Request, token_bytes: TokenBytes) -> Json:
-    logprobs = chat_logprobs(piece, token_bytes) if request.wants_logprobs else None
-    return {
-        "index": choice.index,
-        "message": _message(piece),
-        "logprobs": logprobs,
-        **ending(choice),
-        **token_id_fields(choice, piece, request, is_first=True),
-    }
+def _choice_parts(
+    choice: Choice, whole: HeldAnswer, request: Request, token_bytes: TokenBytes
+) -> Iterator[bytes]:
+    is_chat = request.route is Route.CHAT
+    piece = whole.piece()
+    said: Json = {"index": choice.index}
+    if is_chat:
+        said["message"] = _message(piece)
+    else:
+        said["text"] = echoed(choice, request) + piece.text
+    yield orjson.dumps(said)[:-1] + b',"logprobs":'
+    if not request.wants_logprobs:
+        yield b"null"
+    elif is_chat:
+        yield from chat_logprob_parts(whole, token_bytes)
+    else:
+        yield from text_logprob_parts(whole, token_bytes)
+    rest = {**ending(choice), **token_id_fields(choice, piece, request, is_first=True)}
+    yield b"," + orjson.dumps(rest)[1:]
 
 
 def _message(piece: Piece) -> Json:
@@ -97,17 +108,6 @@ def tool_call(call: ToolCall) -> Json:
     return {"id": call.id, "type": "function", "function": called}
 
 
-def _text_choice(choice: Choice, piece: Piece, request: Request, token_bytes: TokenBytes) -> Json:
-    logprobs = text_logprobs(piece, token_bytes, 0) if request.wants_logprobs else None
-    return {
-        "index": choice.index,
-        "text": echoed(choice, request) + piece.text,
-        "logprobs": logprobs,
-        **ending(choice),
-        **token_id_fields(choice, piece, request, is_first=True),
-    }
-
-
 def echoed(choice: Choice, request: Request) -> str:
     if not request.echo:
         return ""
@@ -129,49 +129,3 @@ def token_id_fields(choice: Choice, piece: Piece, request: Request, *, is_first:
         return {"token_ids": piece.token_ids}
     prompt = request.prompts[choice.index // request.n]
     return {"prompt_token_ids": prompt.token_ids, "token_ids": piece.token_ids}
-
-
-def chat_logprobs(piece: Piece, token_bytes: TokenBytes) -> Json:
-    content = []
-    for token_id, entry in zip(piece.token_ids, piece.logprobs, strict=True):
-        row = _chat_token(token_id, entry.logprob, token_bytes)
-        row["top_logprobs"] = [_chat_token(t, value, token_bytes) for t, value in entry.top]
-        content.append(row)
-    return {"content": content, "refusal": None}
-
-
-def _chat_token(token_id: int, logprob: float, token_bytes: TokenBytes) -> Json:
-    data = token_bytes[token_id]
-    return {
-        "token": data.decode(errors="replace"),
-        "logprob": max(logprob, LOWEST_LOGPROB),
-        "bytes": list(data),
-    }
-
-
-def text_logprobs(piece: Piece, token_bytes: TokenBytes, offset: int) -> Json:
-    """`offset` is that of the first token in the text of its choice, in characters."""
-    tokens = [token_bytes[token_id].decode(errors="replace") for token_id in piece.token_ids]
-    offsets = []
-    for token in tokens:
-        offsets.append(offset)
-        offset += len(token)
-    return {
-        "tokens": tokens,
-        "token_logprobs": [max(entry.logprob, LOWEST_LOGPROB) for entry in piece.logprobs],
-        "top_logprobs": [
-            _top_of(token, entry, token_bytes)
-            for token, entry in zip(tokens, piece.logprobs, strict=True)
-        ],
-        "text_offset": offsets,
-    }
-
-
-def _top_of(token: str, entry: TokenLogprobs, token_bytes: TokenBytes) -> dict[str, float]:
-    """The chosen token is among them, whether likely or not."""
-    top = {
-        token_bytes[token_id].decode(errors="replace"): max(value, LOWEST_LOGPROB)
-        for token_id, value in entry.top
-    }
-    top.setdefault(token, max(entry.logprob, LOWEST_LOGPROB))
-    return top

@@ -60,7 +60,7 @@ def assemble(
     return Gateway(
         config,
         tokenizer=tokenizer,
-        validator=Validator(tokenizer, template),
+        validator=Validator(tokenizer, template, max_whole_logprobs=config.max_whole_logprobs),
         nodes=nodes,
         dispatcher=dispatcher,
         admission=admission,

@@ -27,6 +27,7 @@ _POSITIVE = (
     "max_num_reqs",
     "max_num_queued_reqs",
     "max_num_queued_tokens",
+    "max_whole_logprobs",
     "stream_interval",
 )
 _TIMEOUTS = (
@@ -168,6 +169,14 @@ class GatewayConfig:
         4_000_000,
         help="Most prompt tokens of sequences that wait for their first token.",
         group=_LIMITS,
+    )
+    max_whole_logprobs: int = option(
+        4_194_304,
+        help="Most log-probabilities that an answer which is not streamed may hold: choices times "
+        "max_tokens times (1 + top_logprobs). More is refused; without max_tokens the answer ends "
+        "there. A stream may have any number.",
+        group=_LIMITS,
+        advanced=True,
     )
     first_token_timeout: float = option(
         600.0, help="Seconds until a first token, after which a request ends.", group=_LIMITS

@@ -14,10 +14,8 @@ import orjson
 
 from gateway.answers import (
     answer_id,
-    chat_logprobs,
     echoed,
     ending,
-    text_logprobs,
     thought_fields,
     token_id_fields,
     tool_call,
@@ -25,6 +23,7 @@ from gateway.answers import (
 )
 from gateway.choice import Piece
 from gateway.http_errors import error_body
+from gateway.logprob_answers import chat_logprobs, text_logprobs
 from gateway.request import Route, Thoughts
 
 if TYPE_CHECKING:

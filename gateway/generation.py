@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from cluster.errors import Cancelled, ServingError
 from gateway.choice import Choice
+from gateway.turns import tokens_at_once
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -40,7 +41,8 @@ def _reading_interval(request: Request, stream_interval: int) -> int:
     """How many tokens of a choice gather before they are read."""
     if request.stream.is_stream:
         return stream_interval
-    return 1 if request.text.stops else 2**31  # a stop string must end the work when it appears
+    # A stop string must end the work when it appears; the rest must not gather until the end.
+    return 1 if request.text.stops else tokens_at_once(request)
 
 
 class SequenceRun:

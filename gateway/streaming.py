@@ -1,4 +1,4 @@
-"""Writes the answer of a generation to its client, streamed or whole, on raw ASGI.
+"""Writes the answer of a generation to its client as a stream, on raw ASGI.
 
 Life of a stream
     1. Nothing is sent until the first token, an error, or the keep-alive interval: an error
@@ -15,32 +15,25 @@ is still being waited for. A client that stops reading holds at most the socket'
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
-import orjson
-
-from gateway.answers import whole_answer
-from gateway.choice import Piece
-from gateway.dialects.messages_frames import MessagesFrames, message_object
-from gateway.dialects.responses_frames import ResponsesFrames, response_object
+from gateway.dialects.messages_frames import MessagesFrames
+from gateway.dialects.responses_frames import ResponsesFrames
 from gateway.frames import KEEP_ALIVE, Frames
-from gateway.http_errors import send_error, send_json
+from gateway.http_errors import send_error
 from gateway.request import Route
+from gateway.turns import in_flight, read_turn
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
-
     from starlette.types import Receive, Send
 
     from cluster.clock import Clock
     from cluster.errors import ServingError
-    from gateway.choice import Choice
+    from gateway.choice import Choice, Piece
     from gateway.detokenizer import TokenBytes
     from gateway.generation import Generation
-    from gateway.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -50,9 +43,7 @@ STREAM_HEADERS = [
     (b"x-accel-buffering", b"no"),
 ]
 HTTP_OK = 200
-# In one write. What gathers behind a client that does not read, each with twenty log-probabilities,
-# takes seconds to write.
-MAX_TOKENS_AT_ONCE = 512
+MAX_WRITE_BYTES = 1 << 20  # before others have a turn: of prompts that are echoed, say
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,57 +80,6 @@ def _frames(generation: Generation, token_bytes: TokenBytes) -> AnswerFrames:
     return Frames(generation, token_bytes)
 
 
-def _whole(generation: Generation, pieces: list[Piece], token_bytes: TokenBytes) -> dict[str, Any]:
-    if generation.request.route is Route.RESPONSES:
-        return response_object(generation, pieces[0])
-    if generation.request.route is Route.MESSAGES:
-        return message_object(generation, pieces[0])
-    return whole_answer(generation, pieces, token_bytes)
-
-
-async def _watch_disconnect(receive: Receive, generation: Generation) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
-    generation.leave()
-
-
-@contextlib.asynccontextmanager
-async def _in_flight(receive: Receive, generation: Generation) -> AsyncIterator[None]:
-    """While its answer is written: watched for the client's leaving, closed in the end."""
-    watcher = asyncio.create_task(_watch_disconnect(receive, generation))
-    try:
-        yield
-    finally:
-        watcher.cancel()
-        generation.close()
-
-
-async def write_whole(
-    generation: Generation, tokenizer: Tokenizer, receive: Receive, send: Send, *, clock: Clock
-) -> None:
-    """The answer as one JSON object, or the error that ended it."""
-    async with _in_flight(receive, generation):
-        pieces = [Piece() for _ in generation.choices]
-        while not generation.is_finished:
-            await generation.wait()
-            for choice, whole in zip(generation.choices, pieces, strict=True):
-                whole.extend(choice.take())
-                generation.settle(choice)
-        if generation.has_disconnected:
-            return
-        if generation.error is not None:
-            await send_error(send, generation.error, generation.request.message_id)
-            return
-        num_logprobs = sum(1 + len(each.top) for piece in pieces for each in piece.logprobs)
-        body = await tokenizer.run(
-            lambda: orjson.dumps(_whole(generation, pieces, tokenizer.token_bytes)),
-            num_logprobs,
-        )
-        took_ms = str(int((clock() - generation.arrived_at) * 1000)).encode()
-        generation.first_token_sent(generation.first_at)
-        await send_json(send, HTTP_OK, body, [(b"openai-processing-ms", took_ms)])
-
-
 class StreamWriter:
     """Writes one stream; see the module. `run` returns when the answer is complete."""
 
@@ -167,7 +107,7 @@ class StreamWriter:
     async def run(self, receive: Receive) -> None:
         ticking = asyncio.create_task(self._tick(asyncio.current_task()))
         try:
-            async with _in_flight(receive, self._generation):
+            async with in_flight(receive, self._generation):
                 await self._write_all()
         except asyncio.CancelledError:
             task = asyncio.current_task()
@@ -182,22 +122,18 @@ class StreamWriter:
             await generation.wait()
             if generation.error is None:
                 await self._write_new()
+            await asyncio.sleep(0)  # a client that reads at once is no reason to go on at once
         if generation.error is not None and not generation.has_disconnected:
             await self._write_error()
 
     async def _write_new(self) -> None:
         generation = self._generation
         body = b""
-        left = MAX_TOKENS_AT_ONCE
-        for choice in generation.choices:
-            if choice.has_unread and left > 0:
-                left -= choice.num_unread_tokens
-                piece = choice.take(left + choice.num_unread_tokens)
-                left += choice.num_unread_tokens
-                generation.settle(choice)
-                body += self._frames.render(choice, piece)
-        if left <= 0:
-            generation.wake()  # for the rest, when others have had their turn
+        for choice, piece in read_turn(generation):
+            body += self._frames.render(choice, piece)
+            if len(body) > MAX_WRITE_BYTES:
+                generation.wake()
+                break
         if generation.error is not None:
             # What came before the error is still the client's; nothing alone says it began.
             if body and self._has_started:

@@ -12,8 +12,9 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from cluster.errors import ContextLengthExceeded, InvalidRequest, Unsupported
-from cluster.request import MAX_SEED, KVLoadFailurePolicy, SamplingParams
+from cluster.errors import InvalidRequest, Unsupported
+from cluster.request import MAX_LOGPROBS, MAX_SEED, KVLoadFailurePolicy, SamplingParams
+from gateway.budget import Budget, Held
 from gateway.chat_messages import plain_messages, template_variables
 from gateway.request import Prompt, Request, Route
 from gateway.request_rules import (
@@ -67,7 +68,11 @@ class Asked:
 
 
 class Validator:
-    def __init__(self, tokenizer: Tokenizer, template: ChatTemplate | None) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, template: ChatTemplate | None, *, max_whole_logprobs: int
+    ) -> None:
+        """`max_whole_logprobs`: as the gateway's options have it."""
+        self._max_whole_logprobs = max_whole_logprobs
         self._tokenizer = tokenizer
         self._template = template
 
@@ -184,7 +189,7 @@ class Validator:
             model=asked.model,
             created=asked.created,
             prompts=shape.prompts,
-            sampling=self._sampling(body, shape),
+            sampling=self._sampling(body, self._bounded(body, shape)),
             n=shape.n,
             text=text_rules(body, shape.tool_format, shape.thinking_prompt),
             stream=stream_rules(body),
@@ -195,6 +200,15 @@ class Validator:
             deadline_seconds=asked.deadline_seconds,
             kv_load_failure_policy=asked.kv_load_failure_policy,
         )
+
+    def _bounded(self, body: GenerationBody, shape: _Shape) -> _Shape:
+        """What is not streamed is held until all of it is there."""
+        num_logprobs = shape.num_logprobs
+        if num_logprobs is None or body.stream or not 0 <= num_logprobs <= MAX_LOGPROBS:
+            return shape
+        per_token = len(shape.prompts) * shape.n * (1 + num_logprobs)
+        held = Held(self._max_whole_logprobs, per_token)
+        return replace(shape, budget=replace(shape.budget, held=held))
 
     def _sampling(self, body: GenerationBody, shape: _Shape) -> tuple[SamplingParams, ...]:
         seed = random.getrandbits(63) if body.seed is None else body.seed % MAX_SEED
@@ -233,34 +247,6 @@ class Validator:
         pairs = tuple((int(key), bias) for key, bias in biases.items())
         self.check_token_ids([token_id for token_id, _ in pairs], "logit_bias")
         return pairs
-
-
-@dataclass(frozen=True, slots=True)
-class Budget:
-    """How much may be generated. `asked` None takes `default`, or all that is left."""
-
-    max_model_len: int
-    unit: str  # what the client wrote: "messages", "input" or "prompt"
-    asked: int | None
-    default: int | None = None
-    field: str = "max_tokens"  # where the client wrote what it asked
-
-    def max_tokens(self, num_prompt_tokens: int) -> int:
-        left = self.max_model_len - num_prompt_tokens
-        room = max(left, 1)  # a prompt that leaves none still asks for a token: an overflow
-        wanted = min(self.default or room, room) if self.asked is None else self.asked
-        if wanted < 1:
-            raise InvalidRequest(f"{self.field} must be at least 1.", param=self.field)
-        if wanted <= left:
-            return wanted
-        # LiteLLM recognises an overflow by this sentence.
-        raise ContextLengthExceeded(
-            f"This model's maximum context length is {self.max_model_len} tokens. However, you "
-            f"requested {num_prompt_tokens + wanted} tokens ({num_prompt_tokens} in the "
-            f"{self.unit}, {wanted} in the completion). Please reduce the length of the "
-            f"{self.unit} or completion.",
-            param=self.unit,
-        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

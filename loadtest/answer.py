@@ -110,7 +110,8 @@ class AnswerReader:
         record = self._record
         num_input, num_output = usage.get("prompt_tokens"), usage.get("completion_tokens")
         total = usage.get("total_tokens")
-        if None not in (num_input, num_output, total) and num_input + num_output != total:
+        counts = (num_input, num_output, total)
+        if None not in counts and (num_input or 0) + (num_output or 0) != total:
             return f"{num_input} and {num_output} tokens are said to be {total}"
         if num_input is not None and not 0 <= record.num_cached_tokens <= num_input:
             return f"{record.num_cached_tokens} tokens of a prompt of {num_input} are called cached"

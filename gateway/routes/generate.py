@@ -20,8 +20,9 @@ from gateway.edge import REQUEST_ID
 from gateway.http_errors import as_serving_error, log_refusal, send_error
 from gateway.request import Route
 from gateway.schemas import parse_chat, parse_completion
-from gateway.streaming import StreamWriter, write_whole
+from gateway.streaming import StreamWriter
 from gateway.validation import Asked
+from gateway.whole_answers import write_whole
 
 if TYPE_CHECKING:
     from starlette.types import Receive, Scope, Send
@@ -106,12 +107,19 @@ class GenerateEndpoint:
 
     async def _write(self, generation: Generation, receive: Receive, send: Send) -> None:
         gateway = self._gateway
-        tokenizer = gateway.tokenizer
+        token_bytes = gateway.tokenizer.token_bytes
         if not generation.request.stream.is_stream:
-            await write_whole(generation, tokenizer, receive, send, clock=gateway.clock)
+            await write_whole(
+                generation,
+                token_bytes,
+                receive,
+                send,
+                write_timeout=gateway.times.write_timeout,
+                clock=gateway.clock,
+            )
             return
         writer = StreamWriter(
-            generation, tokenizer.token_bytes, send, times=gateway.times, clock=gateway.clock
+            generation, token_bytes, send, times=gateway.times, clock=gateway.clock
         )
         await writer.run(receive)
 

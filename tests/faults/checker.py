@@ -131,20 +131,25 @@ def _of_one(
         yield f"token {_first_difference(tokens, expected.token_ids)} is not the oracle's"
     for ending in endings:
         if ending.kind == "finished":
-            yield from _of_finished(ending, events, len(tokens), expected)
+            yield from _of_finished(ending, events, len(tokens), expected, is_excused)
         elif ending.detail not in allowed_codes:
             yield f"ended with {ending.detail}"
 
 
 def _of_finished(
-    ending: Event, events: Sequence[Event], num_tokens: int, expected: Answer
+    ending: Event,
+    events: Sequence[Event],
+    num_tokens: int,
+    expected: Answer,
+    is_excused: bool,
 ) -> Iterator[str]:
+    """`is_excused`: its client has not heard the rest."""
     if num_tokens != len(expected.token_ids):
         yield f"finished with {num_tokens} of {len(expected.token_ids)} tokens"
     if ending.detail != expected.finish_reason:
         yield f"finished by {ending.detail}, not by {expected.finish_reason}"
     usages = [event.usage for event in events if event.usage is not None]
-    if len(usages) != 1:
+    if len(usages) > 1 or (not usages and not is_excused):
         yield f"{len(usages)} usages"
     for usage in usages:
         yield from _of_usage(usage, num_tokens, expected)

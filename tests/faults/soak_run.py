@@ -134,6 +134,8 @@ class Soak:
 
     def _spoil(self, spoil: Spoil, name: str) -> None:
         folder = self.folder / name
+        # Else a node that was lost before may be asked for nothing: others have all prompts cached.
+        self.cluster.admin("prefix-cache:reset", "POST")
         Order(spoil=spoil, seconds=1.0, bytes_per_second=0.5 * MIB).write(folder)
         self.nemesis.note(f"{spoil} at {name}")
         try:

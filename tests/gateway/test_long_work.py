@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import socket
 import threading
 from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
 
-from gateway.answers import whole_answer
 from gateway.choice import Choice, Piece
+from gateway.held_answer import HeldAnswer
+from gateway.logprob_answers import TOKENS_OF_A_PART
 from gateway.tokenizer import INLINE_CHARS, Tokenizer
+from tests.gateway.test_failures import everything_is_given_back
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -35,7 +38,6 @@ def threads(monkeypatch: pytest.MonkeyPatch) -> set[str]:
 
     for name in ("piece", "decode", "encode_now"):
         monkeypatch.setattr(Tokenizer, name, watched(getattr(Tokenizer, name)))
-    monkeypatch.setattr("gateway.streaming.whole_answer", watched(whole_answer))
     return seen
 
 
@@ -50,30 +52,153 @@ def test_long_texts_are_taken_apart_and_put_together_on_threads(
     assert threads == {"tokenize"}
 
 
-@pytest.mark.parametrize("num_top", [0, 20])
-def test_an_answer_with_many_log_probabilities_is_written_on_a_thread(
-    num_top: int, http: httpx.Client, threads: set[str]
+LONG = {
+    "max_tokens": 200,
+    "n": 3,
+    "ignore_eos": True,
+    "return_token_ids": True,
+}
+CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "Hi " * 60}], **LONG}
+PLAIN = {"model": MODEL, "prompt": "one two " * 30, **LONG}
+LOGPROBS: list[tuple[str, dict[str, Any]]] = [
+    ("/v1/chat/completions", {**CHAT, "logprobs": True, "top_logprobs": 20}),
+    ("/v1/chat/completions", {**CHAT, "logprobs": True, "top_logprobs": 0}),
+    ("/v1/completions", {**PLAIN, "logprobs": 20}),
+    ("/v1/completions", {**PLAIN, "logprobs": 0}),
+]
+
+
+def streamed(http: httpx.Client, path: str, body: dict[str, Any]) -> list[dict[str, Any]]:
+    """The chunks of each choice's stream, put together as log-probabilities are."""
+    with http.stream("POST", path, json={**body, "stream": True}) as response:
+        lines = [line[6:] for line in response.iter_lines() if line]
+    assert lines[-1] == "[DONE]"
+    found: list[dict[str, Any]] = [{} for _ in range(body["n"])]
+    for line in lines[:-1]:
+        for chunk in json.loads(line)["choices"]:
+            for name, values in (chunk["logprobs"] or {}).items():
+                if values is not None:
+                    found[chunk["index"]].setdefault(name, []).extend(values)
+    return found
+
+
+@pytest.mark.parametrize(("path", "body"), LOGPROBS)
+def test_a_long_answer_is_sent_in_parts_that_are_what_its_stream_says(
+    path: str, body: dict[str, Any], http: httpx.Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    body = {
-        "model": MODEL,
-        "messages": [{"role": "user", "content": "Hi " * 60}],
-        "max_tokens": INLINE_CHARS // 20,
-        "n": 2,
-        "logprobs": True,
-        "top_logprobs": num_top,
-    }
-    answer = http.post("/v1/chat/completions", json=body).json()
-    [first, second] = answer["choices"]
-    assert len(first["logprobs"]["content"][0]["top_logprobs"]) == num_top
-    assert len(first["logprobs"]["content"]) == len(second["logprobs"]["content"])
-    assert ("tokenize" in threads) == (num_top > 0)
+    monkeypatch.setattr("gateway.whole_answers.PART_BYTES", 1024)
+    response = http.post(path, json=body)
+    assert "content-length" not in response.headers
+    answer = response.json()
+    assert answer["usage"]["completion_tokens"] == 3 * 200
+    for choice, logprobs in zip(answer["choices"], streamed(http, path, body), strict=True):
+        assert len(choice["token_ids"]) == 200
+        assert choice["finish_reason"] == "length"
+        told = {name: values for name, values in choice["logprobs"].items() if values is not None}
+        assert told == logprobs
+    monkeypatch.undo()
+    assert http.post(path, json={**body, "seed": 1, "max_tokens": 9}).headers["content-length"]
+
+
+def test_an_answer_is_read_and_written_in_turns(
+    new_gateway: Callable[..., RunningGateway], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody waits for all of it: neither while its tokens come, nor while it is rendered."""
+    running = new_gateway(node_options={"step_seconds": 0.002})
+    read: list[int] = []
+    rendered: list[int] = []
+    take, logprobs = Choice.take, HeldAnswer.logprobs
+
+    def taken(choice: Choice, max_tokens: int | None = None) -> Piece:
+        piece = take(choice, max_tokens)
+        read.append(len(piece.token_ids))
+        return piece
+
+    def held(answer: HeldAnswer, start: int, end: int) -> list[Any]:
+        found = logprobs(answer, start, end)
+        rendered.append(len(found))
+        return found
+
+    monkeypatch.setattr(Choice, "take", taken)
+    monkeypatch.setattr(HeldAnswer, "logprobs", held)
+    path, body = LOGPROBS[0]
+    assert httpx.post(running.url + path, json=body, timeout=20).status_code == 200
+    assert sum(read) == sum(rendered) == 3 * 200
+    assert max(read) < 200, "what a busy node merges comes at once, not all of it"
+    assert max(rendered) <= TOKENS_OF_A_PART
+
+
+def test_a_client_that_leaves_a_long_answer_gives_everything_back(
+    new_gateway: Callable[..., RunningGateway], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gateway.whole_answers.PART_BYTES", 1024)
+    running = new_gateway(node_options={"max_model_len": 4096})
+    parts: list[int] = []
+    dumps = HeldAnswer.logprobs
+
+    def counted(answer: HeldAnswer, start: int, end: int) -> list[Any]:
+        parts.append(start)
+        return dumps(answer, start, end)
+
+    monkeypatch.setattr(HeldAnswer, "logprobs", counted)
+    path, body = LOGPROBS[0]
+    body = {**body, "max_tokens": 400, "n": 16}
+    with httpx.stream("POST", running.url + path, json=body, timeout=20) as response:
+        assert response.status_code == 200
+        next(response.iter_raw())
+    everything_is_given_back(running)
+    assert len(parts) < 16 * 400 // TOKENS_OF_A_PART, "nobody renders for who has left"
+
+
+def test_a_client_that_does_not_read_a_long_answer_is_cut_off(
+    new_gateway: Callable[..., RunningGateway], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "gateway.whole_answers")
+    running = new_gateway(write_timeout=0.2, node_options={"max_model_len": 4096})
+    path, body = LOGPROBS[0]
+    body = {**body, "max_tokens": 400, "n": 16}
+    data = json.dumps(body).encode()
+    head = f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-length: {len(data)}\r\n\r\n"
+    with socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.connect((running.public.host, running.public.port))
+        client.sendall(head.encode() + data)
+        running.until(lambda: "a client stopped reading its answer" in caplog.messages)
+    everything_is_given_back(running)
+
+
+@pytest.mark.parametrize(("path", "body"), [LOGPROBS[0], LOGPROBS[2]])
+def test_more_log_probabilities_than_can_be_held_are_refused_unless_they_are_streamed(
+    path: str, body: dict[str, Any], new_gateway: Callable[..., RunningGateway]
+) -> None:
+    running = new_gateway(max_whole_logprobs=3 * 200 * 21)
+    url = running.url + path
+    assert httpx.post(url, json=body, timeout=20).status_code == 200
+    more = {**body, "max_tokens": 201}
+    error = httpx.post(url, json=more, timeout=20).json()["error"]
+    assert (error["code"], error["param"]) == ("invalid_value", "max_tokens")
+    assert "12600" in error["message"]
+    with httpx.stream("POST", url, json={**more, "stream": True}, timeout=20) as response:
+        assert response.status_code == 200
+        assert response.read().endswith(b"[DONE]\n\n")
+
+
+def test_an_answer_whose_length_nobody_asked_for_ends_where_it_cannot_be_held_any_more(
+    new_gateway: Callable[..., RunningGateway],
+) -> None:
+    running = new_gateway(max_whole_logprobs=3 * 50 * 21 + 1)
+    path, body = LOGPROBS[0]
+    body = {name: value for name, value in body.items() if name != "max_tokens"}
+    answer = httpx.post(running.url + path, json=body, timeout=20).json()
+    assert answer["usage"]["completion_tokens"] == 3 * 50
+    assert {choice["finish_reason"] for choice in answer["choices"]} == {"length"}
 
 
 def test_what_has_gathered_behind_a_client_is_written_in_turns(
     new_gateway: Callable[..., RunningGateway], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     running = new_gateway(node_options={"step_seconds": 0.002})
-    monkeypatch.setattr("gateway.streaming.MAX_TOKENS_AT_ONCE", 16)
+    monkeypatch.setattr("gateway.turns.MAX_TOKENS_AT_ONCE", 16)
     left: list[int] = []
     take = Choice.take
 
