@@ -124,7 +124,7 @@ def test_an_answer_is_read_and_written_in_turns(
     path, body = LOGPROBS[0]
     assert httpx.post(running.url + path, json=body, timeout=20).status_code == 200
     assert sum(read) == sum(rendered) == 3 * 200
-    assert max(read) < 200, "what a busy node merges comes at once, not all of it"
+    assert max(read) < 150, "what a busy node merges comes at once, not nearly all of it"
     assert max(rendered) <= TOKENS_OF_A_PART
 
 
