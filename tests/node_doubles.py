@@ -8,7 +8,7 @@ import asyncio
 import threading
 from dataclasses import dataclass, field
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from cluster.delta_codec import decode_delta
 from cluster.errors import InternalError
@@ -20,7 +20,7 @@ from engine.step_pipeline import StepOutput
 from tests.sequences import Flight, collect_step, land_step, launch_step
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Awaitable, Callable
 
     from cluster.session_hub import SessionHub
     from engine.loop import EngineLoop
@@ -150,6 +150,31 @@ def advance_timers(seconds: float) -> None:
     loop = asyncio.get_running_loop()
     before = loop.time
     loop.time = lambda: before() + seconds  # type: ignore[method-assign]
+
+
+class World(Protocol):
+    """The real service, loop and scheduler of a node around a `ScriptedEngine`."""
+
+    engine: ScriptedEngine
+    loop: EngineLoop
+
+
+W = TypeVar("W", bound=World)
+
+
+def run_world(make: Callable[[], W], body: Callable[[W], Awaitable[None]]) -> None:
+    """`make` it inside a running event loop; its engine ends with the test."""
+
+    async def bounded() -> None:
+        world = make()
+        try:
+            async with asyncio.timeout(30):
+                await body(world)
+        finally:
+            world.engine.may_step.set()
+            world.loop.stop()
+
+    asyncio.run(bounded())
 
 
 async def settle(loop: EngineLoop) -> None:

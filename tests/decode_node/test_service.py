@@ -30,6 +30,7 @@ from tests.node_doubles import (
     advance_timers,
     check_all_free,
     request,
+    run_world,
     settle,
 )
 
@@ -113,16 +114,7 @@ class World:
 
 
 def run(body: Callable[[World], Awaitable[None]], **options: Any) -> None:
-    async def bounded() -> None:
-        world = World(**options)
-        try:
-            async with asyncio.timeout(30):
-                await body(world)
-        finally:
-            world.engine.may_step.set()
-            world.loop.stop()
-
-    asyncio.run(bounded())
+    run_world(lambda: World(**options), body)
 
 
 # ---- hand-offs that go well ---------------------------------------------------------------

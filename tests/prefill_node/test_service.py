@@ -24,6 +24,7 @@ from tests.node_doubles import (
     advance_timers,
     check_all_free,
     request,
+    run_world,
     settle,
 )
 
@@ -132,16 +133,7 @@ class World:
 
 
 def run(body: Callable[[World], Awaitable[None]], **options: Any) -> None:
-    async def bounded() -> None:
-        world = World(**options)
-        try:
-            async with asyncio.timeout(30):
-                await body(world)
-        finally:
-            world.engine.may_step.set()
-            world.loop.stop()
-
-    asyncio.run(bounded())
+    run_world(lambda: World(**options), body)
 
 
 def test_a_prompt_is_sent_in_chunks_streams_its_first_token_then_is_handed_off() -> None:
