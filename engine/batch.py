@@ -81,7 +81,7 @@ class BatchBuilder:
         self._block_size = block_size
         # Twice the rows: a sequence that skips a few steps keeps its row.
         self._tables = BlockTableRows(2 * max_num_seqs, max_blocks)
-        self.buffer = InputBuffer(
+        self._buffer = InputBuffer(
             BatchShape(
                 num_tokens=max(max_num_batched_tokens, max_num_seqs),
                 num_rows=max_num_seqs,
@@ -102,7 +102,7 @@ class BatchBuilder:
         width = table_width((int(seq_lens.max()) - 1) // self._block_size + 1)
         tables = self._tables.gather(sequences, width)
         num_tokens = int(ends[-1])
-        arrays = self.buffer.arrays(BatchShape(num_tokens, len(chunks), len(sampled), width))
+        arrays = self._buffer.arrays(BatchShape(num_tokens, len(chunks), len(sampled), width))
         rows = np.repeat(np.arange(len(chunks)), lengths)
         np.add(np.arange(num_tokens), (seq_lens - ends)[rows], out=arrays.positions)
         arrays.slot_mapping[:] = self._slots(tables, rows, arrays.positions)
@@ -117,20 +117,19 @@ class BatchBuilder:
 
     def receive(self, header: StepHeader, fill: Callable[[memoryview], None]) -> Batch:
         """The chunks that another rank announced. `fill` writes their packed arrays."""
-        self.buffer.arrays(
+        self._buffer.arrays(
             BatchShape(header.num_tokens, header.num_rows, header.num_samples, header.table_width)
         )
-        fill(self.buffer.filled)
+        fill(self._buffer.filled)
         return self._send(header)
 
     def _send(self, header: StepHeader) -> Batch:
         if self._announce is not None:
-            self._announce(header, self.buffer.filled)
+            self._announce(header, self._buffer.filled)
         return _batch(
-            self.buffer.upload(),
+            self._buffer.upload(),
             num_samples=header.num_samples,
             max_seqlen_q=header.max_seqlen_q,
-            is_decode=header.is_decode,
         )
 
     def _slots(
@@ -144,21 +143,19 @@ class BatchBuilder:
         return slots
 
 
-def _batch(
-    tensors: SequenceOf[torch.Tensor], *, num_samples: int, max_seqlen_q: int, is_decode: bool
-) -> Batch:
+def _batch(tensors: SequenceOf[torch.Tensor], *, num_samples: int, max_seqlen_q: int) -> Batch:
     token_ids, positions, slot_mapping, sample_indices, seq_lens, cu_seqlens_q, tables = tensors
     return Batch(
         token_ids=token_ids,
         positions=positions,
         slot_mapping=slot_mapping,
-        sample_indices=None if is_decode else sample_indices,
+        sample_indices=sample_indices,
         seq_lens=seq_lens,
         cu_seqlens_q=cu_seqlens_q,
         block_tables=tables,
         num_samples=num_samples,
         max_seqlen_q=max_seqlen_q,
-        is_decode=is_decode,
+        is_decode=False,
     )
 
 

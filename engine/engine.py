@@ -29,6 +29,7 @@ from engine.block_manager import BlockManager
 from engine.host_copier import HostCopier
 from engine.kv_allocation import allocate_kv, layout_of
 from engine.limits import EngineLimits, Machine, resolve
+from engine.loop_errors import unawaited
 from engine.model_runner import ModelRunner
 from engine.models.loading import load_decoder, read_model
 from engine.out_of_memory import run_within_memory
@@ -254,12 +255,7 @@ def _report_copy(
     copy: BlockCopy,
     digests: list[int] | None,
 ) -> None:
-    call(partial(host.end, copy, digests)).add_done_callback(_log_failure)
-
-
-def _log_failure(ending: Future[None]) -> None:
-    if not ending.cancelled() and (error := ending.exception()) is not None:
-        logger.error("the end of a copy of KV blocks was not understood", exc_info=error)
+    unawaited(call(partial(host.end, copy, digests)))
 
 
 def _enter_thread(limits: EngineLimits) -> None:

@@ -1,4 +1,5 @@
-"""Where the inputs of a step lie: one run of host memory, sent to the device in one copy."""
+"""Where the inputs of a pass over prompts lie: one run of host memory, sent to the device in one
+copy. Those of rows: `row_inputs.py`."""
 
 from __future__ import annotations
 
@@ -50,11 +51,7 @@ _ALIGNMENT = 16
 
 
 def _places(shape: BatchShape) -> list[_Place]:
-    """Where each array lies, in bytes.
-
-    Block tables are last: a captured graph finds the other arrays at the same place however
-    long the longest sequence is.
-    """
+    """Where each array lies, in bytes."""
     tokens, rows, samples, width = shape
     sizes = ((tokens,), (tokens,), (tokens,), (samples,), (rows,), (rows + 1,), (rows, width))
     places = []
@@ -109,7 +106,7 @@ class InputBuffer:
             memory = staging.memory.numpy()
             staging.shape = shape
             staging.arrays = HostArrays(*(_host_view(memory, p, i) for i, p in _each(shape)))
-            staging.tensors = self.device_views(shape)
+            staging.tensors = self._device_views(shape)
         return staging.arrays
 
     @property
@@ -129,7 +126,7 @@ class InputBuffer:
             staging.free.record()
         return staging.tensors
 
-    def device_views(self, shape: BatchShape) -> list[torch.Tensor]:
+    def _device_views(self, shape: BatchShape) -> list[torch.Tensor]:
         """Where the arrays of `shape` lie on the device."""
         return [_device_view(self._device_memory, p, i) for i, p in _each(shape)]
 

@@ -3,7 +3,7 @@
     frame  = kind (1 byte), 3 zero bytes, length of the body (uint32), body
     NOTE   body is a JSON object: start-up, both ways
     STEP   body is a `StepHeader`, then the packed inputs of the step as `InputBuffer` lays them
-           out: rank 0 to worker only
+           out, or, of rows, `RowInputs`: rank 0 to worker only
 
 Nothing is ever unpickled. A closed socket means the other process is gone.
 """
@@ -29,13 +29,13 @@ class FrameKind(IntEnum):
 
 
 class StepHeader(NamedTuple):
-    """The facts of a batch that its tensors do not show."""
+    """The facts of a step that its tensors do not show. `is_decode`: it has rows."""
 
     is_decode: bool
     num_tokens: int
-    num_rows: int
+    num_rows: int  # 0: tables change, and nothing is computed
     num_samples: int
-    table_width: int
+    table_width: int  # of rows, how many entries of their tables change
     max_seqlen_q: int
 
 
