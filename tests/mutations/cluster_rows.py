@@ -16,7 +16,7 @@ CLUSTER_ROWS = (
                 "tests/gateway/test_failures.py::test_an_error_after_the_first_token_is_an_event",
             ),
             Mutation(
-                "gateway/streaming.py",
+                "gateway/whole_answers.py",
                 "await send_error(send, generation.error, generation.request.message_id)",
                 "pass",
                 "tests/gateway/test_failures.py::"
