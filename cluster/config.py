@@ -29,21 +29,10 @@ from cluster.config_sources import (
 )
 from cluster.config_validation import REDACTED, raise_for, validate
 from cluster.errors import ConfigError
-from cluster.options import Option, option, options_of, section_name
+from cluster.options import Option, options_of, section_name
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
-
-__all__ = [
-    "ChoosePresets",
-    "LoadedConfig",
-    "PresetValue",
-    "Presets",
-    "load_config",
-    "option",
-    "render_config",
-    "to_environment",
-]
 
 S = TypeVar("S")
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cluster.errors import ConfigError
 from cluster.node import Incarnation, NodeId, NodeName, NodeRole
-from cluster.options import option
+from cluster.options import option, refused
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,9 +41,9 @@ class MemberConfig:
     def __post_init__(self) -> None:
         for name in ("port", "metrics_port"):
             if not 0 <= getattr(self, name) <= 65535:
-                raise ConfigError("must be a port number", param=name)
+                raise refused(name, "must be a port number")
         if self.shutdown_timeout < 0:
-            raise ConfigError("must not be negative", param="shutdown_timeout")
+            raise refused("shutdown_timeout", "must not be negative")
 
     @property
     def reachable_host(self) -> str:

@@ -20,6 +20,8 @@ import typing
 from dataclasses import MISSING, dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
+from cluster.errors import ConfigError
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -180,6 +182,11 @@ def section_name(section: type) -> str:
 
 def flag_of(name: str) -> str:
     return "--" + name.replace("_", "-")
+
+
+def refused(name: str, problem: str) -> ConfigError:
+    """For a section that checks its values. Who loads it adds the value, and where it came from."""
+    return ConfigError(f"{flag_of(name)} {problem}.", param=name)
 
 
 def _union_members(annotation: Any) -> tuple[Any, ...]:

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path  # noqa: TC003 (flags derive from the types at run time)
 from typing import Literal
 
-from cluster.config import option
-from cluster.errors import ConfigError
+from cluster.options import option, refused
 from cluster.performance_mode import HELP as PERFORMANCE_MODE_HELP
 from cluster.performance_mode import PerformanceMode
 from engine.models.quantization import QuantizationMethod  # noqa: TC001
@@ -136,15 +135,15 @@ class EngineConfig:
     def __post_init__(self) -> None:
         _check_device(self.device)
         if self.cpu_offload_gb < 0.0:
-            raise _refused("cpu_offload_gb", "must not be negative")
+            raise refused("cpu_offload_gb", "must not be negative")
         if self.kv_offloading_size < 0.0:
-            raise _refused("kv_offloading_size", "must not be negative")
+            raise refused("kv_offloading_size", "must not be negative")
         if self.kv_offloading_size and not self.enable_prefix_caching:
-            raise _refused("kv_offloading_size", "needs prefix caching: it finds blocks by content")
+            raise refused("kv_offloading_size", "needs prefix caching: it finds blocks by content")
         if not 0.0 < self.gpu_memory_utilization <= 1.0:
-            raise _refused("gpu_memory_utilization", "must be in (0, 1]")
+            raise refused("gpu_memory_utilization", "must be in (0, 1]")
         if self.block_size not in (8, 16, 32, 64, 128):
-            raise _refused("block_size", "must be 8, 16, 32, 64 or 128")
+            raise refused("block_size", "must be 8, 16, 32, 64 or 128")
         for name in (
             "tensor_parallel_size",
             "max_model_len",
@@ -157,7 +156,7 @@ class EngineConfig:
         ):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise _refused(name, "must be at least 1")
+                raise refused(name, "must be at least 1")
 
 
 def _check_device(device: str) -> None:
@@ -165,8 +164,4 @@ def _check_device(device: str) -> None:
     if kind == "cuda" and (not index or index.isdecimal()) and device != "cuda:":
         return
     if device not in ("auto", "cpu"):
-        raise _refused("device", f"must be auto, cpu, cuda or cuda:N, not {device!r}")
-
-
-def _refused(name: str, problem: str) -> ConfigError:
-    return ConfigError(f"--{name.replace('_', '-')} {problem}.", param=name)
+        raise refused("device", f"must be auto, cpu, cuda or cuda:N, not {device!r}")

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path  # noqa: TC003 (flags derive from the types at run time)
 from typing import Literal
 
-from cluster.config import option
-from cluster.errors import ConfigError
+from cluster.options import option, refused
 from cluster.performance_mode import HELP as PERFORMANCE_MODE_HELP
 from cluster.performance_mode import PerformanceMode
 from cluster.request import KVLoadFailurePolicy
@@ -199,30 +198,26 @@ class GatewayConfig:
     def __post_init__(self) -> None:
         for name in ("port", "admin_port"):
             if not 0 <= getattr(self, name) <= 65535:
-                raise _refused(name, "must be in [0, 65535]")
+                raise refused(name, "must be in [0, 65535]")
         for name in _POSITIVE:
             if getattr(self, name) < 1:
-                raise _refused(name, "must be at least 1")
+                raise refused(name, "must be at least 1")
         for name in _TIMEOUTS:
             if not getattr(self, name) > 0:
-                raise _refused(name, "must be above 0")
+                raise refused(name, "must be above 0")
         for name in _NOT_NEGATIVE:
             if getattr(self, name) < 0:
-                raise _refused(name, "must not be negative")
+                raise refused(name, "must not be negative")
         if any(not key or not key.isascii() for key in self.api_key):
-            raise _refused("api_key", "must be printable ASCII and not empty")
+            raise refused("api_key", "must be printable ASCII and not empty")
         if self.admin_token is not None and not self.admin_token.isascii():
-            raise _refused("admin_token", "must be printable ASCII")
+            raise refused("admin_token", "must be printable ASCII")
         if not self.redis_url.startswith(("redis://", "rediss://", "unix://")):
-            raise _refused("redis_url", "must start with redis://, rediss:// or unix://")
+            raise refused("redis_url", "must start with redis://, rediss:// or unix://")
         if any(not name for name in self.served_model_name):
-            raise _refused("served_model_name", "must not be empty")
+            raise refused("served_model_name", "must not be empty")
 
     @property
     def model_names(self) -> tuple[str, ...]:
         """The names clients may use, the shown one first."""
         return self.served_model_name or (self.model.resolve().name,)
-
-
-def _refused(name: str, problem: str) -> ConfigError:
-    return ConfigError(f"--{name.replace('_', '-')} {problem}.", param=name)

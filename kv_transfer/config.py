@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from cluster.config import option
-from cluster.errors import ConfigError
+from cluster.options import option, refused
 
 RequiredTransport = Literal["any", "nvlink", "rdma", "shm", "tcp"]
 
@@ -109,22 +108,22 @@ class KVTransferConfig:
 
     def __post_init__(self) -> None:
         if not 0 <= self.kv_port < 65536:
-            raise _refused("kv_port", "must be in [0, 65535]")
+            raise refused("kv_port", "must be in [0, 65535]")
         if self.staging_slot_bytes is not None and self.staging_slot_bytes < 4096:
-            raise _refused("staging_slot_bytes", "must be at least 4096")
+            raise refused("staging_slot_bytes", "must be at least 4096")
         if self.num_staging_slots < 2:
-            raise _refused("num_staging_slots", "must be at least 2")
+            raise refused("num_staging_slots", "must be at least 2")
         if not 0.0 < self.max_quarantined_share <= 1.0:
-            raise _refused("max_quarantined_share", "must be in (0, 1]")
+            raise refused("max_quarantined_share", "must be in (0, 1]")
         if self.kv_receive_rate < 0:
-            raise _refused("kv_receive_rate", "must not be negative")
+            raise refused("kv_receive_rate", "must not be negative")
         if self.max_recomputes < 0:
-            raise _refused("max_recomputes", "must not be negative")
+            raise refused("max_recomputes", "must not be negative")
         if not 0.0 <= self.recompute_tokens_per_second < float("inf"):
-            raise _refused("recompute_tokens_per_second", "must not be negative")
+            raise refused("recompute_tokens_per_second", "must not be negative")
         for name in ("lease_seconds", "drain_seconds", "stall_seconds", "pairing_seconds"):
             if not 0.0 < getattr(self, name) < 86400.0:
-                raise _refused(name, "must be in (0, 86400)")
+                raise refused(name, "must be in (0, 86400)")
 
     @property
     def receive_bytes_per_second(self) -> float:
@@ -145,7 +144,3 @@ class KVTransferConfig:
         if device_type != "cpu":
             return 128 * _MIB
         return 32 * _MIB if stays_empty else 8 * _MIB
-
-
-def _refused(name: str, problem: str) -> ConfigError:
-    return ConfigError(f"--{name.replace('_', '-')} {problem}.", param=name)

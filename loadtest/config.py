@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from cluster.config import option
 from cluster.errors import ConfigError
+from cluster.options import option
 
 Backend = Literal["openai", "openai-chat"]
 METRICS = ("ttft", "tpot", "itl", "e2el")

@@ -13,11 +13,11 @@ from cluster.config import (
     Presets,
     PresetValue,
     load_config,
-    option,
     render_config,
     to_environment,
 )
 from cluster.errors import ConfigError, UsageError
+from cluster.options import option
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
