@@ -40,6 +40,8 @@ MAX_CONCURRENT_STREAMS = 256
 
 _ERROR_KEY = "baton-error-bin"
 _RECONNECT_MS = 200
+# A peer whose machine is busy takes that long to greet; one that is gone refuses at once.
+_CONNECT_MS = 1000
 _MAX_RECONNECT_MS = 2000
 
 Options = list[tuple[str, int]]
@@ -63,7 +65,7 @@ def channel_options(max_message_bytes: int = BASE_MESSAGE_BYTES) -> Options:
         ("grpc.enable_retries", 0),  # the gateway alone decides about retries
         ("grpc.enable_http_proxy", 0),
         ("grpc.initial_reconnect_backoff_ms", _RECONNECT_MS),
-        ("grpc.min_reconnect_backoff_ms", _RECONNECT_MS),
+        ("grpc.min_reconnect_backoff_ms", _CONNECT_MS),  # what one attempt to connect may take
         ("grpc.max_reconnect_backoff_ms", _MAX_RECONNECT_MS),
         # Each node or peer has a connection of its own: one's stall is not another's.
         ("grpc.use_local_subchannel_pool", 1),

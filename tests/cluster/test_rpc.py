@@ -211,3 +211,39 @@ def test_a_taken_port_is_a_config_error() -> None:
         await first.stop(0)
 
     asyncio.run(scenario())
+
+
+def test_a_peer_that_is_slow_to_greet_is_not_taken_for_lost() -> None:
+    """As one on a busy machine, twice as long as until the next attempt to connect."""
+
+    async def scenario() -> None:
+        writers: list[asyncio.StreamWriter] = []
+
+        async def relay(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await asyncio.sleep(0.4)
+            onward = await asyncio.open_connection("127.0.0.1", port)
+            writers.extend((writer, onward[1]))
+            async with asyncio.TaskGroup() as pumps:
+                pumps.create_task(_pump(reader, onward[1]))
+                pumps.create_task(_pump(onward[0], writer))
+
+        server = rpc.create_server()
+        node_pb2_grpc.add_NodeServicer_to_server(SmallNode(), server)  # type: ignore[no-untyped-call]
+        port = rpc.bind(server, "127.0.0.1", 0)
+        await server.start()
+        slow = await asyncio.start_server(relay, "127.0.0.1", 0)
+        slow_port = slow.sockets[0].getsockname()[1]
+        async with rpc.open_channel(f"127.0.0.1:{slow_port}") as channel:
+            stub = node_pb2_grpc.NodeStub(channel)  # type: ignore[no-untyped-call]
+            assert (await stub.Describe(pb.DescribeRequest())).name == "n"
+        await server.stop(None)
+        for writer in writers:
+            writer.close()
+        slow.close()
+
+    asyncio.run(scenario())
+
+
+async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    while data := await reader.read(65_536):
+        writer.write(data)
