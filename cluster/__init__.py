@@ -2,10 +2,11 @@
 
 words        request, node, errors (the tree), clock, version
 on the wire  proto/, by codec and delta_codec; rpc (servers, channels, errors), session_hub (tokens
-             to gateways), node_service (what every node answers), message_size (what fits)
+             to gateways; state_notices, pure: who knows the node's state), node_service (what every
+             node answers), message_size (what fits)
 membership   node_process (start and end of a node, by member_config; last_resort: one that hangs
-             there) -> member -> registry; membership (pure) in membership_watcher: who is there;
-             pulse and http2_pings: who still runs
+             there) -> member -> registry; membership (pure; membership_events) in
+             membership_watcher: who is there; pulse and http2_pings: who still runs
 prefixes     prefix_hash -> prefix_index
 Redis        redis_client; node_stores: the two of a node
 options      config over options: config_flags, config_sources, config_validation;

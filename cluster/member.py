@@ -5,7 +5,8 @@ Life of a member
     READY     announced; takes work
     CORDONED  an operator's order: takes no new work, goes on with what it has
     DRAINING  the same, and on its way out: once idle it is
-    DRAINED   nothing runs here any more; the process may end
+    DRAINED   nothing runs here any more, and the gateways know; the process may end
+Gateways hear of a change on their sessions at once (`Gateways`), the rest by the next heartbeat.
 Each heartbeat carries the state and the load. Beside it, as often, the prefix index is told what
 was cached and dropped: apart, because that asks the engine, which may be in a long step, and a
 heartbeat must not wait. Redis down is no reason to stop: the next heartbeat tries again.
@@ -19,7 +20,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from cluster.codec import encode_description, encode_load
 from cluster.errors import InvalidRequest, NodeUnavailable
@@ -59,16 +60,32 @@ class MemberSources:
     seconds_without_progress: Callable[[], float] = lambda: 0.0  # of the engine, while it has work
 
 
+class Gateways(Protocol):
+    """Those with a session here: a `SessionHub`."""
+
+    def tell(self, state: NodeState) -> None: ...
+    @property
+    def is_answered(self) -> bool:
+        """None is waited for: they know the state that was last told, and nothing that they had
+        placed here is still on its way."""
+
+
 class Member:
     """Announces one node and keeps the announcement true. Lives on the event loop."""
 
     def __init__(
-        self, info: NodeInfo, registry: Registry, index: PrefixIndex, sources: MemberSources
+        self,
+        info: NodeInfo,
+        registry: Registry,
+        index: PrefixIndex,
+        sources: MemberSources,
+        gateways: Gateways,
     ) -> None:
         self._info = info
         self._registry = registry
         self._index = index
         self._sources = sources
+        self._gateways = gateways
         self._changed = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
         self._drain_task: asyncio.Task[None] | None = None
@@ -108,6 +125,7 @@ class Member:
             grpc_address=grpc_address,
             metrics_address=metrics_address,
         )
+        self._gateways.tell(self.state)
         self._tasks = [
             asyncio.create_task(self._beat(), name="heartbeat"),
             asyncio.create_task(self._publish(), name="publish cache"),
@@ -116,8 +134,8 @@ class Member:
     def control(self, action: pb.ControlRequest.Action) -> str:
         """Carry out an operator's order; the state after it. Raises `InvalidRequest`."""
         match action:
-            case pb.ControlRequest.CORDON if self.state is NodeState.READY:
-                self._move_to(NodeState.CORDONED)
+            case pb.ControlRequest.CORDON:
+                self.cordon()
             case pb.ControlRequest.UNCORDON:
                 self._uncordon()
             case pb.ControlRequest.DRAIN:
@@ -125,6 +143,11 @@ class Member:
             case pb.ControlRequest.ACTION_UNSPECIFIED:
                 raise InvalidRequest("The control request names no action.")
         return self.state.value
+
+    def cordon(self) -> None:
+        """Take no new work."""
+        if self.state is NodeState.READY:
+            self._move_to(NodeState.CORDONED)
 
     def drain(self) -> None:
         """Take no new work; become DRAINED once what runs has ended."""
@@ -158,12 +181,15 @@ class Member:
     def _move_to(self, state: NodeState) -> None:
         logger.info("node state: %s -> %s", self.state, state)
         self._info = replace(self._info, state=state)
+        self._gateways.tell(state)
         self._changed.set()
 
     async def _until_idle(self) -> None:
-        while not self._sources.is_idle():  # noqa: ASYNC110 - what it asks has no event
-            await asyncio.sleep(DRAIN_POLL_SECONDS)
+        """What gateways had placed here comes first, maybe by way of other nodes; and they have
+        read all that was said here before it goes."""
+        await _until(lambda: self._gateways.is_answered and self._sources.is_idle())
         self._move_to(NodeState.DRAINED)
+        await _until(lambda: self._gateways.is_answered)
 
     async def _beat(self) -> None:
         is_announced = False
@@ -223,3 +249,8 @@ class Member:
         """Another process has this name now: a node that slept too long must not go on."""
         logger.error("another incarnation of %s has registered; this one ends", self._info.id.name)
         self._sources.on_replaced()
+
+
+async def _until(condition: Callable[[], bool]) -> None:
+    while not condition():  # noqa: ASYNC110 - what it asks has no event
+        await asyncio.sleep(DRAIN_POLL_SECONDS)

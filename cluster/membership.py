@@ -3,7 +3,8 @@
 Life of a node, as seen from here
     1. `Seen`: an entry of the registry names it. It enters the view in the state it claims.
     2. While it lives, further `Seen` refresh its state and load. What this process knows better
-       (`StateObserved` after an operator's order) stands until the entry catches up.
+       (`StateObserved` after an operator's order) stands until the entry catches up. What the node
+       says on its session (`StateTold`) stands while the session does: its entry is read later.
     3. `SessionLost`: this process cannot reach it. It is LOST at once, whatever its entry says,
        until `SessionOpened`, or a new incarnation.
     4. `Missing` from a registry that answered: the entry's time to live ran out, or the registry
@@ -24,6 +25,18 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
+from cluster.membership_events import (
+    Event,
+    Missing,
+    RegistryLost,
+    Seen,
+    SessionLost,
+    SessionOpened,
+    StateObserved,
+    StateTold,
+    Tick,
+    Withdrawn,
+)
 from cluster.node import Incarnation, NodeId, NodeInfo, NodeName, NodeRole, NodeState
 
 if TYPE_CHECKING:
@@ -76,64 +89,6 @@ EMPTY_VIEW = ClusterView.of(())
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
-    """The registry holds this entry: an announcement or a heartbeat."""
-
-    info: NodeInfo
-
-
-@dataclass(frozen=True, slots=True)
-class Missing:
-    """The registry answered, without an entry for this name."""
-
-    name: NodeName
-
-
-@dataclass(frozen=True, slots=True)
-class StateObserved:
-    """The node itself told this process its state, e.g. in reply to cordon or drain."""
-
-    node: NodeId
-    state: NodeState
-
-
-@dataclass(frozen=True, slots=True)
-class Withdrawn:
-    """The node said good-bye."""
-
-    node: NodeId
-
-
-@dataclass(frozen=True, slots=True)
-class SessionLost:
-    """This process's stream to the node broke, or could not be opened."""
-
-    node: NodeId
-
-
-@dataclass(frozen=True, slots=True)
-class SessionOpened:
-    """This process reached the node."""
-
-    node: NodeId
-
-
-@dataclass(frozen=True, slots=True)
-class Tick:
-    """Time passed."""
-
-
-@dataclass(frozen=True, slots=True)
-class RegistryLost:
-    """The registry did not answer: no grace runs against nodes that it cannot speak for."""
-
-
-Event = (
-    Seen | Missing | StateObserved | Withdrawn | SessionLost | SessionOpened | RegistryLost | Tick
-)
-
-
-@dataclass(frozen=True, slots=True)
 class ViewChanged:
     """Use this view from now on."""
 
@@ -157,12 +112,15 @@ class _Member:
     is_lost: bool = False
     is_reached: bool = False  # this process has a session with it
     missing_since: float | None = None
+    told: NodeState | None = None  # on that session
     observed: NodeState | None = None
     observed_until: float = 0.0
 
     def shown(self) -> NodeInfo:
         if self.is_lost:
             return replace(self.info, state=NodeState.LOST)
+        if self.told is not None:
+            return replace(self.info, state=self.told)
         if self.observed is not None:
             return replace(self.info, state=self.observed)
         return self.info
@@ -209,6 +167,8 @@ class Membership:
                 self._missing(name, now)
             case StateObserved(node, state):
                 self._observed(node, state, now)
+            case StateTold(node, state):
+                self._told(node, state)
             case Withdrawn(node):
                 return self._remove(node, "withdrawn")
             case SessionLost(node):
@@ -250,9 +210,15 @@ class Membership:
             member.observed = state
             member.observed_until = now + OBSERVATION_SECONDS
 
+    def _told(self, node: NodeId, state: NodeState) -> None:
+        member = self._current(node)
+        if member is not None:
+            member.told = state
+
     def _reached(self, node: NodeId, *, is_lost: bool) -> None:
         member = self._current(node)
         if member is not None:
+            member.told = None
             member.is_lost = is_lost
             member.is_reached = not is_lost
 

@@ -12,17 +12,8 @@ import logging
 from typing import TYPE_CHECKING
 
 from cluster import clock as clocks
-from cluster.membership import (
-    ClusterView,
-    Event,
-    Membership,
-    Missing,
-    NodeGone,
-    RegistryLost,
-    Seen,
-    Tick,
-    ViewChanged,
-)
+from cluster.membership import ClusterView, Membership, NodeGone, ViewChanged
+from cluster.membership_events import Event, Missing, RegistryLost, Seen, Tick
 from cluster.redis_client import StoreUnavailable
 
 if TYPE_CHECKING:

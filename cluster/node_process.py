@@ -7,7 +7,8 @@ Life of a node's process
     3. `run_until_stopped` waits for SIGTERM or SIGINT, for a fatal error, or for the name to
        be taken by another incarnation.
     4. The end, in this order: take no new work, let what runs finish within the shutdown
-       timeout, withdraw from the registry, end the streams, close the role's parts, exit. What
+       timeout, withdraw from the registry, end the streams, close the role's parts, exit. After a
+       fatal error nothing is waited for, and nobody hears of a drain: what runs here is lost. What
        hangs from the withdrawal on is cut short (`last_resort.py`): a node may end because
        something on its device does not.
 """
@@ -129,12 +130,16 @@ class NodeProcess:
             raise self._failure
 
     async def _drain(self, member: Member) -> None:
-        """Let what runs finish, within the shutdown timeout; not after a fatal error."""
+        """Let what runs finish, within the shutdown timeout; not after a fatal error, when what
+        runs here is lost and must not be told of as leaving in order."""
+        if self._failed.is_set():
+            member.cordon()
+            return
         draining = asyncio.create_task(member.drained(self._config.shutdown_timeout))
         failing = asyncio.create_task(self._failed.wait())
         await asyncio.wait({draining, failing}, return_when=asyncio.FIRST_COMPLETED)
         if not self._failed.is_set() and not await draining:
-            logger.warning("requests still ran at the end of the shutdown timeout")
+            logger.warning("requests still ran or were to come when the shutdown timeout ended")
         for task in (draining, failing):
             task.cancel()
 
@@ -185,7 +190,7 @@ async def run_node(
     sources = node.sources(
         on_replaced=lambda: process.fail("Another node has taken this node's name.")
     )
-    member = Member(node.info, stores.registry, stores.index, sources)
+    member = Member(node.info, stores.registry, stores.index, sources, hub)
     node.add_services(process.open_server(node.info.max_model_len), member)
     node.add_metrics(registry, sources)
     await node.start(member)

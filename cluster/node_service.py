@@ -3,7 +3,8 @@
 Life of a session (one per gateway and node)
     1. The gateway opens the stream and says hello; another protocol version is refused.
     2. The node answers with its description. From here its `Step` frames flow as they come,
-       merged while the stream is slower than the engine.
+       merged while the stream is slower than the engine. A gateway that hears states is told when
+       the node's changes, and answers (`state_notices.py`).
     3. Submit, Cancel and Orphaned frames go to the node's `Handler`, in order.
     4. The stream ends, or falls too far behind: the handler hears that the gateway is gone
        and ends what it ran for it.
@@ -115,20 +116,21 @@ class NodeService(node_pb2_grpc.NodeServicer):
     ) -> AsyncIterator[pb.NodeFrame]:
         try:
             async with asyncio.timeout(HELLO_SECONDS):
-                gateway_id = hello_of(await anext(frames, None))
+                hello = hello_of(await anext(frames, None))
         except TimeoutError:
             return
         except ServingError as error:
             yield pb.NodeFrame(refused=encode_error(error))
             return
-        session = self._hub.open(gateway_id)
+        gateway_id = hello.gateway_id
+        session = self._hub.open(gateway_id, hears_state=hello.hears_state)
         logger.info("gateway %s connected", gateway_id)
         reader = asyncio.create_task(self._read(gateway_id, frames))
         reader.add_done_callback(lambda _: session.close())
         try:
             yield pb.NodeFrame(welcome=self._member.description())
-            async for step in session:
-                yield pb.NodeFrame(step=step)
+            async for frame in session:
+                yield frame
             if reader.done() and (broken := ending_of(reader)) is not None:
                 raise broken
         finally:
@@ -148,6 +150,8 @@ class NodeService(node_pb2_grpc.NodeServicer):
                     orphan = frame.orphaned.sequence_id
                     orphaned = partial(self._handler.orphaned, gateway_id, orphan)
                     self._serve(gateway_id, orphan, orphaned)
+                case "state_answer":
+                    self._hub.answered(gateway_id, frame.state_answer)
                 case other:
                     raise InvalidRequest(f"A session does not take {other} here.")
 
@@ -192,8 +196,8 @@ def ending_of(reader: asyncio.Task[None]) -> BaseException | None:
     return None if isinstance(error, (grpc.RpcError, grpc.aio.BaseError)) else error
 
 
-def hello_of(frame: pb.GatewayFrame | None) -> str:
-    """The gateway's id, once its first frame is found to be a hello of our version."""
+def hello_of(frame: pb.GatewayFrame | None) -> pb.GatewayHello:
+    """The gateway's first frame, once it is found to be a hello of our version."""
     if frame is None or frame.WhichOneof("frame") != "hello":
         raise InvalidRequest("A session must begin with hello.")
     if frame.hello.protocol_version != PROTOCOL_VERSION:
@@ -203,4 +207,4 @@ def hello_of(frame: pb.GatewayFrame | None) -> str:
         )
     if not frame.hello.gateway_id:
         raise InvalidRequest("A gateway must name itself in hello.")
-    return frame.hello.gateway_id
+    return frame.hello

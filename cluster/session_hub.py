@@ -1,13 +1,17 @@
-"""Tokens of all sequences of a step, in one frame per gateway, over one stream per gateway.
+"""Tokens of all sequences of a step, in one frame per gateway, over one stream per gateway; and
+between them the node's state, when it changes.
 
 Life of a session
     1. `open`: a gateway's stream begins. A second stream under the same id drops the first and
        is refused once: what ran for the first is ended before anything runs for the next.
     2. `publish` queues deltas; what waits for one sequence is merged. Never blocks.
-    3. Iterating the session takes what has gathered, as `Step` frames small enough to send.
+    3. Iterating the session takes what has gathered, as `Step` frames small enough to send. A
+       notice of the node's state (`tell`) has its place in their order: what the node refuses from
+       then on is refused behind it, and who answers to it has read what was said before.
     4. A gateway that does not read lets its queue grow to the bound: the session is dropped, the
        task that serves it cancelled (it may hang in a write), and the node hears of it as of
        any end of a stream: what ran for that gateway is aborted.
+    5. `close_all` is the node's own end, in order: what waits is still taken, nothing is added.
 
 Everything here belongs to the event loop's thread.
 """
@@ -16,6 +20,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Self
 
@@ -23,11 +28,14 @@ from cluster.delta_codec import encode_delta
 from cluster.errors import NodeUnavailable
 from cluster.proto import node_pb2 as pb
 from cluster.request import TokenDelta
+from cluster.state_notices import StateNotices
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from cluster.clock import Clock
     from cluster.errors import ServingError
+    from cluster.node import NodeState
     from cluster.request import TokenLogprobs
 
 logger = logging.getLogger(__name__)
@@ -81,25 +89,35 @@ class _Pending:
 
 
 class Session:
-    """One gateway's queue: an asynchronous iterator of `Step`s that ends when it is closed."""
+    """One gateway's queue: an asynchronous iterator of frames that ends when it is closed."""
 
-    def __init__(self, gateway_id: str, *, max_pending_bytes: int) -> None:
+    def __init__(
+        self, gateway_id: str, *, max_pending_bytes: int, hears_state: bool = False
+    ) -> None:
         self.gateway_id = gateway_id
+        self.hears_state = hears_state
         self.is_closed = False
         self.is_released = False  # the hub has told the node of its end
         self._max_pending_bytes = max_pending_bytes
         self._queue: list[_Pending] = []
         self._open_entries: dict[str, _Pending] = {}  # where a sequence's next tokens may join
         self._num_bytes = 0
+        self._notice: pb.StateNotice | None = None
+        self._num_before_notice = 0  # entries of the queue
         self._wake = asyncio.Event()
         self._serving_task: asyncio.Task[object] | None = asyncio.current_task()
 
     def close(self) -> None:
         """End the iteration; what waits is discarded."""
-        self.is_closed = True
+        self._notice = None
         self._queue.clear()
         self._open_entries.clear()
         self._num_bytes = 0
+        self.finish()
+
+    def finish(self) -> None:
+        """Add nothing more; the iteration ends when what waits has been taken."""
+        self.is_closed = True
         self._wake.set()
 
     def drop(self) -> None:
@@ -107,6 +125,13 @@ class Session:
         self.close()
         if self._serving_task is not None:
             self._serving_task.cancel()
+
+    def notify(self, notice: pb.StateNotice) -> None:
+        """Behind all that waits, and instead of an earlier notice that does."""
+        if not self.is_closed:
+            self._notice = notice
+            self._num_before_notice = len(self._queue)
+            self._wake.set()
 
     def push(self, delta: TokenDelta) -> bool:
         """Queue `delta`; False when the queue is full."""
@@ -130,17 +155,23 @@ class Session:
     def __aiter__(self) -> Self:
         return self
 
-    async def __anext__(self) -> pb.Step:
-        while not self._queue and not self.is_closed:
+    async def __anext__(self) -> pb.NodeFrame:
+        while not (self._queue or self._notice is not None or self.is_closed):
             self._wake.clear()
             await self._wake.wait()
-        if self.is_closed:
+        if self._notice is not None:
+            if self._num_before_notice:
+                return pb.NodeFrame(step=self._take_step(self._num_before_notice))
+            notice, self._notice = self._notice, None
+            return pb.NodeFrame(state_notice=notice)
+        if not self._queue:
             raise StopAsyncIteration
-        return self._take_frame()
+        return pb.NodeFrame(step=self._take_step(len(self._queue)))
 
-    def _take_frame(self) -> pb.Step:
+    def _take_step(self, most: int) -> pb.Step:
+        """Of the first `most` entries, as many as fit."""
         count, num_bytes = 0, 0
-        for entry in self._queue:
+        for entry in self._queue[:most]:
             if count and num_bytes + entry.num_bytes > MAX_FRAME_BYTES:
                 break
             count += 1
@@ -150,6 +181,7 @@ class Session:
             if self._open_entries.get(entry.delta.sequence_id) is entry:
                 del self._open_entries[entry.delta.sequence_id]
         self._num_bytes -= num_bytes
+        self._num_before_notice = max(0, self._num_before_notice - count)
         return pb.Step(deltas=[encode_delta(entry.merged()) for entry in taken])
 
 
@@ -161,13 +193,18 @@ class SessionHub:
         *,
         max_pending_bytes: int = MAX_PENDING_BYTES,
         on_drop: Callable[[str], None] | None = None,
+        clock: Clock = time.monotonic,
     ) -> None:
         self._max_pending_bytes = max_pending_bytes
         self._on_drop = on_drop
+        self._clock = clock
         self._sessions: dict[str, Session] = {}
+        self._notices = StateNotices()
+        self._notice: pb.StateNotice | None = None  # the last one
 
-    def open(self, gateway_id: str) -> Session:
-        """A session served by the current task; `NodeUnavailable` while an older one ends."""
+    def open(self, gateway_id: str, *, hears_state: bool = False) -> Session:
+        """A session served by the current task; `NodeUnavailable` while an older one ends. One that
+        `hears_state` begins with the state that was last told."""
         older = self._sessions.get(gateway_id)
         if older is not None:
             older.drop()
@@ -176,8 +213,14 @@ class SessionHub:
                 reason="session_replaced",
                 retry_after_seconds=1.0,
             )
-        session = Session(gateway_id, max_pending_bytes=self._max_pending_bytes)
+        session = Session(
+            gateway_id, max_pending_bytes=self._max_pending_bytes, hears_state=hears_state
+        )
         self._sessions[gateway_id] = session
+        if hears_state:
+            self._notices.opened(gateway_id, self._clock())
+            if self._notice is not None:
+                session.notify(self._notice)
         return session
 
     def close(self, session: Session) -> bool:
@@ -187,7 +230,25 @@ class SessionHub:
             return False
         session.is_released = True
         del self._sessions[session.gateway_id]
+        self._notices.closed(session.gateway_id)
         return True
+
+    def tell(self, state: NodeState) -> None:
+        """The node's state is this now: say so to every gateway that hears it."""
+        number = self._notices.told(self._clock())
+        self._notice = pb.StateNotice(state=state.value, number=number)
+        for session in self._sessions.values():
+            if session.hears_state:
+                session.notify(self._notice)
+
+    def answered(self, gateway_id: str, answer: pb.StateAnswer) -> None:
+        """What a gateway says to a notice."""
+        self._notices.answered(gateway_id, answer.number, is_settled=answer.is_settled)
+
+    @property
+    def is_answered(self) -> bool:
+        """No gateway is waited for: all have answered the state that was last told."""
+        return self._notices.is_answered(self._clock())
 
     def publish(self, gateway_id: str, deltas: Sequence[TokenDelta]) -> None:
         """Queue deltas for a gateway. For one that is not connected they are dropped."""
@@ -208,9 +269,9 @@ class SessionHub:
         return session is not None and not session.is_closed
 
     def close_all(self) -> None:
-        """End every iteration, for an orderly exit."""
+        """End every iteration, for an orderly exit, when what waits has been taken."""
         for session in self._sessions.values():
-            session.close()
+            session.finish()
 
 
 def _log_error(sequence_id: str, error: ServingError) -> None:

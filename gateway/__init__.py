@@ -6,7 +6,8 @@ a request    http_server -> edge (id, key) -> app -> routes/ -> body -> schemas 
 its way      admission -> prefix_lookup -> router (a pure choice, by policy) -> dispatch
 a sequence   sequence_machine (pure; says sequence_instructions) inside dispatch; active, attempts:
              what is in flight; retries: whether it is tried again
-nodes        nodes (known) -> node_client (a session each, by node_frames); pulse_watch: silent?
+nodes        nodes (known) -> node_client (a session each, by node_frames; node_calls beside it);
+             pulse_watch: silent? departure (pure): does it leave in order?
 the answer   generation of choices (detokenizer, stop_strings, thoughts, tools/; markers) ->
              streaming, as frames; or whole_answers, of a held_answer; in turns. As answers and
              logprob_answers have it, or dialects/: other APIs; http_errors

@@ -10,6 +10,7 @@ from gateway.router import Demand
 
 if TYPE_CHECKING:
     from cluster.errors import ServingError
+    from cluster.node import NodeId
     from cluster.request import SequenceRequest, TokenDelta
     from gateway.nodes import NodeEntry
     from gateway.retries import Stream
@@ -64,10 +65,15 @@ class ActiveSequence:
         return self.machine.state
 
     @property
-    def has_lost_in_order(self) -> bool:
-        """One of its nodes has ended its session in order, as it does when it is drained."""
-        nodes = (self.decode,) if self.prefill is None else (self.decode, self.prefill)
-        return any(node.client.has_left for node in nodes)
+    def is_on_its_way(self) -> bool:
+        """It has yet to come to its decode node from another one."""
+        return self.prefill is not None and not self.machine.is_started
+
+    @property
+    def leaving(self) -> frozenset[NodeId]:
+        """Those of its nodes that go in order."""
+        nodes = (self.decode, self.prefilling)
+        return frozenset(node.info.id for node in nodes if node.client.departure.is_in_order)
 
     def log_failure(self, error: ServingError, what_follows: str) -> None:
         """Under both ids: the nodes' logs have that of the sequence."""

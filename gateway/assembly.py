@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
 
     from cluster.clock import Clock
-    from cluster.membership import Event
+    from cluster.membership_events import Event
     from cluster.node import NodeInfo
     from gateway.chat_template import ChatTemplate
     from gateway.config import GatewayConfig

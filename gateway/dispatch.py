@@ -17,12 +17,12 @@ import contextlib
 from typing import TYPE_CHECKING
 
 from cluster.errors import Cancelled, NodeUnavailable, RequestTooLarge, ServingError
-from cluster.membership import SessionLost, SessionOpened
+from cluster.membership_events import SessionLost, SessionOpened, StateTold
 from cluster.request import KVLoadFailurePolicy, SequenceRequest, TokenDelta
 from gateway.active import ActiveSequence, Listener, demand_of
 from gateway.attempts import Attempts
 from gateway.node_frames import cancel_frame, orphaned_frame, submit_frame
-from gateway.retries import RetryBudget, RetryKind, Stream, is_refusal
+from gateway.retries import RetryBudget, RetryKind, Stream, is_in_order, who_failed
 from gateway.router import Placement, choose, choose_again
 from gateway.sequence_instructions import (
     AskDecode,
@@ -38,8 +38,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from cluster.clock import Clock
-    from cluster.membership import Event
-    from cluster.node import NodeInfo, NodeName
+    from cluster.membership_events import Event
+    from cluster.node import NodeInfo, NodeName, NodeState
     from gateway.measures import Measures
     from gateway.node_client import NodeClient
     from gateway.nodes import NodeEntry, Nodes
@@ -165,6 +165,10 @@ class Dispatcher:
                 continue  # a node may speak for its own sequences only
             if instructions:
                 self._carry_out(active, instructions, now)
+        client.settle()
+
+    def on_state(self, client: NodeClient, state: NodeState) -> None:
+        self._observe(StateTold(client.node.id, state))
 
     def on_lost(self, client: NodeClient) -> None:
         now = self._clock()
@@ -183,6 +187,10 @@ class Dispatcher:
     def owes_tokens(self, client: NodeClient) -> bool:
         active = self._attempts.active.values()
         return any(client in (each.decode.client, each.prefilling.client) for each in active)
+
+    def is_on_its_way(self, client: NodeClient) -> bool:
+        active = self._attempts.active.values()
+        return any(each.decode.client is client and each.is_on_its_way for each in active)
 
     # ---- time ----------------------------------------------------------------------------
 
@@ -234,12 +242,13 @@ class Dispatcher:
         stream, error = active.stream, ending.error
         if error is None:
             return False
-        is_in_order = is_refusal(error) or active.has_lost_in_order
-        kind = stream.retry_kind(error, self._budget, is_in_order=is_in_order)
+        failed = who_failed(error, active.placement, active.leaving)
+        in_order = is_in_order(error, failed, active.leaving)
+        kind = stream.retry_kind(error, self._budget, is_in_order=in_order)
         if kind is None:
             active.log_failure(error, "the client is told")
             return False
-        request = stream.next_attempt(kind, error, active.placement, now)
+        request = stream.next_attempt(kind, failed, active.placement, now)
         try:
             placement = choose_again(
                 self.nodes.candidates({}),
@@ -249,12 +258,11 @@ class Dispatcher:
             )
             self._start(stream, request, placement, {}, active.listener, now)
         except (NodeUnavailable, RequestTooLarge) as unavailable:
-            if kind is RetryKind.REDISPATCH and not is_in_order:
+            if kind is RetryKind.REDISPATCH:
                 self._budget.give_back()
             active.log_failure(error, f"no other nodes for it: {unavailable.message}")
             return False
-        counted = "in_order" if is_in_order and kind is RetryKind.REDISPATCH else kind.value
-        self._measures.retries[counted, error.reason or error.code] += 1
+        self._measures.retries[kind.value, error.reason or error.code] += 1
         active.log_failure(error, kind.value)
         return True
 
@@ -307,6 +315,7 @@ class Dispatcher:
 
     def _forget(self, active: ActiveSequence) -> None:
         if self._attempts.end(active):
+            active.decode.client.settle()
             self.nodes.close_if_idle(active.decode)
             if active.prefill is not None:
                 self.nodes.close_if_idle(active.prefill)

@@ -8,6 +8,10 @@ Life of a client (one per node and incarnation)
        soon when it owes tokens and now and then when it does not, and has more time to answer.
     4. The session's end is the loss of the node for every sequence that needs it: `on_lost` is
        called at once. The client tries again, with growing pauses, until `close`.
+    5. When the node's state changes, it says so. `on_state` is called, and the node gets an answer,
+       behind whatever was sent before; and another, if some of what was placed there is still on
+       its way, when that has come (`settle`). Of one that leaves, losses are in order
+       (`departure.py`).
 
 A welcome from another incarnation, role or protocol is no session: the address was reused.
 """
@@ -27,10 +31,13 @@ from cluster.codec import PROTOCOL_VERSION, decode_description
 from cluster.delta_codec import decode_delta, decode_error
 from cluster.errors import HandshakeMismatch, InternalError, InvalidRequest, ServingError
 from cluster.message_size import BASE_MESSAGE_BYTES, check_fits, limit_of
+from cluster.node import NodeState
 from cluster.proto import node_pb2 as pb
 from cluster.proto import node_pb2_grpc
 from cluster.request import TokenDelta
-from cluster.rpc import error_from_rpc, open_channel
+from cluster.rpc import open_channel
+from gateway.departure import Departure
+from gateway.node_calls import NodeCalls
 from gateway.pulse_watch import PulseWatch
 
 if TYPE_CHECKING:
@@ -40,8 +47,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 WELCOME_SECONDS = 5.0
-CALL_SECONDS = 5.0
-MEASURE_SECONDS = 30.0
 FIRST_PAUSE_SECONDS = 0.1
 MAX_PAUSE_SECONDS = 3.0
 WATCH_SECONDS = 0.25
@@ -54,9 +59,13 @@ class SessionListener(Protocol):
 
     def on_connected(self, client: NodeClient) -> None: ...
     def on_deltas(self, client: NodeClient, deltas: list[TokenDelta]) -> None: ...
+    def on_state(self, client: NodeClient, state: NodeState) -> None: ...
     def on_lost(self, client: NodeClient) -> None: ...
     def owes_tokens(self, client: NodeClient) -> bool:
         """True while some sequence waits for this node."""
+
+    def is_on_its_way(self, client: NodeClient) -> bool:
+        """True while some sequence has yet to come to this node, from another one."""
 
 
 class NodeClient:
@@ -92,11 +101,13 @@ class NodeClient:
         self._has_frames = asyncio.Event()
         self._max_message_bytes = BASE_MESSAGE_BYTES  # of the node, as its welcome says
         self._call: Any = None  # the running Session call; grpc.aio has no types
-        self.has_left = False  # the last session was ended by the node, in order
+        self.departure = Departure()
+        self._unsettled: int | None = None  # the notice that has yet to be settled
         self._heard_at: float | None = None
         self._task: asyncio.Task[None] | None = None
         self._channel = open_channel(node.grpc_address)
         self._stub: Any = node_pb2_grpc.NodeStub(self._channel)  # type: ignore[no-untyped-call]
+        self.calls = NodeCalls(self._channel)
 
     @property
     def is_connected(self) -> bool:
@@ -133,38 +144,15 @@ class NodeClient:
         self._has_frames.set()
         return True
 
-    async def inspect(self) -> pb.InspectReply:
-        """Raises the node's typed error, or `NodeLost` when it does not answer."""
-        try:
-            reply: pb.InspectReply = await self._stub.Inspect(
-                pb.InspectRequest(), timeout=CALL_SECONDS
-            )
-        except grpc.aio.AioRpcError as error:
-            raise error_from_rpc(error) from error
-        return reply
+    def settle(self) -> None:
+        """To be called when less may be on its way to this node than before."""
+        if self._unsettled is not None and not self._listener.is_on_its_way(self):
+            self._answer(self._unsettled, is_settled=True)
+            self._unsettled = None
 
-    async def control(self, action: pb.ControlRequest.Action) -> pb.ControlReply:
-        """Raises the node's typed error, or `NodeLost` when it does not answer."""
-        try:
-            reply: pb.ControlReply = await self._stub.Control(
-                pb.ControlRequest(action=action), timeout=CALL_SECONDS
-            )
-        except grpc.aio.AioRpcError as error:
-            raise error_from_rpc(error) from error
-        return reply
-
-    async def measure(self, prefill: NodeInfo) -> pb.MeasureHandoffReply:
-        """Of a decode node: what a hand-off from `prefill` takes. Raises the node's typed error, or
-        `NodeLost` when it does not answer."""
-        stub = node_pb2_grpc.MeasuringStub(self._channel)  # type: ignore[no-untyped-call]
-        asked = pb.MeasureHandoffRequest(name=prefill.id.name, address=prefill.grpc_address)
-        try:
-            reply: pb.MeasureHandoffReply = await stub.MeasureHandoff(
-                asked, timeout=MEASURE_SECONDS
-            )
-        except grpc.aio.AioRpcError as error:
-            raise error_from_rpc(error) from error
-        return reply
+    def _answer(self, number: int, *, is_settled: bool) -> None:
+        answer = pb.StateAnswer(number=number, is_settled=is_settled)
+        self.send(pb.GatewayFrame(state_answer=answer))
 
     # ---- the session ---------------------------------------------------------------------
 
@@ -198,7 +186,9 @@ class NodeClient:
             call.cancel()
 
     async def _shake_hands(self, call: Any) -> None:
-        hello = pb.GatewayHello(gateway_id=self._gateway_id, protocol_version=PROTOCOL_VERSION)
+        hello = pb.GatewayHello(
+            gateway_id=self._gateway_id, protocol_version=PROTOCOL_VERSION, hears_state=True
+        )
         async with asyncio.timeout(WELCOME_SECONDS):
             await call.write(pb.GatewayFrame(hello=hello))
             frame = await call.read()
@@ -215,7 +205,8 @@ class NodeClient:
         """From welcome to loss."""
         self._frames.clear()
         self._heard_at = self._clock()
-        self.has_left = False
+        self.departure.opened()
+        self._unsettled = None
         self._call = call
         helpers = [
             asyncio.create_task(self._write(call)),
@@ -242,13 +233,29 @@ class NodeClient:
         while True:
             frame = await call.read()
             if frame is grpc.aio.EOF:
-                self.has_left = True
+                self.departure.ended(in_order=True)
                 return
             self._heard_at = self._clock()
-            kind = frame.WhichOneof("frame")
-            if kind != "step":
-                raise InvalidRequest(f"Node {name} sent an unexpected frame: {kind}.")
-            self._listener.on_deltas(self, [_decoded(message) for message in frame.step.deltas])
+            match frame.WhichOneof("frame"):
+                case "step":
+                    deltas = [_decoded(message) for message in frame.step.deltas]
+                    self._listener.on_deltas(self, deltas)
+                case "state_notice":
+                    self._on_notice(frame.state_notice)
+                case None:
+                    logger.debug("node %s sent a frame of a kind that is not known here", name)
+                case kind:
+                    raise InvalidRequest(f"Node {name} sent an unexpected frame: {kind}.")
+
+    def _on_notice(self, notice: pb.StateNotice) -> None:
+        if notice.state in set(NodeState):
+            state = NodeState(notice.state)
+            logger.info("node %s says that it is %s", self.node.id.name, state)
+            self.departure.told(state)
+            self._listener.on_state(self, state)
+        self._answer(notice.number, is_settled=False)
+        self._unsettled = notice.number
+        self.settle()
 
     async def _write(self, call: Any) -> None:
         """The stream is broken when writing fails: the reader must not wait for it."""

@@ -5,12 +5,14 @@ Life of a stream over its attempts
        whatever an earlier attempt still says is nobody's.
     2. Lost before the client has a token: a *re-dispatch*. Once per stream, and only while the
        retry budget lasts, because a cluster in trouble must not get more work from its gateways.
-       What a node that leaves in order had not begun is in no trouble, and costs nothing; it is
-       counted as `in_order`.
-    3. Lost after k tokens: a *recovery*, where the operator allows it. The prompt and the k tokens
+    3. Lost, or refused, before a token by a node that goes in order (`departure.py`): moved on
+       `in_order`. Nothing is in trouble, so it costs neither the budget nor the stream's one
+       re-dispatch: in a rolling restart a stream may meet one leaving node after the other. That
+       has an end, because no node is tried twice.
+    4. Lost after k tokens: a *recovery*, where the operator allows it. The prompt and the k tokens
        are prefilled elsewhere. Draws depend on the seed and the position alone, so the client gets
        the tokens it would have got.
-    4. The node that failed an attempt takes no further one of the same stream; its partner does
+    5. The node that failed an attempt takes no further one of the same stream; its partner does
        if there is nobody else.
 
 An error is worth another attempt when a node or a transfer failed; a request that is wrong, late,
@@ -27,6 +29,8 @@ from cluster.errors import NodeUnavailable, ServingError, TransferError
 from cluster.request import KVLoadFailurePolicy
 
 if TYPE_CHECKING:
+    from collections.abc import Set as AbstractSet
+
     from cluster.node import NodeId
     from cluster.request import SequenceRequest, TokenDelta
     from gateway.router import Placement
@@ -36,11 +40,13 @@ MAX_RECOVERIES = 3
 RETRY_SHARE = 0.1  # of the requests; what Google's SRE book advises for a client's retry budget
 MAX_SAVED_RETRIES = 10.0
 _DECODE_REASONS = ("decode_lost", "commit_unknown", "decode_not_ready")
+_REASONS_OF_EITHER = (None, "link_lost")
 _REFUSALS = ("not_ready", "decode_not_ready")
 
 
 class RetryKind(StrEnum):
     REDISPATCH = "redispatch"
+    IN_ORDER = "in_order"
     RECOVERY = "recovery"
 
 
@@ -100,30 +106,27 @@ class Stream:
         self, error: ServingError, budget: RetryBudget, *, is_in_order: bool = False
     ) -> RetryKind | None:
         """What an attempt's end in `error` allows; None: the error goes to the client.
-        `is_in_order`: of a node that has left when it had nothing to do, or that takes nothing."""
+        `is_in_order`: by a node that goes, or that takes nothing."""
         if not is_worth_a_retry(error):
             return None
         if self.has_token:
             allowed = self.recovers and self.num_recoveries < MAX_RECOVERIES
             return RetryKind.RECOVERY if allowed else None
+        if is_in_order:
+            return RetryKind.IN_ORDER
         if self.num_redispatches >= MAX_REDISPATCHES:
             return None
-        return RetryKind.REDISPATCH if is_in_order or budget.withdraw() else None
+        return RetryKind.REDISPATCH if budget.withdraw() else None
 
     def next_attempt(
-        self, kind: RetryKind, error: ServingError, failed: Placement, now: float
+        self, kind: RetryKind, suspect: NodeId, failed: Placement, now: float
     ) -> SequenceRequest:
-        """The request of the next attempt. Where `error` does not say which node failed, it is
-        the one that prefilled."""
+        """The request of the next attempt, after `suspect` failed this one."""
         self.num_attempts += 1
-        if kind is RetryKind.REDISPATCH:
-            self.num_redispatches += 1
-        else:
-            self.num_recoveries += 1
-        is_decode = failed.prefill is None or error.reason in _DECODE_REASONS
-        suspect = failed.decode if is_decode or failed.prefill is None else failed.prefill
-        self.suspects.add(suspect.id)
-        self.avoided |= {suspect.id, failed.decode.id}
+        self.num_redispatches += kind is RetryKind.REDISPATCH
+        self.num_recoveries += kind is RetryKind.RECOVERY
+        self.suspects.add(suspect)
+        self.avoided |= {suspect, failed.decode.id}
         if failed.prefill is not None:
             self.avoided.add(failed.prefill.id)
         emitted = tuple(self.emitted_token_ids)
@@ -140,6 +143,17 @@ def is_worth_a_retry(error: ServingError) -> bool:
     return isinstance(error, NodeUnavailable | TransferError)
 
 
-def is_refusal(error: ServingError) -> bool:
-    """A node said that it takes nothing any more: it is about to leave."""
-    return isinstance(error, NodeUnavailable) and error.reason in _REFUSALS
+def who_failed(error: ServingError, placement: Placement, leaving: AbstractSet[NodeId]) -> NodeId:
+    """Which node of an attempt an error speaks of. Where it could be either, the one that is
+    `leaving`; else the one that prefilled."""
+    prefill, decode = placement.prefill, placement.decode.id
+    if prefill is None or error.reason in _DECODE_REASONS:
+        return decode
+    is_decode = decode in leaving and prefill.id not in leaving
+    return decode if is_decode and error.reason in _REASONS_OF_EITHER else prefill.id
+
+
+def is_in_order(error: ServingError, failed: NodeId, leaving: AbstractSet[NodeId]) -> bool:
+    """The node that failed goes, or has refused because it takes nothing any more."""
+    is_refusal = isinstance(error, NodeUnavailable) and error.reason in _REFUSALS
+    return is_refusal or failed in leaving

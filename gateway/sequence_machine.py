@@ -117,6 +117,11 @@ class SequenceMachine:
         return SequenceState.PREFILLED if self._first_token_seen else SequenceState.SUBMITTED
 
     @property
+    def is_started(self) -> bool:
+        """The decode node has it."""
+        return self._is_started
+
+    @property
     def is_finished(self) -> bool:
         return self._is_finished
 

@@ -121,8 +121,8 @@ class Gateway:
 
     async def _next(self) -> TokenDelta:
         while not self._seen:
-            step = await anext(self._session)
-            self._seen += [decode_delta(message) for message in step.deltas]
+            frame = await anext(self._session)
+            self._seen += [decode_delta(message) for message in frame.step.deltas]
         return self._seen.pop(0)
 
     async def until(self, is_last: Callable[[TokenDelta], bool]) -> list[TokenDelta]:

@@ -161,24 +161,36 @@ class Error(_message.Message):
     def __init__(self, code: _Optional[str] = ..., message: _Optional[str] = ..., param: _Optional[str] = ..., reason: _Optional[str] = ..., retry_after_seconds: _Optional[float] = ...) -> None: ...
 
 class GatewayFrame(_message.Message):
-    __slots__ = ("hello", "submit", "cancel", "orphaned")
+    __slots__ = ("hello", "submit", "cancel", "orphaned", "state_answer")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     SUBMIT_FIELD_NUMBER: _ClassVar[int]
     CANCEL_FIELD_NUMBER: _ClassVar[int]
     ORPHANED_FIELD_NUMBER: _ClassVar[int]
+    STATE_ANSWER_FIELD_NUMBER: _ClassVar[int]
     hello: GatewayHello
     submit: Submit
     cancel: Cancel
     orphaned: Orphaned
-    def __init__(self, hello: _Optional[_Union[GatewayHello, _Mapping]] = ..., submit: _Optional[_Union[Submit, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ..., orphaned: _Optional[_Union[Orphaned, _Mapping]] = ...) -> None: ...
+    state_answer: StateAnswer
+    def __init__(self, hello: _Optional[_Union[GatewayHello, _Mapping]] = ..., submit: _Optional[_Union[Submit, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ..., orphaned: _Optional[_Union[Orphaned, _Mapping]] = ..., state_answer: _Optional[_Union[StateAnswer, _Mapping]] = ...) -> None: ...
 
 class GatewayHello(_message.Message):
-    __slots__ = ("gateway_id", "protocol_version")
+    __slots__ = ("gateway_id", "protocol_version", "hears_state")
     GATEWAY_ID_FIELD_NUMBER: _ClassVar[int]
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
+    HEARS_STATE_FIELD_NUMBER: _ClassVar[int]
     gateway_id: str
     protocol_version: int
-    def __init__(self, gateway_id: _Optional[str] = ..., protocol_version: _Optional[int] = ...) -> None: ...
+    hears_state: bool
+    def __init__(self, gateway_id: _Optional[str] = ..., protocol_version: _Optional[int] = ..., hears_state: _Optional[bool] = ...) -> None: ...
+
+class StateAnswer(_message.Message):
+    __slots__ = ("number", "is_settled")
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    IS_SETTLED_FIELD_NUMBER: _ClassVar[int]
+    number: int
+    is_settled: bool
+    def __init__(self, number: _Optional[int] = ..., is_settled: _Optional[bool] = ...) -> None: ...
 
 class Submit(_message.Message):
     __slots__ = ("sequence", "handoff")
@@ -311,14 +323,24 @@ class Orphaned(_message.Message):
     def __init__(self, sequence_id: _Optional[str] = ...) -> None: ...
 
 class NodeFrame(_message.Message):
-    __slots__ = ("welcome", "step", "refused")
+    __slots__ = ("welcome", "step", "refused", "state_notice")
     WELCOME_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     REFUSED_FIELD_NUMBER: _ClassVar[int]
+    STATE_NOTICE_FIELD_NUMBER: _ClassVar[int]
     welcome: NodeDescription
     step: Step
     refused: Error
-    def __init__(self, welcome: _Optional[_Union[NodeDescription, _Mapping]] = ..., step: _Optional[_Union[Step, _Mapping]] = ..., refused: _Optional[_Union[Error, _Mapping]] = ...) -> None: ...
+    state_notice: StateNotice
+    def __init__(self, welcome: _Optional[_Union[NodeDescription, _Mapping]] = ..., step: _Optional[_Union[Step, _Mapping]] = ..., refused: _Optional[_Union[Error, _Mapping]] = ..., state_notice: _Optional[_Union[StateNotice, _Mapping]] = ...) -> None: ...
+
+class StateNotice(_message.Message):
+    __slots__ = ("state", "number")
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    state: str
+    number: int
+    def __init__(self, state: _Optional[str] = ..., number: _Optional[int] = ...) -> None: ...
 
 class Step(_message.Message):
     __slots__ = ("deltas",)

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from cluster.codec import decode_load
 from cluster.errors import ConfigError, InvalidRequest, RouteNotFound, ServingError
-from cluster.membership import Event, StateObserved
+from cluster.membership_events import Event, StateObserved
 from cluster.node import NodeState
 from cluster.proto import node_pb2 as pb
 from cluster.request import KVLoadFailurePolicy
@@ -167,7 +167,7 @@ async def _order(
     """Tell a node what to do, and membership what it says."""
     name, verb = entry.info.id.name, pb.ControlRequest.Action.Name(action).lower()
     try:
-        reply = await entry.client.control(action)
+        reply = await entry.client.calls.control(action)
     except ServingError as error:
         _audit(verb, name, f"failed: {error.code}")
         raise
@@ -233,13 +233,13 @@ async def _load_now(entry: NodeEntry) -> NodeLoad:
     if entry.client.is_connected:
         with contextlib.suppress(ServingError, TimeoutError):
             async with asyncio.timeout(LOAD_SECONDS):
-                return decode_load((await entry.client.inspect()).load)
+                return decode_load((await entry.client.calls.inspect()).load)
     return entry.info.load
 
 
 async def _inspect(entry: NodeEntry) -> pb.InspectReply | None:
     try:
-        return await entry.client.inspect()
+        return await entry.client.calls.inspect()
     except ServingError as error:
         logger.warning("node %s did not say what it holds: %s", entry.info.id.name, error.message)
         return None

@@ -53,7 +53,7 @@ def measuring_routes(gateway: Gateway, prefix: str) -> APIRouter:
             raise Overloaded(busy, reason="measuring", retry_after_seconds=5.0)
         measuring.append(pair)
         try:
-            reply = await decode.client.measure(prefill.info)
+            reply = await decode.client.calls.measure(prefill.info)
         finally:
             measuring.clear()
         logger.info(

@@ -77,8 +77,18 @@ class FakeIndex:
             await self.changed.wait()
 
 
+class FakeGateways:
+    def __init__(self) -> None:
+        self.told: list[NodeState] = []
+        self.is_answered = True
+
+    def tell(self, state: NodeState) -> None:
+        self.told.append(state)
+
+
 class World:
     def __init__(self, make_node: Callable[..., NodeInfo]) -> None:
+        self.gateways = FakeGateways()
         self.registry, self.index = FakeRegistry(), FakeIndex()
         self.is_idle = True
         self.seconds_without_progress = 0.0
@@ -99,6 +109,7 @@ class World:
             cast("Any", self.registry),
             cast("Any", self.index),
             sources,
+            self.gateways,
         )
 
     async def _cache_changes(self, everything: bool) -> Any:
@@ -250,6 +261,64 @@ def test_a_drain_is_over_only_once_nothing_runs(run: Any) -> None:
         world.is_idle = True
         assert await world.member.drained(20)
         assert world.member.control(Action.DRAIN) == "drained"
+
+    run(body)
+
+
+def test_gateways_hear_of_every_change_at_once(run: Any) -> None:
+    async def body(world: World) -> None:
+        world.member.start("a:1", "")
+        world.is_idle = False
+        for action in (Action.CORDON, Action.UNCORDON, Action.DRAIN, Action.UNCORDON):
+            world.member.control(action)
+        told = [state.value for state in world.gateways.told]
+        assert told == ["ready", "cordoned", "ready", "draining", "ready"]
+
+    run(body)
+
+
+def test_a_node_does_not_go_before_the_gateways_know_that_it_does(run: Any) -> None:
+    """It may be idle, and prompts wait for it elsewhere: they are to be missed in order."""
+
+    async def body(world: World) -> None:
+        world.member.start("a:1", "")
+        world.gateways.is_answered = False
+        assert not await world.member.drained(0.01)
+        assert world.member.state is NodeState.DRAINING
+        world.gateways.is_answered = True
+        assert await world.member.drained(20)
+        assert world.gateways.told[-2:] == [NodeState.DRAINING, NodeState.DRAINED]
+
+    run(body)
+
+
+def test_a_node_does_not_go_before_its_last_words_have_been_read(run: Any) -> None:
+    async def body(world: World) -> None:
+        world.member.start("a:1", "")
+        tell = world.gateways.tell
+
+        def tell_slowly(state: NodeState) -> None:
+            tell(state)
+            world.gateways.is_answered = state is not NodeState.DRAINED
+
+        world.gateways.tell = tell_slowly  # type: ignore[method-assign]
+        leaving = asyncio.create_task(world.member.drained(20))
+        while world.member.state is not NodeState.DRAINED:  # noqa: ASYNC110 - no event
+            await asyncio.sleep(0.001)
+        assert not leaving.done()
+        world.gateways.is_answered = True
+        assert await leaving
+
+    run(body)
+
+
+def test_a_cordon_does_not_take_a_drain_back(run: Any) -> None:
+    async def body(world: World) -> None:
+        world.member.start("a:1", "")
+        world.is_idle = False
+        world.member.drain()
+        world.member.cordon()
+        assert world.member.state is NodeState.DRAINING
 
     run(body)
 

@@ -12,17 +12,20 @@ from cluster.membership import (
     MISSING_GRACE_SECONDS,
     OBSERVATION_SECONDS,
     ClusterView,
-    Event,
     Membership,
-    Missing,
     NodeGone,
+    ViewChanged,
+)
+from cluster.membership_events import (
+    Event,
+    Missing,
     RegistryLost,
     Seen,
     SessionLost,
     SessionOpened,
     StateObserved,
+    StateTold,
     Tick,
-    ViewChanged,
     Withdrawn,
 )
 from cluster.node import Incarnation, NodeId, NodeInfo, NodeLoad, NodeName, NodeRole, NodeState
@@ -118,6 +121,7 @@ def test_late_messages_of_the_old_incarnation_are_ignored() -> None:
         SessionLost(old),
         SessionOpened(old),
         StateObserved(old, NodeState.DRAINING),
+        StateTold(old, NodeState.DRAINING),
         Withdrawn(old),
     ]
     for event in late:
@@ -226,6 +230,63 @@ def test_what_was_observed_does_not_outweigh_the_entry_for_ever() -> None:
     assert state_of(membership) is NodeState.READY
 
 
+def reached(*told: NodeState) -> Membership:
+    """It has a session with the node, which has said these states on it."""
+    membership = Membership()
+    membership.handle_all([seen(), SessionOpened(node_info().id)], 0.0)
+    membership.handle_all([StateTold(node_info().id, state) for state in told], 0.0)
+    return membership
+
+
+def test_a_node_that_says_that_it_drains_takes_nothing_more_whatever_its_entry_says() -> None:
+    membership = reached(NodeState.DRAINING)
+    assert membership.view.prefill == ()
+    for now in (1.0, 10 * OBSERVATION_SECONDS):  # an entry that is read later is no later word
+        membership.handle_all([seen(load=NodeLoad(num_running=1)), Tick()], now)
+        assert state_of(membership) is NodeState.DRAINING
+
+
+def test_the_entry_may_tell_of_a_drain_before_the_node_does() -> None:
+    membership = reached()
+    membership.handle(seen(state=NodeState.DRAINING), 1.0)
+    assert state_of(membership) is NodeState.DRAINING
+    assert membership.handle(StateTold(node_info().id, NodeState.DRAINING), 1.1) == []
+    assert membership.handle(StateTold(node_info().id, NodeState.DRAINING), 1.2) == [], "said twice"
+
+
+def test_an_uncordon_takes_effect_though_the_entry_still_tells_of_the_drain() -> None:
+    membership = reached(NodeState.DRAINING)
+    membership.handle(seen(state=NodeState.DRAINING), 1.0)
+    membership.handle(StateTold(node_info().id, NodeState.READY), 1.1)
+    assert names(membership.view.prefill) == ["a"]
+
+
+def test_what_the_node_says_outweighs_what_it_answered_to_an_order() -> None:
+    """The answer may be read after the word of a later order, by another gateway."""
+    membership = reached(NodeState.DRAINING, NodeState.READY)
+    membership.handle(StateObserved(node_info().id, NodeState.DRAINING), 0.1)
+    assert state_of(membership) is NodeState.READY
+
+
+def test_what_was_said_on_a_session_ends_with_it() -> None:
+    node = node_info().id
+    membership = reached(NodeState.DRAINING)
+    membership.handle(SessionLost(node), 1.0)
+    assert state_of(membership) is NodeState.LOST
+    assert membership.handle(StateTold(node, NodeState.READY), 1.1) == [], "by no session"
+    membership.handle(SessionOpened(node), 2.0)
+    assert state_of(membership) is NodeState.READY, "as its entry says, until it says so itself"
+    membership.handle(StateTold(node, NodeState.DRAINING), 2.1)
+    assert state_of(membership) is NodeState.DRAINING
+
+
+def test_a_new_incarnation_is_not_draining_because_the_old_one_was() -> None:
+    membership = reached(NodeState.DRAINING)
+    membership.handle(seen(incarnation=2), 1.0)
+    assert state_of(membership) is NodeState.READY
+    assert membership.handle(StateTold(node_info().id, NodeState.DRAINING), 1.1) == []
+
+
 def test_memory_of_old_incarnations_is_bounded() -> None:
     membership = Membership()
     for incarnation in range(1, 3 * MAX_RETIRED):
@@ -243,6 +304,7 @@ events = st.one_of(
     ),
     st.builds(Missing, st.sampled_from([A, NodeName("b")])),
     st.builds(StateObserved, ids, st.sampled_from(NodeState)),
+    st.builds(StateTold, ids, st.sampled_from(NodeState)),
     st.builds(Withdrawn, ids),
     st.builds(SessionLost, ids),
     st.builds(SessionOpened, ids),

@@ -3,7 +3,8 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING
 
-from cluster.membership import MISSING_GRACE_SECONDS, ClusterView, SessionLost
+from cluster.membership import MISSING_GRACE_SECONDS, ClusterView
+from cluster.membership_events import SessionLost
 from cluster.membership_watcher import MembershipWatcher
 from cluster.redis_client import Breaker, Store
 from cluster.registry import Registry

@@ -53,6 +53,9 @@ class RecordingMember:
         self.log.append("announced")
         self.addresses = (grpc_address, metrics_address)
 
+    def cordon(self) -> None:
+        self.log.append("cordoned")
+
     async def drained(self, timeout_seconds: float) -> bool:
         self.is_draining.set()
         try:
@@ -216,7 +219,8 @@ def test_a_fatal_error_ends_the_process_without_waiting_for_requests(run: Any) -
         world.process.fail("The engine failed.")
         with pytest.raises(InternalError, match="engine failed"):
             await running
-        assert world.log[-2:] == ["withdrawn", "closed"]
+        assert world.log == ["announced", "cordoned", "withdrawn", "closed"]
+        assert not world.member.is_draining.is_set(), "gateways would take the loss for in order"
         assert not session.is_closed, "it breaks, as that of a node that has not left in order"
 
     run(body)

@@ -13,6 +13,7 @@ import pytest
 from cluster.codec import PROTOCOL_VERSION, encode_sequence
 from cluster.delta_codec import decode_delta, decode_error
 from cluster.errors import InvalidRequest, NodeUnavailable, ServingError
+from cluster.node import NodeState
 from cluster.node_service import NodeService
 from cluster.proto import node_pb2 as pb
 from cluster.proto import node_pb2_grpc
@@ -108,14 +109,22 @@ class World:
                 self.hub.close_all()
                 await server.stop(0.1)
 
-    async def session(self, gateway_id: str = "g", version: int = PROTOCOL_VERSION) -> Any:
+    async def session(
+        self,
+        gateway_id: str = "g",
+        version: int = PROTOCOL_VERSION,
+        *,
+        hears_state: bool = False,
+    ) -> Any:
         call = self.stub.Session()
-        hello = pb.GatewayHello(gateway_id=gateway_id, protocol_version=version)
+        hello = pb.GatewayHello(
+            gateway_id=gateway_id, protocol_version=version, hears_state=hears_state
+        )
         await call.write(pb.GatewayFrame(hello=hello))
         return call
 
-    async def welcomed(self, gateway_id: str = "g") -> Any:
-        call = await self.session(gateway_id)
+    async def welcomed(self, gateway_id: str = "g", *, hears_state: bool = False) -> Any:
+        call = await self.session(gateway_id, hears_state=hears_state)
         assert (await call.read()).welcome.name == "node-1"
         return call
 
@@ -310,5 +319,38 @@ def test_the_plain_calls_answer_and_their_errors_are_typed() -> None:
         with pytest.raises(grpc.aio.AioRpcError) as raised:
             await world.stub.Control(pb.ControlRequest())
         assert isinstance(error_from_rpc(raised.value), InvalidRequest)
+
+    run(body)
+
+
+def test_every_gateway_that_hears_states_is_told_and_answers_for_itself() -> None:
+    async def body(world: World) -> None:
+        one = await world.welcomed("one", hears_state=True)
+        other = await world.welcomed("other", hears_state=True)
+        await world.welcomed("older")
+        world.hub.tell(NodeState.DRAINING)
+        for call in (one, other):
+            assert not world.hub.is_answered
+            notice = (await call.read()).state_notice
+            assert notice.state == "draining"
+            heard = pb.StateAnswer(number=notice.number, is_settled=True)
+            await call.write(submit(f"before {notice.number}"))
+            await call.write(pb.GatewayFrame(state_answer=heard))
+        while not world.hub.is_answered:  # noqa: ASYNC110 - it has no event
+            await asyncio.sleep(0.001)
+        submitted = [name for kind, name in world.handler.log if kind == "submit"]
+        assert len(submitted) == 2, "what was sent in front of an answer has been read"
+
+    run(body)
+
+
+def test_a_gateway_that_goes_in_a_drain_is_not_waited_for() -> None:
+    async def body(world: World) -> None:
+        call = await world.welcomed("g", hears_state=True)
+        world.hub.tell(NodeState.DRAINING)
+        assert not world.hub.is_answered
+        call.cancel()
+        await world.handler.until("gone", "g")
+        assert world.hub.is_answered
 
     run(body)

@@ -56,8 +56,8 @@ class SmallNode(node_pb2_grpc.NodeServicer):
         session = self.hub.open("g")
         self.opened.set()
         try:
-            async for step in session:
-                yield pb.NodeFrame(step=step)
+            async for frame in session:
+                yield frame
         finally:
             self.hub.close(session)
             self.ended.set()

@@ -7,8 +7,11 @@ import pytest
 
 from cluster.delta_codec import decode_delta
 from cluster.errors import NodeLost, NodeUnavailable
+from cluster.node import NodeState
+from cluster.proto import node_pb2 as pb
 from cluster.request import FinishReason, TokenDelta, TokenLogprobs
 from cluster.session_hub import MAX_FRAME_BYTES, Session, SessionHub
+from cluster.state_notices import ANSWER_SECONDS
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -26,8 +29,8 @@ def tokens(sequence_id: str, *token_ids: int, finish: FinishReason | None = None
 
 
 async def take(session: Session) -> list[TokenDelta]:
-    step = await anext(session)
-    return [decode_delta(delta) for delta in step.deltas]
+    frame = await anext(session)
+    return [decode_delta(delta) for delta in frame.step.deltas]
 
 
 def test_the_deltas_of_a_step_travel_in_one_frame_per_gateway() -> None:
@@ -133,7 +136,7 @@ def test_frames_stay_small_and_lose_nothing() -> None:
         received: dict[str, list[int]] = {"s0": [], "s1": []}
         num_frames = 0
         while sum(len(ids) for ids in received.values()) < 15_000:
-            step = await anext(session)
+            step = (await anext(session)).step
             num_frames += 1
             assert step.ByteSize() <= MAX_FRAME_BYTES
             for delta in (decode_delta(message) for message in step.deltas):
@@ -153,7 +156,7 @@ def test_one_long_backlog_of_one_sequence_is_split_too() -> None:
             hub.publish("g", [tokens("a", *([2**31 - 1] * 10_000))])
         num_tokens = 0
         while num_tokens < 1_000_000:
-            step = await anext(session)
+            step = (await anext(session)).step
             assert step.ByteSize() <= MAX_FRAME_BYTES
             num_tokens += sum(len(delta.token_ids) for delta in step.deltas)
 
@@ -256,3 +259,151 @@ def test_a_sequence_that_ends_in_an_error_is_in_the_nodes_log_under_its_id(
     facts = record.__dict__
     assert (facts["sequence_id"], facts["error"]) == ("b", "node_lost")
     assert facts["reason"] == "prefill_lost"
+
+
+# ---- the node's state ---------------------------------------------------------------------
+
+
+async def notice(session: Session) -> tuple[str, int]:
+    frame = await anext(session)
+    assert frame.WhichOneof("frame") == "state_notice"
+    return frame.state_notice.state, frame.state_notice.number
+
+
+def settled(number: int) -> pb.StateAnswer:
+    return pb.StateAnswer(number=number, is_settled=True)
+
+
+def test_a_notice_has_its_place_between_what_was_said_before_and_after() -> None:
+    """Who answers to it has read the one; what is refused because of it is the other."""
+
+    async def scenario() -> None:
+        hub = SessionHub()
+        session = hub.open("g", hears_state=True)
+        hub.publish("g", [tokens("a", 1), tokens("b", 2)])
+        hub.tell(NodeState.DRAINING)
+        refused = TokenDelta(sequence_id="c", error=NodeUnavailable("x", reason="not_ready"))
+        hub.publish("g", [refused, tokens("a", 3)])
+        assert await take(session) == [tokens("a", 1, 3), tokens("b", 2)]
+        assert (await notice(session))[0] == "draining"
+        assert [delta.sequence_id for delta in await take(session)] == ["c"]
+
+    run(scenario)
+
+
+def test_a_notice_waits_for_every_frame_of_a_long_backlog() -> None:
+    async def scenario() -> None:
+        hub = SessionHub()
+        session = hub.open("g", hears_state=True)
+        for number in range(20):
+            hub.publish("g", [tokens(f"s{number}", *([2**31 - 1] * 30_000))])
+        hub.tell(NodeState.DRAINED)
+        num_before = 0
+        while (frame := await anext(session)).WhichOneof("frame") == "step":
+            num_before += len(frame.step.deltas)
+        assert (num_before, frame.state_notice.state) == (20, "drained")
+
+    run(scenario)
+
+
+def test_a_notice_wakes_a_waiting_consumer() -> None:
+    async def scenario() -> None:
+        hub = SessionHub()
+        session = hub.open("g", hears_state=True)
+        waiting = asyncio.create_task(notice(session))
+        await asyncio.sleep(0)
+        hub.tell(NodeState.DRAINING)
+        assert (await waiting)[0] == "draining"
+
+    run(scenario)
+
+
+def test_of_several_states_that_wait_the_last_is_told() -> None:
+    async def scenario() -> None:
+        hub = SessionHub()
+        session = hub.open("g", hears_state=True)
+        for state in (NodeState.DRAINING, NodeState.READY, NodeState.CORDONED):
+            hub.tell(state)
+        told, number = await notice(session)
+        assert told == "cordoned"
+        hub.answered("g", settled(number))
+        assert hub.is_answered
+
+    run(scenario)
+
+
+def test_a_session_that_opens_later_begins_with_the_state_as_it_is() -> None:
+    async def scenario() -> None:
+        hub = SessionHub()
+        hub.tell(NodeState.DRAINING)
+        session = hub.open("g", hears_state=True)
+        assert not hub.is_answered
+        state, number = await notice(session)
+        assert state == "draining"
+        hub.answered("g", settled(number))
+        assert hub.is_answered
+
+    run(scenario)
+
+
+def test_a_gateway_that_hears_no_states_is_told_none_and_not_waited_for() -> None:
+    """An older one: it would end the session at a frame that it does not know."""
+
+    async def scenario() -> None:
+        hub = SessionHub()
+        hub.tell(NodeState.READY)
+        session = hub.open("old")
+        hub.tell(NodeState.DRAINING)
+        hub.publish("old", [tokens("a", 1)])
+        assert await take(session) == [tokens("a", 1)]
+        assert hub.is_answered
+
+    run(scenario)
+
+
+def test_who_leaves_waits_for_a_gateway_until_all_has_come_but_for_none_that_stands_still() -> None:
+    async def scenario() -> None:
+        now = [0.0]
+        hub = SessionHub(clock=lambda: now[0])
+        session = hub.open("g", hears_state=True)
+        hub.open("still", hears_state=True)
+        hub.tell(NodeState.DRAINING)
+        number = (await notice(session))[1]
+        hub.answered("g", pb.StateAnswer(number=number))
+        now[0] += ANSWER_SECONDS
+        assert not hub.is_answered
+        hub.answered("g", settled(number))
+        assert hub.is_answered
+
+    run(scenario)
+
+
+def test_who_leaves_waits_for_no_session_that_has_ended() -> None:
+    async def scenario() -> None:
+        hub = SessionHub()
+        gone, stays = hub.open("gone", hears_state=True), hub.open("stays", hears_state=True)
+        hub.tell(NodeState.DRAINING)
+        hub.answered("stays", settled((await notice(stays))[1]))
+        assert not hub.is_answered
+        hub.close(gone)
+        assert hub.is_answered
+        hub.tell(NodeState.DRAINED)
+        assert not hub.is_answered
+
+    run(scenario)
+
+
+def test_an_end_in_order_still_brings_what_waits_and_takes_nothing_more() -> None:
+    async def scenario() -> None:
+        hub = SessionHub()
+        session = hub.open("g", hears_state=True)
+        hub.publish("g", [tokens("a", 1, finish=FinishReason.STOP)])
+        hub.tell(NodeState.DRAINED)
+        hub.close_all()
+        hub.publish("g", [tokens("b", 2)])
+        assert await take(session) == [tokens("a", 1, finish=FinishReason.STOP)]
+        assert (await notice(session))[0] == "drained"
+        with pytest.raises(StopAsyncIteration):
+            await anext(session)
+
+    run(scenario)

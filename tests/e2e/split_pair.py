@@ -280,7 +280,7 @@ async def _serve(
     """As `run_node` does, in its order."""
     stores = NodeStores(NO_REDIS, CollectorRegistry())
     sources = node.sources(on_replaced=lambda: None)
-    member = Member(node.info, stores.registry, stores.index, sources)
+    member = Member(node.info, stores.registry, stores.index, sources, node.parts.hub)
     server = create_server()
     node.add_services(server, member)
     await node.start(member)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from cluster.codec import encode_description, encode_load
+from cluster.errors import NodeUnavailable
 from cluster.message_size import message_limit
 from cluster.node import (
     NodeId,
@@ -72,6 +73,7 @@ class FakeNode:
         self.step_seconds = step_seconds
         self.error: ServingError | None = None  # ends every sequence here instead of tokens
         self.submitted: dict[str, SequenceRequest] = {}
+        self.refused: list[str] = []
         self.handoffs: list[Handoff] = []
         self.cancelled: list[str] = []
         self.asked_about: list[str] = []
@@ -113,6 +115,11 @@ class FakeNode:
         for task in self._tasks.values():
             task.cancel()
 
+    def move_to(self, state: NodeState) -> None:
+        """As a member does, at an order or SIGTERM: gateways are told."""
+        self.info = replace(self.info, state=state)
+        self.hub.tell(state)
+
     async def leave(self) -> None:
         """As after SIGTERM, when nothing runs here any more: the streams end in order."""
         self.hub.close_all()
@@ -128,6 +135,9 @@ class FakeNode:
         return encode_description(self.info, version="test")
 
     def submit(self, gateway_id: str, sequence: SequenceRequest, handoff: Handoff | None) -> None:
+        if self.info.state is not NodeState.READY:
+            self.refused.append(sequence.sequence_id)
+            raise NodeUnavailable("This node takes no new work.", reason="not_ready")
         self.submitted[sequence.sequence_id] = sequence
         if handoff is None:
             self._spawn(sequence, self._decode(gateway_id, sequence, position=0))

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import uvloop
 
 from cluster import clock as clocks
-from cluster.membership import Event, Membership, Seen, ViewChanged
+from cluster.membership import Membership, ViewChanged
+from cluster.membership_events import Event, Seen
 from cluster.metrics import new_registry
 from cluster.node import Incarnation, NodeInfo, NodeName, NodeRole
 from gateway.admin.app import admin_app

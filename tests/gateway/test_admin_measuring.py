@@ -54,7 +54,7 @@ class Measuring:
 def measuring(gateway: RunningGateway, monkeypatch: pytest.MonkeyPatch) -> Measuring:
     made = Measuring()
     entry: Any = gateway.gateway.nodes.get("decode-0")
-    monkeypatch.setattr(entry.client, "measure", made.measure)
+    monkeypatch.setattr(entry.client.calls, "measure", made.measure)
     return made
 
 

@@ -15,7 +15,6 @@ from cluster.errors import (
     DeadlineExceeded,
     InternalError,
     NodeLost,
-    NodeUnavailable,
     ServingError,
     TransferFailed,
 )
@@ -27,7 +26,7 @@ from gateway.retries import (
     RetryBudget,
     RetryKind,
     Stream,
-    is_refusal,
+    who_failed,
 )
 from gateway.router import Candidate, Demand, Placement, choose_again
 from tests.gateway.running_gateway import RunningGateway
@@ -86,7 +85,7 @@ def test_an_error_that_would_come_again_is_not_retried(error: ServingError) -> N
 def test_a_stream_is_redispatched_once() -> None:
     one, budget = stream(), RetryBudget()
     assert one.retry_kind(LOST, budget) is RetryKind.REDISPATCH
-    one.next_attempt(RetryKind.REDISPATCH, LOST, PAIR, now=0.0)
+    one.next_attempt(RetryKind.REDISPATCH, PREFILL.id, PAIR, now=0.0)
     assert one.retry_kind(LOST, budget) is None
 
 
@@ -131,20 +130,20 @@ def test_a_stream_does_not_recover_for_ever() -> None:
     for _ in range(MAX_RECOVERIES):
         kind = one.retry_kind(LOST, budget)
         assert kind is RetryKind.RECOVERY
-        one.next_attempt(kind, LOST, PAIR, now=0.0)
+        one.next_attempt(kind, PREFILL.id, PAIR, now=0.0)
     assert one.retry_kind(LOST, budget) is None
 
 
 def test_the_next_attempt_has_an_id_of_its_own_what_was_emitted_and_the_time_that_is_left() -> None:
     one = stream(recovers=True, deadline=30.0)
     one.deliver(tokens(1, 2))
-    again = one.next_attempt(RetryKind.RECOVERY, LOST, PAIR, now=20.0)
+    again = one.next_attempt(RetryKind.RECOVERY, PREFILL.id, PAIR, now=20.0)
     assert again.sequence_id != one.id
     assert again.prompt_token_ids == (5, 6, 7, 1, 2)
     assert again.num_emitted_tokens == 2
     assert again.deadline_seconds == pytest.approx(10.0)
     assert again.sampling == one.request.sampling
-    third = one.next_attempt(RetryKind.RECOVERY, LOST, PAIR, now=20.0)
+    third = one.next_attempt(RetryKind.RECOVERY, PREFILL.id, PAIR, now=20.0)
     assert third.sequence_id not in (one.id, again.sequence_id)
 
 
@@ -157,7 +156,8 @@ def test_the_next_attempt_has_an_id_of_its_own_what_was_emitted_and_the_time_tha
 )
 def test_the_node_that_failed_is_the_suspect(reason: str, suspect: NodeInfo) -> None:
     one = stream()
-    one.next_attempt(RetryKind.REDISPATCH, NodeLost("x", reason=reason), PAIR, now=0.0)
+    failed = who_failed(NodeLost("x", reason=reason), PAIR, leaving=set())
+    one.next_attempt(RetryKind.REDISPATCH, failed, PAIR, now=0.0)
     assert one.suspects == {suspect.id}
     assert one.avoided == {PREFILL.id, DECODE.id}
 
@@ -181,48 +181,7 @@ def test_a_partner_is_taken_again_only_if_there_is_no_other() -> None:
         placed(PREFILL, DECODE, suspects=suspects, avoided=avoided)
 
 
-@pytest.mark.parametrize("reason", ["not_ready", "decode_not_ready"])
-def test_a_node_that_takes_nothing_any_more_costs_no_retry(reason: str) -> None:
-    """It has said so in order: nobody was at work on it, and nothing is in trouble."""
-    refused, budget = NodeUnavailable("draining", reason=reason), RetryBudget()
-    while budget.withdraw():
-        pass
-    kind = stream().retry_kind(refused, budget, is_in_order=is_refusal(refused))
-    assert kind is RetryKind.REDISPATCH
-
-
 # ---- through HTTP -------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("leaves", [True, False])
-def test_only_who_ends_its_streams_leaves_in_order(new_gateway: NewGateway, leaves: bool) -> None:
-    running = new_gateway()
-    [client] = [e.client for e in running.gateway.nodes if e.info.id == running.decode.info.id]
-    running.call(running.decode.leave() if leaves else running.decode.kill())
-    running.until(lambda: not client.is_connected)
-    assert client.has_left == leaves
-
-
-@pytest.mark.parametrize("role", ["prefill", "decode"])
-def test_whoever_waits_for_a_node_that_leaves_in_order_is_served_elsewhere(
-    new_gateway: NewGateway, expected: str, role: str
-) -> None:
-    """Prompts that queue for a decode node are not known there: it may be idle, and go."""
-    running = new_gateway(num_prefill=2, num_decode=2)
-    prefill = [running.nodes[f"prefill-{number}"] for number in range(2)]
-    for node in prefill:
-        running.do(node.gates.first_token.clear)
-    with ThreadPoolExecutor(32) as pool:
-        answers = [pool.submit(post, running) for _ in range(32)]
-        running.until(lambda: sum(len(node.submitted) for node in prefill) == 32)
-        running.call(running.nodes[f"{role}-0"].leave())
-        running.until(lambda: len(prefill[1].submitted) >= 16)
-        for node in prefill:
-            running.do(node.gates.first_token.set)
-        responses = [answer.result(20) for answer in answers]
-    assert {response.status_code for response in responses} == {200}
-    assert {response.json()["choices"][0]["text"] for response in responses} == {expected}
-    everything_is_given_back(running)
 
 
 def text_of(events: list[str]) -> str:
