@@ -90,6 +90,15 @@ class Nemesis:
         verify(lambda: is_gone(pid), f"{name} did not leave", seconds=LEAVES_WITHIN_SECONDS)
         return self._note("end", name, pid)
 
+    def kill_in_drain(self, name: str, is_known: Callable[[], bool]) -> int:
+        """It is told to end, and killed when that it drains `is_known`, long before it is done."""
+        pid = self.cluster.child(name)
+        os.kill(pid, signal.SIGTERM)
+        verify(is_known, f"nobody knows that {name} drains")
+        os.kill(pid, signal.SIGKILL)
+        verify(lambda: is_gone(pid), f"{name} survived its kill")
+        return self._note("kill in its drain", name, pid)
+
     def stop(self, name: str) -> int:
         pid = self.cluster.child(name)
         self.stopped.add(pid)

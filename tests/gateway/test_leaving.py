@@ -308,6 +308,7 @@ def test_the_answer_stands_behind_what_was_submitted_before(new_gateway: NewGate
     def submit_and_hear() -> list[str | None]:
         client.send(pb.GatewayFrame(submit=pb.Submit()))
         client._on_notice(pb.StateNotice(state="draining", number=7))
+        client.settle()  # it is settled, and says so once
         frames, client._frames = list(client._frames), type(client._frames)()
         assert [frame.state_answer.is_settled for frame in frames[1:]] == [False, True]
         return [frame.WhichOneof("frame") for frame in frames]
