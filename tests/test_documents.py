@@ -16,6 +16,13 @@ from loadtest.config import BenchConfig
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = ["README.md", "ARCHITECTURE.md", "deploy/README.md", "kv_transfer/PROTOCOL.md"]
+# Those that have a map of their own.
+INNER_ROOMS = sorted(
+    str(path.parent.relative_to(ROOT))
+    for room in ROOMS
+    for path in (ROOT / room).glob("*/__init__.py")
+    if path.stat().st_size
+)
 # Of other programs, or of every program.
 OTHER_FLAGS = {
     *("--help", "--help-all", "--config", "--show-config"),
@@ -64,7 +71,7 @@ def test_figures_of_the_readme_are_those_that_are_published() -> None:
     assert with_figures(readme, RESULTS.read_text()) == readme
 
 
-@pytest.mark.parametrize("room", ROOMS)
+@pytest.mark.parametrize("room", [*ROOMS, *INNER_ROOMS])
 def test_the_map_of_a_room_names_all_of_its_files(room: str) -> None:
     text = (ROOT / room / "__init__.py").read_text()
     files = {path.stem for path in (ROOT / room).glob("*.py")} - {"__init__", "__main__"}

@@ -1,0 +1,1 @@
+"""What the public port answers: generate (in whichever API), tokenize, models, health."""
