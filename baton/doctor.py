@@ -40,7 +40,14 @@ if TYPE_CHECKING:
 
 EXIT_NOT_READY = 4
 PROBE_SECONDS = 60.0
-DEFAULT_PORTS = {8000: "public HTTP", 8001: "admin HTTP", 9100: "node gRPC", 9200: "UCX listener"}
+# What takes each, and the flag that names another.
+DEFAULT_PORTS = {
+    8000: "public HTTP of a gateway: --port",
+    8001: "admin API of a gateway: --admin-port",
+    9100: "gRPC of a node: --port",
+    9200: "KV of a node: --kv-port",
+    9400: "metrics of a node: --metrics-port",
+}
 MIN_SHM_BYTES = 1 << 30
 
 
@@ -206,9 +213,10 @@ def check_ports() -> list[Finding]:
             try:
                 probe_socket.bind(("127.0.0.1", port))
             except OSError:
-                detail = f"{port} ({use}) is in use; choose another by flag"
+                detail = f"{port} is in use ({use} takes another)"
                 findings.append(Finding("Port", Verdict.WARNING, detail))
-    return findings or [Finding("Ports", Verdict.OK, "8000, 8001, 9100 and 9200 are free")]
+    free = ", ".join(map(str, DEFAULT_PORTS))
+    return findings or [Finding("Ports", Verdict.OK, f"{free} are free")]
 
 
 def check_limits() -> list[Finding]:
@@ -228,7 +236,7 @@ def show(findings: Sequence[Finding], pairs: Sequence[MeasuredPair]) -> None:
     styles = {Verdict.OK: "green", Verdict.WARNING: "yellow", Verdict.PROBLEM: "red"}
     table = Table(box=None, pad_edge=False)
     for heading in ("check", "verdict", "what was seen"):
-        table.add_column(heading)
+        table.add_column(heading, overflow="fold")
     for finding in findings:
         style = styles[finding.verdict]
         table.add_row(

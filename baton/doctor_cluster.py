@@ -15,8 +15,10 @@ from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
+from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from baton.admin_client import AdminRefused, AdminUnreachable
 
@@ -139,11 +141,12 @@ LEGEND = (
 _STYLES = {PairVerdict.OK: "green", PairVerdict.SLOW: "yellow", PairVerdict.NOT_MEASURED: "red"}
 
 
-def cluster_table(pairs: Sequence[NodePair]) -> Table:
+def cluster_table(pairs: Sequence[NodePair]) -> Group:
+    """Notes stand below: beside the figures they would be cut on a narrow terminal."""
     table = Table(box=None, pad_edge=False)
-    for heading in ("KV from", "to", "by", "GB/s", "plain copy", "GB/s", "share", "verdict", ""):
+    for heading in ("KV from", "to", "by", "GB/s", "plain copy", "GB/s", "share", "verdict"):
         is_number = heading in ("GB/s", "share")
-        table.add_column(heading, justify="right" if is_number else "left", no_wrap=heading != "")
+        table.add_column(heading, justify="right" if is_number else "left", no_wrap=True)
     for pair in pairs:
         rates = ("-",) * 5
         if pair.rate:
@@ -156,5 +159,5 @@ def cluster_table(pairs: Sequence[NodePair]) -> Table:
             )
         style = _STYLES[pair.verdict]
         verdict = f"[{style}]{pair.verdict}[/{style}]"
-        table.add_row(escape(pair.prefill), escape(pair.decode), *rates, verdict, escape(pair.note))
-    return table
+        table.add_row(escape(pair.prefill), escape(pair.decode), *rates, verdict)
+    return Group(table, *(Text(f"{pair.label}: {pair.note}") for pair in pairs if pair.note))

@@ -15,8 +15,10 @@ import sys
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from baton.pair_plan import Plan
 from cluster.errors import ServingError
@@ -141,15 +143,15 @@ def note_on(pair: Pair, found: MeasuredPair) -> str:
     return ""
 
 
-def pair_table(pairs: Sequence[MeasuredPair]) -> Table:
+def pair_table(pairs: Sequence[MeasuredPair]) -> Group:
+    """Notes stand below: beside the figures they would be cut on a narrow terminal."""
     table = Table(box=None, pad_edge=False)
-    for heading in ("KV between", "carried by", "GB/s", "plain copy", "GB/s", "share", ""):
+    for heading in ("KV between", "carried by", "GB/s", "plain copy", "GB/s", "share"):
         is_number = heading in ("GB/s", "share")
         table.add_column(heading, justify="right" if is_number else "left", no_wrap=is_number)
     for pair in pairs:
         if not pair.rate:
-            note = f"[red]{escape(pair.note)}[/red]"
-            table.add_row(escape(pair.label), "-", "-", "-", "-", "-", note)
+            table.add_row(escape(pair.label), "-", "-", "-", "-", "-")
             continue
         table.add_row(
             escape(pair.label),
@@ -158,9 +160,12 @@ def pair_table(pairs: Sequence[MeasuredPair]) -> Table:
             escape(pair.reference),
             f"{pair.reference_rate / 1e9:.2f}",
             f"{pair.share:.2f}x",
-            escape(pair.note),
         )
-    return table
+    return Group(table, *(_note(pair) for pair in pairs if pair.note))
+
+
+def _note(pair: MeasuredPair) -> Text:
+    return Text(f"{pair.label}: {pair.note}", style="" if pair.rate else "red")
 
 
 def _run_probe(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -67,7 +67,7 @@ def test_a_port_in_use_is_a_warning_that_names_it(monkeypatch: pytest.MonkeyPatc
         monkeypatch.setattr(doctor, "DEFAULT_PORTS", {port: "public HTTP"})
         (finding,) = check_ports()
     assert finding.verdict is Verdict.WARNING
-    assert str(port) in finding.detail
+    assert finding.detail == f"{port} is in use (public HTTP takes another)"
 
 
 @pytest.mark.parametrize(("verdict", "code"), [(Verdict.WARNING, 0), (Verdict.PROBLEM, 4)])

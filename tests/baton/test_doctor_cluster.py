@@ -97,9 +97,10 @@ def test_one_pair_after_the_other_is_measured_and_shown_beside_the_plain_copy() 
         {"prefill": "prefill-0", "decode": "decode-0"},
         {"prefill": "prefill-0", "decode": "decode-1"},
     ]
-    good, slow = printed(pairs).splitlines()[1:3]
+    good, slow, note = printed(pairs).splitlines()[1:4]
     assert re.search(r"prefill-0 +decode-0 +tcp +3\.20 +plain socket +4\.00 +0\.80x +ok", good)
-    assert re.search(r"decode-1 +tcp +1\.00 .* 0\.25x +slow +far below the plain copy", slow)
+    assert re.search(r"decode-1 +tcp +1\.00 .* 0\.25x +slow", slow)
+    assert note.startswith("prefill-0 to decode-1: far below the plain copy")
 
 
 def test_a_pair_that_is_refused_is_a_row_that_says_why_and_the_next_is_measured() -> None:
@@ -130,6 +131,14 @@ def test_gpus_whose_kv_goes_through_host_memory_are_noted(transport: str, is_not
     found = judged(pair(transport=transport), on_gpu=True)
     assert ("--require-transport" in found.note) is is_noted
     assert found.verdict is PairVerdict.OK
+
+
+def test_notes_are_whole_on_a_narrow_terminal() -> None:
+    verdict, note = PairVerdict.NOT_MEASURED, "This node takes no hand-offs."
+    refused = NodePair(prefill="p", decode="d", verdict=verdict, note=note)
+    lines = printed([pair(), refused], width=80).splitlines()
+    assert lines[-1] == "p to d: This node takes no hand-offs."
+    assert max(map(len, lines)) <= 80
 
 
 def test_names_are_text_and_not_markup() -> None:
