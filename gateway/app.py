@@ -50,6 +50,26 @@ NOT_FOUND = 404
 METHOD_NOT_ALLOWED = 405
 MAX_PATH_CHARS = 200
 _REF = "#/components/schemas/{model}"
+_ERROR_SCHEMA = {
+    "type": "object",
+    "properties": {
+        "error": {
+            "type": "object",
+            "properties": {
+                "message": {"type": "string"},
+                "type": {"type": "string"},
+                "param": {"type": ["string", "null"], "description": "The field that is wrong"},
+                "code": {"type": "string", "description": "For programs; Messages have none"},
+            },
+            "required": ["message", "type"],
+        }
+    },
+    "required": ["error"],
+}
+_ERROR_ANSWER = {
+    "description": "What went wrong",
+    "content": {"application/json": {"schema": {"$ref": _REF.format(model="Error")}}},
+}
 
 
 class _RawRoute(NamedTuple):
@@ -166,8 +186,8 @@ def error_response(error: ServingError, message_id: str | None = None) -> Respon
 
 def _document(app: FastAPI, raw: Sequence[_RawRoute]) -> dict[str, Any]:
     """FastAPI's document, with the routes it does not run itself."""
-    document = get_openapi(title=app.title, version=app.version, routes=app.routes)
-    schemas = document.setdefault("components", {}).setdefault("schemas", {})
+    document = documented(app)
+    schemas = document["components"]["schemas"]
     for path, _, body, summary in raw:
         schema = body.model_json_schema(ref_template=_REF)
         schemas.update(schema.pop("$defs", {}))
@@ -180,7 +200,24 @@ def _document(app: FastAPI, raw: Sequence[_RawRoute]) -> dict[str, Any]:
                     "required": True,
                     "content": {"application/json": {"schema": reference}},
                 },
-                "responses": {"200": {"description": "The answer, whole or as events"}},
+                "responses": {
+                    "200": {"description": "The answer, whole or as events"},
+                    "default": _ERROR_ANSWER,
+                },
             }
         }
+    return document
+
+
+def documented(app: FastAPI) -> dict[str, Any]:
+    """FastAPI's document with our errors in the place of its own, which nobody gets."""
+    document = get_openapi(title=app.title, version=app.version, routes=app.routes)
+    schemas = document.setdefault("components", {}).setdefault("schemas", {})
+    for name in ("HTTPValidationError", "ValidationError"):
+        schemas.pop(name, None)
+    schemas["Error"] = _ERROR_SCHEMA
+    for operations in document["paths"].values():
+        for operation in operations.values():
+            operation["responses"].pop("422", None)
+            operation["responses"]["default"] = _ERROR_ANSWER
     return document

@@ -49,6 +49,7 @@ _PROMPT_SCHEMA = {
         {"type": "array", "items": {"type": "string"}},
         {"type": "array", "items": {"type": "integer"}},
         {"type": "array", "items": {"type": "array", "items": {"type": "integer"}}},
+        {"type": "null"},
     ]
 }
 _CONTENT_SCHEMA = {
@@ -62,6 +63,7 @@ _CONTENT_SCHEMA = {
                 "required": ["type", "text"],
             },
         },
+        {"type": "null"},
     ]
 }
 

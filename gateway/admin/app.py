@@ -25,7 +25,7 @@ from cluster.version import VERSION
 from gateway.admin.access import HostGuard
 from gateway.admin.measuring import measuring_routes
 from gateway.admin.views import lease_view, node_view, request_views
-from gateway.app import translate_errors
+from gateway.app import documented, translate_errors
 from gateway.body import read_object
 from gateway.edge import Edge, KeyCheck
 from gateway.schemas import invalid
@@ -71,6 +71,7 @@ def admin_app(
         redoc_url=None,
     )
     translate_errors(app, advice=f"GET {PREFIX}/openapi.json lists them.")
+    app.openapi = lambda: documented(app)  # type: ignore[method-assign]
     app.include_router(_views(gateway))
     app.include_router(_levers(gateway, observe))
     app.include_router(measuring_routes(gateway, PREFIX))

@@ -27,6 +27,7 @@ _HARMLESS: dict[str, tuple[object, ...]] = {
     "context_management": (),
 }
 _CONTENT_SCHEMA = {"type": ["string", "array"]}
+_SYSTEM_SCHEMA = {"type": ["string", "array", "null"]}
 _TEXTS = frozenset({"text"})
 _NO_WORDS = frozenset({"thinking", "redacted_thinking", "tool_use", "tool_result"})
 Json = dict[str, Any]
@@ -67,7 +68,7 @@ class CountTokensBody(Wire):
 
     model: str | None = None
     messages: list[MessageOfConversation] = Field(min_length=1)
-    system: Annotated[Any, WithJsonSchema(_CONTENT_SCHEMA)] = None
+    system: Annotated[Any, WithJsonSchema(_SYSTEM_SCHEMA)] = None
     tools: list[Tool] | None = None
     tool_choice: ToolChoice | None = None
 

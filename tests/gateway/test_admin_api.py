@@ -201,5 +201,6 @@ def test_an_admin_api_without_a_token_does_not_start(gateway: RunningGateway) ->
 
 def test_the_admin_api_documents_itself(admin: httpx.Client) -> None:
     paths = admin.get("/openapi.json").json()["paths"]
+    assert set(paths["/admin/v1/nodes/{name}:drain"]["post"]["responses"]) == {"200", "default"}
     assert "/admin/v1/nodes/{name}:cordon" in paths
     assert "/admin/v1/policy" in paths

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import httpx
+import jsonschema
 import pytest
 
 if TYPE_CHECKING:
@@ -358,6 +359,31 @@ def test_the_api_documents_itself(http: httpx.Client) -> None:
     for path in ("/v1/chat/completions", "/v1/completions", "/v1/models", "/tokenize", "/health"):
         assert path in document["paths"]
     assert "messages" in document["components"]["schemas"]["ChatBody"]["properties"]
+
+
+def test_each_default_that_is_documented_fits_what_is_documented_of_its_field(
+    http: httpx.Client,
+) -> None:
+    document = http.get("/openapi.json").json()
+    num_defaults = 0
+    for name, schema in document["components"]["schemas"].items():
+        for field, rule in schema.get("properties", {}).items():
+            if "default" in rule:
+                num_defaults += 1
+                at = {"$ref": f"#/components/schemas/{name}/properties/{field}"}
+                whole = {"components": document["components"], **at}
+                jsonschema.validate(rule["default"], whole)
+    assert num_defaults > 50
+
+
+def test_errors_are_documented_as_they_are(http: httpx.Client) -> None:
+    document = http.get("/openapi.json").json()
+    whole = {"components": document["components"], "$ref": "#/components/schemas/Error"}
+    for path in ("/v1/chat/completions", "/v1/messages"):
+        jsonschema.validate(http.post(path, json={}).json(), whole)
+    for operations in document["paths"].values():
+        for operation in operations.values():
+            assert set(operation["responses"]) == {"200", "default"}
 
 
 def test_no_error_tells_of_the_inside(http: httpx.Client) -> None:
