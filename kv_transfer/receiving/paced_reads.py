@@ -1,11 +1,13 @@
 """The shell around `ReadPace`: its timer, and the calls that begin what is due.
 
-All methods run on the event loop.
+What breaks as one read begins is that one's: others wait for the same timer. All methods run on the
+event loop.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 from typing import TYPE_CHECKING
 
 from kv_transfer.receiving.read_pace import Read, ReadPace
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
     from cluster.clock import Clock
     from kv_transfer.stats import TransferStats
 
+logger = logging.getLogger(__name__)
 # While anything waits: whether it is still wanted, and whether anything is decoded.
 _LOOK_SECONDS = 0.01
 
@@ -59,7 +62,7 @@ class PacedReads:
 
     def _begin(self, due: Sequence[Read]) -> None:
         for read in due:
-            read.begin()
+            _call(read.begin)
         if not self._pace.is_empty and self._timer is None:
             seconds = min(self._pace.seconds_to_next(self._clock()), _LOOK_SECONDS)
             loop = asyncio.get_running_loop()
@@ -68,5 +71,12 @@ class PacedReads:
     def _look(self) -> None:
         self._timer = None
         for read in self._pace.without(self._is_wanted):
-            read.drop()
+            _call(read.drop)
         self._begin(self._pace.due(self._clock(), is_decoding=self._is_decoding()))
+
+
+def _call(tell: Callable[[], None]) -> None:
+    try:
+        tell()
+    except Exception:  # the frame's, which has ended by it; others have their turn behind it
+        logger.exception("a read could not be begun or dropped")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import socket
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import httpx
@@ -13,6 +14,7 @@ import pytest
 from gateway.choice import Choice, Piece
 from gateway.held_answer import HeldAnswer
 from gateway.logprob_answers import TOKENS_OF_A_PART
+from gateway.streaming import StreamWriter
 from gateway.tokenizer import INLINE_CHARS, Tokenizer
 from tests.gateway.test_failures import everything_is_given_back
 
@@ -194,6 +196,34 @@ def test_an_answer_whose_length_nobody_asked_for_ends_where_it_cannot_be_held_an
     answer = httpx.post(running.url + path, json=body, timeout=20).json()
     assert answer["usage"]["completion_tokens"] == 3 * 50
     assert {choice["finish_reason"] for choice in answer["choices"]} == {"length"}
+
+
+def test_prompts_that_are_echoed_to_a_stream_are_written_one_by_one(
+    new_gateway: Callable[..., RunningGateway], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sixteen choices whose first tokens come together are not one write of sixteen prompts."""
+    running = new_gateway()
+    monkeypatch.setattr("gateway.streaming.MAX_WRITE_BYTES", 1024)
+    running.do(running.prefill.gates.first_token.clear)
+    written: list[int] = []
+    write = StreamWriter._write
+
+    async def noted(writer: StreamWriter, body: bytes, *, is_last: bool = False) -> None:
+        written.append(len(body))
+        await write(writer, body, is_last=is_last)
+
+    monkeypatch.setattr(StreamWriter, "_write", noted)
+    prompt = "one two " * 100
+    body = {"model": MODEL, "prompt": prompt, "n": 16, "echo": True, "max_tokens": 2}
+    url = f"{running.url}/v1/completions"
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(httpx.post, url, json={**body, "stream": True}, timeout=20)
+        running.until(lambda: len(running.prefill.submitted) == 16)
+        running.do(running.prefill.gates.first_token.set)
+        text = answer.result(20).text
+    assert text.count(prompt) == 16
+    assert text.endswith("[DONE]\n\n")
+    assert max(written) < 1024 + 2 * len(prompt), "a write and what made it long enough"
 
 
 def test_what_has_gathered_behind_a_client_is_written_in_turns(
