@@ -49,6 +49,7 @@ $(VENV)/.python:
 	touch $@
 
 $(VENV)/.torch-installed: $(VENV)/.python
+	@echo "Setting up $(VENV): minutes the first time, most of them for torch."
 ifeq ($(HAS_GPU),yes)
 	$(BIN)/pip install -q "$(TORCH)"
 else

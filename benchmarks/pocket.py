@@ -144,7 +144,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def measure_ready(starts: int) -> list[float]:
     seconds = []
-    for _ in range(starts):
+    for number in range(starts):
+        say(f"start {number + 1} of {starts} of `baton serve`")
         with ServeProcess() as cluster:
             seconds.append(cluster.wait_until_ready())
     return seconds
@@ -152,6 +153,7 @@ def measure_ready(starts: int) -> list[float]:
 
 def measure_alone(reference: Reference, seed: int) -> tuple[float, float]:
     """Tokens per second of the reference, in turn and in a batch, with nothing else running."""
+    say("transformers alone")
     one = prompts_of(completion_config("http://unused", 1, SEQUENTIAL_PROMPTS, seed))
     many = prompts_of(completion_config("http://unused", BATCH, BATCH, seed))
     reference.tokens_per_second(one, 1)
@@ -165,6 +167,7 @@ def measure_rounds(
     """Output tokens per second of each arm, one sample per round. Round 0 warms up."""
     samples: dict[str, list[float]] = {"ours 1": [], "ours 16": [], "ref 1": [], "ref 16": []}
     for number in range(rounds + 1):
+        say(f"round {number} of {rounds}" if number else "warming up")
         one = completion_config(url, 1, SEQUENTIAL_PROMPTS, seed + 2 * number)
         many = completion_config(url, BATCH, BATCH * PROMPTS_PER_STREAM, seed + 2 * number + 1)
         measured = {
@@ -181,6 +184,7 @@ def measure_rounds(
 
 def measure_first_tokens(url: str, seed: int) -> list[float]:
     """Milliseconds to the first token of short chats, one after the other."""
+    say(f"{NUM_CHATS} short chats")
     config = BenchConfig(
         backend="openai-chat",
         base_url=url,
@@ -222,6 +226,11 @@ def run_whole(config: BenchConfig) -> BenchResult:
     if summary.failed or summary.num_uncounted:
         raise RuntimeError(f"not every answer was whole: {dict(summary.failures_by_class)}")
     return result
+
+
+def say(what: str) -> None:
+    """What is being measured now, for who waits some minutes; the result is standard output."""
+    print(f"{what} …", file=sys.stderr)
 
 
 def to_rows(
