@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 
 EXIT_REFUSED = 1
 EXIT_NOT_READY = 4
+POLL_SECONDS = 0.5  # a node says its state this often
 
 
 class Output(StrEnum):
@@ -111,11 +113,7 @@ def _add_action(verb: str, collection: str, named: str, summary: str) -> None:
         token: Token = None,
         form: Form = Output.TABLE,
     ) -> None:
-        document = connect(url, token).act(collection, target, verb)
-        if form is Output.JSON:
-            _print_json(document)
-        else:
-            print(f"{verb} {target}: {shown(document.get('state', 'done'))}")
+        _show_action(verb, target, connect(url, token).act(collection, target, verb), form)
 
     app.command(verb, help=summary)(act)
 
@@ -125,8 +123,35 @@ _add_listing("requests", REQUESTS, "List the requests that run now.")
 _add_listing("leases", LEASES, "List the KV leases that nodes hold.")
 _add_action("cordon", "nodes", "NODE", "Give a node no new work.")
 _add_action("uncordon", "nodes", "NODE", "Give a cordoned node new work again.")
-_add_action("drain", "nodes", "NODE", "Cordon a node and let its work come to an end.")
 _add_action("cancel", "requests", "REQUEST", "End a request, by its id or its answer's.")
+
+
+@app.command("drain")
+def drain(
+    node: Annotated[str, typer.Argument(metavar="NODE")],
+    wait: Annotated[bool, typer.Option("--wait", help="Return when its work has ended.")] = False,
+    url: Url = DEFAULT_URL,
+    token: Token = None,
+    form: Form = Output.TABLE,
+) -> None:
+    """Cordon a node and let its work come to an end."""
+    client = connect(url, token)
+    document = client.act("nodes", node, "drain")
+    if wait:
+        document["state"] = _wait_until_drained(client, node)
+    _show_action("drain", node, document, form)
+
+
+def _wait_until_drained(client: AdminClient, name: str) -> str:
+    """The state it ends in. Raises `AdminRefused` when it takes work again."""
+    while True:
+        nodes = client.get("/nodes").get("nodes") or ()
+        state = next((node.get("state") for node in nodes if node.get("name") == name), "gone")
+        if state in ("drained", "lost", "gone"):
+            return str(state)
+        if state != "draining":
+            raise AdminRefused(f"{name} is {shown(state)} again: somebody has uncordoned it.")
+        time.sleep(POLL_SECONDS)
 
 
 @app.command("reset-prefix-cache")
@@ -176,6 +201,13 @@ def parse_setting(text: str) -> tuple[str, object]:
         return key, json.loads(value)
     except ValueError:
         return key, value
+
+
+def _show_action(verb: str, target: str, document: dict[str, Any], form: Output) -> None:
+    if form is Output.JSON:
+        _print_json(document)
+    else:
+        print(f"{verb} {target}: {shown(document.get('state', 'done'))}")
 
 
 def _show_policy(document: dict[str, Any], form: Output) -> None:

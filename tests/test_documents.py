@@ -26,7 +26,6 @@ INNER_ROOMS = sorted(
 # Of other programs, or of every program.
 OTHER_FLAGS = {
     *("--help", "--help-all", "--config", "--show-config"),
-    "--admin-token",  # `baton admin`
     *("--minutes", "--seed"),  # tests.faults.soak
     *("--profile", "--build"),  # docker compose
 }
@@ -54,7 +53,8 @@ def anchors(text: str) -> set[str]:
 def test_options_are_those_that_there_are(name: str) -> None:
     sections = (*SECTIONS, MemberConfig, BenchConfig)
     known = OTHER_FLAGS | {each.flag for section in sections for each in options_of(section)}
-    known |= set(re.findall(r'"(--[a-z-]+)"', (ROOT / "baton" / "doctor.py").read_text()))
+    for program in ("doctor.py", "admin.py"):
+        known |= set(re.findall(r'"(--[a-z-]+)"', (ROOT / "baton" / program).read_text()))
     text = (ROOT / name).read_text()
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)) <= known
 

@@ -237,6 +237,45 @@ def test_actions_post_to_the_thing_they_name(
     assert server.seen == [("POST", path, {})]
 
 
+@pytest.mark.parametrize(
+    ("states", "code", "told"),
+    [
+        (["draining", "draining", "drained"], 0, "drain d: drained"),
+        (["draining", "lost"], 0, "drain d: lost"),
+        (["draining", None], 0, "drain d: gone"),
+        (["draining", "ready"], EXIT_REFUSED, "d is ready again"),
+    ],
+)
+def test_a_drain_can_be_waited_for(
+    server: AdminServer,
+    admin: Callable[..., int],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    states: list[str | None],
+    code: int,
+    told: str,
+) -> None:
+    left = list(states)
+
+    def show() -> None:
+        nodes = [{"name": "d", "state": left[0]}] if left[0] else []
+        server.answers["GET", "/admin/v1/nodes"] = 200, {"nodes": nodes}
+
+    def polled(_: float) -> None:
+        left.pop(0)
+        show()
+
+    show()
+    server.answers["POST", "/admin/v1/nodes/d:drain"] = 200, {"name": "d", "state": "draining"}
+    monkeypatch.setattr("baton.admin.time.sleep", polled)
+    assert admin("drain", "d", "--wait") == code
+    captured = capsys.readouterr()
+    assert told in captured.out + captured.err
+    assert len(left) == 1
+    assert admin("drain", "d") == 0
+    assert capsys.readouterr().out == "drain d: draining\n", "unasked it does not wait"
+
+
 def test_the_prefix_cache_of_every_node_is_reset(
     server: AdminServer, admin: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
