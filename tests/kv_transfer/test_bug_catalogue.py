@@ -141,10 +141,10 @@ def test_sends_that_nobody_takes_end_the_transfer_and_then_the_connection() -> N
         stop_timers(prefill, None)
         request = make_request(30)
         name = request.sequence_id
-        staging = prefill.sender.agent.staging
         prefill.hand_off(decode, request)
         prefill.compute(request, TABLE)
-        await until(lambda: staging.num_free < staging.num_slots)
+        [sending] = prefill.sender._sendings
+        await until(lambda: sending.machine.num_posted == 1)
         prefill.clock.advance(20.0)
         prefill.sender.sweep()
         assert prefill.owner.of(name) == []
