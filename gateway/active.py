@@ -66,8 +66,8 @@ class ActiveSequence:
 
     @property
     def is_on_its_way(self) -> bool:
-        """It has yet to come to its decode node from another one."""
-        return self.prefill is not None and not self.machine.is_started
+        """It has yet to start on its decode node, or to be heard of from there."""
+        return not self.machine.is_started
 
     @property
     def leaving(self) -> frozenset[NodeId]:

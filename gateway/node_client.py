@@ -65,7 +65,7 @@ class SessionListener(Protocol):
         """True while some sequence waits for this node."""
 
     def is_on_its_way(self, client: NodeClient) -> bool:
-        """True while some sequence has yet to come to this node, from another one."""
+        """True while some sequence has yet to start on this node, where it is to be decoded."""
 
 
 class NodeClient:

@@ -273,7 +273,6 @@ def test_what_was_said_on_a_session_ends_with_it() -> None:
     membership = reached(NodeState.DRAINING)
     membership.handle(SessionLost(node), 1.0)
     assert state_of(membership) is NodeState.LOST
-    assert membership.handle(StateTold(node, NodeState.READY), 1.1) == [], "by no session"
     membership.handle(SessionOpened(node), 2.0)
     assert state_of(membership) is NodeState.READY, "as its entry says, until it says so itself"
     membership.handle(StateTold(node, NodeState.DRAINING), 2.1)

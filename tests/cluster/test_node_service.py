@@ -91,7 +91,7 @@ class RecordingHandler:
 
 class World:
     def __init__(self) -> None:
-        self.handler, self.hub = RecordingHandler(), SessionHub()
+        self.handler, self.hub = RecordingHandler(), SessionHub(clock=lambda: 0.0)
         self.stub: Any = None
 
     @asynccontextmanager
