@@ -253,6 +253,19 @@ def test_what_reaches_a_node_before_the_gateway_has_heard_is_refused_and_moved_o
     assert sum(len(leaver.refused) for leaver in leavers) >= 4
 
 
+def test_what_cost_no_retry_gives_none_back_when_there_is_no_other_node(
+    new_gateway: NewGateway,
+) -> None:
+    running = new_gateway()
+    running.prefill.info = replace(running.prefill.info, state=NodeState.DRAINING)
+    budget = running.gateway.dispatcher._budget
+    while budget.withdraw():
+        pass
+    for _ in range(5):
+        assert code_of(post(running)) == (503, "no_capacity")
+    assert not budget.withdraw()
+
+
 def test_a_session_that_comes_back_in_the_drain_begins_with_it(new_gateway: NewGateway) -> None:
     running = new_gateway(num_prefill=2)
     leaver = running.prefill
