@@ -5,8 +5,8 @@ wake up, and to find its code again, than a layer takes on the wire; the last on
 behind it, are what a first token's successor waits for.
 
 Life of a lookout
-    1. `stay`, with every frame: the loop goes round for `STAY_SECONDS` more, and rehearses
-       (`rehearsal.py`) what is about to come, now and then.
+    1. `stay`, behind a ticket and with every frame: the loop goes round for `STAY_SECONDS` more,
+       and rehearses (`rehearsal.py`) what is about to come, now and then.
     2. `rest`, when a sequence starts: the engine needs the interpreter, and all has come.
     3. While anything is decoded it does not stay: steps would pay for it, and a sequence that
        starts waits for the end of one anyway.

@@ -63,6 +63,11 @@ if TYPE_CHECKING:
     from kv_transfer.receiving.receiver_session import ReceiverSession
 
 
+# After its ticket a short prompt is computed in a few milliseconds. Not at once: the engine, which
+# has just set the blocks aside, still seems to be busy.
+_TICKET_SECONDS = 0.001
+
+
 class KVReceiver:
     """One per decode node."""
 
@@ -218,8 +223,8 @@ class KVReceiver:
     def frame_arrived(self, session_id: int, header: FrameHeader) -> Landing | Dropping:
         fate, instructions = self._intake.frame_arrived(session_id, header, self._clock())
         self._execute(instructions)
-        if header.slot is not None and self._lookout is not None:
-            self._lookout.stay()  # from one GPU to another all is a matter of microseconds
+        if header.slot is not None:
+            self._stay_awake()
         return fate
 
     def commit_arrived(self, session_id: int, commit: CommitMessage) -> None:
@@ -270,6 +275,20 @@ class KVReceiver:
                 case ReportWithdrawn(sequence):
                     self._fates.withdrawn(sequence)
                 case SendTicket() | SendRefused() | SendCommitted() | SendAbort() | SendRenew():
-                    session = self._sessions.find(instruction.session_id)
-                    if session is not None:
-                        session.send(instruction)
+                    self._say(instruction)
+
+    def _say(
+        self, instruction: SendTicket | SendRefused | SendCommitted | SendAbort | SendRenew
+    ) -> None:
+        session = self._sessions.find(instruction.session_id)
+        if session is None:
+            return
+        session.send(instruction)
+        if isinstance(instruction, SendTicket) and session.sender_slots:
+            loop = asyncio.get_running_loop()
+            loop.call_later(_TICKET_SECONDS, self._stay_awake)
+
+    def _stay_awake(self) -> None:
+        """From one GPU to another all is a matter of microseconds."""
+        if self._lookout is not None:
+            self._lookout.stay()

@@ -398,3 +398,29 @@ def test_the_slots_of_a_peer_that_is_gone_are_not_kept_mapped(
             gc.enable()
 
     run(monkeypatch, scenario)
+
+
+@pytest.mark.parametrize("is_mapped", [True, False])
+def test_behind_a_ticket_the_loop_stays_awake_where_slots_are_read(
+    is_mapped: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A short prompt's only frame finds it awake, though none came before."""
+
+    async def scenario(here: World) -> None:
+        stays: list[bool] = []
+        receiver = here.decode.receiver
+        monkeypatch.setattr(receiver._lookout, "stay", lambda: stays.append(True))
+        if not is_mapped:
+            monkeypatch.setattr(receiver.agent, "map_slots", lambda _: ())
+        request = make_request(32)
+        handoff = here.prefill.hand_off(here.decode, request)
+        sending = here.prefill.sender._sendings[handoff.transfer_id]
+        await until(lambda: sending.machine.ticket is not None)
+        if is_mapped:
+            await until(lambda: bool(stays))
+        here.prefill.compute(request, TABLE)
+        here.prefill.sender.commit(request.sequence_id, 7)
+        assert await here.ended(request) == ["committed", "free"]
+        assert bool(stays) is is_mapped
+
+    run(monkeypatch, scenario)
