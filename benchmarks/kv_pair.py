@@ -33,7 +33,7 @@ from kv_transfer.sending.sender import KVSender
 from kv_transfer.trace import TRACE
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine
+    from collections.abc import Awaitable, Callable, Coroutine
     from multiprocessing.connection import Connection
 
     from cluster.errors import ServingError
@@ -122,8 +122,11 @@ class Source:
         self._owned[request.sequence_id] = taken
         return _Blocks(taken, num_blocks if gateway_id == ALL_HELD else 0)
 
-    async def start(self, sequence_id: str, first_token_id: int) -> None:
-        at = time.perf_counter()
+    def start(self, sequence_id: str, first_token_id: int) -> Awaitable[None]:
+        at = time.perf_counter()  # a node's engine hears of it now
+        return self._tell(sequence_id, at)
+
+    async def _tell(self, sequence_id: str, at: float) -> None:
         traces = TRACE.is_on
         self._started.send(Started(at, TRACE.stop()))
         if traces:

@@ -38,7 +38,9 @@ from engine.loop_errors import refusal, unawaited
 from node_parts.requests import inspect_reply, runnable
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable
     from collections.abc import Sequence as SequenceOf
+    from concurrent.futures import Future
 
     from cluster.member import Member
     from cluster.proto import node_pb2 as pb
@@ -154,15 +156,20 @@ class DecodeHandler:
             undo.pop_all()
         return blocks
 
-    async def start(self, sequence_id: str, first_token_id: int) -> None:
-        """The KV is verified and in place: run. Raises `ServingError` when it was cancelled."""
+    def start(self, sequence_id: str, first_token_id: int) -> Awaitable[None]:
+        """The KV is verified and in place: run. The engine hears of it before this returns. It
+        raises `ServingError` when it was cancelled, and so does what it gives."""
         stream = self._streams.get(sequence_id)
         if stream is None:
             raise Cancelled("The request was cancelled.")
         if first_token_id >= self._engine.model_config.vocab_size:
             raise TransferFailed("The first token is none of this model's.", reason="unknown")
         failpoint("decode.before_start")
-        await asyncio.wrap_future(self._loop.call(lambda: self._start(sequence_id, first_token_id)))
+        starting = self._loop.call(lambda: self._start(sequence_id, first_token_id))
+        return self._has_started(stream, starting)
+
+    async def _has_started(self, stream: Stream, starting: Future[None]) -> None:
+        await asyncio.wrap_future(starting)
         if not stream.is_started:
             raise Cancelled("The request was cancelled.")
         await asyncio.sleep(LAUNCH_SECONDS)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable
+
     from cluster.errors import ServingError
     from cluster.request import SequenceRequest
 
@@ -25,8 +27,9 @@ class BlockSource(Protocol):
     async def reserve(self, request: SequenceRequest, gateway_id: str) -> ReservedBlocks:
         """Waits for room. Raises `ServingError`; cancelled when it is not wanted any more."""
 
-    async def start(self, sequence_id: str, first_token_id: int) -> None:
-        """Take the blocks over and run. When it raises, `release` follows."""
+    def start(self, sequence_id: str, first_token_id: int) -> Awaitable[None]:
+        """Take the blocks over and run; what it gives is awaited later. When either raises,
+        `release` follows."""
 
     def release(self, sequence_id: str) -> None:
         """Nothing writes into the reserved blocks any more; they were not started."""

@@ -59,7 +59,14 @@ class Errands:
         asyncio.get_running_loop().call_soon(self._asking[transfer_id].cancel)
 
     def start(self, sequence: IncomingSequence, first_token_id: int) -> None:
-        self._tasks.spawn(self._start(sequence, first_token_id))
+        """The node hears of it at once: a client waits. How it ended, the intake hears later."""
+        if TRACE.is_on:
+            TRACE.mark("r.start")
+        try:
+            starting = self._source.start(sequence.sequence_id, first_token_id)
+        except Exception as error:  # no matter which: told below
+            starting = _failed(error)
+        self._tasks.spawn(self._start(sequence, starting))
 
     def revoke(self, session_id: int) -> None:
         self._tasks.spawn(self._revoke(session_id))
@@ -83,11 +90,8 @@ class Errands:
         del self._asking[transfer_id]
         self._execute(instructions)
 
-    async def _start(self, sequence: IncomingSequence, first_token_id: int) -> None:
+    async def _start(self, sequence: IncomingSequence, starting: Awaitable[None]) -> None:
         transfer_id = sequence.transfer_id
-        if TRACE.is_on:
-            TRACE.mark("r.start")
-        starting = self._source.start(sequence.sequence_id, first_token_id)
         error = await _outcome(starting, "The decode node could not start the sequence.")
         if error is not None:
             instructions = self._intake.start_failed(transfer_id, error, self._clock())
@@ -122,3 +126,7 @@ async def _outcome(errand: Awaitable[T], apology: str) -> T | ServingError:
     except Exception:
         logger.exception("an errand failed: %s", apology)
         return InternalError(apology)
+
+
+async def _failed(error: Exception) -> None:
+    raise error

@@ -139,7 +139,7 @@ def test_a_sequence_that_ends_before_its_start_is_answered_was_started() -> None
     async def body(world: World) -> None:
         world.engine.may_step.clear()
         await world.reserve(request("a", max_tokens=2))
-        starting = asyncio.create_task(world.handler.start("a", 77))
+        starting = asyncio.ensure_future(world.handler.start("a", 77))
         await asyncio.sleep(0)  # the order is queued; this loop now sleeps through all of it
         assert world.engine.is_stepping.wait(20)
         world.engine.may_step.set()
@@ -228,7 +228,7 @@ def test_cancel_while_the_start_is_under_way_ends_what_was_started() -> None:
     async def body(world: World) -> None:
         await world.reserve(request("a"))
         await world.started("busy")
-        starting = asyncio.create_task(world.handler.start("a", 77))
+        starting = asyncio.ensure_future(world.handler.start("a", 77))
         await asyncio.sleep(0)
         world.handler.cancel("a")
         world.engine.may_step.set()

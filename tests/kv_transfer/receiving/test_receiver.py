@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from contextlib import AsyncExitStack
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -24,6 +24,9 @@ from tests.kv_twins import (
     prefill_side,
     until,
 )
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable
 
 
 def test_a_hand_driven_peer_that_keeps_the_rules_is_committed() -> None:
@@ -282,12 +285,18 @@ def test_a_data_connection_that_names_no_session_is_closed() -> None:
     with_peer(scenario)
 
 
-def test_a_start_that_fails_is_told_to_both_sides_and_frees_the_blocks() -> None:
+@pytest.mark.parametrize("is_late", [False, True], ids=["at once", "later"])
+def test_a_start_that_fails_is_told_to_both_sides_and_frees_the_blocks(is_late: bool) -> None:
     async def scenario(peer: HandDriven, decode: DecodeSide) -> None:
-        async def refuse(sequence_id: str, first_token_id: int) -> None:
+        async def refuse_later() -> None:
             raise Overloaded("The engine is full.")
 
-        decode.source.start = refuse  # type: ignore[method-assign]
+        def refuse(sequence_id: str, first_token_id: int) -> Awaitable[None]:
+            if is_late:
+                return refuse_later()
+            raise Overloaded("The engine is full.")
+
+        decode.source.start = refuse  # type: ignore[assignment, method-assign]
         request = make_request(2 * BLOCK_SIZE)
         ticket, frames = await two_frames(peer, request)
         for header, payload in frames:
