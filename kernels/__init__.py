@@ -11,6 +11,8 @@ Who multiplies (the matrices of `engine/models/` choose; a row is a token, Hoppe
                 gate/up: 256, and more    gated_linear       Gluon, Hopper       act
                 else                      the library, rms_norm, silu_mul
     float8      1                         skinny_linear      Gluon, Hopper       norm, act, residual
+                to 64, 113-128, where
+                the above suit            as above           Gluon, Hopper       act, residual
                 else, capability 8.9 on   fp8_linear (library's product, scale_product)
     4 bits      to 16                     int4_linear        Gluon, Hopper       norm, act, residual
                 else                      int4_linear (widened, then the library)

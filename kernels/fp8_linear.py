@@ -1,7 +1,9 @@
 """Products in FP8: activations are quantised row by row, the matrix units multiply e4m3 by e4m3.
 
-This is the W8A8 of FP8 checkpoints and the fast way for many rows. For few rows, where only reading
-the weights counts, `skinny_linear` takes the same weights and leaves the activations as they are.
+This is the W8A8 of FP8 checkpoints and the fast way for all but one row, where only reading the
+weights counts: `skinny_linear` takes the same weights and leaves the activations as they are. Of
+some dozens of rows the product is one kernel with what stands behind it, where the matrix suits it
+(`thin_linear`, `thin_gated_linear`); else it is the library's.
 
 Sums are made in the tensor cores' fast mode, whose error is a tenth of that of quantising.
 
@@ -26,12 +28,17 @@ from kernels.dispatch import (
 from kernels.rms_norm import rms_norm
 from kernels.scale_product import scale_product
 from kernels.silu_mul import silu_mul as silu_mul_of
+from kernels.thin_gated_linear import fits_thin_gated_linear, thin_gated_linear
+from kernels.thin_linear import fits_thin_linear, thin_linear
+from kernels.thin_ring import Scales
 
 FP8 = torch.float8_e4m3fn
 _MAX = 448.0
 # Up to so many rows the library is much faster without a scale for each row and column; beyond, it
 # is worth its while to have them inside.
 _FEW_ROWS = 512
+# Of rows that leave multiprocessors idle, one takes all the threads that there can be.
+_LONE_ROWS = 128
 # Rows of zeros get this scale instead of 0.
 _MIN_SCALE = 1e-12
 
@@ -103,6 +110,13 @@ def fp8_linear(
     """
     assert weight.dtype == FP8
     quantized, scales = quantize_rows(x, input_scale, norm_weight=norm_weight, eps=eps)
+    both = Scales(scales, weight_scale)
+    if silu_mul and _fits_thin_gated(x, weight, both, bias, residual):
+        return thin_gated_linear(quantized, weight, scales=both, dtype=x.dtype)
+    if not silu_mul and _fits_thin(x, weight, both):
+        return thin_linear(
+            quantized, weight, scales=both, bias=bias, residual=residual, dtype=x.dtype
+        )
     if x.dtype == torch.bfloat16 and x.shape[0] > _FEW_ROWS and _library_scales(x.device):
         y = _scaled_by_library(quantized, scales, weight, weight_scale, bias, spare)
         if silu_mul:
@@ -112,6 +126,24 @@ def fp8_linear(
         _product(quantized, weight, x.dtype), scales, weight_scale, x.dtype,
         bias=bias, residual=residual, silu_mul=silu_mul,
     )  # fmt: skip
+
+
+def _fits_thin(x: torch.Tensor, weight: torch.Tensor, scales: Scales) -> bool:
+    """Whether the product and what stands behind it are one kernel."""
+    by_row = scales.weights.numel() == weight.shape[0]
+    return by_row and fits_thin_linear(x.shape[0], weight)
+
+
+def _fits_thin_gated(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scales: Scales,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+) -> bool:
+    """The same, with an activation and nothing else behind it."""
+    by_row = scales.weights.numel() == weight.shape[0] and bias is None and residual is None
+    return by_row and fits_thin_gated_linear(x.shape[0], weight)
 
 
 def _product(x: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -166,9 +198,15 @@ def _quantize_rows_triton(
         _quantize_rows_kernel[(num_rows,)](
             x, scale, norm_weight, quantized, scales, x.stride(0), eps, MAX=_MAX,
             MIN_SCALE=_MIN_SCALE, SIZE=size, BLOCK=next_power_of_two(size), ROUNDS=not x.is_cuda,
-            CHAINED=chained, num_warps=8 if size > 2048 else 4, launch_pdl=chained,
+            CHAINED=chained, num_warps=_num_warps(num_rows, size), launch_pdl=chained,
         )  # fmt: skip
     return quantized, scales
+
+
+def _num_warps(num_rows: int, size: int) -> int:
+    if num_rows > _LONE_ROWS:
+        return 8 if size > 2048 else 4
+    return min(32, max(4, next_power_of_two(size) // 256))
 
 
 @jit

@@ -18,13 +18,14 @@ from kernels.thin_gated_linear import _thin_gated_kernel
 from kernels.thin_linear import _thin_kernel
 
 
-def matrix(*block: int) -> str:
+def matrix(*block: int, bits: int = 16) -> str:
     """The type of a descriptor that copies such blocks."""
-    layout = gl.NVMMASharedLayout(128, 16, rank=2)
-    return f"tensordesc<bf16[{', '.join(map(str, block))}],{layout!r}>"
+    layout = gl.NVMMASharedLayout(128, bits, rank=len(block))
+    kind = "bf16" if bits == 16 else "fp8e4nv"
+    return f"tensordesc<{kind}[{', '.join(map(str, block))}],{layout!r}>"
 
 
-def compiles(kernel: Any, types: dict[str, str], constants: dict[str, Any]) -> bool:
+def compiles(kernel: Any, types: dict[str, Any], constants: dict[str, Any]) -> bool:
     """`constants`: the arguments that are not in `types`."""
     names = kernel.arg_names
     source = GluonASTSource(
@@ -38,24 +39,33 @@ def compiles(kernel: Any, types: dict[str, str], constants: dict[str, Any]) -> b
 
 
 THIN: dict[str, Any] = {
-    "OUT_SIZE": 4096, "COLUMNS": 16, "STEPS": 64, "STAGES": 4, "OUT": 64, "DEPTH": 64,
-    "CHAINED": True, "num_warps": 4, "residual_ptr": None,
+    "OUT_SIZE": 4096, "COLUMNS": 16, "STEPS": 64, "STAGES": 4, "BLOCKS": 1, "CHAINED": True,
+    "num_warps": 4, "scales": None, "bias_ptr": None, "residual_ptr": None,
 }  # fmt: skip
 GATED: dict[str, Any] = {
     "COLUMNS": 14336, "STEPS": 64, "GRID": 132, "STAGES": 4, "TILE_ROWS": 128,
     "TILE_COLUMNS": 128, "DEPTH": 64, "AT_ONCE": 8, "num_warps": 4,
 }  # fmt: skip
 OUTPUT = {"out_ptr": "*bf16", "num_rows": "i32"}
-THIN_TYPES = {"weight_desc": matrix(64, 64), "x_desc": matrix(16, 64), **OUTPUT}
-THIN_GATED_TYPES = {"gate_desc": matrix(64, 64), "up_desc": matrix(64, 64),
-    "x_desc": matrix(16, 64), **OUTPUT}  # fmt: skip
+THIN_TYPES = {"weight_desc": matrix(1, 64, 64), "x_desc": matrix(1, 16, 64), **OUTPUT}
+THIN_GATED_TYPES = {"gate_desc": matrix(1, 64, 64), "up_desc": matrix(1, 64, 64),
+    "x_desc": matrix(1, 16, 64), **OUTPUT}  # fmt: skip
+# Beside float8 weights.
+SCALED: dict[str, Any] = {"scales": ("*fp32", "*fp32")}
+THIN_FLOAT8_TYPES = {"weight_desc": matrix(2, 32, 128, bits=8),
+    "x_desc": matrix(2, 16, 128, bits=8), "residual_ptr": "*bf16", **OUTPUT, **SCALED}  # fmt: skip
+THIN_GATED_FLOAT8_TYPES = {"gate_desc": matrix(1, 64, 128, bits=8),
+    "up_desc": matrix(1, 64, 128, bits=8), "x_desc": matrix(1, 16, 128, bits=8), **OUTPUT,
+    **SCALED}  # fmt: skip
 GATED_TYPES = {"gate_desc": matrix(128, 64), "up_desc": matrix(128, 64), "x_desc": matrix(64, 64),
     "out_desc": matrix(64, 128), "num_rows": "i32"}  # fmt: skip
 
-CASES: dict[str, tuple[Any, dict[str, str], dict[str, Any]]] = {
+CASES: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
     "thin_linear": (_thin_kernel, THIN_TYPES, THIN),
     "thin_linear_residual": (_thin_kernel, THIN_TYPES | {"residual_ptr": "*bf16"}, THIN),
     "thin_gated_linear": (_thin_gated_kernel, THIN_GATED_TYPES, THIN),
+    "thin_linear_float8": (_thin_kernel, THIN_FLOAT8_TYPES, THIN | {"BLOCKS": 2}),
+    "thin_gated_linear_float8": (_thin_gated_kernel, THIN_GATED_FLOAT8_TYPES, THIN),
     "gated_linear": (_gated_kernel, GATED_TYPES, GATED),
 }
 

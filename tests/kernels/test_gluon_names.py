@@ -11,7 +11,10 @@ import pytest
 
 from kernels.gluon_api import HAS_GLUON
 
-NAMES = ("thin_linear", "thin_linear_residual", "thin_gated_linear", "gated_linear")
+NAMES = (
+    "thin_linear", "thin_linear_residual", "thin_linear_float8", "thin_gated_linear",
+    "thin_gated_linear_float8", "gated_linear",
+)  # fmt: skip
 
 
 @pytest.mark.skipif(not HAS_GLUON, reason="no Gluon here")
