@@ -1,12 +1,14 @@
 """The JSON of requests, as clients may write it. Types only; meaning is `validation.py`'s.
 
 Strict: "0.7" is not a number, 1.0 not a count, true not 1. Unknown fields are ignored, null is
-the same as leaving a field out. Fields that are known and not served yet are refused by name
-(`refuse_unsupported`), never silently dropped.
+the same as leaving a field out. Fields that would change the answer and are not served are refused
+by name (`refuse_unsupported`, `refuse`), never silently dropped. Those that change nothing of an
+answer are declared here as what they are: taken, and ignored.
 """
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema
@@ -41,7 +43,14 @@ _UNSUPPORTED = (
     "audio",
     "web_search_options",
 )
-_MODALITIES: tuple[object, ...] = (None, [], ["text"])
+# The same of fields that have values which ask for nothing: these.
+_HARMLESS: dict[str, tuple[object, ...]] = {
+    "store": (False,),
+    "verbosity": ("medium",),
+    "modalities": ([], ["text"]),
+}
+# Of one that may be sent and says nothing to this server.
+Ignored = Annotated[Any, Field(description="Taken, and ignored: the answer is the same.")]
 
 _PROMPT_SCHEMA = {
     "anyOf": [
@@ -100,6 +109,10 @@ class GenerationBody(Wire):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None
+    metadata: Ignored = None
+    service_tier: Ignored = None
+    prompt_cache_key: Ignored = None  # equal beginnings are found by their content
+    safety_identifier: Ignored = None
     # Extensions, with vLLM's names.
     top_k: int | None = None
     min_p: float | None = None
@@ -144,6 +157,7 @@ class ChatBody(GenerationBody):
     tools: list[Any] | None = None
     tool_choice: Annotated[Any, WithJsonSchema({"type": ["string", "null"]})] = None
     max_completion_tokens: int | None = None
+    prediction: Ignored = None  # it would make the answer sooner, not another
     logprobs: bool | None = None
     top_logprobs: int | None = None
     add_generation_prompt: bool | None = None
@@ -178,13 +192,13 @@ class DetokenizeBody(Wire):
 
 def parse_chat(fields: Mapping[str, Any]) -> ChatBody:
     refuse_unsupported(fields)
-    if fields.get("modalities") not in _MODALITIES:
-        raise Unsupported("Only the modality text is supported.", param="modalities")
+    refuse(fields, _HARMLESS)
     return valid(ChatBody, fields)
 
 
 def parse_completion(fields: Mapping[str, Any]) -> CompletionBody:
     refuse_unsupported(fields, (*_TOOLS, *_UNSUPPORTED))
+    refuse(fields, _HARMLESS)
     return valid(CompletionBody, fields)
 
 
@@ -209,6 +223,14 @@ def refuse_unsupported(fields: Mapping[str, Any], names: Sequence[str] = _UNSUPP
     for name in names:
         if fields.get(name) not in (None, False):
             raise Unsupported(f"{name} is not supported here; leave it out.", param=name)
+
+
+def refuse(fields: Mapping[str, object], harmless: Mapping[str, tuple[object, ...]]) -> None:
+    """Fields that would change the answer. `harmless[name]` are the values that ask for nothing."""
+    for name, values in harmless.items():
+        if fields.get(name) not in (None, *values):
+            allowed = "".join(f", or send {json.dumps(value)}" for value in values if value != [])
+            raise Unsupported(f"{name} is not supported here; leave it out{allowed}.", param=name)
 
 
 def invalid(error: ValidationError, path: str = "") -> InvalidRequest:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from cluster.errors import InvalidRequest, Unsupported
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Set
+    from collections.abc import Set
 
 
 def text_of(content: object, path: str, *, texts: Set[str], skipped: Set[str] = frozenset()) -> str:
@@ -37,10 +37,3 @@ def _part_text(part: dict[str, object], path: str, texts: Set[str]) -> str:
     if not isinstance(part.get("text"), str):
         raise InvalidRequest(f"{path}.text must be text.", param=f"{path}.text")
     return str(part["text"])
-
-
-def refuse(fields: Mapping[str, object], harmless: Mapping[str, tuple[object, ...]]) -> None:
-    """Fields that would change the answer. `harmless[name]` are the values that ask for nothing."""
-    for name, values in harmless.items():
-        if fields.get(name) not in (None, *values):
-            raise Unsupported(f"{name} is not supported here; leave it out.", param=name)

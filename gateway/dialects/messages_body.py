@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field, WithJsonSchema
 
 from cluster.errors import Unsupported
-from gateway.dialects.contents import refuse, text_of
-from gateway.schemas import ChatBody, Wire, valid
+from gateway.dialects.contents import text_of
+from gateway.schemas import ChatBody, Ignored, Wire, refuse, valid
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -82,6 +82,8 @@ class MessagesBody(CountTokensBody):
     top_p: float | None = None
     top_k: int | None = None
     stream: bool | None = None
+    metadata: Ignored = None
+    service_tier: Ignored = None
 
 
 def parse_messages(fields: Mapping[str, Any]) -> ChatBody:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import WithJsonSchema
 
 from cluster.errors import InvalidRequest, Unsupported
-from gateway.dialects.contents import refuse, text_of
-from gateway.schemas import ChatBody, Wire, valid
+from gateway.dialects.contents import text_of
+from gateway.schemas import ChatBody, Ignored, Wire, refuse, valid
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -41,6 +41,7 @@ class TextFormat(Wire):
 
 
 class TextOptions(Wire):
+    verbosity: Literal["low", "medium", "high"] | None = None
     format: TextFormat | None = None
 
 
@@ -82,6 +83,11 @@ class ResponsesBody(Wire):
     tools: list[Tool] | None = None
     tool_choice: Annotated[Any, WithJsonSchema({"type": ["string", "null"]})] = None
     parallel_tool_calls: bool | None = None
+    user: Ignored = None
+    metadata: Ignored = None
+    service_tier: Ignored = None
+    prompt_cache_key: Ignored = None
+    safety_identifier: Ignored = None
 
 
 def parse_responses(fields: Mapping[str, Any]) -> ChatBody:
@@ -89,6 +95,8 @@ def parse_responses(fields: Mapping[str, Any]) -> ChatBody:
     body = valid(ResponsesBody, fields)
     if body.text is not None and body.text.format is not None and body.text.format.type != "text":
         raise Unsupported("Only text.format text is supported.", param="text.format.type")
+    if body.text is not None and body.text.verbosity not in (None, "medium"):
+        raise Unsupported("Only text.verbosity medium is supported.", param="text.verbosity")
     return _as_chat(body)
 
 

@@ -120,6 +120,7 @@ def test_a_response_that_fails_midway_says_so_last(
         ({"store": True}, "store"),
         ({"background": True}, "background"),
         ({"text": {"format": {"type": "json_object"}}}, "text.format.type"),
+        ({"text": {"verbosity": "low"}}, "text.verbosity"),
         ({"input": []}, "input"),
         ({"input": None}, "input"),
         ({"input": [{"type": "item_reference"}]}, "input[0].type"),

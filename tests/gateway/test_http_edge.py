@@ -99,6 +99,8 @@ BAD_CHATS: list[tuple[dict[str, Any], str]] = [
     ({"chat_template_kwargs": {"messages": "x"}}, "chat_template_kwargs.messages"),
     ({"modalities": ["text", "audio"]}, "modalities"),
     ({"web_search_options": {}}, "web_search_options"),
+    ({"store": True}, "store"),
+    ({"verbosity": "low"}, "verbosity"),
     ({"max_completion_tokens": 0}, "max_completion_tokens"),
     ({"top_logprobs": 2}, "top_logprobs"),
     ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
@@ -127,6 +129,55 @@ def test_a_bad_chat_is_a_400_that_names_its_field(
     response = http.post("/v1/chat/completions", json=chat(**changes))
     assert response.status_code == 400
     assert error_of(response)["param"] == param
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+def test_who_wants_an_answer_stored_is_refused_and_told_what_may_be_sent(
+    http: httpx.Client, path: str
+) -> None:
+    body = {**chat(), **completion(), "store": True}
+    error = error_of(http.post(path, json=body))
+    assert (error["param"], error["message"]) == (
+        "store",
+        "store is not supported here; leave it out, or send false.",
+    )
+    assert http.post(path, json={**body, "store": False}).status_code == 200
+
+
+CHANGE_NOTHING: dict[str, Any] = {
+    "user": "u-1",
+    "metadata": {"team": "a"},
+    "service_tier": "auto",
+    "prompt_cache_key": "k",
+    "safety_identifier": "s",
+    "prediction": {"type": "content", "content": "x"},
+    "modalities": ["text"],
+    "verbosity": "medium",
+    "parallel_tool_calls": True,
+    "reasoning_effort": "low",
+}
+
+
+@pytest.mark.parametrize("name", CHANGE_NOTHING)
+def test_a_field_that_changes_nothing_is_taken(http: httpx.Client, name: str) -> None:
+    asked = chat(temperature=0.0)
+    plain = http.post("/v1/chat/completions", json=asked).json()
+    answer = http.post("/v1/chat/completions", json={**asked, name: CHANGE_NOTHING[name]}).json()
+    assert answer["choices"] == plain["choices"]
+
+
+def test_what_is_taken_and_ignored_is_documented_as_that(http: httpx.Client) -> None:
+    schemas = http.get("/openapi.json").json()["components"]["schemas"]
+    ignored = {"metadata", "service_tier", "prompt_cache_key", "safety_identifier"}
+    of_body = {"ChatBody": {*ignored, "prediction"}, "ResponsesBody": {*ignored, "user"}}
+    of_body["MessagesBody"] = {"metadata", "service_tier"}
+    for body, names in of_body.items():
+        said = {
+            name
+            for name, field in schemas[body]["properties"].items()
+            if "ignored" in field.get("description", "")
+        }
+        assert said == names
 
 
 @pytest.mark.parametrize(
