@@ -5,4 +5,5 @@ be measured. Never imports a server room, nor torch.
 
 config -> run: workload (what), schedule (when) -> client -> answer over sse -> record ->
 statistics -> report, with metadata; compare lays two reports beside each other
+interrupt: a run that Ctrl-C ends early
 """

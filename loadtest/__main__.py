@@ -1,6 +1,7 @@
 """`baton bench`: measure any OpenAI-compatible server.
 
-Exit codes: 0 measured, 1 no request succeeded, 2 usage, 3 configuration, 4 server not ready.
+Exit codes: 0 measured, 1 no request succeeded, 2 usage, 3 configuration, 4 server not ready,
+130 cut short by Ctrl-C, which still reports and saves what was measured.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from loadtest.client import ServerNotReady
 from loadtest.compare import read_result, render_comparison
 from loadtest.config import BenchConfig
 from loadtest.report import make_folder, render_notes, render_table, save
-from loadtest.run import run
+from loadtest.run import run_until_interrupted
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 EXIT_NOTHING_SUCCEEDED = 1
 EXIT_USAGE = 2
 EXIT_NOT_READY = 4
+EXIT_INTERRUPTED = 130
 _USAGE = (
     "usage: baton bench run [options]\n"
     "       baton bench compare [--markdown] FIRST.json SECOND.json\n\n"
@@ -73,7 +75,7 @@ def bench_run(argv: Sequence[str]) -> int:
     if config.is_saved:
         make_folder(config)
     try:
-        result = run(config)
+        result = run_until_interrupted(config)
     except ServerNotReady as error:
         print(f"baton bench run: {error.message}", file=sys.stderr)
         return EXIT_NOT_READY
@@ -82,6 +84,8 @@ def bench_run(argv: Sequence[str]) -> int:
         print(notes)
     if config.is_saved:
         print(f"Saved {save(result)}")
+    if result.cut is not None:
+        return EXIT_INTERRUPTED
     return 0 if result.summary.completed else EXIT_NOTHING_SUCCEEDED
 
 

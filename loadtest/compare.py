@@ -102,6 +102,9 @@ def _row(name: str, first: float, second: float) -> Row:
 def _differences(first: Json, second: Json) -> Iterator[str]:
     if first.get("model_id") != second.get("model_id"):
         yield f"model {first.get('model_id')} and {second.get('model_id')}"
+    for order, result in (("first", first), ("second", second)):
+        if result.get("cut"):
+            yield f"the {order} was cut short, its last requests are missing"
     one, other = first.get("options", {}), second.get("options", {})
     for name in sorted((one.keys() | other.keys()) - _INCIDENTAL):
         values = one.get(name), other.get(name)

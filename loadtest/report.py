@@ -11,7 +11,7 @@ import json
 import math
 import tempfile
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,9 +42,18 @@ _HEADINGS = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """Requests of a measurement that was ended early, which count nowhere else."""
+
+    num_running: int
+    num_unsent: int
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BenchResult:
-    """`client_cpu` is the processor time of this process as a share of the duration."""
+    """`client_cpu` is the processor time of this process as a share of the duration. `cut` is None
+    when every request has ended."""
 
     config: BenchConfig
     model: str
@@ -53,6 +62,7 @@ class BenchResult:
     records: Sequence[RequestRecord]
     client_cpu: float
     metadata: RunMetadata
+    cut: Cut | None = None
 
 
 def render_table(result: BenchResult) -> str:
@@ -69,7 +79,8 @@ def render_table(result: BenchResult) -> str:
 def render_notes(result: BenchResult) -> str:
     """What the reader must know beside the table; empty when there is nothing."""
     summary = result.summary
-    lines = [f"Errors: {count} x {name}" for name, count in summary.failures_by_class.items()]
+    lines = [] if result.cut is None else [_cut_note(result.cut, summary)]
+    lines += [f"Errors: {count} x {name}" for name, count in summary.failures_by_class.items()]
     messages = Counter(record.failure.message for record in result.records if record.failure)
     lines += [
         f"  {message}" + (f" ({count} times)" if count > 1 else "")
@@ -92,6 +103,14 @@ def render_notes(result: BenchResult) -> str:
     if math.isfinite(result.config.requests_per_second) and late > LATE_SCHEDULE_SECONDS:
         lines.append(f"Warning: p99 of requests left {late * 1e3:.0f} ms after their planned time.")
     return "\n".join(lines)
+
+
+def _cut_note(cut: Cut, summary: Summary) -> str:
+    num_ended = summary.completed + summary.failed
+    return (
+        f"Cut short after {summary.duration:.1f} s: {num_ended} requests had ended and count, "
+        f"{cut.num_running} were running, {cut.num_unsent} not sent yet."
+    )
 
 
 def to_json(result: BenchResult) -> dict[str, Any]:
@@ -241,6 +260,7 @@ def _own_keys(result: BenchResult) -> dict[str, Any]:
         "num_answers_without_usage": summary.num_uncounted,
         "errors_by_class": dict(summary.failures_by_class),
         "client_cpu": result.client_cpu,
+        "cut": None if result.cut is None else asdict(result.cut),
         "options": options,
         "metadata": result.metadata.as_dict(),
     }

@@ -3,7 +3,8 @@
 1. Ask the server for its model when none is named.
 2. Plan everything: prompts, lengths, arrivals. No randomness is drawn after this.
 3. Warm up, with prompts of their own.
-4. Start the clock, send on schedule, wait for all answers, stop the clock.
+4. Start the clock, send on schedule, wait for all answers, stop the clock. Or until it is cut: then
+   what runs is cancelled, and only what had ended counts.
 5. Summarise.
 """
 
@@ -12,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import datetime
 from typing import TYPE_CHECKING
 
@@ -20,8 +21,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
 
 from loadtest.client import BenchClient
+from loadtest.interrupt import interrupts_set, unless_cut
 from loadtest.metadata import collect_metadata
-from loadtest.report import BenchResult
+from loadtest.report import BenchResult, Cut
 from loadtest.schedule import dispatch, plan_arrivals
 from loadtest.statistics import summarise
 from loadtest.workload import PlainVocabulary, TokenizerVocabulary, load_tokenizer, plan_requests
@@ -39,7 +41,16 @@ def run(config: BenchConfig) -> BenchResult:
     return asyncio.run(measure(config))
 
 
-async def measure(config: BenchConfig) -> BenchResult:
+def run_until_interrupted(config: BenchConfig) -> BenchResult:
+    """The same for a person: the first Ctrl-C cuts it, and the result says so."""
+    return asyncio.run(measure(config, are_interrupts_cuts=True))
+
+
+async def measure(
+    config: BenchConfig, cut: asyncio.Event | None = None, *, are_interrupts_cuts: bool = False
+) -> BenchResult:
+    """`cut`, once set, ends it early."""
+    cut = cut or asyncio.Event()
     tokenizer = load_tokenizer(config.tokenizer) if config.tokenizer else None
     vocabulary = tokenizer or PlainVocabulary(config.random_vocab_size)
     clock = _Stopwatch()
@@ -49,55 +60,78 @@ async def measure(config: BenchConfig) -> BenchResult:
         arrivals = plan_arrivals(
             len(requests), config.requests_per_second, config.burstiness, config.seed
         )
-        await _send_all(client, warmups, [0.0] * len(warmups), config.max_concurrency, clock)
+        await _Sending(client, warmups, config.max_concurrency).all([0.0] * len(warmups), clock)
         started = datetime.now().astimezone()
-        with _quiet_collector(), _progress(len(requests)) as on_done:
+        interrupts = interrupts_set(cut) if are_interrupts_cuts else nullcontext()
+        with _quiet_collector(), _progress(len(requests)) as on_done, interrupts:
+            sending = _Sending(client, requests, config.max_concurrency, on_done)
             cpu_before = time.process_time()
             clock.restart()
-            records = await _send_all(
-                client, requests, arrivals, config.max_concurrency, clock, on_done
-            )
+            await unless_cut(sending.all(arrivals, clock), cut)
             duration = clock()
             cpu = time.process_time() - cpu_before
-    summary = summarise(
-        records, duration, percentiles=config.percentiles, slo_seconds=config.slo_seconds
-    )
     return BenchResult(
         config=config,
         model=model,
         started=started,
-        summary=summary,
-        records=records,
+        summary=summarise(
+            sending.records,
+            duration,
+            percentiles=config.percentiles,
+            slo_seconds=config.slo_seconds,
+        ),
+        records=sending.records,
         client_cpu=cpu / duration,
         metadata=collect_metadata(),
+        cut=sending.left_undone(),
     )
 
 
-async def _send_all(
-    client: BenchClient,
-    requests: Sequence[PlannedRequest],
-    arrivals: Sequence[float],
-    max_concurrency: int | None,
-    clock: _Stopwatch,
-    on_done: Callable[[], None] = lambda: None,
-) -> list[RequestRecord]:
-    """Records in the order of `requests`, once the last answer has ended."""
-    limit = asyncio.Semaphore(max_concurrency or len(requests) or 1)
-    tasks: list[asyncio.Task[RequestRecord]] = []
+class _Sending:
+    """Requests on their way, and the records of those that have ended."""
 
-    async def exchange(index: int) -> RequestRecord:
+    def __init__(
+        self,
+        client: BenchClient,
+        requests: Sequence[PlannedRequest],
+        max_concurrency: int | None,
+        on_done: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._client = client
+        self._requests = requests
+        self._limit = asyncio.Semaphore(max_concurrency or len(requests) or 1)
+        self._on_done = on_done
+        self._num_sent = 0
+        self._ended: list[RequestRecord] = []
+
+    @property
+    def records(self) -> list[RequestRecord]:
+        """In the order of the requests."""
+        return sorted(self._ended, key=lambda record: record.index)
+
+    async def all(self, arrivals: Sequence[float], clock: _Stopwatch) -> None:
+        """Until the last answer has ended. Cancelled, it cancels what is on its way."""
+        async with asyncio.TaskGroup() as on_their_way:
+
+            async def start_one(index: int) -> None:
+                await self._limit.acquire()
+                self._num_sent += 1
+                on_their_way.create_task(self._exchange(index, arrivals[index]))
+
+            await dispatch(arrivals, start_one, clock=clock, sleep=asyncio.sleep)
+
+    def left_undone(self) -> Cut | None:
+        num_running = self._num_sent - len(self._ended)
+        num_unsent = len(self._requests) - self._num_sent
+        return Cut(num_running, num_unsent) if num_running or num_unsent else None
+
+    async def _exchange(self, index: int, planned: float) -> None:
         try:
-            return await client.send(requests[index], arrivals[index])
+            record = await self._client.send(self._requests[index], planned)
         finally:
-            limit.release()
-            on_done()
-
-    async def start_one(index: int) -> None:
-        await limit.acquire()
-        tasks.append(asyncio.create_task(exchange(index)))
-
-    await dispatch(arrivals, start_one, clock=clock, sleep=asyncio.sleep)
-    return await asyncio.gather(*tasks)
+            self._limit.release()
+        self._ended.append(record)
+        self._on_done()
 
 
 class _Stopwatch:

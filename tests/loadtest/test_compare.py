@@ -53,6 +53,12 @@ def test_what_was_measured_differently_is_said() -> None:
     ]
 
 
+def test_a_run_that_was_cut_short_is_said() -> None:
+    cut = result(cut={"num_running": 1, "num_unsent": 5})
+    last = render_comparison(result(cut=None), cut).splitlines()[-1]
+    assert last == "Different: the second was cut short, its last requests are missing"
+
+
 def test_a_cache_that_was_warm_in_one_run_alone_is_said() -> None:
     """Of the same prompts, sent twice, the second run measures the cache."""
     cold = result(total_input_tokens=1000, total_cached_tokens=0)
