@@ -2,8 +2,8 @@
 
 words        request, node, errors (the tree), clock, version
 on the wire  proto/, by codec and delta_codec; rpc (servers, channels, errors), session_hub (tokens
-             to gateways; state_notices, pure: who knows the node's state), node_service (what every
-             node answers), message_size (what fits)
+             to gateways; state_notices, pure: who knows the node's state; sequence_log: how each
+             ended), node_service (what every node answers), message_size (what fits)
 membership   node_process (start and end of a node, by member_config; last_resort: one that hangs
              there) -> member -> registry; membership (pure; membership_events) in
              membership_watcher: who is there; pulse and http2_pings: who still runs

@@ -164,6 +164,7 @@ class NodeService(node_pb2_grpc.NodeServicer):
     def _take(self, gateway_id: str, submit: pb.Submit) -> None:
         try:
             sequence = decode_sequence(submit.sequence)
+            self._hub.log.taken(sequence)
             handoff = decode_handoff(submit.handoff) if submit.HasField("handoff") else None
             self._handler.submit(gateway_id, sequence, handoff)
         except ServingError as error:
@@ -178,7 +179,8 @@ class NodeService(node_pb2_grpc.NodeServicer):
         try:
             serve()
         except Exception:
-            logger.exception("a frame about sequence %s could not be served", sequence_id)
+            told = self._hub.log.facts(sequence_id)
+            logger.exception("a frame about a sequence could not be served", extra=told)
             error = InternalError("The node failed at this sequence.")
             self._end(gateway_id, sequence_id, error)
             return False

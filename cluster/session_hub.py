@@ -19,7 +19,6 @@ Everything here belongs to the event loop's thread.
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Self
@@ -28,17 +27,16 @@ from cluster.delta_codec import encode_delta
 from cluster.errors import NodeUnavailable
 from cluster.proto import node_pb2 as pb
 from cluster.request import TokenDelta
+from cluster.sequence_log import SequenceLog
 from cluster.state_notices import StateNotices
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from cluster.clock import Clock
-    from cluster.errors import ServingError
     from cluster.node import NodeState
     from cluster.request import TokenLogprobs
 
-logger = logging.getLogger(__name__)
 MAX_PENDING_BYTES = 16 * 2**20
 MAX_FRAME_BYTES = 2**20  # far below the message limit: sizes here are estimates
 
@@ -186,7 +184,8 @@ class Session:
 
 
 class SessionHub:
-    """The sessions of a node, by gateway. `on_drop` hears which gateway was too slow."""
+    """The sessions of a node, by gateway. `on_drop` hears which gateway was too slow. `log` is what
+    the node says of the sequences."""
 
     def __init__(
         self,
@@ -201,6 +200,7 @@ class SessionHub:
         self._sessions: dict[str, Session] = {}
         self._notices = StateNotices()
         self._notice: pb.StateNotice | None = None  # the last one
+        self.log = SequenceLog()
 
     def open(self, gateway_id: str, *, hears_state: bool = False) -> Session:
         """A session served by the current task; `NodeUnavailable` while an older one ends. One that
@@ -257,7 +257,7 @@ class SessionHub:
             return
         for delta in deltas:
             if delta.error is not None:
-                _log_error(delta.sequence_id, delta.error)
+                self.log.failed(delta.sequence_id, delta.error)
             if not session.push(delta):
                 session.drop()
                 if self._on_drop is not None:
@@ -272,12 +272,6 @@ class SessionHub:
         """End every iteration, for an orderly exit, when what waits has been taken."""
         for session in self._sessions.values():
             session.finish()
-
-
-def _log_error(sequence_id: str, error: ServingError) -> None:
-    """The gateway's log has the request that the sequence belongs to."""
-    facts = {"sequence_id": sequence_id, "error": error.code, "reason": error.reason}
-    logger.info("a sequence ended in an error", extra=facts)
 
 
 def _size_of(delta: TokenDelta) -> int:

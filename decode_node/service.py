@@ -106,6 +106,7 @@ class DecodeHandler:
         stream = self._streams.close(sequence_id)
         if stream is not None:
             self._stop(stream)
+            self._streams.log_end(stream, "cancelled")
 
     def orphaned(self, gateway_id: str, sequence_id: str) -> None:
         stream = self._streams.get(sequence_id)
@@ -125,7 +126,8 @@ class DecodeHandler:
             try:
                 self.cancel(sequence_id)
             except Exception:  # nobody else will ever end the others
-                logger.exception("sequence %s outlives its gateway", sequence_id)
+                told = self._hub.log.facts(sequence_id)
+                logger.exception("a sequence outlives its gateway", extra=told)
 
     def reset_prefix_cache(self) -> None:
         unawaited(self._loop.call(self._engine.block_manager.reset_prefix_cache))
@@ -141,6 +143,7 @@ class DecodeHandler:
 
     async def reserve(self, request: SequenceRequest, gateway_id: str) -> ReservedBlocks:
         """Blocks for a prompt whose KV will arrive; waits for room. Raises `ServingError`."""
+        self._hub.log.taken(request)
         if request.sequence_id in self._cancelled:
             raise Cancelled("The request was cancelled.")
         if self._member.state not in TAKES_HANDOFFS:
@@ -186,10 +189,11 @@ class DecodeHandler:
             return False
         num_good_tokens = num_good_blocks * self._engine.block_manager.block_size
         num_tokens = max(1, len(stream.request.prompt_token_ids) - num_good_tokens)
+        told = self._hub.log.facts(sequence_id)
         if not self._budget.admit(sequence_id, num_tokens, time.monotonic()):
-            logger.warning("no budget to recompute %d tokens of %s", num_tokens, sequence_id)
+            logger.warning("no budget to recompute %d tokens", num_tokens, extra=told)
             return False
-        logger.info("recomputes %d tokens of %s", num_tokens, sequence_id)
+        logger.info("recomputes %d tokens", num_tokens, extra=told)
         stream.is_recomputing = True
         self._streams.say_started(stream)
         return True
@@ -215,6 +219,8 @@ class DecodeHandler:
         stream = self._streams.close(sequence_id)
         if stream is not None and stream.is_orphaned:
             self._streams.say_error(stream.gateway_id, sequence_id, orphan_error())
+        elif stream is not None:
+            self._streams.log_end(stream, "withdrawn")
 
     # ---- reports of the engine --------------------------------------------------------
 

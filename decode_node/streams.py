@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence as SequenceOf
 
     from cluster.errors import ServingError
-    from cluster.request import SequenceRequest
+    from cluster.request import FinishReason, SequenceRequest
     from cluster.session_hub import SessionHub
     from decode_node.recompute import RecomputeBudget
 
@@ -130,6 +130,7 @@ class Streams:
         """What a step has given. A last token or an error ends its sequence."""
         self.say_unsaid()
         by_gateway: dict[str, list[TokenDelta]] = {}
+        finished: list[tuple[Stream, FinishReason]] = []
         for delta in deltas:
             stream = self._streams.get(delta.sequence_id)
             if stream is None:
@@ -140,8 +141,16 @@ class Streams:
             if delta.finish_reason is not None or delta.error is not None:
                 self.close(delta.sequence_id)
                 self.finished.add(delta.sequence_id)
+            if delta.finish_reason is not None:
+                finished.append((stream, delta.finish_reason))
         for gateway_id, batch in by_gateway.items():
             self._hub.publish(gateway_id, batch)
+        for stream, reason in finished:  # once the frames are on their way
+            self._event_loop.call_soon(self.log_end, stream, reason.value)
+
+    def log_end(self, stream: Stream, outcome: str) -> None:
+        seconds = time.monotonic() - stream.began_at
+        self._hub.log.ended(stream.request.sequence_id, outcome, seconds)
 
     def fail(self, sequence_id: str, error: ServingError) -> None:
         stream = self.close(sequence_id)

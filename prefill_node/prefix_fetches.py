@@ -173,7 +173,7 @@ class PrefixFetches:
 
     async def _try(self, wanted: _Wanted, limit_seconds: float) -> IncomingPrefix | None:
         """What came; None if it failed, of which everybody has heard then."""
-        name = wanted.holder.node.name
+        name, told = wanted.holder.node.name, _ids_of(wanted.sequence)
         try:
             async with asyncio.timeout(limit_seconds):
                 return await self._bring(wanted)
@@ -182,13 +182,14 @@ class PrefixFetches:
         except (ServingError, TimeoutError) as error:
             self._failed(wanted, error)
         except Exception as error:  # the top of the task: the prefix is computed here
-            logger.exception("a prefix could not be fetched from %s", name)
+            logger.exception("a prefix could not be fetched from %s", name, extra=told)
             self._failed(wanted, error)
         return None
 
     def _failed(self, wanted: _Wanted, error: Exception) -> None:
         node = wanted.holder.node
-        logger.warning("a prefix on %s is computed here: %r", node.name, error)
+        told = _ids_of(wanted.sequence)
+        logger.warning("a prefix on %s is computed here: %r", node.name, error, extra=told)
         self.stats.num_failed += 1
         # A refusal cost a call, and says nothing of the next prompt.
         if not isinstance(error, Overloaded) and getattr(error, "reason", None) != _HAS_NONE:
@@ -250,3 +251,9 @@ class PrefixFetches:
         num_tokens, num_steps, seconds = self._counted
         self._estimate.computed(now[0] - num_tokens, now[1] - num_steps, now[2] - seconds)
         self._counted = now
+
+
+def _ids_of(sequence: Sequence) -> dict[str, str]:
+    """For the log."""
+    request = sequence.request
+    return {"request_id": request.request_id, "sequence_id": request.sequence_id}

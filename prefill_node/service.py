@@ -163,9 +163,11 @@ class PrefillHandler:
         if prompt is not None and not prompt.is_done:
             prompt.end()
             self._stop(sequence_id, prompt)
+            self._log_end(prompt, "cancelled")
 
     def orphaned(self, gateway_id: str, sequence_id: str) -> None:
-        logger.warning("gateway %s asked a prefill node about an orphan", gateway_id)
+        told = self._hub.log.facts(sequence_id)
+        logger.warning("gateway %s asked a prefill node about an orphan", gateway_id, extra=told)
 
     def gateway_gone(self, gateway_id: str) -> None:
         for sequence_id, prompt in list(self._prompts.items()):
@@ -201,7 +203,8 @@ class PrefillHandler:
         except ServingError as error:
             self._fail(sequence_id, error)
         except ValueError:
-            logger.exception("the hand-off of %s could not be opened", sequence_id)
+            told = self._hub.log.facts(sequence_id)
+            logger.exception("a hand-off could not be opened", extra=told)
             self._fail(sequence_id, InternalError("The hand-off could not be opened."))
         else:
             prompt.is_sending = True
@@ -244,6 +247,8 @@ class PrefillHandler:
         if delta.finish_reason is not None or delta.error is not None:
             prompt.end()
             self._stop(delta.sequence_id, prompt)
+            if delta.finish_reason is not None:
+                self._log_end(prompt, delta.finish_reason.value)
         elif prompt.is_sending:
             failpoint("prefill.before_commit")
             self._sender.commit(delta.sequence_id, delta.token_ids[-1])
@@ -257,6 +262,7 @@ class PrefillHandler:
             prompt.end()
             delta = TokenDelta(sequence_id=sequence_id, handed_off=True)
             self._hub.publish(prompt.gateway_id, [delta])
+            self._log_end(prompt, "handed off", to=prompt.handoff.decode.name)
 
     def on_failed(self, sequence_id: str, error: ServingError) -> None:
         self._fail(sequence_id, error)
@@ -272,8 +278,12 @@ class PrefillHandler:
         try:
             act()
         except Exception:  # whose it is the log says
-            logger.exception("the node broke over the prompt of %s", sequence_id)
+            logger.exception("the node broke over a prompt", extra=self._hub.log.facts(sequence_id))
             self._fail(sequence_id, InternalError("The node failed at this prompt."))
+
+    def _log_end(self, prompt: Prompt, outcome: str, **facts: object) -> None:
+        seconds = time.monotonic() - prompt.submitted_at
+        self._hub.log.ended(prompt.request.sequence_id, outcome, seconds, **facts)
 
     def _fail(self, sequence_id: str, error: ServingError) -> None:
         prompt = self._prompts.get(sequence_id)

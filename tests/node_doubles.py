@@ -36,7 +36,7 @@ def request(
 ) -> SequenceRequest:
     return SequenceRequest(
         sequence_id=name,
-        request_id=name,
+        request_id=f"request-{name}",
         prompt_token_ids=tuple(range(num_tokens)),
         sampling=SamplingParams(max_tokens=max_tokens, seed=0),
         deadline_seconds=deadline,

@@ -195,6 +195,7 @@ def test_a_refused_sequence_ends_and_the_session_goes_on() -> None:
         refused = await next_delta(call)
         assert refused.sequence_id == "a"
         assert isinstance(refused.error, NodeUnavailable)
+        assert world.hub.log.facts("a")["request_id"] == "r"  # as its line in the log has it
         world.handler.refusal = None
         await call.write(submit("b"))
         await world.handler.until("submit", "b")

@@ -641,3 +641,41 @@ def test_a_first_token_that_the_model_does_not_have_starts_nothing() -> None:
         await world.check_over()
 
     asyncio.run(scenario())
+
+
+# ---- the log ------------------------------------------------------------------------------
+
+
+def ends_told(caplog: pytest.LogCaptureFixture) -> list[tuple[object, object, object]]:
+    """Of each sequence that the log says ended: its request, itself, and how."""
+    facts = [each.__dict__ for each in caplog.records if "a sequence ended" in each.getMessage()]
+    return [
+        (each.get("request_id"), each["sequence_id"], each.get("outcome") or each["error"])
+        for each in facts
+    ]
+
+
+def test_the_log_says_under_the_id_of_the_request_how_each_sequence_ended(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def body(world: World) -> None:
+        await world.reserve(request("a", 9, max_tokens=2))
+        await world.handler.start("a", 77)
+        await world.gateway.until_end()
+        for name in ("b", "c", "d"):
+            await world.reserve(request(name))
+        world.handler.cancel("b")
+        world.handler.on_transfer_failed("c", TransferFailed("broken", reason="digest_mismatch"))
+        world.handler.on_transfer_withdrawn("d")
+        for name in ("b", "c", "d"):
+            world.handler.release(name)
+        await world.check_over()
+
+    with caplog.at_level("INFO"):
+        run(body)
+    assert ends_told(caplog) == [
+        ("request-a", "a", "length"),
+        ("request-b", "b", "cancelled"),
+        ("request-c", "c", "kv_load_failed"),
+        ("request-d", "d", "withdrawn"),
+    ]

@@ -408,3 +408,25 @@ def test_inspect_shows_what_is_queued_and_what_is_sent() -> None:
         assert [lease.sequence_id for lease in reply.leases] == ["a"]
 
     run(body)
+
+
+def test_the_log_says_under_the_id_of_the_request_how_each_prompt_ended(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def body(world: World) -> None:
+        for name in ("a", "b"):
+            world.hub.log.taken(request(name))
+        world.submit(request("a", 9))
+        await world.sender.until("commit")
+        world.handler.on_committed("a")
+        world.handler.on_sources_free("a")
+        world.submit(request("b"))
+        world.handler.cancel("b")
+        await settle(world.loop)
+
+    with caplog.at_level("INFO"):
+        run(body)
+    ends = [each.__dict__ for each in caplog.records if each.getMessage() == "a sequence ended"]
+    told = [(each["request_id"], each["sequence_id"], each["outcome"]) for each in ends]
+    assert told == [("request-a", "a", "handed off"), ("request-b", "b", "cancelled")]
+    assert ends[0]["to"] == HANDOFF.decode.name
