@@ -27,6 +27,7 @@ from torch.nn.functional import embedding
 
 from engine.models.decoder_layer import NO_PLAN, DecoderLayer, StepPlan
 from engine.models.linear import Linear
+from engine.models.pair_pass import PairPass
 from engine.models.rope import cos_sin_cache
 from engine.models.row_pass import RowPass
 from engine.offload import tensor_bytes
@@ -82,6 +83,7 @@ class Decoder:
         self._attention_backend = attention_backend
         self._windows = frozenset(config.layer_windows)
         self._row_pass: RowPass | None = None
+        self._pair_pass: PairPass | None = None
         self._cos_sin = cos_sin_cache(config, max_model_len, device)
         self._embedding, self._lm_head = _empty_ends(config, ranks, dtype, device)
         self._norm = torch.empty(config.hidden_size, dtype=dtype, device=device)
@@ -129,6 +131,7 @@ class Decoder:
         self._lm_head.pack(keep_weight=self.config.tie_word_embeddings)
         if self.offloaded is None:
             self._row_pass = RowPass.of(self._layers, self._ranks)
+            self._pair_pass = PairPass.of(self._layers)
 
     def forward(
         self,
@@ -145,6 +148,8 @@ class Decoder:
         one_row = batch.is_decode and len(residual) == batch.num_samples == 1
         if self._row_pass is not None and one_row:
             return self._row_pass.run(residual, batch, kv_layers, self._cos_sin, plan, on_layer)
+        if self._pair_pass is not None and self._pair_pass.takes(batch):
+            return self._pair_pass.run(residual, batch, kv_layers, self._cos_sin, plan, on_layer)
         last = len(self._layers) - 1
         offloaded = self.offloaded
         if offloaded is not None:

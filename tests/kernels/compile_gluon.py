@@ -14,6 +14,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 
 from kernels.gated_linear import _gated_kernel
 from kernels.gluon_api import gl
+from kernels.pair_mlp import _pair_kernel, cut_of
 from kernels.thin_gated_linear import _thin_gated_kernel
 from kernels.thin_linear import _thin_kernel
 
@@ -59,6 +60,13 @@ THIN_GATED_FLOAT8_TYPES = {"gate_desc": matrix(1, 64, 128, bits=8),
     **SCALED}  # fmt: skip
 GATED_TYPES = {"gate_desc": matrix(128, 64), "up_desc": matrix(128, 64), "x_desc": matrix(64, 64),
     "out_desc": matrix(64, 128), "num_rows": "i32"}  # fmt: skip
+CUT = cut_of(4096, 14336, 132)
+PAIR: dict[str, Any] = {
+    "HIDDEN": 4096, "INTER": 14336, "PROGRAMS": 132, "STAGES": 4, "CHAINED": True, "num_warps": 4,
+    "TILES": CUT and CUT.tiles, "FRONT": CUT and CUT.front, "PARTS": CUT and CUT.parts,
+}  # fmt: skip
+PAIR_TYPES = GATED_TYPES | {"activated_desc": matrix(64, 64), "down_desc": matrix(128, 64),
+    "parts_ptr": "*fp32", "counters_ptr": "*i32"}  # fmt: skip
 
 CASES: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
     "thin_linear": (_thin_kernel, THIN_TYPES, THIN),
@@ -67,6 +75,7 @@ CASES: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
     "thin_linear_float8": (_thin_kernel, THIN_FLOAT8_TYPES, THIN | {"BLOCKS": 2}),
     "thin_gated_linear_float8": (_thin_gated_kernel, THIN_GATED_FLOAT8_TYPES, THIN),
     "gated_linear": (_gated_kernel, GATED_TYPES, GATED),
+    "pair_mlp": (_pair_kernel, PAIR_TYPES, PAIR),
 }
 
 if __name__ == "__main__":

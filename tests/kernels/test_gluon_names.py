@@ -13,7 +13,7 @@ from kernels.gluon_api import HAS_GLUON
 
 NAMES = (
     "thin_linear", "thin_linear_residual", "thin_linear_float8", "thin_gated_linear",
-    "thin_gated_linear_float8", "gated_linear",
+    "thin_gated_linear_float8", "gated_linear", "pair_mlp",
 )  # fmt: skip
 
 
