@@ -2,9 +2,9 @@
 
 1. `PairPass.of` looks at a decoder's layers once their weights are packed: all must be kept in ways
    that `pair_mlp` knows, on a GPU that has it.
-2. In a step that `takes` its rows the products whose inner dimension is cut leave their parts as
-   they are. The norm that follows adds them to the stream: what a kernel of its own would write and
-   read once more stays in the second-level cache.
+2. In a step that it `takes` the MLP of a layer is one kernel, which leaves its result in parts. The
+   norm in front of the next layer adds them to the stream on its way: they are still in the
+   second-level cache, and no kernel writes their sum only for the next one to read it.
 
 The rest of the step is that of any other one.
 """
@@ -12,8 +12,6 @@ The rest of the step is that of any other one.
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
-
-import torch
 
 from engine.models.linear import Linear
 from kernels.pair_mlp import fits_pair_mlp, new_counters, pair_mlp
@@ -24,18 +22,18 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from collections.abc import Sequence as SequenceOf
 
+    import torch
+
     from engine.batch import Batch
     from engine.models.decoder_layer import DecoderLayer, StepPlan
 
 # Rows of a step: with fewer, two tiles of 128 are emptier than the library's.
 _LEAST_ROWS, _MOST_ROWS = 193, 256
-_SLICES = 2  # of the inner dimension of the output product, to fill the multiprocessors
 
 
-class Weights(NamedTuple):
-    """Of the matrices behind a layer's attention."""
+class Mlp(NamedTuple):
+    """Weights of a layer's."""
 
-    output: torch.Tensor
     gate_up: torch.Tensor
     down: torch.Tensor
 
@@ -43,20 +41,18 @@ class Weights(NamedTuple):
 class PairPass:
     """The layers of one decoder. Steps must follow each other: they share counters."""
 
-    def __init__(self, layers: SequenceOf[DecoderLayer], weights: SequenceOf[Weights]) -> None:
-        """`weights`: of each of the layers."""
+    def __init__(self, layers: SequenceOf[DecoderLayer], mlps: SequenceOf[Mlp]) -> None:
+        """`mlps`: of each of the layers."""
         self._layers = layers
-        self._weights = weights
-        self._counters = new_counters(weights[0].down)
+        self._mlps = mlps
+        self._counters = new_counters(mlps[0].down)
 
     @classmethod
     def of(cls, layers: SequenceOf[DecoderLayer]) -> PairPass | None:
         """None where ordinary passes are to be taken."""
-        weights = [own for layer in layers if (own := weights_of(layer)) is not None]
-        if len(weights) < len(layers):
-            return None
-        fits = all(fits_pair_mlp(own.gate_up, own.down) for own in weights)
-        return cls(layers, weights) if fits else None
+        mlps = [mlp for layer in layers if (mlp := mlp_of(layer)) is not None]
+        fits = len(mlps) == len(layers) and all(fits_pair_mlp(*mlp) for mlp in mlps)
+        return cls(layers, mlps) if fits else None
 
     def takes(self, batch: Batch) -> bool:
         """Whether such a step is for this pass."""
@@ -71,40 +67,29 @@ class PairPass:
         plan: StepPlan,
         on_layer: Callable[[int], None] | None = None,
     ) -> torch.Tensor:
-        """The stream behind all layers, in the memory of `residual`; arguments as in
-        `Decoder.forward`."""
+        """The stream behind all layers; arguments as in `Decoder.forward`. It may take the memory
+        of `residual`."""
         last = len(self._layers) - 1
         first = self._layers[0]
         x = rms_norm(residual, first.input_norm, first.eps)
-        for index, (layer, own) in enumerate(zip(self._layers, self._weights, strict=True)):
+        for index, (layer, mlp) in enumerate(zip(self._layers, self._mlps, strict=True)):
             query = layer.store(layer.qkv(x), batch, kv_layers[index], cos_sin, plan)
             if on_layer is not None:
                 on_layer(index)
             attended = layer.attention(query, batch, kv_layers[index], plan)
-            parts = cut_product(attended, own.output)
-            x = sum_rms_norm(residual, parts, layer.post_norm, layer.eps)
-            parts = pair_mlp(x, own.gate_up, own.down, self._counters)
+            residual = layer.output.add_to(attended, residual)
+            x = rms_norm(residual, layer.post_norm, layer.eps)
+            parts = pair_mlp(x, *mlp, self._counters)
             if index < last:
                 x = sum_rms_norm(residual, parts, self._layers[index + 1].input_norm, layer.eps)
         return add_parts(residual, parts)
 
 
-def weights_of(layer: DecoderLayer) -> Weights | None:
-    """None where they are kept in other ways than as plain weights."""
+def mlp_of(layer: DecoderLayer) -> Mlp | None:
+    """None where its weights are kept in other ways than as plain ones of this rank alone."""
     plain = [
         matrix.weight
-        for matrix in (layer.output, layer.gate_up, layer.down)
+        for matrix in (layer.gate_up, layer.down)
         if isinstance(matrix, Linear) and matrix.bias is None
     ]
-    return Weights(*plain) if len(plain) == len(Weights._fields) else None
-
-
-def cut_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Parts of `x @ weight.T`, each over a slice of the inner dimension: float32 `[num_parts,
-    num_rows, out_size]`. The library's, which would sum them in a kernel of its own."""
-    num_rows, in_size = x.shape
-    slices = x.view(num_rows, _SLICES, in_size // _SLICES).transpose(0, 1)
-    columns = weight.view(len(weight), _SLICES, in_size // _SLICES).permute(1, 2, 0)
-    if not x.is_cuda:
-        return torch.bmm(slices.float(), columns.float())
-    return torch.bmm(slices, columns, out_dtype=torch.float32)
+    return Mlp(*plain) if len(plain) == len(Mlp._fields) else None

@@ -13,7 +13,7 @@ from engine import weights
 from engine.batch import Batch
 from engine.models.config import ModelConfig
 from engine.models.decoder import Decoder
-from engine.models.pair_pass import PairPass, weights_of
+from engine.models.pair_pass import PairPass, mlp_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -74,8 +74,8 @@ def run(decoder: Decoder, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, lis
 
 def paired(decoder: Decoder) -> PairPass:
     """Where `of` would not take it."""
-    own = [plain for layer in decoder._layers if (plain := weights_of(layer)) is not None]
-    return PairPass(decoder._layers, own)
+    mlps = [mlp for layer in decoder._layers if (mlp := mlp_of(layer)) is not None]
+    return PairPass(decoder._layers, mlps)
 
 
 def distance(actual: torch.Tensor, expected: torch.Tensor) -> float:
