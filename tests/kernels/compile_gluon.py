@@ -14,7 +14,8 @@ from triton.experimental.gluon._runtime import GluonASTSource
 
 from kernels.gated_linear import _gated_kernel
 from kernels.gluon_api import gl
-from kernels.pair_mlp import _pair_kernel, cut_of
+from kernels.pair_mlp import cut_of
+from kernels.pair_programs import pair_kernel
 from kernels.thin_gated_linear import _thin_gated_kernel
 from kernels.thin_linear import _thin_kernel
 
@@ -75,7 +76,7 @@ CASES: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
     "thin_linear_float8": (_thin_kernel, THIN_FLOAT8_TYPES, THIN | {"BLOCKS": 2}),
     "thin_gated_linear_float8": (_thin_gated_kernel, THIN_GATED_FLOAT8_TYPES, THIN),
     "gated_linear": (_gated_kernel, GATED_TYPES, GATED),
-    "pair_mlp": (_pair_kernel, PAIR_TYPES, PAIR),
+    "pair_mlp": (pair_kernel, PAIR_TYPES, PAIR),
 }
 
 if __name__ == "__main__":
