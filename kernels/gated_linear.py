@@ -3,7 +3,7 @@
 For prompts and batches of 256, where a product is bound by arithmetic: a product of its own and
 `silu_mul` behind it write and read `[num_rows, 2 * intermediate]` once more, 0.17 of 2.96 ms for
 8192 rows of an 8B model, which this saves. Fewer rows are `skinny_linear`'s and
-`thin_gated_linear`'s.
+`thin_gated_linear`'s; a batch of 256 is `pair_mlp`'s, where that knows the matrices.
 
 Life of a thread block (one per multiprocessor, for the whole launch)
     1. It takes every n-th tile of the result, 128 rows by 128 columns, in an order in which blocks
