@@ -15,7 +15,7 @@ sequences    sequence, waiting_queue
 weights      checkpoint_files -> weights -> stored_matrices (layouts) -> weight_views (memory to
              fill); quantized_tensors (arithmetic), kv_scales, offload
 the model    models/decoder over decoder_layer, linear and quantized_linear; models/config;
-             models/row_pass for one sequence, models/pair_pass for some 200
+             models/row_pass for one sequence, models/pair_pass for some 250
 the start    config (options) -> limits ("auto") -> models/loading -> kv_allocation, by workspace
              and memory -> warm_up
 many GPUs    tensor_parallel/

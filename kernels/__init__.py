@@ -9,7 +9,7 @@ Who multiplies (the matrices of `engine/models/` choose; a row is a token, Hoppe
                 to 48, 4k to 8k outputs   thin_linear        Gluon, Hopper       residual
                 gate/up to 64, 113-128    thin_gated_linear  Gluon, Hopper       act
                 gate/up: 256, and more    gated_linear       Gluon, Hopper       act
-                gate/up/down: 193-256     pair_mlp           Gluon, Hopper       act
+                gate/up/down: 240-256     pair_mlp           Gluon, Hopper       act
                 else                      the library, rms_norm, silu_mul
     float8      1                         skinny_linear      Gluon, Hopper       norm, act, residual
                 to 64, 113-128, where

@@ -16,6 +16,8 @@ Life of a thread block, one on each multiprocessor
 Told is by counters that only grow: a block is there when its counter has grown by two, one for
 each half of the rows, since the last launch. How many launches there were each thread block keeps
 for itself, beside the counters.
+
+It takes no part in chained launches (`dispatch.chained_launch`), which gained nothing.
 """
 
 from __future__ import annotations
@@ -25,14 +27,13 @@ from typing import NamedTuple
 import torch
 from torch.nn.functional import linear
 
-from kernels.dispatch import chained_launch, is_hopper, num_multiprocessors
+from kernels.dispatch import is_hopper, num_multiprocessors
 from kernels.gluon_api import HAS_GLUON, in_blocks
 from kernels.pair_programs import pair_kernel
 from kernels.silu_mul import silu_mul
 
 _ROWS, _COLUMNS, _DEPTH = 128, 128, 64  # of a tile of gates, and of a step through it
 _STAGES = 4
-_PART_TYPE = torch.float32
 
 
 class Cut(NamedTuple):
@@ -106,14 +107,12 @@ def _pair_mlp_gluon(
     assert _ROWS < num_rows <= 2 * _ROWS
     assert x.is_contiguous()
     activated = x.new_empty(num_rows, inter)
-    parts = x.new_empty(1 + cut.parts, num_rows, hidden, dtype=_PART_TYPE)
-    chained = chained_launch(x.device)
+    parts = x.new_empty(1 + cut.parts, num_rows, hidden, dtype=torch.float32)
     pair_kernel[(programs,)](
         in_blocks(x, _ROWS // 2, _DEPTH), in_blocks(gate_up[:inter], _COLUMNS, _DEPTH),
         in_blocks(gate_up[inter:], _COLUMNS, _DEPTH), in_blocks(activated, _ROWS // 2, _COLUMNS),
         in_blocks(activated, _ROWS // 2, _DEPTH), in_blocks(down, _COLUMNS, _DEPTH),
         parts, counters, num_rows, HIDDEN=hidden, INTER=inter, PROGRAMS=programs, TILES=cut.tiles,
-        FRONT=cut.front, PARTS=cut.parts, STAGES=_STAGES, CHAINED=chained, num_warps=4,
-        maxnreg=168, launch_pdl=chained,
+        FRONT=cut.front, PARTS=cut.parts, STAGES=_STAGES, num_warps=4, maxnreg=168,
     )  # fmt: skip
     return parts

@@ -6,7 +6,6 @@ activated, and of 256 weight rows, which are gates and ups or rows of the second
 
 from __future__ import annotations
 
-from kernels.dispatch import gdc_launch_dependents, gdc_wait
 from kernels.gluon_api import (
     async_load,
     async_store,
@@ -86,28 +85,15 @@ def _tell(counter_ptr: gl.tensor) -> None:
 def _send_gates(
     x_desc: gl.tensor, gate_desc: gl.tensor, up_desc: gl.tensor, memory: gl.tuple,
     HIDDEN: gl.constexpr, INTER: gl.constexpr, PROGRAMS: gl.constexpr, STAGES: gl.constexpr,
-    CHAINED: gl.constexpr,
 ) -> gl.tuple:  # fmt: skip
     """All of the first product, for the walks to come; the place behind it."""
     x_memory, halves, full, empty = memory
-    tile = gl.program_id(0)
-    for early in gl.static_range(STAGES):  # before the kernel in front has ended
-        bar = full.index(early)
-        mbarrier.expect(bar, 49152)
-        async_load(gate_desc, [tile // 2 * 128, early * 64], bar, halves.index(2 * early))
-        async_load(up_desc, [tile // 2 * 128, early * 64], bar, halves.index(2 * early + 1))
-    if CHAINED:
-        gdc_wait()
-    for early in gl.static_range(STAGES):
-        bar = full.index(early)
-        async_load(x_desc, [tile % 2 * 128, early * 64], bar, x_memory.index(2 * early))
-        async_load(x_desc, [tile % 2 * 128 + 64, early * 64], bar, x_memory.index(2 * early + 1))
     stage = 0
-    phase = 0
+    phase = 1
     for tile in range(gl.program_id(0), 2 * INTER // 128, PROGRAMS):
         row = tile % 2 * 128
         column = tile // 2 * 128
-        for step in range(gl.where(tile < PROGRAMS, STAGES, 0), HIDDEN // 64):
+        for step in range(HIDDEN // 64):
             mbarrier.wait(empty.index(stage), phase)
             bar = full.index(stage)
             mbarrier.expect(bar, 49152)
@@ -127,15 +113,14 @@ def _copy(
     weights: gl.shared_memory_descriptor, full: gl.shared_memory_descriptor,
     empty: gl.shared_memory_descriptor, HIDDEN: gl.constexpr, INTER: gl.constexpr,
     PROGRAMS: gl.constexpr, TILES: gl.constexpr, FRONT: gl.constexpr, PARTS: gl.constexpr,
-    STAGES: gl.constexpr, CHAINED: gl.constexpr,
+    STAGES: gl.constexpr,
 ) -> None:  # fmt: skip
-    halves = reinterpret(weights, weights.dtype, [2 * STAGES, 128, 64], gate_desc.layout)
-    stage, phase = _send_gates(
-        x_desc, gate_desc, up_desc, (x_memory, halves, full, empty), HIDDEN, INTER, PROGRAMS,
-        STAGES, CHAINED,
-    )  # fmt: skip
     epoch_ptr = counters_ptr + 2 * INTER // 128 + gl.program_id(0)
     epoch = gl.load(epoch_ptr) + 1
+    halves = reinterpret(weights, weights.dtype, [2 * STAGES, 128, 64], gate_desc.layout)
+    stage, phase = _send_gates(
+        x_desc, gate_desc, up_desc, (x_memory, halves, full, empty), HIDDEN, INTER, PROGRAMS, STAGES
+    )
     _, tile, first, num_first, second, num_second = _part_of(INTER, PROGRAMS, TILES, FRONT, PARTS)
     row = tile % 2 * 128
     column = tile // 2 * 256
@@ -239,10 +224,8 @@ def pair_kernel(
     activated_desc: gl.tensor, down_desc: gl.tensor, parts_ptr: gl.tensor,
     counters_ptr: gl.tensor, num_rows: gl.tensor, HIDDEN: gl.constexpr, INTER: gl.constexpr,
     PROGRAMS: gl.constexpr, TILES: gl.constexpr, FRONT: gl.constexpr, PARTS: gl.constexpr,
-    STAGES: gl.constexpr, CHAINED: gl.constexpr, num_warps: gl.constexpr,
+    STAGES: gl.constexpr, num_warps: gl.constexpr,
 ) -> None:  # fmt: skip
-    if CHAINED:
-        gdc_launch_dependents()
     DTYPE: gl.constexpr = x_desc.dtype
     TILED: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
@@ -264,8 +247,7 @@ def pair_kernel(
                 weights, out_memory, full, empty, HIDDEN, INTER, PROGRAMS, TILES, FRONT, PARTS,
                 STAGES)),
             (_copy, (x_desc, gate_desc, up_desc, activated_desc, down_desc, counters_ptr, x_memory,
-                weights, full, empty, HIDDEN, INTER, PROGRAMS, TILES, FRONT, PARTS, STAGES,
-                CHAINED)),
+                weights, full, empty, HIDDEN, INTER, PROGRAMS, TILES, FRONT, PARTS, STAGES)),
         ],
         [4, 1],
         [240, 24],

@@ -63,7 +63,7 @@ GATED_TYPES = {"gate_desc": matrix(128, 64), "up_desc": matrix(128, 64), "x_desc
     "out_desc": matrix(64, 128), "num_rows": "i32"}  # fmt: skip
 CUT = cut_of(4096, 14336, 132)
 PAIR: dict[str, Any] = {
-    "HIDDEN": 4096, "INTER": 14336, "PROGRAMS": 132, "STAGES": 4, "CHAINED": True, "num_warps": 4,
+    "HIDDEN": 4096, "INTER": 14336, "PROGRAMS": 132, "STAGES": 4, "num_warps": 4,
     "TILES": CUT and CUT.tiles, "FRONT": CUT and CUT.front, "PARTS": CUT and CUT.parts,
 }  # fmt: skip
 PAIR_TYPES = GATED_TYPES | {"activated_desc": matrix(64, 64), "down_desc": matrix(128, 64),
