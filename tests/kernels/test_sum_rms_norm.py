@@ -23,8 +23,8 @@ def test_the_stream_takes_the_parts_and_is_normed(
     only_summed = residual.clone()
     y = sum_rms_norm(residual, parts, weight, EPS)
     tolerance = 2e-5 if dtype == torch.float32 else 2**-7
-    close = {"rtol": tolerance, "atol": tolerance}
-    torch.testing.assert_close(residual.double(), stream, **close)
-    torch.testing.assert_close(y.double(), stream * scale * weight.double(), **close)
+    expected = stream * scale * weight.double()
+    torch.testing.assert_close(residual.double(), stream, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(y.double(), expected, rtol=tolerance, atol=tolerance)
     assert add_parts(only_summed, parts) is only_summed
     assert torch.equal(only_summed, residual)
