@@ -49,6 +49,7 @@ class ActiveSequence:
     num_reserved_tokens: int  # debited at the decode node until the end
     num_output_tokens: int = 0
     first_token_at: float = 0.0
+    is_on_its_way: bool = True  # it has yet to start on its decode node
 
     @property
     def prefilling(self) -> NodeEntry:
@@ -63,11 +64,6 @@ class ActiveSequence:
     @property
     def state(self) -> SequenceState:
         return self.machine.state
-
-    @property
-    def is_on_its_way(self) -> bool:
-        """It has yet to start on its decode node, or to be heard of from there."""
-        return not self.machine.is_started
 
     @property
     def leaving(self) -> frozenset[NodeId]:

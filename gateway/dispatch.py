@@ -159,6 +159,8 @@ class Dispatcher:
                 continue
             if active.decode.client is client:
                 instructions = active.machine.decode_delta(delta, now)
+                if active.is_on_its_way and active.machine.is_started:
+                    self._attempts.has_come(active)
             elif active.prefill is not None and active.prefill.client is client:
                 instructions = active.machine.prefill_delta(delta, now)
             else:
@@ -189,8 +191,7 @@ class Dispatcher:
         return any(client in (each.decode.client, each.prefilling.client) for each in active)
 
     def is_on_its_way(self, client: NodeClient) -> bool:
-        active = self._attempts.active.values()
-        return any(each.decode.client is client and each.is_on_its_way for each in active)
+        return self._attempts.is_any_on_its_way(client)
 
     # ---- time ----------------------------------------------------------------------------
 

@@ -29,6 +29,9 @@ HEAD_SECONDS = 30.0
 # Longer than the idle time of proxies, which would else send into a closing connection.
 KEEP_ALIVE_SECONDS = 120
 BACKLOG = 2048
+# Key of the scope: a function that ends the connection at once. An end in order waits, for ever,
+# until the client has read what it was sent.
+CUT = "baton.cut"
 _HEAD_TOO_LARGE = (
     b"HTTP/1.1 431 Request Header Fields Too Large\r\n"
     b"content-length: 0\r\nconnection: close\r\n\r\n"
@@ -63,6 +66,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._num_head_bytes = 0
         self._is_in_head = True
         super().on_message_begin()
+        self.scope[CUT] = self.transport.abort  # type: ignore[literal-required]
 
     def on_headers_complete(self) -> None:
         self._is_in_head = False

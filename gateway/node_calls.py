@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING, Any
 
 import grpc
 
+from cluster.errors import NodeLost
 from cluster.proto import node_pb2 as pb
 from cluster.proto import node_pb2_grpc
 from cluster.rpc import error_from_rpc
@@ -18,7 +20,7 @@ MEASURE_SECONDS = 30.0
 
 
 class NodeCalls:
-    """Each raises the node's typed error, or `NodeLost` when it does not answer."""
+    """Each raises the node's typed error, or `NodeLost` when it does not answer, or leaves."""
 
     def __init__(self, channel: grpc.aio.Channel) -> None:
         self._node: Any = node_pb2_grpc.NodeStub(channel)  # type: ignore[no-untyped-call]
@@ -50,3 +52,14 @@ async def _answer(call: Any) -> Any:
         return await call
     except grpc.aio.AioRpcError as error:
         raise error_from_rpc(error) from error
+    except asyncio.CancelledError:
+        if is_cancelled():
+            raise
+        raise NodeLost("The node has left.") from None
+
+
+def is_cancelled() -> bool:
+    """True when the running task itself was asked to end: grpc.aio raises `CancelledError` also for
+    a call that was cut off with its channel, or cancelled by another task."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0

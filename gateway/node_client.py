@@ -37,7 +37,7 @@ from cluster.proto import node_pb2_grpc
 from cluster.request import TokenDelta
 from cluster.rpc import open_channel
 from gateway.departure import Departure
-from gateway.node_calls import NodeCalls
+from gateway.node_calls import NodeCalls, is_cancelled
 from gateway.pulse_watch import PulseWatch
 
 if TYPE_CHECKING:
@@ -179,7 +179,6 @@ class NodeClient:
             await self._shake_hands(call)
             await self._serve(call)
         except asyncio.CancelledError:
-            # grpc.aio raises this for a call that was cancelled here, too: not our own end.
             if is_cancelled():
                 raise
         finally:
@@ -292,12 +291,6 @@ class NodeClient:
                 call.cancel()
                 return
             self._heard_at = self._clock()
-
-
-def is_cancelled() -> bool:
-    """True when the running task itself was asked to end."""
-    task = asyncio.current_task()
-    return task is not None and task.cancelling() > 0
 
 
 def _decoded(message: pb.TokenDelta) -> TokenDelta:

@@ -9,13 +9,12 @@ Life of a stream
 
 A watcher hears of a client that leaves and ends the generation at once, also while the answer
 is still being waited for. A client that stops reading holds at most the socket's buffer; after
-`write_timeout` seconds of that it is taken for gone.
+`write_timeout` seconds of that it is taken for gone, and cut off.
 """
 
 from __future__ import annotations
 
 import asyncio
-import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -24,7 +23,7 @@ from gateway.dialects.responses_frames import ResponsesFrames
 from gateway.frames import KEEP_ALIVE, Frames
 from gateway.http_errors import send_error
 from gateway.request import Route
-from gateway.turns import in_flight, read_turn
+from gateway.turns import ClientStalled, in_flight, read_turn
 
 if TYPE_CHECKING:
     from starlette.types import Receive, Send
@@ -34,8 +33,6 @@ if TYPE_CHECKING:
     from gateway.choice import Choice, Piece
     from gateway.detokenizer import TokenBytes
     from gateway.generation import Generation
-
-logger = logging.getLogger(__name__)
 
 STREAM_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -81,7 +78,8 @@ def _frames(generation: Generation, token_bytes: TokenBytes) -> AnswerFrames:
 
 
 class StreamWriter:
-    """Writes one stream; see the module. `run` returns when the answer is complete."""
+    """Writes one stream; see the module. `run` returns when the answer is complete; it raises
+    `ClientStalled`."""
 
     def __init__(
         self,
@@ -113,6 +111,7 @@ class StreamWriter:
             task = asyncio.current_task()
             if not self._is_stalled or (task is not None and task.uncancel() > 0):
                 raise
+            raise ClientStalled from None
         finally:
             ticking.cancel()
 
@@ -177,7 +176,6 @@ class StreamWriter:
             await asyncio.sleep(times.tick)
             quiet_for = self._clock() - self._wrote_at
             if self._is_writing and quiet_for >= times.write_timeout and writer is not None:
-                logger.info("a client stopped reading its stream")
                 self._is_stalled = True
                 self._generation.leave()
                 writer.cancel()

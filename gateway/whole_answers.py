@@ -13,7 +13,6 @@ An error before that is a plain HTTP answer with its own status.
 from __future__ import annotations
 
 import asyncio
-import logging
 from typing import TYPE_CHECKING
 
 import orjson
@@ -24,7 +23,7 @@ from gateway.dialects.responses_frames import response_object
 from gateway.held_answer import HeldAnswer
 from gateway.http_errors import JSON, send_error, send_json
 from gateway.request import Route
-from gateway.turns import in_flight, read_turn
+from gateway.turns import ClientStalled, in_flight, read_turn
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -36,7 +35,6 @@ if TYPE_CHECKING:
     from gateway.generation import Generation
     from gateway.http_errors import Headers
 
-logger = logging.getLogger(__name__)
 HTTP_OK = 200
 # Rendered between two turns of others, and sent in one write.
 PART_BYTES = 64 * 1024
@@ -51,7 +49,7 @@ async def write_whole(
     write_timeout: float,
     clock: Clock,
 ) -> None:
-    """The answer as one JSON object, or the error that ended it."""
+    """The answer as one JSON object, or the error that ended it. Raises `ClientStalled`."""
     async with in_flight(receive, generation) as has_left:
         held = await _gathered(generation)
         if generation.has_disconnected:
@@ -66,7 +64,7 @@ async def write_whole(
             parts = _parts(generation, held, token_bytes)
             await _send(send, parts, headers, write_timeout=write_timeout, has_left=has_left)
         except TimeoutError:
-            logger.info("a client stopped reading its answer")
+            raise ClientStalled from None
 
 
 async def _gathered(generation: Generation) -> list[HeldAnswer]:

@@ -30,6 +30,7 @@ except ModuleNotFoundError:
     _parse = json.loads
 
 _DONE = b"[DONE]"
+_NONSENSE = (ValueError, LookupError, TypeError, AttributeError)  # what reading it raises
 
 
 class AnswerReader:
@@ -61,7 +62,7 @@ class AnswerReader:
         try:
             for event in self._parser.feed(data):
                 self._take_event(event.data, now)
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
+        except _NONSENSE as error:
             name = "event_too_large" if isinstance(error, EventTooLarge) else "bad_event"
             self._fail(f"stream_{name}", f"{type(error).__name__}: {error}")
 
@@ -72,8 +73,11 @@ class AnswerReader:
         elif not record.chunk_times:
             self._fail("stream_no_content", "the stream ended without any text")
         record.num_output_tokens = len(record.chunk_times)
-        if self._usage is not None:
-            self._take_usage(self._usage)
+        try:
+            if self._usage is not None:
+                self._take_usage(self._usage)
+        except _NONSENSE as error:
+            self._fail("stream_bad_usage", f"{type(error).__name__}: {error}")
 
     def _take_event(self, data: bytes, now: float) -> None:
         if data == _DONE:
@@ -96,20 +100,20 @@ class AnswerReader:
 
     def _take_usage(self, usage: dict[str, Any]) -> None:
         record = self._record
-        record.num_input_tokens = usage.get("prompt_tokens") or record.num_input_tokens
-        if usage.get("completion_tokens"):
-            record.num_output_tokens = usage["completion_tokens"]
+        record.num_input_tokens = _count(usage, "prompt_tokens") or record.num_input_tokens
+        if num_output := _count(usage, "completion_tokens"):
+            record.num_output_tokens = num_output
             record.counted_by = "usage"
         details = usage.get("prompt_tokens_details") or {}
-        record.num_cached_tokens = details.get("cached_tokens") or 0
+        record.num_cached_tokens = _count(details, "cached_tokens") or 0
         if problem := self._contradiction(usage):
             self._fail("stream_wrong_usage", problem)
 
     def _contradiction(self, usage: dict[str, Any]) -> str | None:
         """What cannot be true of the usage; None where all can."""
         record = self._record
-        num_input, num_output = usage.get("prompt_tokens"), usage.get("completion_tokens")
-        total = usage.get("total_tokens")
+        num_input, num_output = _count(usage, "prompt_tokens"), _count(usage, "completion_tokens")
+        total = _count(usage, "total_tokens")
         counts = (num_input, num_output, total)
         if None not in counts and (num_input or 0) + (num_output or 0) != total:
             return f"{num_input} and {num_output} tokens are said to be {total}"
@@ -129,6 +133,13 @@ class AnswerReader:
     def _fail(self, error_class: str, message: str) -> None:
         if self._record.failure is None:  # the first cause; others follow from it
             self._record.failure = RequestFailure(error_class, message)
+
+
+def _count(usage: dict[str, Any], name: str) -> int | None:
+    number = usage.get(name)
+    if number is not None and not isinstance(number, int):
+        raise TypeError(f"{name} is {number!r}")
+    return number
 
 
 def describe_error(error: Any) -> tuple[str, str]:

@@ -7,6 +7,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -18,9 +20,11 @@ from gateway.dialects.messages_errors import message_id
 from gateway.dialects.responses_body import parse_responses
 from gateway.edge import REQUEST_ID
 from gateway.http_errors import as_serving_error, log_refusal, send_error
+from gateway.http_server import CUT
 from gateway.request import Route
 from gateway.schemas import parse_chat, parse_completion
 from gateway.streaming import StreamWriter
+from gateway.turns import ClientStalled
 from gateway.validation import Asked
 from gateway.whole_answers import write_whole
 
@@ -31,6 +35,7 @@ if TYPE_CHECKING:
     from gateway.generation import Generation
     from gateway.request import Request
 
+logger = logging.getLogger(__name__)
 POLICY_HEADER = b"x-baton-kv-load-failure-policy"
 DEADLINE_HEADER = b"x-request-deadline-ms"
 MAX_DEADLINE_MS = 10**9
@@ -61,6 +66,10 @@ class GenerateEndpoint:
             return
         try:
             await self._write(generation, receive, send)
+        except ClientStalled:
+            logger.info("a client stopped reading its answer: it is cut off")
+            scope[CUT]()
+            await asyncio.sleep(0)  # now the server knows
         finally:
             gateway.measures.request_ended(self._route.value, generation.error)
 

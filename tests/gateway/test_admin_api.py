@@ -204,3 +204,25 @@ def test_the_admin_api_documents_itself(admin: httpx.Client) -> None:
     assert set(paths["/admin/v1/nodes/{name}:drain"]["post"]["responses"]) == {"200", "default"}
     assert "/admin/v1/nodes/{name}:cordon" in paths
     assert "/admin/v1/policy" in paths
+
+
+def test_a_node_that_leaves_while_it_is_asked_costs_the_answer_of_no_other(
+    new_gateway: Callable[..., RunningGateway], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running = new_gateway()
+    asked: list[bool] = []
+
+    async def never() -> None:
+        asked.append(True)
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(running.prefill, "inspect", never)
+    url = f"{running.admin.url}/admin/v1/leases"
+    headers = {"authorization": f"Bearer {ADMIN_TOKEN}"}
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(httpx.get, url, headers=headers, timeout=20)
+        running.until(lambda: bool(asked))
+        running.do(running.gateway.nodes.retire, running.prefill.info.id)
+        found = answer.result(20).json()
+    assert found["unreachable"] == ["prefill-0"]
+    assert [lease["node"] for lease in found["leases"]] == ["decode-0"]

@@ -170,6 +170,32 @@ def test_a_decode_node_that_drains_has_its_answer_when_what_waits_for_it_elsewhe
     assert not running.gateway.measures.retries, "nothing had to be moved"
 
 
+class Unseen(dict[str, Any]):
+    def values(self) -> Any:
+        raise AssertionError("all of them were looked at")
+
+
+def test_what_is_on_its_way_is_known_without_a_look_at_every_sequence(
+    new_gateway: NewGateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a node that leaves it is asked at every frame, and at the end of each sequence."""
+    running = new_gateway()
+    with waiting(running) as answers:
+        drain(running, running.decode)
+        attempts, client = running.gateway.dispatcher._attempts, client_of(running, running.decode)
+
+        def settle() -> None:
+            with monkeypatch.context() as patch:
+                patch.setattr(attempts, "active", Unseen(attempts.active))
+                client.settle()
+
+        running.do(settle)
+        assert not running.decode.hub.is_answered
+    assert {answer.result(20).status_code for answer in answers} == {200}
+    running.until(lambda: running.decode.hub.is_answered)
+    assert not attempts._on_their_way
+
+
 def test_what_has_started_is_not_on_its_way_any_more(new_gateway: NewGateway) -> None:
     """Streams run there, and will for long: that is for the node to know."""
     running = new_gateway()

@@ -154,20 +154,25 @@ def test_a_client_that_leaves_a_long_answer_gives_everything_back(
     assert len(parts) < 16 * 400 // TOKENS_OF_A_PART, "nobody renders for who has left"
 
 
+@pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_does_not_read_a_long_answer_is_cut_off(
-    new_gateway: Callable[..., RunningGateway], caplog: pytest.LogCaptureFixture
+    new_gateway: Callable[..., RunningGateway], caplog: pytest.LogCaptureFixture, stream: bool
 ) -> None:
-    caplog.set_level("INFO", "gateway.whole_answers")
+    """Its connection, too: one that is closed in order stays until all has been read."""
+    caplog.set_level("INFO", "gateway.routes.generate")
     running = new_gateway(write_timeout=0.2, node_options={"max_model_len": 4096})
     path, body = LOGPROBS[0]
-    body = {**body, "max_tokens": 400, "n": 16}
+    body = {**body, "max_tokens": 400, "n": 16, "stream": stream}
     data = json.dumps(body).encode()
     head = f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-length: {len(data)}\r\n\r\n"
     with socket.socket() as client:
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         client.connect((running.public.host, running.public.port))
         client.sendall(head.encode() + data)
-        running.until(lambda: "a client stopped reading its answer" in caplog.messages)
+        told = "a client stopped reading its answer: it is cut off"
+        running.until(lambda: told in caplog.messages)
+        running.until(lambda: not running.public._server.server_state.connections)
+    assert not [each for each in caplog.messages if "ASGI" in each]
     everything_is_given_back(running)
 
 

@@ -64,6 +64,14 @@ def test_a_usage_that_cannot_be_true_fails_the_request(
     assert (record.failure and record.failure.message) == problem
 
 
+@pytest.mark.parametrize("usage", [[7], {"prompt_tokens": "7"}, {"prompt_tokens_details": [7]}])
+def test_a_usage_that_cannot_be_read_fails_the_request_alone(usage: Any, wire: Any) -> None:
+    last = wire.event({"choices": [], "usage": usage})
+    record = read(wire, wire.text_chunk("abc", "stop") + last + wire.done)
+    assert record.failure is not None
+    assert record.failure.error_class == "stream_bad_usage"
+
+
 def test_running_usage_in_every_chunk_leaves_the_last_as_the_count(wire: Any) -> None:
     def chunk(count: int) -> Any:
         usage = {"prompt_tokens": 3, "completion_tokens": count}
