@@ -50,7 +50,7 @@ def usage(generation: Generation) -> Json:
 def answer_parts(
     generation: Generation, held: Sequence[HeldAnswer], token_bytes: TokenBytes
 ) -> Iterator[bytes]:
-    """The whole answer as JSON, in parts that take about a millisecond each to make."""
+    """The whole answer as JSON, in parts that take a millisecond or two to make, or less."""
     request = generation.request
     head = {
         "id": answer_id(request),

@@ -2,8 +2,8 @@
 
 Life of a whole answer
     1. What has come is read now and then (`generation.py`), and kept (`held_answer.py`).
-    2. When all choices have ended it is rendered in parts of about a millisecond each: others have
-       their turn between two. A short one is sent with its length.
+    2. When all choices have ended it is rendered in parts: after about a millisecond of that others
+       have their turn. A short one is sent with its length.
     3. A long one is sent part by part, as its client reads it; it never exists as a whole. A client
        that leaves ends it, one that does not read for `write_timeout` seconds is cut off.
 
@@ -36,8 +36,8 @@ if TYPE_CHECKING:
     from gateway.http_errors import Headers
 
 HTTP_OK = 200
-# Rendered between two turns of others, and sent in one write.
-PART_BYTES = 64 * 1024
+PART_BYTES = 64 * 1024  # sent in one write
+TURN_SECONDS = 0.001  # rendered between two turns of others, but for a part that takes longer
 
 
 async def write_whole(
@@ -61,7 +61,7 @@ async def write_whole(
         headers = [(b"openai-processing-ms", took_ms)]
         generation.first_token_sent(generation.first_at)
         try:
-            parts = _parts(generation, held, token_bytes)
+            parts = Rendered(_parts(generation, held, token_bytes), clock)
             await _send(send, parts, headers, write_timeout=write_timeout, has_left=has_left)
         except TimeoutError:
             raise ClientStalled from None
@@ -91,15 +91,15 @@ def _parts(
 
 async def _send(
     send: Send,
-    parts: Iterator[bytes],
+    parts: Rendered,
     headers: Headers,
     *,
     write_timeout: float,
     has_left: Callable[[], bool],
 ) -> None:
     """Raises `TimeoutError` when the client does not read."""
-    body = _joined(parts)
-    following = _joined(parts) if len(body) >= PART_BYTES else b""
+    body = await parts.next()
+    following = await parts.next() if len(body) >= PART_BYTES else b""
     if not following:
         await send_json(send, HTTP_OK, body, headers)
         return
@@ -110,14 +110,24 @@ async def _send(
         async with asyncio.timeout(write_timeout):
             await send(message)
         await asyncio.sleep(0)
-        body, following = following, _joined(parts) if following else b""
+        body, following = following, await parts.next() if following else b""
 
 
-def _joined(parts: Iterator[bytes]) -> bytes:
-    """The next parts, until there is enough for one write."""
-    joined = b""
-    for part in parts:
-        joined += part
-        if len(joined) >= PART_BYTES:
-            break
-    return joined
+class Rendered:
+    """An answer that is rendered while others have their turns."""
+
+    def __init__(self, parts: Iterator[bytes], clock: Clock) -> None:
+        self._parts = parts
+        self._clock = clock
+
+    async def next(self) -> bytes:
+        """Enough for one write, or what is left."""
+        joined, began = b"", self._clock()
+        for part in self._parts:
+            joined += part
+            if len(joined) >= PART_BYTES:
+                break
+            if self._clock() - began >= TURN_SECONDS:
+                await asyncio.sleep(0)
+                began = self._clock()
+        return joined

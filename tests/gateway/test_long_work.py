@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 import threading
@@ -16,10 +17,12 @@ from gateway.held_answer import HeldAnswer
 from gateway.logprob_answers import TOKENS_OF_A_PART
 from gateway.streaming import StreamWriter
 from gateway.tokenizer import INLINE_CHARS, Tokenizer
+from gateway.whole_answers import PART_BYTES, TURN_SECONDS, Rendered
+from tests.cluster.conftest import ManualClock
 from tests.gateway.test_failures import everything_is_given_back
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from tests.gateway.running_gateway import RunningGateway
 
@@ -130,6 +133,35 @@ def test_an_answer_is_read_and_written_in_turns(
     assert sum(read) == sum(rendered) == 3 * 200
     assert max(gathered) < 150, "what a busy node merges comes at once, not nearly all of it"
     assert max(rendered) <= TOKENS_OF_A_PART
+
+
+def test_others_have_their_turn_while_much_is_rendered_into_little() -> None:
+    """Hundreds of parts fill one write: of a plain completion the tokens alone, say."""
+    clock = ManualClock()
+    log: list[str] = []
+
+    def parts() -> Iterator[bytes]:
+        for _ in range(4):
+            log.append("part")
+            clock.advance(0.6 * TURN_SECONDS)
+            yield b"x"
+        yield b"y" * PART_BYTES
+        yield b"z"
+
+    async def others() -> None:
+        while True:
+            log.append("turn")
+            await asyncio.sleep(0)
+
+    async def main() -> None:
+        rendered = Rendered(parts(), clock)
+        busy = asyncio.create_task(others())
+        assert await rendered.next() == b"xxxx" + b"y" * PART_BYTES
+        busy.cancel()
+        assert log == ["part", "part", "turn"] * 2
+        assert [await rendered.next(), await rendered.next()] == [b"z", b""]
+
+    asyncio.run(main())
 
 
 def test_a_client_that_leaves_a_long_answer_gives_everything_back(
