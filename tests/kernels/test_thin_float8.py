@@ -13,7 +13,7 @@ from kernels.thin_ring import Scales
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda")
 # Of the result, as a whole: sums are made in the tensor cores' fast mode.
-ALLOWED = 6e-3
+ALLOWED = 8e-3
 
 
 @pytest.fixture(autouse=True)
