@@ -143,13 +143,14 @@ def drain(
 
 
 def _wait_until_drained(client: AdminClient, name: str) -> str:
-    """The state it ends in. Raises `AdminRefused` when it takes work again."""
+    """The state it ends in. Raises `AdminRefused` when it takes work again. That the gateway has
+    lost it is no end: it may still run what it has, and is reached again, or its entry expires."""
     while True:
         nodes = client.get("/nodes").get("nodes") or ()
         state = next((node.get("state") for node in nodes if node.get("name") == name), "gone")
-        if state in ("drained", "lost", "gone"):
+        if state in ("drained", "gone"):
             return str(state)
-        if state != "draining":
+        if state not in ("draining", "lost"):
             raise AdminRefused(f"{name} is {shown(state)} again: somebody has uncordoned it.")
         time.sleep(POLL_SECONDS)
 

@@ -241,8 +241,8 @@ def test_actions_post_to_the_thing_they_name(
     ("states", "code", "told"),
     [
         (["draining", "draining", "drained"], 0, "drain d: drained"),
-        (["draining", "lost"], 0, "drain d: lost"),
-        (["draining", None], 0, "drain d: gone"),
+        (["draining", "lost", "draining", "drained"], 0, "drain d: drained"),
+        (["draining", "lost", None], 0, "drain d: gone"),
         (["draining", "ready"], EXIT_REFUSED, "d is ready again"),
     ],
 )
