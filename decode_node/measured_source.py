@@ -22,6 +22,8 @@ from engine.loop_errors import unawaited
 from node_parts.spare_blocks import reserve_spare
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable
+
     from cluster.clock import Clock
     from cluster.request import SequenceRequest
     from engine.block_manager import BlockManager
@@ -96,11 +98,13 @@ class MeasuredSource:
         measured.reserved_at = self._clock()
         return reservation
 
-    async def start(self, sequence_id: str, first_token_id: int) -> None:
-        reservation = self._reservations.get(sequence_id)
-        if reservation is None:
-            await self._others.start(sequence_id, first_token_id)
-            return
+    def start(self, sequence_id: str, first_token_id: int) -> Awaitable[None]:
+        if sequence_id not in self._reservations:
+            return self._others.start(sequence_id, first_token_id)
+        self._has_come(sequence_id)
+        return asyncio.sleep(0)  # nothing runs
+
+    def _has_come(self, sequence_id: str) -> None:
         measured = self._measured.get(sequence_id)
         if measured is None:
             raise Cancelled("Nobody waits for this measurement.")

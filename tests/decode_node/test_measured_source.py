@@ -16,7 +16,7 @@ from tests.kv_twins import ManualClock, until
 from tests.sequences import BLOCK_SIZE, compute, make_request, make_sequence
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine
+    from collections.abc import Awaitable, Callable, Coroutine
 
     from cluster.request import SequenceRequest
 
@@ -42,8 +42,9 @@ class Others:
         self.told.append(("reserve", request.sequence_id))
         return "theirs"
 
-    async def start(self, sequence_id: str, first_token_id: int) -> None:
+    def start(self, sequence_id: str, first_token_id: int) -> Awaitable[None]:
         self.told.append(("start", sequence_id))
+        return asyncio.sleep(0)
 
     def release(self, sequence_id: str) -> None:
         self.told.append(("release", sequence_id))
@@ -179,7 +180,9 @@ def test_every_other_sequence_is_the_nodes_own() -> None:
         source.expect("measured", 4)
         request = replace(make_request(range(8)), sequence_id="a")
         assert cast("Any", await source.reserve(request, "g")) == "theirs"
-        await source.start("a", 7)
+        starting = source.start("a", 7)
+        assert bench.others.told[-1] == ("start", "a"), "in this call: its engine need not wait"
+        await starting
         assert source.may_recompute("a", 1)
         source.recompute("a", 1)
         source.on_transfer_failed("a", TransferFailed("x"))
