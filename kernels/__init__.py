@@ -30,8 +30,8 @@ paged_attention is the door to decode, attention_backend chooses for prompts.
 The rest: rope_store (norm of heads, rotation, store), rms_norm, sum_rms_norm, decode_inputs,
 sample (on a GPU by sample_rows, sample_draw and sample_parts, on a CPU by draw; randomness by
 splitmix), between ranks peer_sum and peer_add (small and large tensors) and peer_push (logits), in
-peer_memory; for the hand-off copy_and_digest, seal_digests, copy_blocks, block_digest and
-host_digest; int4_packing. What kernels share is in dispatch and gluon_api; launch is how all of
+peer_memory; for the hand-off copy_and_digest, kept_moves, seal_digests, copy_blocks, block_digest
+and host_digest; int4_packing. What kernels share is in dispatch and gluon_api; launch is how all of
 them are launched. Parts of one kernel each are row_programs, row_phases, row_walk, row_input,
 row_peers, skinny_stream, skinny_walk, skinny_copies, skinny_input, skinny_operand, skinny_output,
 skinny_peers, thin_ring, pair_programs, decode_tiles, combine_parts, gluon_prefill, gluon_producer

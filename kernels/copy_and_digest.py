@@ -9,7 +9,8 @@ model, and a second launch costs the host more than a small frame costs the devi
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from kernels.block_digest import block_digests, multipliers_of
 from kernels.copy_blocks import pack_blocks, unpack_blocks
@@ -17,7 +18,7 @@ from kernels.dispatch import jit_for_any, num_multiprocessors, runs_triton, tl
 from kernels.seal_digests import MAX_STRETCHES, num_right_on_host, seal_on_host, seal_units
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     import torch
 
@@ -114,35 +115,96 @@ def _move(
     sums: Sums,
     num_right: torch.Tensor | None,
 ) -> None:
-    """Tensors go to the kernel as they are: a view of one takes longer than it copies."""
-    num_units, num_parts = places.num_units, len(pools)
-    _, num_blocks, part_bytes = pools[0].shape
-    units_bytes = num_units * num_parts * part_bytes
+    for args, named in calls_of(slot, pools, block_ids, places, sums, num_right):
+        split = split_of(pools, places.num_units, unpacks=num_right is not None)
+        move_kernel[(split.num_programs,)](*args, **named)
+
+
+def calls_of(
+    slot: torch.Tensor,
+    pools: Sequence[torch.Tensor],
+    block_ids: torch.Tensor,
+    places: Places,
+    sums: Sums,
+    num_right: torch.Tensor | None,
+) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
+    """What the kernel is called with for each part. Tensors as they are: a view of one takes longer
+    than it copies."""
+    check_extents(slot, pools, block_ids, places, sums)
+    if places.num_units == 0:
+        return
+    num_parts, part_bytes = len(pools), pools[0].shape[2]
+    unpacks = num_right is not None
+    numbers = numbers_of(places, pools, split_of(pools, places.num_units, unpacks=unpacks))
+    multipliers = multipliers_of(num_parts * part_bytes // 4, slot.device)
+    pieces, piece, shape, columns = _cut(num_parts, part_bytes, unpacks=unpacks)
+    for part, pool in enumerate(pools):
+        args = (
+            pool, slot, block_ids, multipliers, sums.digests, sums.num_added,
+            slot if num_right is None else num_right, places.positions, *numbers,
+        )  # fmt: skip
+        yield args, {
+            "COLUMNS": columns, "PIECES": pieces, "PIECE": piece,
+            "PACKED_PIECE": num_parts * piece, "BEGIN": part * piece, "BLOCK": shape.words,
+            "STAGES": shape.num_stages, "SEALED": _SEALED_AT_ONCE, "UNPACKS": unpacks,
+            "num_warps": shape.num_warps,
+        }  # fmt: skip
+
+
+def check_extents(
+    slot: torch.Tensor,
+    pools: Sequence[torch.Tensor],
+    block_ids: torch.Tensor,
+    places: Places,
+    sums: Sums,
+) -> None:
+    """That a move stays within the memory of these."""
+    num_units = places.num_units
+    units_bytes = num_units * len(pools) * pools[0].shape[2]
     assert units_bytes % 8 == 0
     assert units_bytes + 8 * num_units <= slot.numel()
     assert places.first + places.num_positions <= min(block_ids.numel(), places.positions.numel())
     assert num_units <= sums.digests.numel()
-    if num_units == 0:
-        return
-    num_words = num_parts * part_bytes // 4
-    pieces = 1 if num_parts == 1 else 2  # stretches of a part that stay together when packed
-    piece = part_bytes // 4 // pieces
-    shape = _PACKING if num_right is None else _UNPACKING
-    columns = pieces * -(-piece // shape.words)
-    most_stretches = max(1, min(num_multiprocessors(slot.device) // columns, MAX_STRETCHES))
+
+
+class Split(NamedTuple):
+    """How a move is shared out. num_adding: programs, of all parts, that work on one stretch."""
+
+    num_programs: int
+    units_per_program: int
+    num_adding: int
+
+
+def split_of(pools: Sequence[torch.Tensor], num_units: int, *, unpacks: bool) -> Split:
+    return _split(num_units, len(pools), pools[0].shape[2], pools[0].device, unpacks)
+
+
+@lru_cache(maxsize=1024)
+def _split(
+    num_units: int, num_parts: int, part_bytes: int, device: torch.device, unpacks: bool
+) -> Split:
+    *_, columns = _cut(num_parts, part_bytes, unpacks=unpacks)
+    most_stretches = max(1, min(num_multiprocessors(device) // columns, MAX_STRETCHES))
     units_per_program = -(-num_units // most_stretches)
     num_stretches = -(-num_units // units_per_program)
-    multipliers = multipliers_of(num_words, slot.device)
-    for part, pool in enumerate(pools):
-        _move_kernel[(columns * num_stretches,)](
-            pool, slot, block_ids, multipliers, sums.digests, sums.num_added,
-            slot if num_right is None else num_right, places.positions, places.seed,
-            places.layer_start, places.num_positions, places.first, num_blocks, num_units,
-            units_per_program, columns * num_parts, COLUMNS=columns, PIECES=pieces, PIECE=piece,
-            PACKED_PIECE=num_words // pieces, BEGIN=part * piece,
-            BLOCK=shape.words, STAGES=shape.num_stages, SEALED=_SEALED_AT_ONCE,
-            UNPACKS=num_right is not None, num_warps=shape.num_warps,
-        )  # fmt: skip
+    return Split(columns * num_stretches, units_per_program, columns * num_parts)
+
+
+def _cut(num_parts: int, part_bytes: int, *, unpacks: bool) -> tuple[int, int, _Shape, int]:
+    """Stretches of a part that stay together when packed, words of each, what a program copies at
+    a time, and how many of these a part has."""
+    pieces = 1 if num_parts == 1 else 2
+    piece = part_bytes // 4 // pieces
+    shape = _UNPACKING if unpacks else _PACKING
+    return pieces, piece, shape, pieces * -(-piece // shape.words)
+
+
+def numbers_of(places: Places, pools: Sequence[torch.Tensor], split: Split) -> tuple[int, ...]:
+    """What is behind the tensors of a call."""
+    return (
+        places.seed, places.layer_start, places.num_positions, places.first, pools[0].shape[1],
+        places.num_units, split.units_per_program, split.num_adding,
+    )  # fmt: skip
 
 
 @jit_for_any(
@@ -155,7 +217,7 @@ def _move(
     "units_per_program",
     "num_adding",
 )
-def _move_kernel(
+def move_kernel(
     pool_ptr: tl.tensor, slot_ptr: tl.tensor, ids_ptr: tl.tensor, multipliers_ptr: tl.tensor,
     digests_ptr: tl.tensor, num_added_ptr: tl.tensor, num_right_ptr: tl.tensor,
     positions_ptr: tl.tensor, seed: tl.tensor, layer_start: tl.tensor, num_ids: tl.tensor,

@@ -35,7 +35,7 @@ except ImportError:
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Sequence
 
-__all__ = ["Launches", "direct", "read", "width_of_int"]
+__all__ = ["KeptLaunch", "Launches", "direct", "read", "width_of_int"]
 
 # A torch without CUDA has neither.
 _device_of_cuda: Callable[[], int] | None = getattr(torch._C, "_cuda_getDevice", None)
@@ -68,6 +68,19 @@ class _Compiled(NamedTuple):
         return cls(run.launch, (compiled.function, *modes, *scratch, metadata, *hooks), compiled)
 
 
+class KeptLaunch(NamedTuple):
+    """Of calls that differ in their values alone, which is for the caller to know: values are those
+    of `read`. To find that out of arguments takes longer than all else that a launch takes."""
+
+    run: Callable[..., object]
+    kernel: tuple[object, ...]
+    constants: tuple[None, ...]
+
+    def __call__(self, num_programs: int, stream: int, *values: object) -> None:
+        """On this stream, which need not be the current one."""
+        self.run(num_programs, 1, 1, stream, *self.kernel, *values, *self.constants)
+
+
 class Launches:
     """One kernel's: `launches(grid, *args, **named)` is `kernel[grid](*args, **named)`."""
 
@@ -98,13 +111,8 @@ class Launches:
         self._compiled: dict[Hashable, _Compiled] = {}
 
     def __call__(self, grid: tuple[int, ...], *args: object, **named: object) -> None:
-        kinds, values = read(args)
-        if len(args) == self._num_given:
-            for index in self._for_any:
-                if type(args[index]) is int:
-                    kinds[index] = width_of_int(args[index])
         device = self._device()
-        key = (device, tuple(kinds), tuple(named), tuple(named.values()))
+        key, kinds, values = self._read(device, args, named)
         compiled = self._compiled.get(key)
         if compiled is None:
             ran = self._kernel.run(*args, grid=grid, warmup=False, **named)
@@ -114,6 +122,23 @@ class Launches:
         run, kernel, _ = compiled
         x, y, z = (*grid, 1, 1)[:3]
         run(x, y, z, self._stream(device), *kernel, *values, *self._constants)
+
+    def kept(self, *args: object, **named: object) -> KeptLaunch | None:
+        """How a call like this one was launched before; None if none was."""
+        key, _, _ = self._read(self._device(), args, named)
+        compiled = self._compiled.get(key)
+        return None if compiled is None else KeptLaunch(*compiled[:2], self._constants)
+
+    def _read(
+        self, device: int, args: tuple[object, ...], named: dict[str, object]
+    ) -> tuple[Hashable, list[Any], list[object]]:
+        """The key, and what `read` gives."""
+        kinds, values = read(args)
+        if len(args) == self._num_given:
+            for index in self._for_any:
+                if type(args[index]) is int:
+                    kinds[index] = width_of_int(args[index])
+        return (device, tuple(kinds), tuple(named), tuple(named.values())), kinds, values
 
     def _remember(self, key: Hashable, ran: Any) -> None:
         """ran: what Triton says that it launched; unknown versions may say anything else."""

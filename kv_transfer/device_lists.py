@@ -27,11 +27,18 @@ class DeviceLists:
         self._kept: dict[tuple[int, ...], _Numbers] = {}  # the one used last is last
         self._recent: deque[tuple[tuple[int, ...], _Numbers]] = deque(maxlen=_RECENT)
 
-    def get(self, numbers: tuple[int, ...]) -> torch.Tensor:
-        """int64 `[max_length]` on the device; the first are these."""
+    def recent(self, numbers: tuple[int, ...]) -> torch.Tensor | None:
+        """As `get`, if the same object was asked for a moment ago."""
         for each, found in self._recent:
             if each is numbers:
                 return found.on_device
+        return None
+
+    def get(self, numbers: tuple[int, ...]) -> torch.Tensor:
+        """int64 `[max_length]` on the device; the first are these. Copied on the current stream."""
+        recent = self.recent(numbers)
+        if recent is not None:
+            return recent
         found = self._find(numbers)
         self._recent.append((numbers, found))
         return found.on_device

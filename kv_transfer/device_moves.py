@@ -14,11 +14,12 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
-from kernels.copy_and_digest import pack_and_seal, unpack_and_check
+from kernels.kept_moves import KeptMoves
 from kernels.seal_digests import Places, Sums, Verdict
 from kv_transfer.device_lists import NUM_KEPT, DeviceLists
 from kv_transfer.digests import DigestKind, PlaceSeal, digest_seed
@@ -27,7 +28,7 @@ from kv_transfer.polling import EventQueue
 from kv_transfer.protocol import MAX_UNITS_PER_FRAME
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
 
 T = TypeVar("T")
@@ -44,7 +45,6 @@ class DeviceMoves:
         num_lists: int = NUM_KEPT,
     ) -> None:
         """`num_lists`: of block ids and of positions, that stay on the device."""
-        self._pools = pools
         self._takes_digests = takes_digests
         self._device = pools[0].device
         # A move is short, and somebody waits for it.
@@ -55,6 +55,7 @@ class DeviceMoves:
         self._ascending = torch.arange(MAX_UNITS_PER_FRAME, device=self._device)
         self._notes: deque[_Notes] = deque()
         self._ends = EventQueue()
+        self._kernels = KeptMoves(pools, self._stream)
         self._warm_up()
 
     @property
@@ -65,30 +66,20 @@ class DeviceMoves:
         self, slot: torch.Tensor, frame: FramePlace, after: torch.Event | None
     ) -> asyncio.Future[None]:
         """Units and sealed digests are in the slot, once `after` had happened."""
-        torch.cuda.set_stream(self._stream)
-        try:
-            if after is not None:
-                self._stream.wait_event(after)
-            notes = self._take_notes()
-            pack_and_seal(slot, self._pools, *self._blocks_of(frame), self._sums_of(notes))
-            notes.done.record(self._stream)
-        finally:
-            torch.cuda.set_stream(self._others)
+        if after is not None:
+            self._stream.wait_event(after)
+        notes = self._take_notes()
+        self._kernels.pack(slot, *self._blocks_of(frame), self._sums_of(notes))
+        notes.done.record(self._stream)
         return self._end(notes, lambda: None)
 
     def scatter(self, slot: torch.Tensor, frame: FramePlace) -> asyncio.Future[bool]:
         """Whether the digests of what was put into blocks are those behind it."""
-        torch.cuda.set_stream(self._stream)
-        try:
-            notes = self._take_notes()
-            notes.verdict.reset()
-            unpack_and_check(
-                slot, self._pools, *self._blocks_of(frame), self._sums_of(notes),
-                notes.verdict.num_right,
-            )  # fmt: skip
-            notes.done.record(self._stream)
-        finally:
-            torch.cuda.set_stream(self._others)
+        notes = self._take_notes()
+        notes.verdict.reset()
+        num_right, sums = notes.verdict.num_right, self._sums_of(notes)
+        self._kernels.unpack(slot, *self._blocks_of(frame), sums, num_right)
+        notes.done.record(self._stream)
         if not self._takes_digests:
             return self._end(notes, lambda: True)
         return self._end(notes, lambda: notes.verdict.has_verified(frame.num_units))
@@ -99,24 +90,40 @@ class DeviceMoves:
     def prepare(self, table: tuple[int, ...]) -> None:
         """Frames of these blocks will come, and name it."""
         if len(table) <= MAX_UNITS_PER_FRAME:
-            torch.cuda.set_stream(self._stream)
-            try:
-                self._lists.get(table)
-            finally:
-                torch.cuda.set_stream(self._others)
+            self._list_of(table)
 
     def _blocks_of(self, frame: FramePlace) -> tuple[torch.Tensor, Places]:
         """Which blocks, and their places."""
         seal, table, num = frame.seal, frame.table, len(frame.block_ids)
         if table is not None and len(table) <= MAX_UNITS_PER_FRAME and frame.is_stretch:
-            ids, positions, first = self._lists.get(table), self._ascending, seal.positions[0]
+            ids, positions, first = self._list_of(table), self._ascending, seal.positions[0]
         else:
-            ids, first = self._lists.get(frame.block_ids), 0
-            positions = self._lists.get(seal.positions)
+            ids, first = self._list_of(frame.block_ids), 0
+            positions = self._list_of(seal.positions)
         return ids, Places(seal.seed, seal.layer_start, seal.num_layers, positions, num, first)
 
+    def _list_of(self, numbers: tuple[int, ...]) -> torch.Tensor:
+        """On the device, for kernels that follow on the side stream."""
+        recent = self._lists.recent(numbers)
+        if recent is not None:
+            return recent
+        with self._on_side_stream():
+            return self._lists.get(numbers)
+
     def _take_notes(self) -> _Notes:
-        return self._notes.pop() if self._notes else _Notes(self._device)
+        if self._notes:
+            return self._notes.pop()
+        with self._on_side_stream():  # which fills them with zeros
+            return _Notes(self._device)
+
+    @contextmanager
+    def _on_side_stream(self) -> Iterator[None]:
+        """Seldom: to set a stream takes as long as to launch a kernel."""
+        torch.cuda.set_stream(self._stream)
+        try:
+            yield
+        finally:
+            torch.cuda.set_stream(self._others)
 
     def _end(self, notes: _Notes, finish: Callable[[], T]) -> asyncio.Future[T]:
         ended: asyncio.Future[T] = asyncio.get_running_loop().create_future()
@@ -138,8 +145,8 @@ class DeviceMoves:
         slot = torch.empty(self._unit_bytes + 8, dtype=torch.uint8, device=self._device)
         frame = FramePlace(PlaceSeal(digest_seed(b"", b""), 0, 1, (0,)), (0,))
         notes, blocks = self._take_notes(), self._blocks_of(frame)
-        pack_and_seal(slot, self._pools, *blocks, notes.sums)
-        unpack_and_check(slot, self._pools, *blocks, notes.sums, notes.verdict.num_right)
+        self._kernels.pack(slot, *blocks, notes.sums)
+        self._kernels.unpack(slot, *blocks, notes.sums, notes.verdict.num_right)
         torch.cuda.synchronize(self._device)
         self._notes.append(notes)
 

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from kernels.dispatch import interpreted
-from kv_transfer import device_moves
 from kv_transfer.device_moves import DeviceMoves
 from kv_transfer.digests import PlaceSeal, digest_seed
 from kv_transfer.frame_place import FramePlace
@@ -72,7 +71,7 @@ def test_a_comparison_that_never_ran_verifies_nothing_even_after_one_that_did(
     async def scenario() -> None:
         slot = await gathered(moves)
         assert await moves.scatter(slot, FRAME)
-        monkeypatch.setattr(device_moves, "unpack_and_check", lambda *_: None)
+        monkeypatch.setattr(moves._kernels, "unpack", lambda *_: None)
         assert not await moves.scatter(slot, FRAME)
 
     asyncio.run(scenario())
@@ -89,11 +88,11 @@ def test_blocks_are_those_of_the_table_at_the_positions(
         ids = tuple(table[position] for position in positions)
         slot = torch.zeros(6 * (UNIT_BYTES + 8), dtype=torch.uint8)
         await moves.gather(slot, FramePlace(seal, ids), after=None)
-        expected = moves._pools[0].clone()
-        moves._pools[0][:, list(ids)] = 0
+        expected = moves._kernels._pools[0].clone()
+        moves._kernels._pools[0][:, list(ids)] = 0
         if is_prepared:
             moves.prepare(table)
         assert await moves.scatter(slot, FramePlace(seal, ids, table))
-        assert torch.equal(moves._pools[0], expected)
+        assert torch.equal(moves._kernels._pools[0], expected)
 
     asyncio.run(scenario())

@@ -34,8 +34,8 @@ DEVICE_ROWS = (
             ),
             Mutation(
                 DEVICE_MOVES,
-                "            notes.verdict.reset()\n",
-                "            pass\n",
+                "        notes.verdict.reset()\n",
+                "        pass\n",
                 MOVES + NEVER_RAN,
             ),
             Mutation(
