@@ -51,7 +51,7 @@ PROGRAMS = (
 
 
 def usage() -> str:
-    lines = ["usage: baton COMMAND [OPTIONS]", "", "Serve language models with split pools.", ""]
+    lines = ["usage: baton COMMAND [options]", "", "Serve language models with split pools.", ""]
     lines += [f"  {program.name:<10} {program.summary}" for program in PROGRAMS]
     lines += ["", "`baton COMMAND --help` lists the options; `baton --version` the version."]
     return "\n".join(lines)

@@ -23,6 +23,7 @@ _STATE_STYLES = {
     "draining": "yellow",
     "drained": "cyan",
     "lost": "red",
+    "200": "green",
     "down": "red",
 }
 
@@ -64,9 +65,36 @@ def _blocks_in_use(entry: Entry) -> object:
 def _seconds(name: str) -> Callable[[Entry], object]:
     def read(entry: Entry) -> object:
         value = entry.get(name)
-        return None if value is None else f"{float(value):.1f} s"
+        return None if value is None else f"{float(value):.1f}s"
 
     return read
+
+
+def _milliseconds(name: str) -> Callable[[Entry], object]:
+    def read(entry: Entry) -> object:
+        value = entry.get(name)
+        return None if value is None else f"{float(value) * 1e3:.0f}ms"
+
+    return read
+
+
+def _how(entry: Entry) -> object:
+    """The code of its error, or what ended its choices."""
+    return entry.get("error") or _in_one_word(entry.get("finish"))
+
+
+def _why(entry: Entry) -> object:
+    """A finer cause, or the field that was refused."""
+    return entry.get("reason") or entry.get("param")
+
+
+def _pairs(entry: Entry) -> object:
+    return _in_one_word(entry.get("nodes"))
+
+
+def _in_one_word(text: str | None) -> str | None:
+    """For awk."""
+    return None if text is None else text.replace(" ", "")
 
 
 NODES = (
@@ -87,12 +115,29 @@ NODES = (
 REQUESTS = (
     Column("REQUEST", _field("id")),
     Column("STATE", _field("state")),
-    Column("MODEL", _field("model"), rank=2),
+    Column("MODEL", _field("model"), rank=3),
     Column("PREFILL", _field("prefill_node")),
     Column("DECODE", _field("decode_node")),
     Column("PROMPT", _field("prompt_tokens"), is_number=True, rank=1),
     Column("OUTPUT", _field("output_tokens"), is_number=True),
+    Column("TTFT", _milliseconds("ttft_seconds"), is_number=True),
     Column("AGE", _seconds("age_seconds"), is_number=True),
+    Column("RETRIES", _field("num_retries"), is_number=True, rank=2),
+)
+ENDED = (
+    Column("AGO", _seconds("ended_seconds_ago"), is_number=True),
+    Column("REQUEST", _field("id")),
+    Column("STATUS", _field("status"), is_number=True),
+    Column("HOW", _how),
+    Column("REASON", _why, rank=1),
+    Column("NODES", _pairs, rank=3),
+    Column("ROUTE", _field("route"), rank=6),
+    Column("MODEL", _field("model"), rank=7),
+    Column("PROMPT", _field("prompt_tokens"), is_number=True, rank=5),
+    Column("OUTPUT", _field("output_tokens"), is_number=True, rank=4),
+    Column("TTFT", _milliseconds("ttft_seconds"), is_number=True, rank=2),
+    Column("TOOK", _seconds("duration_seconds"), is_number=True),
+    Column("RETRIES", _field("num_retries"), is_number=True, rank=2),
 )
 LEASES = (
     Column("LEASE", _field("id")),

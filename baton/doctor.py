@@ -11,7 +11,6 @@ Exit code 0 when there is no problem, 4 otherwise.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import resource
@@ -21,7 +20,7 @@ import subprocess
 import sys
 from dataclasses import asdict, dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from rich.console import Console
 from rich.markup import escape
@@ -32,7 +31,9 @@ from baton.doctor_cluster import LEGEND, PairVerdict, cluster_table, measure_clu
 from baton.doctor_pairs import MeasuredPair, measure_machine, measure_pairs, pair_table
 from baton.embedded_redis import find_redis_server
 from baton.pair_plan import Plan
+from cluster.config import load_config, render_config
 from cluster.errors import ConfigError, ServingError
+from cluster.options import option
 from loadtest.metadata import collect_metadata
 
 if TYPE_CHECKING:
@@ -64,54 +65,86 @@ class Finding:
     detail: str
 
 
-def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser("baton doctor", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument(
-        "--pairs",
-        action="store_true",
-        help="measure how fast KV moves between the GPUs, and the processes, of this machine",
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DoctorConfig:
+    """Without any of these the doctor looks at this machine, and measures nothing."""
+
+    pairs: bool = option(
+        False,
+        help="Also measure how fast KV moves between the GPUs, and the processes, of this machine.",
+        group="This machine",
     )
-    parser.add_argument(
-        "--listen",
+    listen: str | None = option(
+        None,
+        help="Do nothing but wait for --to from other machines (0.0.0.0:9300); Ctrl-C ends it.",
+        group="Two machines",
         metavar="HOST:PORT",
-        help="do nothing but wait for --to from other machines (0.0.0.0:9300 …); Ctrl-C ends it",
     )
-    parser.add_argument(
-        "--to", metavar="HOST:PORT", help="measure how fast KV moves to a machine that listens"
+    to: str | None = option(
+        None,
+        help="Also measure how fast KV moves to a machine that listens.",
+        group="Two machines",
+        metavar="HOST:PORT",
     )
-    parser.add_argument(
-        "--device", default="cpu", help="where the KV of --listen and --to is: cpu, cuda:0 …"
+    device: str = option(
+        "cpu", help="Where the KV of --listen and --to is: cpu, cuda:0 ...", group="Two machines"
     )
-    parser.add_argument(
-        "--cluster",
-        action="store_true",
-        help="do nothing but measure how fast KV moves between the nodes of a running cluster",
+    cluster: bool = option(
+        False,
+        help="Do nothing but measure how fast KV moves between the nodes of a running cluster.",
+        group="A cluster",
     )
-    parser.add_argument(
-        "--admin-url",
-        default=os.environ.get("BATON_ADMIN_URL", DEFAULT_URL),
-        help="where the admin API of that cluster's gateway is (BATON_ADMIN_URL)",
+    admin_url: str = option(
+        DEFAULT_URL,
+        help="Where the admin API of that cluster's gateway is.",
+        group="A cluster",
+        metavar="URL",
     )
-    parser.add_argument(
-        "--admin-token",
-        default=os.environ.get("BATON_ADMIN_TOKEN"),
-        help="its token (BATON_ADMIN_TOKEN); default: what `baton serve` left for this user",
+    admin_token: str | None = option(
+        None,
+        help="Its token. Default: what `baton serve` left on this machine for this user.",
+        group="A cluster",
+        secret=True,
+        metavar="TOKEN",
     )
-    parser.add_argument(
-        "--json",
-        action="store_true",
-        help="print it, and the versions of everything, as one JSON object",
+    output: Literal["table", "json"] = option(
+        "table",
+        help="json: one object, with the versions of everything.",
+        group="Report",
+        short="-o",
     )
-    arguments = parser.parse_args(list(argv))
-    if arguments.listen is not None:
-        return listen(arguments.listen, arguments.device)
-    if arguments.cluster:
-        return look_at_cluster(arguments.admin_url, arguments.admin_token, arguments.json)
+
+    @property
+    def is_json(self) -> bool:
+        return self.output == "json"
+
+
+def main(argv: Sequence[str]) -> int:
+    """Raises `UsageError` and `ConfigError`; the caller prints them."""
+    loaded = load_config(
+        "baton doctor",
+        (DoctorConfig,),
+        argv,
+        os.environ,
+        description="What is installed on this machine, and whether it works.",
+    )
+    if loaded.show_config:
+        print(render_config(loaded), end="")
+        return 0
+    asked = loaded[DoctorConfig]
+    if asked.listen is not None:
+        return listen(asked.listen, asked.device)
+    if asked.cluster:
+        return look_at_cluster(asked.admin_url, asked.admin_token, asked.is_json)
+    return look_at_machine(asked)
+
+
+def look_at_machine(asked: DoctorConfig) -> int:
     findings = examine()
-    pairs = measure_pairs() if arguments.pairs else []
-    if arguments.to is not None:
-        pairs.append(measure_machine(arguments.to, arguments.device))
-    if arguments.json:
+    pairs = measure_pairs() if asked.pairs else []
+    if asked.to is not None:
+        pairs.append(measure_machine(asked.to, asked.device))
+    if asked.is_json:
         facts = {
             "findings": [asdict(finding) for finding in findings],
             "metadata": collect_metadata().as_dict(),

@@ -33,12 +33,13 @@ def build_parser(
     show_advanced: bool = False,
 ) -> argparse.ArgumentParser:
     """The parser of a program: one group of flags for each section or named group."""
-    metavar = f" [{positional.upper()}]" if positional is not None else ""
+    named = next((o for o in options if o.name == positional), None)
     width = min(shutil.get_terminal_size().columns - 2, 110)
     parser = _Parser(
         prog=program,
-        usage=f"{program}{metavar} [options]",
+        usage=f"{program}{_usage_of(named)} [options]",
         description=description,
+        epilog=_other_ways(options),
         formatter_class=lambda prog: argparse.HelpFormatter(
             prog, max_help_position=34, width=width
         ),
@@ -47,13 +48,32 @@ def build_parser(
         add_help=False,
     )
     _add_general_flags(parser, hides_some=any(o.advanced for o in options))
-    if positional is not None:
-        (named,) = (o for o in options if o.name == positional)
+    if named is not None:
         parser.add_argument_group("Argument").add_argument(
-            POSITIONAL_DEST, nargs="?", metavar=positional.upper(), help=_help_text(named)
+            POSITIONAL_DEST,
+            nargs="*" if named.is_list else "?",
+            metavar=named.name.upper(),
+            help=_help_text(named),
         )
     _add_options(parser, options, positional, show_advanced=show_advanced)
     return parser
+
+
+def _other_ways(options: Sequence[Option]) -> str:
+    """The same of every program, so that it need not stand beside each option. The example is a
+    secret where there is one, as nobody writes these as flags."""
+    example = next((each for each in options if each.secret), options[0])
+    return (
+        f"Every option is also an environment variable, {example.flag} as {example.variable}, and "
+        "a key of the file of --config. A flag beats a variable, a variable the file."
+    ).replace("%", "%%")
+
+
+def _usage_of(positional: Option | None) -> str:
+    if positional is None:
+        return ""
+    name = positional.name.upper() + (" ..." if positional.is_list else "")
+    return f" {name}" if positional.is_required else f" [{name}]"
 
 
 def _add_options(

@@ -5,7 +5,7 @@ a request    http_server -> edge (id, key) -> app -> routes/ -> body -> schemas 
              gateway.begin
 its way      admission -> prefix_lookup -> router (a pure choice, by policy) -> dispatch
 a sequence   sequence_machine (pure; says sequence_instructions) inside dispatch; active, attempts:
-             what is in flight; retries: whether it is tried again
+             what is in flight; retries: whether it is tried again; request_book: how it ended
 nodes        nodes (known) -> node_client (a session each, by node_frames; node_calls beside it);
              pulse_watch: silent? departure (pure): does it leave in order?
 the answer   generation of choices (detokenizer, stop_strings, thoughts, tools/; markers) ->

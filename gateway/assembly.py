@@ -16,6 +16,7 @@ from gateway.node_client import NodeClient
 from gateway.nodes import Nodes
 from gateway.policy import Policy, PolicyHolder
 from gateway.prefix_lookup import PrefixLookup
+from gateway.request_book import RequestBook
 from gateway.sequence_instructions import Patience
 from gateway.validation import Validator
 
@@ -67,6 +68,7 @@ def assemble(
         lookup=PrefixLookup(index, nodes, policy, tokenizer.executor),
         policy=policy,
         measures=measures,
+        book=RequestBook(),
         clock=clock,
         started_at=int(time.time()),
     )

@@ -13,9 +13,9 @@ import secrets
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
-from cluster.errors import ModelNotFound, NodeUnavailable, Overloaded, ServingError
+from cluster.errors import ModelNotFound, NodeUnavailable, Overloaded
 from gateway.generation import Generation
-from gateway.http_errors import log_refusal
+from gateway.http_errors import as_serving_error, log_refusal
 from gateway.streaming import StreamTimes
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from gateway.policy import PolicyHolder
     from gateway.prefix_lookup import PrefixLookup
     from gateway.request import Request
+    from gateway.request_book import RequestBook
     from gateway.tokenizer import Tokenizer
     from gateway.validation import Validator
 
@@ -49,6 +50,7 @@ class Gateway:
         lookup: PrefixLookup,
         policy: PolicyHolder,
         measures: Measures,
+        book: RequestBook,
         clock: Clock,
         started_at: int,
     ) -> None:
@@ -61,6 +63,7 @@ class Gateway:
         self.admission = admission
         self.policy = policy
         self.measures = measures
+        self.book = book
         self.clock = clock
         self.started_at = started_at
         self.times = StreamTimes(
@@ -113,6 +116,8 @@ class Gateway:
             admitted = self.admission.admit(request.num_sequences, num_tokens)
         except Overloaded as error:
             self.measures.rejections[error.reason or "overloaded"] += 1
+            seconds = self.clock() - arrived_at
+            self.book.refused(request.request_id, request.route.value, error, seconds)
             log_refusal(error, request.route.value)
             raise
         generation = Generation(
@@ -121,6 +126,7 @@ class Gateway:
             dispatcher=self.dispatcher,
             admitted=admitted,
             measures=self.measures,
+            book=self.book,
             stream_interval=self.policy.current.stream_interval,
             arrived_at=arrived_at,
             clock=self.clock,
@@ -130,9 +136,12 @@ class Gateway:
             undo.callback(generation.close)
             try:
                 await self._submit(generation)
-            except ServingError as error:
-                generation.fail(error)
-                raise
+            except Exception as error:  # whatever it is, the request has not ended well
+                known = as_serving_error(error)
+                generation.fail(known)
+                if known is error:
+                    raise
+                raise known from error
             undo.pop_all()
         return generation
 

@@ -15,10 +15,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from dataclasses import fields
 from typing import TYPE_CHECKING
 
 from cluster.errors import Cancelled, ServingError
 from gateway.choice import Choice
+from gateway.request_book import EndedRequest
 from gateway.turns import tokens_at_once
 
 if TYPE_CHECKING:
@@ -30,11 +32,14 @@ if TYPE_CHECKING:
     from gateway.dispatch import Dispatcher
     from gateway.measures import Measures
     from gateway.request import Request
+    from gateway.request_book import RequestBook
     from gateway.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 HTTP_OK = 200
 HTTP_SERVER_ERROR = 500
+# The line has the request's id from its context.
+_LOGGED = [each.name for each in fields(EndedRequest) if each.name not in ("request_id", "param")]
 
 
 def _reading_interval(request: Request, stream_interval: int) -> int:
@@ -89,6 +94,7 @@ class Generation:
         dispatcher: Dispatcher,
         admitted: Admitted,
         measures: Measures,
+        book: RequestBook,
         stream_interval: int,
         arrived_at: float,
         clock: Clock,
@@ -100,6 +106,7 @@ class Generation:
         self.error: ServingError | None = None
         self.has_disconnected = False
         self._dispatcher = dispatcher
+        self._book = book
         self._admitted = admitted
         self._interval = _reading_interval(request, stream_interval)
         self._clock = clock
@@ -112,6 +119,7 @@ class Generation:
             for index in range(request.num_sequences)
         ]
         self.choices = [run.choice for run in self._runs]
+        book.began(self)
 
     @property
     def runs(self) -> list[SequenceRun]:
@@ -233,8 +241,10 @@ class Generation:
             measures.request_latency.observe(now - self.arrived_at)
         for run in self._runs:
             self._count_sequence(run)
+        how = self._how_it_ended(now)
+        self._book.ended(self, how)
         level = logging.WARNING if self.status >= HTTP_SERVER_ERROR else logging.INFO
-        logger.log(level, "request ended", extra=self._log_facts(now))
+        logger.log(level, "request ended", extra={name: getattr(how, name) for name in _LOGGED})
 
     def _count_sequence(self, run: SequenceRun) -> None:
         reason = run.choice.finish_reason
@@ -245,21 +255,34 @@ class Generation:
             seconds = (run.last_at - run.first_at) / (num_tokens - 1)
             self.measures.output_token_time(seconds)
 
-    def _log_facts(self, now: float) -> dict[str, object]:
-        first_at = self.first_at
+    @property
+    def num_retries(self) -> int:
+        return sum(max(0, len(run.attempts) - 1) for run in self._runs)
+
+    def _how_it_ended(self, now: float) -> EndedRequest:
+        request, error, first_at = self.request, self.error, self.first_at
         nodes = [each for run in self._runs for each in run.attempts]
-        return {
-            "route": self.request.route.value,
-            "status": self.status,
-            "error": None if self.error is None else self.error.code,
-            "reason": None if self.error is None else self.error.reason,
-            "model": self.request.model,
-            "nodes": ", ".join(dict.fromkeys(nodes)) or None,
-            "num_sequences": self.request.num_sequences,
-            "num_retries": sum(max(0, len(run.attempts) - 1) for run in self._runs),
-            "prompt_tokens": self.num_prompt_tokens,
-            "cached_tokens": self.num_cached_tokens,
-            "output_tokens": self.num_output_tokens,
-            "ttft_ms": None if first_at is None else round((first_at - self.arrived_at) * 1e3, 2),
-            "duration_ms": round((now - self.arrived_at) * 1e3, 2),
-        }
+        reasons = [choice.finish_reason for choice in self.choices if error is None]
+        return EndedRequest(
+            request_id=request.request_id,
+            route=request.route.value,
+            status=self.status,
+            error=None if error is None else error.code,
+            reason=None if error is None else error.reason,
+            param=None if error is None else error.param,
+            finish=_listed([reason.value for reason in reasons if reason is not None]),
+            model=request.model,
+            nodes=_listed(nodes),
+            num_sequences=request.num_sequences,
+            num_retries=self.num_retries,
+            prompt_tokens=self.num_prompt_tokens,
+            cached_tokens=self.num_cached_tokens,
+            output_tokens=self.num_output_tokens,
+            ttft_ms=None if first_at is None else round((first_at - self.arrived_at) * 1e3, 2),
+            duration_ms=round((now - self.arrived_at) * 1e3, 2),
+        )
+
+
+def _listed(names: list[str]) -> str | None:
+    """Each once."""
+    return ", ".join(dict.fromkeys(names)) or None

@@ -26,13 +26,18 @@ EXIT_NOTHING_SUCCEEDED = 1
 EXIT_USAGE = 2
 EXIT_NOT_READY = 4
 EXIT_INTERRUPTED = 130
-_USAGE = (
-    "usage: baton bench run [options]\n"
-    "       baton bench compare [--markdown] FIRST.json SECOND.json\n\n"
-    "Measure an OpenAI-compatible server; lay two results of --save-result beside each other.\n\n"
-    "`baton bench run --help` lists the options; without any it sends 1000 prompts of 1024 tokens "
-    "to\nhttp://127.0.0.1:8000, all at once."
-)
+_USAGE = """\
+usage: baton bench COMMAND [options]
+
+Measure an OpenAI-compatible server.
+
+  run                               send requests, time their answers; Ctrl-C ends it early and
+                                    still reports
+  compare FIRST.json SECOND.json    lay two results of --save-result beside each other; with
+                                    --markdown as a table for a report
+
+`baton bench COMMAND --help` lists the options. Without any, run sends 1000 prompts of 1024 tokens
+to http://127.0.0.1:8000, all at once."""
 
 
 def main(argv: Sequence[str]) -> int:

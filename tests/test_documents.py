@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 
 from baton.__main__ import ROOMS
+from baton.admin import COMMANDS
+from baton.admin_options import AdminConfig
+from baton.doctor import DoctorConfig
 from baton.serve import SECTIONS
 from benchmarks.readme_figures import README, RESULTS, with_figures
 from cluster.member_config import MemberConfig
@@ -51,10 +54,10 @@ def anchors(text: str) -> set[str]:
 
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_options_are_those_that_there_are(name: str) -> None:
-    sections = (*SECTIONS, MemberConfig, BenchConfig)
+    of_admin = [each for command in COMMANDS for each in command.options]
+    programs = (MemberConfig, BenchConfig, DoctorConfig, AdminConfig)
+    sections: tuple[type, ...] = (*SECTIONS, *programs, *of_admin)
     known = OTHER_FLAGS | {each.flag for section in sections for each in options_of(section)}
-    for program in ("doctor.py", "admin.py"):
-        known |= set(re.findall(r'"(--[a-z-]+)"', (ROOT / "baton" / program).read_text()))
     text = (ROOT / name).read_text()
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)) <= known
 

@@ -10,9 +10,10 @@ import asyncio
 import contextlib
 import difflib
 import logging
-from typing import TYPE_CHECKING, Any, Literal
+import time
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from fastapi import APIRouter, FastAPI, Request
+from fastapi import APIRouter, FastAPI, Query, Request
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from cluster.codec import decode_load
@@ -24,7 +25,7 @@ from cluster.request import KVLoadFailurePolicy
 from cluster.version import VERSION
 from gateway.admin.access import HostGuard
 from gateway.admin.measuring import measuring_routes
-from gateway.admin.views import lease_view, node_view, request_views
+from gateway.admin.views import ended_view, lease_view, node_view, request_views
 from gateway.app import documented, translate_errors
 from gateway.body import read_object
 from gateway.edge import Edge, KeyCheck
@@ -43,6 +44,7 @@ logger = logging.getLogger(__name__)
 PREFIX = "/admin/v1"
 LOAD_SECONDS = 0.5  # for a node to say what it has, before its last heartbeat must do
 _ANSWER_PREFIXES = ("chatcmpl-", "cmpl-", "resp_", "msg_")
+MAX_SHOWN = 1000
 Json = dict[str, Any]
 
 
@@ -73,6 +75,7 @@ def admin_app(
     translate_errors(app, advice=f"GET {PREFIX}/openapi.json lists them.")
     app.openapi = lambda: documented(app)  # type: ignore[method-assign]
     app.include_router(_views(gateway))
+    app.include_router(_requests(gateway))
     app.include_router(_levers(gateway, observe))
     app.include_router(measuring_routes(gateway, PREFIX))
     app.include_router(_policy(gateway))
@@ -103,12 +106,6 @@ def _views(gateway: Gateway) -> APIRouter:
             ]
         }
 
-    @router.get("/requests", summary="Requests in flight, and where they were placed")
-    async def requests() -> Json:
-        active = gateway.dispatcher.active.values()
-        views = request_views(active, gateway.clock(), model=gateway.model_names[0])
-        return {"requests": views}
-
     @router.get("/leases", summary="Leases of KV that is in transfer, asked of every node")
     async def leases() -> Json:
         entries = [entry for entry in gateway.nodes if entry.client.is_connected]
@@ -122,6 +119,33 @@ def _views(gateway: Gateway) -> APIRouter:
             else:
                 found += [lease_view(name, lease) for lease in reply.leases]
         return {"leases": found, "unreachable": silent}
+
+    return router
+
+
+def _requests(gateway: Gateway) -> APIRouter:
+    """Of this gateway alone: each has requests of its own."""
+    router = APIRouter(prefix=f"{PREFIX}/requests", tags=["views"])
+
+    @router.get("", summary="Requests in flight, and where they were placed")
+    async def requests(id: str | None = None) -> Json:
+        active = gateway.dispatcher.active.values()
+        views = request_views(active, gateway.book, gateway.clock())
+        return {"requests": [view for view in views if id is None or view["id"] in _ids_of(id)]}
+
+    @router.get("/ended", summary="The last requests that ended, the latest first, and how")
+    async def ended(
+        id: str | None = None,
+        failed: bool = False,
+        last: Annotated[int, Query(ge=1, le=MAX_SHOWN)] = MAX_SHOWN,
+    ) -> Json:
+        found = gateway.book.last(
+            last,
+            failed_only=failed,
+            is_asked_for=lambda each: id is None or each.request_id in _ids_of(id),
+        )
+        now = time.time()
+        return {"requests": [ended_view(at, request, now) for at, request in found]}
 
     return router
 

@@ -13,7 +13,9 @@ if TYPE_CHECKING:
     from cluster.node import NodeLoad
     from cluster.proto import node_pb2 as pb
     from gateway.active import ActiveSequence
+    from gateway.generation import Generation
     from gateway.nodes import NodeEntry
+    from gateway.request_book import EndedRequest, RequestBook
 
 Json = dict[str, Any]
 
@@ -55,28 +57,60 @@ def node_view(
     }
 
 
-def request_views(active: Iterable[ActiveSequence], now: float, *, model: str) -> list[Json]:
+def request_views(active: Iterable[ActiveSequence], book: RequestBook, now: float) -> list[Json]:
     """One entry per request, oldest first, with its sequences inside."""
-    grouped: dict[str, list[ActiveSequence]] = {}
+    grouped: dict[int, tuple[Generation, list[ActiveSequence]]] = {}
     for sequence in active:
-        grouped.setdefault(sequence.request.request_id, []).append(sequence)
-    views = [_request_view(name, sequences, now) for name, sequences in grouped.items()]
-    return [{**view, "model": model} for view in views]
+        generation = book.of_stream(sequence.stream.id)
+        if generation is not None:
+            grouped.setdefault(id(generation), (generation, []))[1].append(sequence)
+    return [_request_view(*each, now) for each in grouped.values()]
 
 
-def _request_view(request_id: str, sequences: list[ActiveSequence], now: float) -> Json:
+def _request_view(generation: Generation, sequences: list[ActiveSequence], now: float) -> Json:
     first = sequences[0]
     order = list(_STATES)
     slowest = min(sequences, key=lambda sequence: order.index(sequence.state))
+    first_at = generation.first_at
     return {
-        "id": request_id,
+        "id": generation.request.request_id,
         "state": _STATES[slowest.state],
+        "route": generation.request.route.value,
+        "model": generation.request.model,
         "prefill_node": None if first.prefill is None else first.prefill.info.id.name,
         "decode_node": first.decode.info.id.name,
-        "prompt_tokens": len(first.request.prompt_token_ids),
-        "output_tokens": sum(sequence.num_output_tokens for sequence in sequences),
-        "age_seconds": now - first.began_at,
+        "num_retries": generation.num_retries,
+        "prompt_tokens": generation.num_prompt_tokens,
+        "output_tokens": _num_output_tokens(generation, sequences),
+        "ttft_seconds": None if first_at is None else first_at - generation.arrived_at,
+        "age_seconds": now - generation.arrived_at,
         "sequences": [_sequence_view(sequence, now) for sequence in sequences],
+    }
+
+
+def _num_output_tokens(generation: Generation, sequences: list[ActiveSequence]) -> int:
+    """Of those in flight as the nodes have sent them, which may be ahead of who writes the answer;
+    with what earlier attempts gave."""
+    in_flight = {
+        each.stream.id: each.request.num_emitted_tokens + each.num_output_tokens
+        for each in sequences
+    }
+    return sum(
+        in_flight.get(run.sequence_id, run.choice.num_output_tokens) for run in generation.runs
+    )
+
+
+def ended_view(ended_at: float, request: EndedRequest, now: float) -> Json:
+    """`ended_at` and `now` in Unix seconds."""
+    view = asdict(request)
+    ttft_ms, duration_ms = view.pop("ttft_ms"), view.pop("duration_ms")
+    return {
+        "id": view.pop("request_id"),
+        "ended_at": round(ended_at, 3),
+        "ended_seconds_ago": max(0.0, now - ended_at),
+        **view,
+        "ttft_seconds": None if ttft_ms is None else ttft_ms / 1e3,
+        "duration_seconds": duration_ms / 1e3,
     }
 
 

@@ -12,7 +12,7 @@ import logging
 import time
 from typing import TYPE_CHECKING, Any
 
-from cluster.errors import InvalidRequest, ServingError
+from cluster.errors import InvalidRequest
 from cluster.request import KVLoadFailurePolicy
 from gateway.body import read_object
 from gateway.dialects.messages_body import parse_messages
@@ -31,6 +31,7 @@ from gateway.whole_answers import write_whole
 if TYPE_CHECKING:
     from starlette.types import Receive, Scope, Send
 
+    from cluster.errors import ServingError
     from gateway.gateway import Gateway
     from gateway.generation import Generation
     from gateway.request import Request
@@ -56,11 +57,14 @@ class GenerateEndpoint:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         gateway = self._gateway
         arrived_at = gateway.clock()
+        request: Request | None = None
         try:
             request = await self._read_request(scope, receive)
             generation = await gateway.begin(request, arrived_at=arrived_at)
         except Exception as error:  # the top of a request: whatever it is becomes its answer
             known = as_serving_error(error)
+            if request is None:
+                self._note_refusal(scope, known, arrived_at)
             gateway.measures.request_ended(self._route.value, known)
             await send_error(send, known, message_id(scope["path"], scope[REQUEST_ID]))
             return
@@ -73,14 +77,13 @@ class GenerateEndpoint:
         finally:
             gateway.measures.request_ended(self._route.value, generation.error)
 
-    async def _read_request(self, scope: Scope, receive: Receive) -> Request:
-        try:
-            return await self._parsed(scope, receive)
-        except ServingError as error:
-            log_refusal(error, self._route.value)
-            raise
+    def _note_refusal(self, scope: Scope, error: ServingError, arrived_at: float) -> None:
+        gateway, route = self._gateway, self._route.value
+        seconds = gateway.clock() - arrived_at
+        gateway.book.refused(scope[REQUEST_ID], route, error, seconds)
+        log_refusal(error, route)
 
-    async def _parsed(self, scope: Scope, receive: Receive) -> Request:
+    async def _read_request(self, scope: Scope, receive: Receive) -> Request:
         gateway = self._gateway
         gateway.admission.check_open()
         fields = await read_object(

@@ -22,7 +22,7 @@ from baton.admin_token import (
     remove_admin_token,
     write_admin_token,
 )
-from cluster.errors import ConfigError
+from cluster.errors import ConfigError, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -126,7 +126,7 @@ def test_nodes_are_shown_with_role_state_and_load(
     heading, row = capsys.readouterr().out.splitlines()
     assert heading.split()[:3] == ["NODE", "ROLE", "STATE"]
     assert " ".join(row.split()) == (
-        "decode-0 decode cordoned up pocket 3 1 77 25% 2 shm,tcp 127.0.0.1:9101 0.4 s"
+        "decode-0 decode cordoned up pocket 3 1 77 25% 2 shm,tcp 127.0.0.1:9101 0.4s"
     )
 
 
@@ -209,6 +209,90 @@ def test_nodes_that_did_not_answer_are_named(
         "-",
     ]
     assert captured.err == "baton admin: decode-1 did not answer; its leases are missing.\n"
+
+
+RUNNING = {
+    "id": "r-1",
+    "state": "running",
+    "model": "pocket",
+    "prefill_node": "prefill-0",
+    "decode_node": "decode-0",
+    "prompt_tokens": 12,
+    "output_tokens": 3,
+    "ttft_seconds": 0.0413,
+    "age_seconds": 2.04,
+    "num_retries": 1,
+}
+FAILED = {
+    "id": "r-2",
+    "ended_seconds_ago": 61.2,
+    "status": 503,
+    "error": "kv_load_failed",
+    "reason": "digest_mismatch",
+    "nodes": "prefill-0 > decode-0, prefill-1 > decode-0",
+    "route": "chat",
+    "model": "pocket",
+    "prompt_tokens": 12,
+    "output_tokens": 0,
+    "ttft_seconds": None,
+    "duration_seconds": 1.5,
+    "num_retries": 1,
+}
+
+
+def test_running_requests_are_shown_with_their_time_to_first_token(
+    server: AdminServer, admin: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    waiting = {**RUNNING, "ttft_seconds": None, "state": "waiting"}
+    server.answers["GET", "/admin/v1/requests"] = 200, {"requests": [RUNNING, waiting]}
+    assert admin("requests") == 0
+    heading, *rows = (line.split() for line in capsys.readouterr().out.splitlines())
+    shown_as = [dict(zip(heading, row, strict=True)) for row in rows]
+    assert [each["TTFT"] for each in shown_as] == ["41ms", "-"]
+    assert (shown_as[0]["AGE"], shown_as[0]["OUTPUT"], shown_as[0]["RETRIES"]) == ("2.0s", "3", "1")
+
+
+def test_ended_requests_are_shown_with_why_they_failed(
+    server: AdminServer, admin: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    well = {**FAILED, "status": 200, "error": None, "reason": None, "finish": "stop, length"}
+    path = "/admin/v1/requests/ended?last=5&failed=true"
+    server.answers["GET", path] = 200, {"requests": [FAILED, well]}
+    assert admin("requests", "--failed", "--last", "5") == 0
+    heading, *rows = (line.split() for line in capsys.readouterr().out.splitlines())
+    failed, good = (dict(zip(heading, row, strict=True)) for row in rows)
+    assert (failed["STATUS"], failed["HOW"], failed["REASON"]) == (
+        *("503", "kv_load_failed", "digest_mismatch"),
+    )
+    assert failed["NODES"] == "prefill-0>decode-0,prefill-1>decode-0"
+    assert (failed["AGO"], failed["TOOK"], failed["TTFT"]) == ("61.2s", "1.5s", "-")
+    assert (good["HOW"], good["REASON"]) == ("stop,length", "-")
+
+
+def test_an_id_finds_what_runs_else_how_it_ended(
+    server: AdminServer, admin: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    running = "/admin/v1/requests?id=r%2F1"
+    server.answers["GET", running] = 200, {"requests": [RUNNING]}
+    assert admin("requests", "--id", "r/1") == 0
+    assert "AGE" in capsys.readouterr().out
+    assert len(server.seen) == 1
+    server.answers["GET", running] = 200, {"requests": []}
+    server.answers["GET", "/admin/v1/requests/ended?id=r%2F1&last=20"] = 200, {"requests": [FAILED]}
+    assert admin("requests", "--id", "r/1") == 0
+    assert "kv_load_failed" in capsys.readouterr().out
+
+
+def test_no_request_is_said_in_words(
+    server: AdminServer, admin: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.answers["GET", "/admin/v1/requests"] = 200, {"requests": []}
+    server.answers["GET", "/admin/v1/requests/ended?last=20"] = 200, {"requests": []}
+    assert admin("requests") == admin("requests", "--ended") == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "No requests run.",
+        "No request that is remembered has ended so.",
+    ]
 
 
 def test_an_action_says_the_state_it_led_to(
@@ -297,7 +381,10 @@ def test_policy_settings_are_typed_and_sent_together(
 def test_a_setting_without_a_value_is_a_usage_error(
     server: AdminServer, admin: Callable[..., int]
 ) -> None:
-    assert admin("policy", "set", "a") == 2
+    with pytest.raises(UsageError, match="'a' is not KEY=VALUE"):
+        admin("policy", "set", "a")
+    with pytest.raises(UsageError, match="SETTING"):
+        admin("policy", "set")
     assert server.seen == []
 
 
@@ -353,7 +440,8 @@ def test_another_server_at_that_address_is_recognised(
 
 
 def test_a_url_that_is_none_is_a_usage_error() -> None:
-    assert main(["nodes", "--admin-url", "127.0.0.1:8001"]) == 2
+    with pytest.raises(UsageError, match="--admin-url must be"):
+        main(["nodes", "--admin-url", "127.0.0.1:8001"])
 
 
 def test_the_token_of_a_local_cluster_is_found_by_its_port(

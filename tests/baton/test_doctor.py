@@ -77,7 +77,7 @@ def test_the_exit_code_says_whether_there_is_a_problem(
     assert EXIT_NOT_READY == 4
     finding = Finding("Redis", verdict, "[Errno 98] in use [/here]")
     monkeypatch.setattr(doctor, "examine", lambda: [finding])
-    assert doctor.main(["--json"]) == code
+    assert doctor.main(["-o", "json"]) == code
     printed = json.loads(capsys.readouterr().out)
     assert printed["findings"] == [
         {"subject": "Redis", "verdict": verdict.value, "detail": finding.detail}

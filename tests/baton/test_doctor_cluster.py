@@ -160,7 +160,7 @@ def test_the_command_measures_the_cluster_and_nothing_else(
     admin: FakeAdmin, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(doctor, "examine", lambda: pytest.fail("looked at the machine"))
-    assert doctor.main(["--cluster", "--json"]) == 0
+    assert doctor.main(["--cluster", "-o", "json"]) == 0
     document = json.loads(capsys.readouterr().out)
     assert [each["decode"] for each in document["pairs"]] == ["decode-0", "decode-1"]
     assert document["pairs"][0]["rate"] == 3.2e9

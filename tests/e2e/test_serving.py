@@ -118,7 +118,7 @@ def test_the_doctor_measures_the_pair_and_leaves_no_trace(
     complete(client, "what is cached before is cached after " * 8)
     eventually(cluster.all_blocks_are_back)
     cached = {name: node["load"]["num_cached_blocks"] for name, node in cluster.nodes().items()}
-    command = [sys.executable, "-m", "baton", "doctor", "--cluster", "--json"]
+    command = [sys.executable, "-m", "baton", "doctor", "--cluster", "--output", "json"]
     options = ["--admin-url", cluster.admin_url, "--admin-token", ADMIN_TOKEN]
     done = subprocess.run([*command, *options], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

@@ -81,6 +81,7 @@ def test_requests_are_shown_and_can_be_cancelled(
             answer = pool.submit(httpx.post, url, json={**BODY, "n": 2}, headers=headers)
             gateway.until(lambda: gateway.gateway.measures.num_running == 2)
             [shown] = admin.get("/requests").json()["requests"]
+            named = [admin.get("/requests", params={"id": name}).json() for name in (asked, "no")]
             done = admin.post(f"/requests/{asked}:cancel")
             response = answer.result(20)
     finally:
@@ -89,11 +90,102 @@ def test_requests_are_shown_and_can_be_cancelled(
     assert (shown["prefill_node"], shown["decode_node"]) == ("prefill-0", "decode-0")
     assert shown["output_tokens"] == 2
     assert len(shown["sequences"]) == 2
+    assert 0 < shown["ttft_seconds"] < shown["age_seconds"]
+    assert shown["state"] in ("handing_off", "running")
+    assert (shown["num_retries"], shown["route"]) == (0, "completions")
+    assert [[each["id"] for each in found["requests"]] for found in named] == [["to-cancel"], []]
     assert {c["node"] for c in shown["sequences"][0]["candidates"]} == {"prefill-0", "decode-0"}
     assert done.json() == {"id": asked, "num_cancelled": 2}
     assert (response.status_code, response.json()["error"]["code"]) == (499, "cancelled")
     assert admin.get("/requests").json() == {"requests": []}
     assert admin.post(f"/requests/{asked}:cancel").status_code == 404
+
+
+def test_a_request_without_a_token_has_no_time_to_one(
+    gateway: RunningGateway, admin: httpx.Client
+) -> None:
+    gateway.do(gateway.prefill.gates.first_token.clear)
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            answer = pool.submit(httpx.post, f"{gateway.url}/v1/completions", json=BODY)
+            gateway.until(lambda: gateway.gateway.measures.num_waiting == 1)
+            [shown] = admin.get("/requests").json()["requests"]
+            gateway.do(gateway.prefill.gates.first_token.set)
+            assert answer.result(20).status_code == 200
+    finally:
+        gateway.do(gateway.prefill.gates.first_token.set)
+    assert (shown["ttft_seconds"], shown["output_tokens"]) == (None, 0)
+    assert shown["age_seconds"] > 0
+
+
+def ended(admin: httpx.Client, **query: Any) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = admin.get("/requests/ended", params=query).json()["requests"]
+    return found
+
+
+def until_ended(gateway: RunningGateway, name: str) -> None:
+    """Its answer is out a moment before it is counted."""
+    book = gateway.gateway.book
+    gateway.until(lambda: bool(book.last(1, is_asked_for=lambda each: each.request_id == name)))
+
+
+def ask(gateway: RunningGateway, name: str, **changes: Any) -> httpx.Response:
+    url, headers = f"{gateway.url}/v1/completions", {"x-request-id": name}
+    return httpx.post(url, json={**BODY, **changes}, headers=headers)
+
+
+def test_how_the_last_requests_ended_is_shown_latest_first(
+    gateway: RunningGateway, admin: httpx.Client
+) -> None:
+    assert ask(gateway, "well").status_code == 200
+    assert ask(gateway, "refused", temperature=-1).status_code == 400
+    until_ended(gateway, "well")
+    until_ended(gateway, "refused")
+    refused, well = ended(admin, last=2)
+    assert (well["id"], well["status"], well["finish"], well["error"]) == (
+        *("well", 200, "length", None),
+    )
+    assert (well["nodes"], well["num_retries"]) == ("prefill-0 > decode-0", 0)
+    assert (well["prompt_tokens"], well["output_tokens"]) == (4, 8)
+    assert 0 < well["ttft_seconds"] < well["duration_seconds"]
+    assert 0 <= refused["ended_seconds_ago"] <= well["ended_seconds_ago"]
+    assert (refused["error"], refused["param"]) == ("invalid_value", "temperature")
+    assert (refused["nodes"], refused["ttft_seconds"]) == (None, None)
+
+
+def test_ended_requests_are_found_by_failure_and_by_either_id(
+    gateway: RunningGateway, admin: httpx.Client
+) -> None:
+    ask(gateway, "bad-1", temperature=-1)
+    answer_id = ask(gateway, "good-1").json()["id"]
+    until_ended(gateway, "good-1")
+    assert ended(admin, failed=True, last=1)[0]["id"] == "bad-1"
+    assert [each["id"] for each in ended(admin, id=answer_id)] == ["good-1"]
+    assert ended(admin, id="good-1", failed=True) == []
+    assert admin.get("/requests/ended", params={"last": 0}).status_code == 400
+
+
+def test_what_no_pair_can_take_is_among_the_failed(
+    gateway: RunningGateway, admin: httpx.Client
+) -> None:
+    admin.post("/nodes/decode-0:cordon")
+    try:
+        assert ask(gateway, "no-pair").json()["error"]["code"] == "no_capacity"
+    finally:
+        admin.post("/nodes/decode-0:uncordon")
+    [shown] = ended(admin, id="no-pair")
+    assert (shown["status"], shown["error"], shown["num_retries"]) == (503, "no_capacity", 0)
+
+
+def test_nothing_that_was_written_or_answered_is_kept(
+    gateway: RunningGateway, admin: httpx.Client
+) -> None:
+    ask(gateway, "quiet-1", prompt="xylophone secret words")
+    ask(gateway, "quiet-2", prompt=["xylophone", 5])
+    ask(gateway, "quiet-3", model="xylophone")
+    until_ended(gateway, "quiet-3")
+    text = str([ended(admin, id=f"quiet-{number}") for number in (1, 2, 3)])
+    assert "xylophone" not in text
 
 
 def test_leases_are_asked_of_every_node(admin: httpx.Client) -> None:
