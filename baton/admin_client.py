@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urlsplit
 
-from baton.admin_token import read_admin_token
 from cluster.errors import ConfigError, NodeUnavailable, ServingError
+from gateway.admin.token_file import read_admin_token
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -107,8 +107,8 @@ class AdminClient:
         told, param = _told_by(error.read())
         if error.code == 401:
             hint = (
-                "pass --admin-token or set BATON_ADMIN_TOKEN. A gateway that was given none has "
-                "logged one at its start"
+                "pass --admin-token or set BATON_ADMIN_TOKEN to what its gateway was given. One "
+                "that was given none has left its own for its user on its machine, or logged it"
             )
             what = "does not accept this token" if self.token else "wants a token"
             return AdminRefused(f"{self.url} {what}; {hint}.")
@@ -123,7 +123,7 @@ class AdminClient:
 
 
 def admin_client(url: str, token: str | None) -> AdminClient:
-    """`token` None: what a local `baton serve` left. Raises `ConfigError` for what is no URL."""
+    """`token` None: what was left on this machine. Raises `ConfigError` for what is no URL."""
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ConfigError("--admin-url must be an http:// or https:// URL.", param="admin_url")
@@ -131,7 +131,7 @@ def admin_client(url: str, token: str | None) -> AdminClient:
 
 
 def local_token(host: str, port: int) -> str | None:
-    """The token a local `baton serve` left. Never for another host: it would be given away."""
+    """The token that was left here. Never for another host: it would be given away."""
     if host != "localhost":
         try:
             if not ipaddress.ip_address(host).is_loopback:

@@ -22,7 +22,8 @@ class AdminConfig:
     )
     admin_token: str | None = option(
         None,
-        help="Its token. Default: what `baton serve` left on this machine for this user.",
+        help="Its token. Default: what `baton serve` or `baton gateway` has left on this machine "
+        "for this user, if it was given none.",
         group=_ADMIN,
         secret=True,
         metavar="TOKEN",

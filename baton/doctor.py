@@ -102,7 +102,8 @@ class DoctorConfig:
     )
     admin_token: str | None = option(
         None,
-        help="Its token. Default: what `baton serve` left on this machine for this user.",
+        help="Its token. Default: what `baton serve` or `baton gateway` has left on this machine "
+        "for this user, if it was given none.",
         group="A cluster",
         secret=True,
         metavar="TOKEN",

@@ -17,7 +17,7 @@ import os
 import secrets
 import signal
 import sys
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from http import HTTPStatus
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +27,6 @@ import aiohttp
 import redis
 from rich.console import Console
 
-from baton.admin_token import remove_admin_token, write_admin_token
 from baton.embedded_redis import EmbeddedRedis
 from baton.local_cluster import ServeConfig, child_specs, unset_node_options
 from baton.progress import StartupView
@@ -39,13 +38,14 @@ from cluster.model_folder import check_model_folder
 from cluster.performance_mode import device_kind, node_choices, presets_of
 from cluster.redis_client import check_redis_url
 from engine.config import EngineConfig
+from gateway.admin.token_file import left_admin_token
 from gateway.config import GatewayConfig
 from kv_transfer.config import KVTransferConfig
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine, Iterator, Sequence
+    from collections.abc import Coroutine, Sequence
 
-    from baton.child import ChildSpec, Facts
+    from baton.child import Facts
     from cluster.config import LoadedConfig
 
 EXIT_NOT_READY = 4
@@ -105,7 +105,9 @@ async def serve(loaded: LoadedConfig) -> int:
             with view:
                 started = await done_unless_stopped(bring_up(supervisor), stop)
             if started:
-                stack.enter_context(left_admin_token(supervisor, specs[-1]))
+                port = urlsplit(gateway_facts(supervisor)["admin_url"]).port or 0
+                token = specs[-1].environment["BATON_ADMIN_TOKEN"]
+                stack.enter_context(left_admin_token(port, token))
                 announce(supervisor, loaded)
                 await stop.wait()
                 console.print("Draining; Ctrl-C again ends at once.")
@@ -176,17 +178,6 @@ async def bring_up(supervisor: Supervisor) -> None:
         raise ConfigError(
             "The gateway does not see the nodes. Is Redis reachable from this machine?"
         ) from None
-
-
-@contextmanager
-def left_admin_token(supervisor: Supervisor, gateway: ChildSpec) -> Iterator[None]:
-    """Leave the token where `baton admin` looks for it, while the cluster runs."""
-    port = urlsplit(gateway_facts(supervisor)["admin_url"]).port or 0
-    write_admin_token(port, gateway.environment["BATON_ADMIN_TOKEN"])
-    try:
-        yield
-    finally:
-        remove_admin_token(port)
 
 
 def gateway_facts(supervisor: Supervisor) -> Facts:

@@ -27,7 +27,6 @@ from typing import TYPE_CHECKING, Any
 import grpc.aio
 from prometheus_client.parser import text_string_to_metric_families
 
-from baton.admin_token import read_admin_token
 from benchmarks.results_file import machine_facts, write_section
 from benchmarks.serve_process import ServeProcess
 from cluster.codec import PROTOCOL_VERSION, encode_handoff, encode_sequence
@@ -36,6 +35,7 @@ from cluster.proto import node_pb2 as pb
 from cluster.proto import node_pb2_grpc
 from cluster.request import Handoff, SamplingParams, SequenceRequest
 from cluster.rpc import open_channel
+from gateway.admin.token_file import read_admin_token
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -97,7 +97,9 @@ class GatewayConfig:
     admin_port: int = option(8001, help="Port of the admin HTTP server; 0 takes one.", group=_ADMIN)
     admin_token: str | None = option(
         None,
-        help="Bearer token of the admin API. Default: a random one, logged once.",
+        help="Bearer token of the admin API. Where systemd, Kubernetes or compose start this, set "
+        "BATON_ADMIN_TOKEN from a secret. Default: one is drawn and left on this machine for "
+        "`baton admin` of the same user; where that cannot be written, it is logged once.",
         group=_ADMIN,
         secret=True,
         metavar="TOKEN",

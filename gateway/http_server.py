@@ -75,7 +75,15 @@ class BoundedProtocol(HttpToolsProtocol):
 
 
 class _Uvicorn(uvicorn.Server):
-    """Signals are the process's affair."""
+    """Signals are the process's affair. `listens` is set once it does."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self.listens = asyncio.Event()
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets=sockets)
+        self.listens.set()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -117,6 +125,13 @@ class HttpServer:
         self._task = asyncio.create_task(
             self._server.serve(sockets=[self._socket]), name=f"http {self.port}"
         )
+
+    async def until_it_listens(self) -> None:
+        """Or has ended, which `wait` tells of."""
+        listening = asyncio.create_task(self._server.listens.wait())
+        ending = {listening} if self._task is None else {listening, self._task}
+        await asyncio.wait(ending, return_when=asyncio.FIRST_COMPLETED)
+        listening.cancel()
 
     def stop(self) -> None:
         """Accept nobody; requests in flight go on."""

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 import uvloop
 
 from cluster import clock as clocks
-from cluster.errors import NodeUnavailable
+from cluster.errors import ConfigError, NodeUnavailable
 from cluster.loop_watch import LoopWatch
 from cluster.membership_watcher import MembershipWatcher
 from cluster.metrics import StoreMetrics, new_registry
@@ -34,6 +34,7 @@ from cluster.redis_client import Store
 from cluster.registry import Registry
 from cluster.version import VERSION
 from gateway.admin.app import admin_app
+from gateway.admin.token_file import left_admin_token
 from gateway.app import public_app
 from gateway.assembly import assemble
 from gateway.chat_template import ChatTemplate
@@ -41,7 +42,7 @@ from gateway.http_server import HttpServer
 from gateway.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from cluster.startup import StartupReport
     from gateway.config import GatewayConfig
@@ -71,6 +72,7 @@ class Parts:
     gateway: Gateway
     watcher: MembershipWatcher
     servers: list[HttpServer]
+    drawn_token: str | None  # of the admin API, if none was given
     stores: list[Store]
 
 
@@ -92,6 +94,7 @@ async def run(
         tokenizer = Tokenizer.from_folder(config.model)
         template = ChatTemplate.from_folder(config.model, tokenizer.special_tokens)
     parts = build(config, tokenizer, template)
+    stack = contextlib.ExitStack()
     background = [
         asyncio.create_task(parts.watcher.run(), name="membership"),
         asyncio.create_task(parts.gateway.dispatcher.sweep(), name="sweep"),
@@ -99,6 +102,8 @@ async def run(
     try:
         public, admin = parts.servers
         admin.start()
+        await admin.until_it_listens()
+        stack.enter_context(drawn_token_told(parts.drawn_token, admin.port))
         with report.phase("wait for nodes") as phase:
             await _first_pair(parts.gateway, stop)
             public.start()
@@ -109,6 +114,7 @@ async def run(
         await _first_done(stop, background)
         await shut_down(parts.gateway, parts.servers, hurry)
     finally:
+        stack.close()
         for task in background:
             task.cancel()
         await asyncio.gather(*background, return_exceptions=True)
@@ -139,13 +145,14 @@ def build(config: GatewayConfig, tokenizer: Tokenizer, template: ChatTemplate | 
         on_change=gateway.nodes.apply,
         on_gone=lambda node, _: gateway.nodes.retire(node),
     )
-    token = config.admin_token or _new_admin_token()
+    drawn = None if config.admin_token else secrets.token_urlsafe(24)
+    token = config.admin_token or drawn or ""
     admin = admin_app(gateway, token=token, host=config.admin_host, observe=watcher.observe)
     servers = [
         HttpServer(public_app(gateway, registry), config.host, config.port, param="port"),
         HttpServer(admin, config.admin_host, config.admin_port, param="admin_port"),
     ]
-    return Parts(gateway, watcher, servers, [nodes_store, index_store])
+    return Parts(gateway, watcher, servers, drawn, [nodes_store, index_store])
 
 
 def _announce(
@@ -232,7 +239,19 @@ def _install_signals(stop: asyncio.Event, hurry: asyncio.Event) -> None:
         loop.add_signal_handler(number, handle)
 
 
-def _new_admin_token() -> str:
-    token = secrets.token_urlsafe(24)
-    logger.warning("no --admin-token was given; for this run it is %s", token)
-    return token
+@contextlib.contextmanager
+def drawn_token_told(token: str | None, port: int) -> Iterator[None]:
+    """Inside, `baton admin` of this user finds it; else the log has it. None: one was given."""
+    if token is None:
+        yield
+        return
+    with contextlib.ExitStack() as stack:
+        try:
+            path = stack.enter_context(left_admin_token(port, token))
+        except ConfigError as error:
+            told = "no BATON_ADMIN_TOKEN was given, and %s For this run it is %s"
+            logger.warning(told, error.message, token)
+        else:
+            told = "no BATON_ADMIN_TOKEN was given: one is in %s, where baton admin finds it"
+            logger.info(told, path)
+        yield

@@ -16,13 +16,13 @@ from rich.console import Console
 from baton.admin import EXIT_NOT_READY, EXIT_REFUSED, main
 from baton.admin_client import local_token
 from baton.admin_tables import NODES, render_rows, shown
-from baton.admin_token import (
+from cluster.errors import ConfigError, UsageError
+from gateway.admin.token_file import (
     admin_token_path,
     read_admin_token,
     remove_admin_token,
     write_admin_token,
 )
-from cluster.errors import ConfigError, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

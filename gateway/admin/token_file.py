@@ -1,8 +1,12 @@
-"""Where a local cluster leaves the token of its admin API for `baton admin`.
+"""Where the token of an admin API is left for `baton admin`, if nobody has chosen one.
 
-    1. `baton serve` draws a token, gives it to its gateway and writes it here, by port.
+    1. `baton serve`, for its gateway, or a gateway that was given none draws a token and writes it
+       here, by port.
     2. `baton admin`, run by the same user, reads it, but sends it to loopback addresses only.
-    3. `baton serve` removes it when it ends.
+    3. Who wrote it removes it at its end.
+
+Where programs are started by systemd, Kubernetes or compose, the token comes from the environment
+(`BATON_ADMIN_TOKEN`), and nothing is written.
 
 Only the owner may read the file: 0600, in a folder of mode 0700.
 """
@@ -10,13 +14,14 @@ Only the owner may read the file: 0600, in a folder of mode 0700.
 from __future__ import annotations
 
 import os
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cluster.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
 
 def admin_token_path(port: int, env: Mapping[str, str] = os.environ) -> Path:
@@ -51,6 +56,17 @@ def read_admin_token(port: int, env: Mapping[str, str] = os.environ) -> str | No
 
 def remove_admin_token(port: int, env: Mapping[str, str] = os.environ) -> None:
     admin_token_path(port, env).unlink(missing_ok=True)
+
+
+@contextmanager
+def left_admin_token(port: int, token: str, env: Mapping[str, str] = os.environ) -> Iterator[Path]:
+    """Inside, it is there. Raises `ConfigError` as `write_admin_token` does."""
+    path = write_admin_token(port, token, env)
+    try:
+        yield path
+    finally:
+        if read_admin_token(port, env) == token:  # else who has the port now has left its own
+            remove_admin_token(port, env)
 
 
 def _home(env: Mapping[str, str]) -> Path:

@@ -1,0 +1,99 @@
+"""A gateway that was given no admin token can be steered by its user, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from baton.admin import main as admin
+from gateway.admin.token_file import (
+    admin_token_path,
+    left_admin_token,
+    read_admin_token,
+    write_admin_token,
+)
+from gateway.server import drawn_token_told
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+PORT = 8001
+POCKET_MODEL = Path(__file__).parents[2] / "baton" / "pocket_model"
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    return tmp_path
+
+
+def test_one_that_was_drawn_is_there_until_the_end_and_in_no_log(
+    home: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO"), drawn_token_told("drawn", PORT):
+        assert read_admin_token(PORT) == "drawn"
+    assert not admin_token_path(PORT).exists()
+    assert str(admin_token_path(PORT)) in caplog.text
+    assert "is drawn" not in caplog.text
+
+
+def test_where_it_cannot_be_left_the_log_has_it(
+    home: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (home / ".baton").write_text("a file in the way")
+    with drawn_token_told("drawn", PORT):
+        pass
+    assert "For this run it is drawn" in caplog.text
+
+
+def test_one_that_was_given_is_written_nowhere(
+    home: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO"), drawn_token_told(None, PORT):
+        assert not admin_token_path(PORT).exists()
+    assert caplog.text == ""
+
+
+def test_who_has_taken_the_port_since_keeps_its_token(home: Path) -> None:
+    with left_admin_token(PORT, "mine"):
+        write_admin_token(PORT, "another's")
+    assert read_admin_token(PORT) == "another's"
+
+
+@pytest.fixture
+def lone_gateway(home: Path) -> Iterator[subprocess.Popen[str]]:
+    """As one types it, with no Redis there."""
+    command = [sys.executable, "-m", "baton", "gateway", str(POCKET_MODEL), "--port", "0"]
+    command += ["--admin-port", "0", "--redis-url", "redis://127.0.0.1:1"]
+    env = {name: value for name, value in os.environ.items() if not name.startswith("BATON_")}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+@pytest.mark.timeout(60)
+def test_baton_admin_steers_a_gateway_that_was_started_alone(
+    lone_gateway: subprocess.Popen[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert lone_gateway.stderr is not None
+    told = next(line for line in lone_gateway.stderr if "where baton admin finds it" in line)
+    found = re.search(r"one is in (\S+),", told)
+    assert found is not None
+    path = Path(found[1])
+    port = path.name.removeprefix("admin-token-")
+    assert admin(["nodes", "--admin-url", f"http://127.0.0.1:{port}"]) == 0
+    assert capsys.readouterr().out == "No nodes.\n"
+    lone_gateway.send_signal(signal.SIGTERM)
+    lone_gateway.stderr.read()
+    assert lone_gateway.wait() == 0
+    assert not path.exists()
