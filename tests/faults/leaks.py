@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from cluster.redis_client import MAX_CONNECTIONS
 from tests.faults.metrics import Scrape, scrape
 
 if TYPE_CHECKING:
@@ -21,8 +22,9 @@ if TYPE_CHECKING:
 
 QUIET_WITHIN_SECONDS = 45.0
 POLL_SECONDS = 0.25
-# Connections to peers that came back, channels that close with a pause, threads of pools.
-MORE_DESCRIPTORS, MORE_THREADS, MORE_TASKS = 24, 24, 24
+# Connections to peers that came back, channels that close with a pause, threads of pools. A store
+# keeps as many connections to Redis as it ever needed at once, which a busy machine decides.
+MORE_DESCRIPTORS, MORE_THREADS, MORE_TASKS = MAX_CONNECTIONS + 8, 24, 24
 IDLE_GAUGES = (
     "baton_sequences_running",
     "baton_sequences_waiting",
