@@ -24,7 +24,7 @@ PROBE_BYTES = 1 << 20
 
 
 def _torch() -> Any:
-    """None where it is not installed: a gateway needs none. A probe loads only what it is about,
+    """None where it cannot be loaded: a gateway needs none. A probe loads only what it is about,
     since loading may be what fails."""
     try:
         import torch
@@ -33,19 +33,19 @@ def _torch() -> Any:
     return torch
 
 
-def _ucx() -> Any:
-    """None where it is not installed."""
-    try:
-        import ucxx
-    except ImportError:
-        return None
-    return ucxx
+def _why_not_loaded(error: ImportError) -> str:
+    """What is installed can fail to load too: its libraries are missing, or too old for it."""
+    if isinstance(error, ModuleNotFoundError):
+        return f"{error.name} is not installed"
+    return f"installed, but cannot be loaded: {error}"
 
 
 def probe_torch() -> list[Row]:
-    torch = _torch()
-    if torch is None:
-        return [("torch", "warning", "not installed; this machine can run a gateway only")]
+    try:
+        import torch
+    except ImportError as error:
+        detail = f"{_why_not_loaded(error)}; this machine can run a gateway only"
+        return [("torch", "warning", detail)]
     rows: list[Row] = [("torch", "ok", torch.__version__)]
     if not torch.cuda.is_available():
         return [*rows, ("GPU", "ok", "none; nodes run on the CPU")]
@@ -64,9 +64,11 @@ def probe_torch() -> list[Row]:
 
 def probe_ucx() -> list[Row]:
     os.environ.setdefault("UCX_WARN_UNUSED_ENV_VARS", "n")
-    ucxx = _ucx()
-    if ucxx is None:
-        return [("UCX", "problem", "ucxx is not installed: `pip install 'baton-serve[cuda13]'`")]
+    try:
+        import ucxx
+    except ImportError as error:
+        detail = f"{_why_not_loaded(error)}: `pip install 'baton-serve[cuda13]'`"
+        return [("UCX", "problem", detail)]
     release = next((v for v in map(_version, ("ucxx-cu13", "ucxx-cu12")) if v), "")
     detail = f"ucxx {release}, UCX {'.'.join(str(n) for n in ucxx.get_ucx_version())}"
     asyncio.run(_round_trip(ucxx))

@@ -46,11 +46,14 @@ _MAX_ARRAYS = 256
 
 
 def _load() -> tuple[Any, Any]:
-    """ucxx's modules; `ConfigError` where it is not installed."""
+    """ucxx's modules; `ConfigError` where it is not installed, or finds no UCX that it can use."""
     try:
         from ucxx._lib import arr, libucxx
+    except ModuleNotFoundError as error:
+        missing = error.name or "ucxx"
+        raise ConfigError(f"{missing} is not installed: pip install ucxx-cu13.") from error
     except ImportError as error:
-        raise ConfigError("ucxx is not installed: pip install ucxx-cu13.") from error
+        raise ConfigError(f"ucxx is installed, but cannot be loaded: {error}") from error
     # ucxx sets this on import for old versions of UCX; here it only makes UCX look up the kind
     # of each buffer again.
     os.environ.pop("UCX_MEMTYPE_CACHE", None)
