@@ -111,6 +111,7 @@ class Reference:
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse(argv)
     load, num_cores = os.getloadavg()[0], len(os.sched_getaffinity(0))
+    say(expectation(load / num_cores))
     ready = measure_ready(arguments.rounds)
     with Reference(arguments.reference_dtype) as reference:
         alone = measure_alone(reference, arguments.seed)
@@ -228,8 +229,19 @@ def run_whole(config: BenchConfig) -> BenchResult:
     return result
 
 
+def expectation(load_per_core: float) -> str:
+    """How long it takes. Threads of transformers wait for each other at every product, so beside
+    others it loses most: a tenth of its rate was seen at a load of three on each core."""
+    if load_per_core <= BUSY_LOAD_PER_CORE:
+        return "about a minute on two cores"
+    return (
+        f"others use this machine (load {load_per_core:.1f} on each core): this takes minutes "
+        "instead of one, and compares little"
+    )
+
+
 def say(what: str) -> None:
-    """What is being measured now, for who waits some minutes; the result is standard output."""
+    """What is being measured now, for who waits; the result is standard output."""
     print(f"{what} …", file=sys.stderr)
 
 
