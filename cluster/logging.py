@@ -6,7 +6,8 @@
 
 Facts for machines go into `extra`: `logger.info("request done", extra={"status": 200})`.
 Values under secret-looking keys, credentials inside URLs and bearer tokens never reach the
-output, wherever in the line they stand.
+output, wherever in the line they stand. Whatever a client chose stays text, and short: paths, names
+of fields and models are on lines, too, and must neither steer a terminal nor fill a disk.
 """
 
 from __future__ import annotations
@@ -28,13 +29,19 @@ LOG_LEVELS = ("debug", "info", "warning", "error")
 _AS_JSON = {"auto": None, "console": False, "json": True}
 
 _REDACTED = "[redacted]"
+MAX_VALUE_CHARS = 1000  # of a fact; the text of a line and its traceback are ours
+_OURS = ("event", "exception", "stack")
+# What steers a terminal, or is the end of a line for who reads one. A newline and a tab are left:
+# tracebacks have them, and both forms quote those of a fact.
+_STEERING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 _SECRET_KEY = re.compile(
     r"(?:^|[_-])(?:password|passwd|secret|authorization|cookie|api[_-]?keys?|auth[_-]?token"
     r"|admin[_-]?token|credentials?|private[_-]?key)$",
     re.IGNORECASE,
 )
 _SECRET_TEXT = re.compile(
-    r"(?P<before>\b[a-z][a-z0-9+.-]*://[^\s/:@]*:)[^\s/@]+(?=@)"  # scheme://user:password@
+    # scheme://user:password@. Bounded: of a long "a.a.a." each "a" could begin a scheme.
+    r"(?P<before>\b[a-z][a-z0-9+.-]{0,30}://[^\s/:@]*:)[^\s/@]+(?=@)"
     r"|(?P<bearer>\bbearer\s+)[^\s\"',]+"
     r"|\b(?P<kind>pk|sk)[_-][A-Za-z0-9][A-Za-z0-9_-]{15,}",  # API keys as we and others mint them
     re.IGNORECASE,
@@ -143,8 +150,23 @@ def _lead_with(*keys: str) -> Any:
 
 def _redact_event(_: Any, __: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
     for key, value in event.items():
-        event[key] = _redact_value(key, value)
+        value = _redact_value(key, value)
+        if isinstance(value, str):
+            value = _plain(value if key in _OURS else _short(value))
+        event[key] = value
     return event
+
+
+def _plain(text: str) -> str:
+    if text.isprintable():
+        return text
+    return _STEERING.sub(lambda found: ascii(found[0])[1:-1], text)
+
+
+def _short(text: str) -> str:
+    if len(text) <= MAX_VALUE_CHARS:
+        return text
+    return f"{text[:MAX_VALUE_CHARS]}... ({len(text)} characters)"
 
 
 def _redact_value(key: str, value: Any) -> Any:

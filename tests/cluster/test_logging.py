@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from cluster.errors import ConfigError
-from cluster.logging import log_context, redact, setup_logging
+from cluster.logging import MAX_VALUE_CHARS, log_context, redact, setup_logging
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -123,3 +123,27 @@ def test_counts_of_tokens_are_no_secret() -> None:
     assert lines(stream)[0]["prompt_tokens"] == 5
     assert lines(stream)[0]["token_ids"] == [1]
     assert redact("http://host:80/path and 3 tokens") == "http://host:80/path and 3 tokens"
+
+
+@pytest.mark.parametrize("log_format", ["console", "json"])
+def test_what_a_client_named_cannot_steer_a_terminal_or_forge_a_line(log_format: str) -> None:
+    stream = io.StringIO()
+    setup_logging(stream=stream, log_format=log_format)
+    evil = "\x1b[2J\x9b31m\u2028\u202e\x7f\r\nforged"
+    logger.info("request refused", extra={"param": evil})
+    logger.info("it is called %s", evil.partition("\r")[0])
+    text = stream.getvalue()
+    assert not set(text) & set("\x1b\x9b\u2028\u202e\x7f\r")
+    assert not any(line.startswith("forged") for line in text.splitlines())
+    assert "[2J" in text
+
+
+@pytest.mark.timeout(20)  # to look for secrets in it takes minutes where that grows as its square
+def test_what_a_client_named_is_shortened_and_quickly_searched_for_secrets() -> None:
+    stream = io.StringIO()
+    setup_logging(stream=stream)
+    name = "a." * 200_000
+    logger.info("request refused", extra={"param": name})
+    told = lines(stream)[0]["param"]
+    assert told == f"{name[:MAX_VALUE_CHARS]}... (400000 characters)"
+    assert redact(name) == name
