@@ -51,7 +51,13 @@ PARTS = (
     Part(
         "KV transfer",
         "-m benchmarks.kv_transfer --source cuda:0 --target cuda:1",
-        75,
+        80,
+        num_gpus=2,
+    ),
+    Part(
+        "KV transfer, steps",
+        "-m benchmarks.kv_trace --source cuda:0 --target cuda:1",
+        45,
         num_gpus=2,
     ),
     Part(

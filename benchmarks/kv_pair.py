@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from multiprocessing.connection import Connection
 
     from cluster.errors import ServingError
+    from kv_transfer.polling import Event
     from kv_transfer.receiving.block_source import BlockSource
     from kv_transfer.trace import Mark
 
@@ -276,11 +277,14 @@ class Pair:
         self.sender.open(request, handoff)
         return name
 
-    def computed(self, name: str, num_blocks: int, layer_end: int | None = None) -> None:
-        """The layers below `layer_end`, or all, of the first blocks of a prompt."""
+    def computed(
+        self, name: str, num_blocks: int, layer_end: int | None = None, done: Event | None = None
+    ) -> None:
+        """The layers below `layer_end`, or all, of the first blocks of a prompt, once `done` has
+        happened."""
         layer_end = self.options.num_layers if layer_end is None else layer_end
         num_tokens = num_blocks * BLOCK_SIZE
-        self.sender.layers_computed(name, num_tokens, self._table, layer_end, None)
+        self.sender.layers_computed(name, num_tokens, self._table, layer_end, done)
 
     async def committed(self, names: list[str]) -> None:
         """Until all of them were started, and their sources are free again."""

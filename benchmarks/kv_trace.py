@@ -1,45 +1,140 @@
-"""The marks of `kv_transfer.trace` as a table: a row for each frame, a column for each point."""
+"""`python -m benchmarks.kv_trace`: where the time of a hand-off goes, step by step.
+
+1. Start the pair of `benchmarks.kv_transfer`; both of its processes mark when a frame passes which
+   point (`kv_transfer/trace.py`).
+2. In turns, each hand-off that somebody waits for: the last layer of a prompt, whose processes are
+   awake; a tail of one block and a lone one, whose processes have slept.
+3. For each point: how many microseconds after the beginning it was passed, the median of all turns.
+   Of a hand-off in several frames there is a line for the first and one for the last.
+
+    python -m benchmarks.kv_trace --source cuda:0 --target cuda:1 [--frames] [--write]
+"""
 
 from __future__ import annotations
 
+import argparse
+import statistics
+import sys
+from functools import partial
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from collections.abc import Sequence
+from benchmarks.kv_handoffs import hand_off, last_layer
+from benchmarks.kv_pair import BLOCK_SIZE, Pair, decode_process, run_as_node
+from benchmarks.kv_transfer import LAYER_SECONDS, add_options, make_options, with_defaults
+from benchmarks.results_file import machine_facts, write_section
+from kv_transfer.trace import TRACE
 
-    from kv_transfer.trace import Mark
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Sequence
+
+    from benchmarks.kv_handoffs import Taken
+
+    Points = dict[str, float]
 
 # s: sender, r: receiver.
-POINTS = {
-    "s.slot": "slot",
-    "s.gather_queued": "queued",
+FRAME_POINTS = {
+    "s.slot": "slot taken",
+    "s.gather_queued": "packing queued",
     "s.gathered": "packed",
     "s.posted": "posted",
-    "r.header": "header",
-    "r.posted": "receive",
+    "r.header": "header heard",
+    "r.posted": "receive posted",
     "r.landed": "landed",
-    "s.sent": "sent",
-    "r.scatter_queued": "queued",
+    "r.scatter_queued": "read queued",
     "r.verified": "verified",
 }
-MOST_FRAMES = 16
+POINTS = {**FRAME_POINTS, "r.commit": "commit heard", "r.start": "node told"}
 
 
-def describe_frames(marks: Sequence[Mark], began: float) -> str:
-    """Microseconds after `began`, a moment of the same clock."""
-    frames: dict[tuple[int, int], dict[str, float]] = {}
-    last = []
-    for mark in marks:
-        micros = (mark.seconds - began) * 1e6
-        if mark.point in POINTS:
-            frames.setdefault((mark.layer, mark.position), {})[mark.point] = micros
-        else:
-            last.append(f"{mark.point} {micros:.0f}")
-    lines = ["layer, position".ljust(16) + "".join(name.rjust(10) for name in POINTS.values())]
-    shown = sorted(frames.items(), key=lambda item: item[1].get("s.slot", 0.0))
-    for place, points in shown[:MOST_FRAMES]:
-        cells = (f"{points[p]:.0f}" if p in points else "" for p in POINTS)
-        lines.append(f"{place!s:16}" + "".join(cell.rjust(10) for cell in cells))
-    if len(shown) > MOST_FRAMES:
-        lines.append(f"and {len(shown) - MOST_FRAMES} more frames")
-    return "\n".join([*lines, ", ".join(last)])
+def frames_of(taken: Taken) -> list[Points]:
+    """When each frame passed which point, in microseconds after the beginning, in the order in
+    which they were done with. What is marked once for all of them is told of the last."""
+    frames: dict[tuple[int, int], Points] = {}
+    of_all: Points = {}
+    for mark in taken.marks:
+        is_frame = mark.point in FRAME_POINTS
+        points = frames.setdefault((mark.layer, mark.position), {}) if is_frame else of_all
+        points[mark.point] = (mark.seconds - taken.began) * 1e6
+    ordered = sorted(frames.values(), key=lambda points: max(points.values()))
+    if ordered:
+        ordered[-1].update(of_all)
+    return ordered
+
+
+def median_line(label: str, runs: Sequence[Points]) -> str:
+    """A point that most runs did not pass has no median."""
+    cells = []
+    for point in POINTS:
+        values = [points[point] for points in runs if point in points]
+        cells.append(f"{statistics.median(values):.0f}" if 2 * len(values) > len(runs) else "")
+    return f"| {label} | {' | '.join(cells)} |"
+
+
+def lines_of(label: str, runs: Sequence[Taken]) -> list[str]:
+    frames = [frames_of(taken) for taken in runs]
+    last = [each[-1] for each in frames]
+    if all(len(each) == 1 for each in frames):
+        return [median_line(label, last)]
+    first = [each[0] for each in frames]
+    return [median_line(f"{label}, first frame", first), median_line(f"{label}, last frame", last)]
+
+
+def hand_offs(pair: Pair, longest: int) -> dict[str, Callable[[], Awaitable[Taken]]]:
+    short = longest // 4
+    tokens = f"{short * BLOCK_SIZE} tokens"
+    found = {
+        f"last layer of {tokens}, {seconds * 1e3:.0f} ms apart": partial(
+            last_layer, pair, short, seconds
+        )
+        for seconds in LAYER_SECONDS
+    }
+    return {
+        **found,
+        f"tail of {BLOCK_SIZE} tokens": partial(hand_off, pair, longest, 1),
+        f"lone, {tokens}": partial(hand_off, pair, short, short),
+    }
+
+
+async def run(arguments: argparse.Namespace) -> str:
+    options = make_options(arguments)
+    async with Pair(options, decode_process, True) as pair:
+        TRACE.start()
+        turns: dict[str, list[Taken]] = {}
+        for turn in range(arguments.warmup + arguments.repeats):
+            for label, once in hand_offs(pair, arguments.prompt_blocks).items():
+                taken = await once()
+                if turn >= arguments.warmup:
+                    turns.setdefault(label, []).append(taken)
+        transports = ", ".join(pair.agent.transports_in_use)
+    lines = [f"| us | {' | '.join(POINTS.values())} |", "|---|" + "---:|" * len(POINTS)]
+    for label, runs in turns.items():
+        lines += lines_of(label, runs)
+        if arguments.frames:
+            for num, points in enumerate(frames_of(runs[-1]), 1):
+                print(median_line(f"{label}, frame {num}", [points]))
+    num = arguments.repeats
+    lines += ["", f"- {options.source} -> {options.target} over {transports}; medians of {num}"]
+    return "\n".join(lines)
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    add_options(parser)
+    parser.add_argument("--frames", action="store_true", help="show each frame of the last turn")
+    return with_defaults(parser.parse_args(arguments))
+
+
+def main() -> None:
+    arguments = parse()
+    table = run_as_node(run(arguments))
+    print(table)
+    if arguments.write:
+        command = " ".join(["python -m benchmarks.kv_trace", *sys.argv[1:]])
+        facts = [f"command: `{command}`", *machine_facts()]
+        text = "\n".join([table, *(f"- {fact}" for fact in facts)])
+        device = "CPU" if arguments.source == "cpu" else "two GPUs"
+        write_section(f"KV transfer steps, {device}", f"Steps of a hand-off, {device}", text)
+
+
+if __name__ == "__main__":
+    main()

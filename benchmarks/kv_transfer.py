@@ -5,12 +5,18 @@ on both sides, the wire, scattering, and the call that starts the sequence. No e
 
 1. raw      a plain copy from device to device, of the same run: what there is to reach.
 2. empty    the decode node holds every block: the commit alone.
-3. tail     all but the last tokens was sent while it was computed; the time from the first token
-            until the sequence starts is what a request waits for.
-4. lone     every block of one prompt is computed already: from the first frame asked for until the
-            sequence starts, with nothing else under way to hide its beginning and end.
-5. stream   several prompts at once, from the first frame until the last sequence starts.
-6. digests  streams between a pair that takes digests and one that does not, in turns.
+3. last     the layers of a prompt come one by one and are sent as they come: from the last one's
+   layer    event until the sequence starts. It is what a request waits for, of processes that are
+            awake as a busy cluster's are; layers 1 to 2 ms apart are those of 2048 tokens.
+4. tail     all but the last tokens was sent before, and both processes have slept since: the same
+            of a request that comes after a pause.
+5. lone     every block of one prompt is computed already: from the first frame asked for until the
+            sequence starts, with nothing else under way to hide its beginning and end. It finds
+            them asleep, too.
+6. stream   several prompts at once, from the first frame until the last sequence starts.
+7. digests  streams between a pair that takes digests and one that does not, in turns.
+
+Where the time of 3 to 5 goes: `benchmarks.kv_trace`.
 
     python -m benchmarks.kv_transfer --source cuda:0 --target cuda:1 [--write]
 """
@@ -18,7 +24,6 @@ on both sides, the wire, scattering, and the call that starts the sequence. No e
 from __future__ import annotations
 
 import argparse
-import asyncio
 import statistics
 import sys
 import time
@@ -29,26 +34,27 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from benchmarks.kv_handoffs import hand_off, last_layer, stream
 from benchmarks.kv_pair import (
     ALL_HELD,
     BLOCK_SIZE,
     MIB,
     Pair,
     PairOptions,
-    decode_process,
     run_as_node,
 )
-from benchmarks.kv_trace import describe_frames
 from benchmarks.results_file import machine_facts, write_section
-from kv_transfer.trace import TRACE
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
+
+    from benchmarks.kv_handoffs import Taken
 
 # Prompts at once, in quarters of the longest prompt. The last is long enough to show the rate
 # that a stream goes on with.
 STREAMS = ((4, 1), (8, 1), (2, 4), (8, 8))
 RAW_MIB = (32, 256, 1024)
+LAYER_SECONDS = (0.001, 0.002)  # between two layers of a prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,50 +100,10 @@ def _synchronize() -> None:
         torch.cuda.synchronize(index)
 
 
-async def left(pair: Pair, num_bytes: int) -> None:
-    """Until so many bytes were sent in all, and the link is quiet again."""
-    moved = pair.agent.stats.bytes_by_transport
-    while sum(moved.values()) < num_bytes:  # noqa: ASYNC110 (a counter has no event)
-        await asyncio.sleep(0.0005)
-    await asyncio.sleep(0.02)
-
-
-async def hand_off(
-    pair: Pair, num_blocks: int, num_last: int, gateway_id: str = "gateway"
-) -> float:
-    """Seconds from the first token until the start at the other end. All blocks but the last
-    `num_last` have left before that."""
-    name = pair.open(num_blocks, gateway_id)
-    num_early = num_blocks - num_last
-    sent = sum(pair.agent.stats.bytes_by_transport.values())
-    pair.computed(name, num_early)
-    await left(pair, sent + num_early * pair.options.block_bytes)
-    if TRACE.is_on:
-        TRACE.start()
-    began = time.perf_counter()
-    pair.computed(name, num_blocks)
-    (started,) = await pair.started([name])
-    if TRACE.is_on:
-        marks = [*TRACE.stop(), *started.marks]
-        print(describe_frames([mark for mark in marks if mark.seconds >= began], began))
-        TRACE.start()
-    return started.at - began
-
-
-async def stream(pair: Pair, num_prompts: int, num_blocks: int) -> float:
-    """Seconds from the first frame of several prompts until the last of them started."""
-    names = [pair.open(num_blocks) for _ in range(num_prompts)]
-    await asyncio.sleep(0.05)  # tickets
-    began = time.perf_counter()
-    for name in names:
-        pair.computed(name, num_blocks)
-    return max(started.at for started in await pair.started(names)) - began
-
-
 async def repeated(
-    arguments: argparse.Namespace, once: Callable[[], Awaitable[float]]
+    arguments: argparse.Namespace, once: Callable[[], Awaitable[Taken]]
 ) -> list[float]:
-    seconds = [await once() for _ in range(arguments.warmup + arguments.repeats)]
+    seconds = [(await once()).seconds for _ in range(arguments.warmup + arguments.repeats)]
     return sorted(seconds[arguments.warmup :])
 
 
@@ -145,6 +111,11 @@ async def hand_off_rows(arguments: argparse.Namespace, pair: Pair) -> list[Row]:
     block_bytes, longest = pair.options.block_bytes, arguments.prompt_blocks
     seconds = await repeated(arguments, partial(hand_off, pair, longest, longest, ALL_HELD))
     rows = [Row("empty", 0, seconds)]
+    for apart in LAYER_SECONDS:
+        num_blocks = longest // 4
+        seconds = await repeated(arguments, partial(last_layer, pair, num_blocks, apart))
+        label = f"last layer of {num_blocks * BLOCK_SIZE} tokens, {apart * 1e3:.0f} ms apart"
+        rows.append(Row(label, num_blocks * pair.options.unit_bytes, seconds))
     for num_last in (1, 8, 32, 128):
         if num_last < longest:
             seconds = await repeated(arguments, partial(hand_off, pair, longest, num_last))
@@ -175,7 +146,7 @@ async def digest_rows(arguments: argparse.Namespace, pairs: dict[str, Pair]) -> 
         for name, pair in pairs.items():
             took = await stream(pair, 8, num_blocks)
             if turn >= arguments.warmup:
-                seconds[name].append(took)
+                seconds[name].append(took.seconds)
     num_bytes = 8 * num_blocks * next(iter(pairs.values())).options.block_bytes
     return [Row(f"stream, {name}", num_bytes, sorted(took)) for name, took in seconds.items()]
 
@@ -185,9 +156,7 @@ async def run(arguments: argparse.Namespace) -> str:
     raw = [raw_copy(options, mib * MIB, 5) for mib in RAW_MIB[: arguments.num_raw]]
     raw_rate = max(row.rate for row in raw)
     async with AsyncExitStack() as stack:
-        pair = await stack.enter_async_context(Pair(options, decode_process, arguments.trace))
-        if arguments.trace:
-            TRACE.start()
+        pair = await stack.enter_async_context(Pair(options))
         rows = await hand_off_rows(arguments, pair)
         transports = ", ".join(pair.agent.transports_in_use)
         staging = pair.agent.staging
@@ -196,7 +165,7 @@ async def run(arguments: argparse.Namespace) -> str:
             f"{staging.slot_bytes / MIB:.0f} MiB on each side",
         ]
         # In host memory `benchmarks.host_transfer` tells what digests cost.
-        if not arguments.trace and options.source != "cpu":
+        if options.source != "cpu":
             bare = Pair(replace(options, takes_digests=False))
             bare = await stack.enter_async_context(bare)
             on_off = await digest_rows(arguments, {"digests on": pair, "digests off": bare})
@@ -230,6 +199,11 @@ def make_options(arguments: argparse.Namespace) -> PairOptions:
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    add_options(parser)
+    return with_defaults(parser.parse_args(arguments))
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--source", default="cpu", help="device of the prefill node's pool")
     parser.add_argument("--target", default="cpu", help="device of the decode node's pool")
     parser.add_argument("--num-layers", type=int, default=None)
@@ -243,10 +217,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--require-transport", default="any")
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--warmup", type=int, default=3)
-    parser.add_argument("--trace", action="store_true", help="show when each frame passed where")
     parser.add_argument("--write", action="store_true", help="update benchmarks/RESULTS.md")
-    found = parser.parse_args(arguments)
-    # On a GPU the KV of an 8B model and a prompt of 8192 tokens; on a CPU a small one.
+
+
+def with_defaults(found: argparse.Namespace) -> argparse.Namespace:
+    """On a GPU the KV of an 8B model and a prompt of 8192 tokens; on a CPU a small one."""
     is_cpu = found.source == "cpu"
     defaults = (12, 16, 256, 64, 1) if is_cpu else (32, 64, 8192, 512, len(RAW_MIB))
     names = ("num_layers", "unit_kib", "num_blocks", "prompt_blocks", "num_raw")
