@@ -85,10 +85,10 @@ def main(argv: Sequence[str]) -> int:
     try:
         command.run(loaded)
     except AdminUnreachable as error:
-        print(f"baton admin: {error.message}", file=sys.stderr)
+        print(f"baton admin: {shown(error.message)}", file=sys.stderr)
         return EXIT_NOT_READY
     except AdminRefused as error:
-        print(f"baton admin: {error.message}", file=sys.stderr)
+        print(f"baton admin: {shown(error.message)}", file=sys.stderr)
         return EXIT_REFUSED
     return 0
 
@@ -285,7 +285,10 @@ def _is_json(loaded: LoadedConfig) -> bool:
 
 
 def _print_json(document: Json) -> None:
-    print(json.dumps(document, indent=2, ensure_ascii=False))
+    """No control character reaches the terminal, as in a table: here they are escaped."""
+    lines = json.dumps(document, indent=2, ensure_ascii=False).split("\n")
+    for line in lines:
+        print("".join(char if char.isprintable() else json.dumps(char)[1:-1] for char in line))
 
 
 if __name__ == "__main__":

@@ -101,7 +101,8 @@ class RequestBook:
         )
 
     def keep(self, request: EndedRequest) -> None:
-        request = replace(request, model=_short(request.model), param=_short(request.param))
+        if _is_long(request.model) or _is_long(request.param):
+            request = replace(request, model=_short(request.model), param=_short(request.param))
         kept = self._kept.setdefault(request.status // 100, deque(maxlen=self._capacity))
         kept.append(_Kept(next(self._numbers), self._wall_clock(), request))
 
@@ -124,8 +125,12 @@ class RequestBook:
         return list(itertools.islice(found, count))
 
 
-def _short(name: str | None) -> str | None:
+def _is_long(name: str | None) -> bool:
     """A client may choose it, at any length."""
+    return name is not None and len(name) > MAX_NAME_CHARS
+
+
+def _short(name: str | None) -> str | None:
     return None if name is None else name[:MAX_NAME_CHARS]
 
 

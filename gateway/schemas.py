@@ -252,8 +252,9 @@ def _problem(problem: Any) -> str:
 
 
 def field_path(location: tuple[int | str, ...]) -> str:
-    """("messages", 0, "role") as "messages[0].role"."""
+    """("messages", 0, "role") as "messages[0].role". A client may name a field, at any length."""
     path = ""
     for step in location:
-        path += f"[{step}]" if isinstance(step, int) else f".{step}" if path else str(step)
+        name = str(step)[:MAX_INPUT_CHARS]
+        path += f"[{name}]" if isinstance(step, int) else f".{name}" if path else name
     return path

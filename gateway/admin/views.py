@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import TYPE_CHECKING, Any
 
+from gateway.request_book import EndedRequest
 from gateway.sequence_machine import SequenceState
 
 if TYPE_CHECKING:
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from gateway.active import ActiveSequence
     from gateway.generation import Generation
     from gateway.nodes import NodeEntry
-    from gateway.request_book import EndedRequest, RequestBook
+    from gateway.request_book import RequestBook
 
 Json = dict[str, Any]
 
@@ -26,6 +27,7 @@ _STATES = {
     SequenceState.STARTED: "running",
     SequenceState.FINISHED: "finished",
 }
+_OF_ENDED = [each.name for each in fields(EndedRequest)]
 
 
 def node_view(
@@ -102,7 +104,7 @@ def _num_output_tokens(generation: Generation, sequences: list[ActiveSequence]) 
 
 def ended_view(ended_at: float, request: EndedRequest, now: float) -> Json:
     """`ended_at` and `now` in Unix seconds."""
-    view = asdict(request)
+    view = {name: getattr(request, name) for name in _OF_ENDED}  # `asdict` takes ten times as long
     ttft_ms, duration_ms = view.pop("ttft_ms"), view.pop("duration_ms")
     return {
         "id": view.pop("request_id"),

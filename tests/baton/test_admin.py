@@ -168,6 +168,26 @@ def test_what_the_server_sends_cannot_steer_the_terminal() -> None:
     assert "[red]x[/red]" in captured.get()
 
 
+@pytest.mark.parametrize("arguments", [("nodes", "-o", "json"), ("cordon", "x"), ("nodes",)])
+def test_neither_json_nor_a_refusal_can_steer_the_terminal(
+    server: AdminServer,
+    admin: Callable[..., int],
+    capsys: pytest.CaptureFixture[str],
+    arguments: tuple[str, ...],
+) -> None:
+    evil = "\x1b[2J\x9b31m\u202e\U000e0001 caf\u00e9"
+    document = {"nodes": [NODE | {"name": evil}]}
+    server.answers["GET", "/admin/v1/nodes"] = 200, document
+    refusal = {"message": evil, "param": "name"}
+    server.answers["POST", "/admin/v1/nodes/x:cordon"] = 404, {"error": refusal}
+    admin(*arguments)
+    told = capsys.readouterr()
+    assert not set(told.out + told.err) & set("\x1b\x9b\u202e\U000e0001")
+    assert "caf\u00e9" in told.out + told.err
+    if "json" in arguments:
+        assert json.loads(told.out) == document
+
+
 def test_an_empty_list_is_said_in_words(
     server: AdminServer, admin: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:

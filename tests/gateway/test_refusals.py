@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 
+from gateway.schemas import MAX_INPUT_CHARS
 from tests.gateway.test_http_edge import MODEL, chat, completion, error_of
 
 if TYPE_CHECKING:
@@ -59,6 +60,13 @@ def test_a_wrong_route_hears_its_name_and_of_a_right_one(http: httpx.Client) -> 
 def test_an_empty_list_is_refused_in_plain_words(http: httpx.Client) -> None:
     error = error_of(http.post("/v1/chat/completions", json=chat(messages=[])))
     assert error["message"] == "messages: list should have at least 1 item, not 0."
+
+
+def test_the_name_of_a_wrong_field_is_cut(http: httpx.Client) -> None:
+    bias = {"7" * 100_000: "much"}
+    refused = http.post("/v1/completions", json=completion(logit_bias=bias))
+    assert error_of(refused)["param"] == "logit_bias." + "7" * MAX_INPUT_CHARS
+    assert len(refused.content) < 1000
 
 
 def test_no_key_and_a_wrong_one_are_told_apart(
