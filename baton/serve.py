@@ -105,9 +105,9 @@ async def serve(loaded: LoadedConfig) -> int:
             with view:
                 started = await done_unless_stopped(bring_up(supervisor), stop)
             if started:
-                port = urlsplit(gateway_facts(supervisor)["admin_url"]).port or 0
-                token = specs[-1].environment["BATON_ADMIN_TOKEN"]
-                stack.enter_context(left_admin_token(port, token))
+                if not loaded[GatewayConfig].admin_token:
+                    token = specs[-1].environment["BATON_ADMIN_TOKEN"]
+                    leave_token(token, gateway_facts(supervisor)["admin_url"], stack, console)
                 announce(supervisor, loaded)
                 await stop.wait()
                 console.print("Draining; Ctrl-C again ends at once.")
@@ -121,6 +121,16 @@ async def serve(loaded: LoadedConfig) -> int:
             keeping.cancel()
     console.print("Stopped.")
     return 0
+
+
+def leave_token(token: str, admin_url: str, stack: ExitStack, console: Console) -> None:
+    """One that was drawn, where `baton admin` finds it as long as `stack` lives; else say it. One
+    that was given is written nowhere."""
+    try:
+        stack.enter_context(left_admin_token(urlsplit(admin_url).port or 0, token))
+    except ConfigError as error:
+        told = f"baton serve: {error.message} For this run pass --admin-token {token}"
+        console.print(told, style="yellow", markup=False, soft_wrap=True)
 
 
 def start_redis(loaded: LoadedConfig, stack: ExitStack) -> EmbeddedRedis | None:
@@ -217,6 +227,7 @@ def announce(supervisor: Supervisor, loaded: LoadedConfig) -> None:
     facts = gateway_facts(supervisor)
     url, model = facts["url"], facts["model"]
     header = "  -H 'Authorization: Bearer YOUR_KEY' \\\n" if loaded[GatewayConfig].api_key else ""
+    token = " --admin-token YOUR_TOKEN" if loaded[GatewayConfig].admin_token else ""
     baton = sys.argv[0] if Path(sys.argv[0]).name == "baton" else "baton"
     print(
         f"\nBaton serves {model} at {url}/v1  (admin: {facts['admin_url']})\n\n"
@@ -224,7 +235,7 @@ def announce(supervisor: Supervisor, loaded: LoadedConfig) -> None:
         f"curl {url}/v1/chat/completions -H 'Content-Type: application/json' \\\n{header}"
         f'  -d \'{{"model": "{model}", "stream": true, '
         f'"messages": [{{"role": "user", "content": "What is Python?"}}]}}\'\n\n'
-        f"{baton} admin nodes --admin-url {facts['admin_url']}   shows its nodes\n"
+        f"{baton} admin nodes --admin-url {facts['admin_url']}{token}   shows its nodes\n"
         f"{baton} bench run --base-url {url} --num-prompts 50   measures it\n"
         "Ctrl-C drains and stops it.",
         flush=True,

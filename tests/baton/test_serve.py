@@ -58,11 +58,15 @@ def spec(name: str, program: str) -> ChildSpec:
 
 
 @pytest.fixture
-def loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LoadedConfig:
+def loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> LoadedConfig:
+    """With the environment that the test gives, or none."""
     monkeypatch.setenv("HOME", str(tmp_path))
+    env: dict[str, str] = getattr(request, "param", {})
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
-    return load_config("baton serve", SECTIONS, [], {}, positional="model")
+    return load_config("baton serve", SECTIONS, [], env, positional="model")
 
 
 @pytest.fixture
@@ -118,6 +122,33 @@ def test_what_works_when_pasted_is_said_once_all_is_ready(
     assert "Baton serves pocket at http://127.0.0.1:" in said
     assert "/v1/chat/completions" in said
     assert "admin nodes --admin-url http://127.0.0.1:" in said
+
+
+@pytest.mark.parametrize(
+    ("loaded", "expected"),
+    [({}, ["secret\n"]), ({"BATON_ADMIN_TOKEN": "secret"}, [])],
+    indirect=["loaded"],
+)
+def test_a_drawn_admin_token_is_left_while_it_serves_and_a_given_one_is_written_nowhere(
+    with_children: Any, tmp_path: Path, expected: list[str]
+) -> None:
+    left: list[str] = []
+
+    def look() -> None:
+        left.extend(path.read_text() for path in tmp_path.rglob("admin-token-*"))
+        interrupt()
+
+    assert with_children(spec("decode", NODE), spec("gateway", GATEWAY), on_up=look) == 0
+    assert left == expected
+    assert not list(tmp_path.rglob("admin-token-*"))
+
+
+def test_where_the_admin_token_cannot_be_left_it_is_said_and_all_serves(
+    with_children: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "baton").write_text("a file in the way")
+    assert with_children(spec("decode", NODE), spec("gateway", GATEWAY), on_up=interrupt) == 0
+    assert "For this run pass --admin-token secret" in capfd.readouterr().err
 
 
 def test_a_child_that_cannot_start_ends_all_with_its_message_once(
