@@ -66,6 +66,7 @@ PARTS = (
         120,
         num_gpus=2,
     ),
+    Part("served steps", "-m benchmarks.kv_trace_served", 90, num_gpus=2),
     Part("decode while receiving", "-m benchmarks.decode_while_receiving", 100, num_gpus=2),
     Part(
         "KV tiers",

@@ -25,7 +25,7 @@ from benchmarks.results_file import machine_facts, write_section
 from kv_transfer.trace import TRACE
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Sequence
+    from collections.abc import Awaitable, Callable, Mapping, Sequence
 
     from benchmarks.kv_handoffs import Taken
 
@@ -43,7 +43,12 @@ FRAME_POINTS = {
     "r.scatter_queued": "read queued",
     "r.verified": "verified",
 }
-POINTS = {**FRAME_POINTS, "r.commit": "commit heard", "r.start": "node told"}
+POINTS = {
+    **FRAME_POINTS,
+    "s.commit": "commit sent",
+    "r.commit": "commit heard",
+    "r.start": "node told",
+}
 
 
 def frames_of(taken: Taken) -> list[Points]:
@@ -61,11 +66,15 @@ def frames_of(taken: Taken) -> list[Points]:
     return ordered
 
 
-def median_line(label: str, runs: Sequence[Points]) -> str:
+def heading(points: Mapping[str, str] = POINTS) -> list[str]:
+    return [f"| us | {' | '.join(points.values())} |", "|---|" + "---:|" * len(points)]
+
+
+def median_line(label: str, runs: Sequence[Points], points: Mapping[str, str] = POINTS) -> str:
     """A point that most runs did not pass has no median."""
     cells = []
-    for point in POINTS:
-        values = [points[point] for points in runs if point in points]
+    for point in points:
+        values = [run[point] for run in runs if point in run]
         cells.append(f"{statistics.median(values):.0f}" if 2 * len(values) > len(runs) else "")
     return f"| {label} | {' | '.join(cells)} |"
 
@@ -106,7 +115,7 @@ async def run(arguments: argparse.Namespace) -> str:
                 if turn >= arguments.warmup:
                     turns.setdefault(label, []).append(taken)
         transports = ", ".join(pair.agent.transports_in_use)
-    lines = [f"| us | {' | '.join(POINTS.values())} |", "|---|" + "---:|" * len(POINTS)]
+    lines = heading()
     for label, runs in turns.items():
         lines += lines_of(label, runs)
         if arguments.frames:

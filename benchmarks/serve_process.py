@@ -17,7 +17,10 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import IO
+from typing import IO, TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 ROOT = Path(__file__).resolve().parent.parent
 READY_TIMEOUT_SECONDS = 300.0
@@ -33,7 +36,8 @@ class ServeFailed(RuntimeError):
 class ServeProcess:
     """Use as a context manager. `url` and `admin_url` are its addresses."""
 
-    def __init__(self, *arguments: str) -> None:
+    def __init__(self, *arguments: str, environment: Mapping[str, str] | None = None) -> None:
+        """`environment`: settings that have no flag."""
         port, admin_port = free_ports(2)
         self.url = f"http://127.0.0.1:{port}"
         self.admin_url = f"http://127.0.0.1:{admin_port}"
@@ -44,7 +48,7 @@ class ServeProcess:
         self._process = subprocess.Popen(
             command,
             cwd=ROOT,
-            env={name: value for name, value in os.environ.items() if not _is_setting(name)},
+            env={**_without_settings(), **(environment or {})},
             stdin=subprocess.DEVNULL,
             stdout=self._log,
             stderr=subprocess.STDOUT,
@@ -93,8 +97,12 @@ def free_ports(count: int) -> list[int]:
             each.close()
 
 
-def _is_setting(variable: str) -> bool:
+def _without_settings() -> dict[str, str]:
     """What is set in the caller's shell must not change what is measured."""
+    return {name: value for name, value in os.environ.items() if not _is_setting(name)}
+
+
+def _is_setting(variable: str) -> bool:
     return variable.startswith("BATON_") or variable == "OMP_NUM_THREADS"
 
 

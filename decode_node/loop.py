@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from kv_transfer.trace import TRACE
+
 if TYPE_CHECKING:
     import asyncio
     from collections.abc import Callable, Sequence
@@ -33,6 +35,8 @@ class DecodeObserver:
 
     def before_step(self, decision: ScheduleDecision) -> None:
         self._reservations.before_step()
+        if TRACE.is_on:
+            TRACE.mark("d.launch")
 
     def after_step(self, decision: ScheduleDecision, output: StepOutput) -> None:
         """Nothing: the deltas come with `settled`, after finished sequences are freed."""

@@ -35,6 +35,7 @@ from cluster.failpoints import failpoint
 from cluster.node import NodeState
 from decode_node.streams import LAUNCH_SECONDS, Remembered, Stream, Streams, orphan_error
 from engine.loop_errors import refusal, unawaited
+from kv_transfer.trace import TRACE
 from node_parts.requests import inspect_reply, runnable
 
 if TYPE_CHECKING:
@@ -239,6 +240,8 @@ class DecodeHandler:
     # ---- on the engine's thread -------------------------------------------------------
 
     def _start(self, sequence_id: str, first_token_id: int) -> None:
+        if TRACE.is_on:
+            TRACE.mark("d.engine")
         sequence = self._reservations.start(sequence_id, first_token_id)
         self._add(sequence)
         self._event_loop.call_soon_threadsafe(self._on_started, sequence_id)

@@ -6,6 +6,7 @@ may have are given away by both roles, so that is here.
 
 from __future__ import annotations
 
+import os
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -34,6 +35,7 @@ from kv_transfer.receiving.kv_session import KvReceiverService
 from kv_transfer.receiving.receiver import KVReceiver
 from kv_transfer.sending.prefixes import HeldPrefix, PrefixSender
 from kv_transfer.sending.sender import KVSender
+from kv_transfer.trace import trace_for
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -62,6 +64,7 @@ async def run_role(
     report: StartupReport,
 ) -> None:
     """Serve until told to stop. Raises `ConfigError` for what keeps a node from serving."""
+    trace_for(os.environ)
     engine = Engine.create(loaded[EngineConfig], progress=report)
     with report.phase("open transport"):
         agent = TransferAgent.create(engine.kv_pools, loaded[KVTransferConfig])

@@ -111,6 +111,8 @@ class Shipping:
     def commit(self, commit: CommitMessage) -> None:
         """Behind the headers of all its frames. Should it not arrive, the link is lost."""
         self._messages.send(pack_commit(commit))
+        if TRACE.is_on:
+            TRACE.mark("s.commit")
 
     async def stop(self) -> None:
         """Plan no more frames, and wait until those that are packed were dropped or posted."""

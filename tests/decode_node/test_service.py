@@ -20,6 +20,7 @@ from decode_node.streams import Remembered
 from engine.load import LoadSnapshot
 from engine.loop import EngineLoop
 from kv_transfer.receiving.incoming import IncomingSequence
+from kv_transfer.trace import TRACE
 from kv_transfer.transports.loopback import LoopbackNetwork, LoopbackTransport
 from tests.kv_twins import COMPATIBLE, decode_side, until
 from tests.node_doubles import (
@@ -131,6 +132,20 @@ def test_a_handed_off_sequence_says_started_before_its_tokens_and_frees_its_bloc
         assert sum(len(delta.token_ids) for delta in decoded) == 3, "the first came from prefill"
         assert decoded[-1].finish_reason is FinishReason.LENGTH
         await world.check_over()
+
+    run(body)
+
+
+def test_a_start_is_traced_on_the_engines_thread_and_then_its_first_launch() -> None:
+    async def body(world: World) -> None:
+        await world.reserve(request("a", 9, max_tokens=3))
+        TRACE.start()
+        try:
+            await world.handler.start("a", 77)
+            await world.gateway.until_end()
+        finally:
+            points = [mark.point for mark in TRACE.stop()]
+        assert points == ["d.engine", "d.launch", "d.launch"]
 
     run(body)
 
