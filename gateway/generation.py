@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from cluster.errors import Cancelled, ServingError
 from gateway.choice import Choice
-from gateway.request_book import EndedRequest
+from gateway.request_book import CLIENT_GONE, EndedRequest
 from gateway.turns import tokens_at_once
 
 if TYPE_CHECKING:
@@ -187,7 +187,7 @@ class Generation:
         if not self.is_finished and not self._is_closed:
             self.has_disconnected = True
             self.measures.num_disconnected += 1
-            self.fail(Cancelled("The client closed the connection.", reason="client_gone"))
+            self.fail(Cancelled("The client closed the connection.", reason=CLIENT_GONE))
 
     def fail(self, error: ServingError) -> None:
         if self.error is None:

@@ -4,8 +4,9 @@
 2. `ended`: it has its answer, or its error; `refused`: it was not taken in at all.
 3. `last` shows them, the latest first.
 
-The last `CAPACITY` are kept of each class of status (200, 400, 500), so that many that go well,
-or a client that is refused again and again, push out none that failed. A kept request is its
+The last `CAPACITY` are kept of each class of status (200, 400, 500), and of those whose clients
+left, so that many that go well, or that nobody waits for, or a client that is refused again and
+again, push out none that failed. A kept request is its
 figures and names: nothing of prompt or answer, nor messages of errors, which may quote them.
 """
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 CAPACITY = 500
 MAX_NAME_CHARS = 200
 HTTP_BAD_REQUEST = 400
+CLIENT_GONE = "client_gone"  # the reason of the error that nobody was there to get
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +55,8 @@ class EndedRequest:
 
     @property
     def has_failed(self) -> bool:
-        return self.status >= HTTP_BAD_REQUEST
+        """Its client got an error."""
+        return self.status >= HTTP_BAD_REQUEST and self.reason != CLIENT_GONE
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +74,8 @@ class RequestBook:
         self._wall_clock = wall_clock
         self._numbers = itertools.count()
         self._generations: dict[str, Generation] = {}  # by the ids of their streams
-        self._kept: dict[int, deque[_Kept]] = {}  # by class of status, the latest last
+        # By class of status and whether they failed, the latest last.
+        self._kept: dict[tuple[int, bool], deque[_Kept]] = {}
 
     def began(self, generation: Generation) -> None:
         self._generations |= dict.fromkeys(_streams_of(generation), generation)
@@ -103,7 +107,8 @@ class RequestBook:
     def keep(self, request: EndedRequest) -> None:
         if _is_long(request.model) or _is_long(request.param):
             request = replace(request, model=_short(request.model), param=_short(request.param))
-        kept = self._kept.setdefault(request.status // 100, deque(maxlen=self._capacity))
+        outcome = request.status // 100, request.has_failed
+        kept = self._kept.setdefault(outcome, deque(maxlen=self._capacity))
         kept.append(_Kept(next(self._numbers), self._wall_clock(), request))
 
     def last(

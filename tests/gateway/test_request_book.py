@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import count
 
 from cluster.errors import InvalidRequest, NodeLost
-from gateway.request_book import MAX_NAME_CHARS, EndedRequest, RequestBook
+from gateway.request_book import CLIENT_GONE, MAX_NAME_CHARS, EndedRequest, RequestBook
 
 
 def book(capacity: int = 3) -> RequestBook:
@@ -29,6 +29,15 @@ def test_many_that_go_well_push_out_none_that_failed() -> None:
         kept.keep(ended(f"well-{number}"))
     assert names(kept.last(10)) == ["well-9", "well-8", "well-7", "bad", "lost"]
     assert names(kept.last(10, failed_only=True)) == ["bad", "lost"]
+
+
+def test_a_client_that_leaves_gets_no_error_and_pushes_out_none() -> None:
+    kept = book()
+    kept.refused("bad", "chat", InvalidRequest("no", param="n"))
+    for number in range(5):
+        kept.keep(ended(f"left-{number}", 499, error="cancelled", reason=CLIENT_GONE))
+    assert names(kept.last(10)) == ["left-4", "left-3", "left-2", "bad"]
+    assert names(kept.last(10, failed_only=True)) == ["bad"]
 
 
 def test_those_of_all_outcomes_come_in_one_order() -> None:
