@@ -19,6 +19,7 @@ from urllib.parse import urljoin
 import aiohttp
 
 from cluster.errors import NodeUnavailable
+from cluster.logging import redact
 from loadtest.answer import AnswerReader, describe_error
 from loadtest.record import RequestFailure, RequestRecord
 
@@ -86,21 +87,22 @@ class BenchClient:
     async def first_model(self) -> str:
         """The first of `/v1/models`. Raises `ServerNotReady`."""
         url = urljoin(self._base_url, "v1/models")
+        shown = redact(url)
         try:
             async with asyncio.timeout(self._patience), self._session.get(url) as response:
                 response.raise_for_status()
                 document: Any = await response.json()
             return str(document["data"][0]["id"])
         except TimeoutError as error:
-            raise ServerNotReady(f"{url} did not answer in {self._patience:g} s.") from error
+            raise ServerNotReady(f"{shown} did not answer in {self._patience:g} s.") from error
         except aiohttp.ClientResponseError as error:
             hint = "; pass --api-key" if error.status == HTTPStatus.UNAUTHORIZED else ""
             told = f"{error.status} {error.message}".strip()
-            raise ServerNotReady(f"{url} answers {told}{hint}.") from error
+            raise ServerNotReady(f"{shown} answers {told}{hint}.") from error
         except (aiohttp.ClientError, OSError) as error:
-            raise ServerNotReady(f"No server answers at {url}: {_cause(error)}.") from error
+            raise ServerNotReady(f"No server answers at {shown}: {_cause(error)}.") from error
         except (LookupError, TypeError, ValueError) as error:
-            raise ServerNotReady(f"{url} names no model; pass --model.") from error
+            raise ServerNotReady(f"{shown} names no model; pass --model.") from error
 
     async def _exchange(self, request: PlannedRequest, record: RequestRecord) -> None:
         async with self._session.post(self._url, data=request.body) as response:

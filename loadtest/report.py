@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.errors import ConfigError
+from cluster.logging import redact
 from cluster.options import options_of
 from loadtest.config import BenchConfig
 
@@ -252,6 +253,7 @@ def _own_keys(result: BenchResult) -> dict[str, Any]:
     }
     if math.isinf(result.config.burstiness):
         options["burstiness"] = "inf"
+    options["base_url"] = redact(result.config.base_url)
     return {
         "schema_version": SCHEMA_VERSION,
         "slo_attainment": summary.slo_attainment,

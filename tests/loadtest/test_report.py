@@ -172,7 +172,10 @@ def test_the_json_has_the_keys_that_scripts_for_vllm_read(make_result: MakeResul
 
 
 def test_secrets_stay_out_of_the_json(make_result: MakeResult) -> None:
-    assert "sk-secret" not in json.dumps(to_json(make_result(api_key=("sk-secret",))))
+    url = "http://me:sk-secret@host:8000"
+    result = make_result(api_key=("sk-secret",), base_url=url)
+    assert "sk-secret" not in json.dumps(to_json(result))
+    assert to_json(result)["options"]["base_url"] == "http://me:[redacted]@host:8000"
 
 
 def test_details_are_one_entry_per_request_and_only_when_asked_for(
