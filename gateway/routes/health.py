@@ -6,9 +6,10 @@ be taken by some pair of nodes.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, Request, Response
+from fastapi.responses import PlainTextResponse
 from prometheus_client.exposition import choose_encoder
 
 from cluster.version import VERSION
@@ -21,19 +22,24 @@ if TYPE_CHECKING:
 
 def health_router(gateway: Gateway, metrics: CollectorRegistry) -> APIRouter:
     router = APIRouter(tags=["operation"])
+    not_ready = {"description": "Not now, and why", "content": {"text/plain": {}}}
+    readiness: dict[str, Any] = {
+        "response_class": PlainTextResponse,
+        "responses": {503: not_ready},
+    }
 
     @router.head("/livez", include_in_schema=False)
-    @router.get("/livez", summary="Does the process run?")
+    @router.get("/livez", summary="Does the process run?", response_class=PlainTextResponse)
     async def livez() -> Response:
         return Response()
 
     @router.head("/readyz", include_in_schema=False)
-    @router.get("/readyz", summary="May traffic come? If not, why")
+    @router.get("/readyz", summary="May traffic come? If not, why", **readiness)
     async def readyz() -> Response:
         return _readiness(gateway)
 
     @router.head("/health", include_in_schema=False)
-    @router.get("/health", summary="The same as /readyz")
+    @router.get("/health", summary="The same as /readyz", **readiness)
     async def health() -> Response:
         return _readiness(gateway)
 
@@ -41,7 +47,9 @@ def health_router(gateway: Gateway, metrics: CollectorRegistry) -> APIRouter:
     async def version() -> dict[str, str]:
         return {"version": VERSION}
 
-    @router.get("/metrics", summary="Metrics in the Prometheus format")
+    @router.get(
+        "/metrics", summary="Metrics in the Prometheus format", response_class=PlainTextResponse
+    )
     async def show_metrics(request: Request) -> Response:
         encode, content_type = choose_encoder(request.headers.get("accept", ""))
         return Response(encode(metrics), media_type=content_type)

@@ -412,6 +412,18 @@ def test_the_api_documents_itself(http: httpx.Client) -> None:
     assert "messages" in document["components"]["schemas"]["ChatBody"]["properties"]
 
 
+def test_what_probes_and_metrics_answer_is_documented_as_the_text_that_it_is(
+    http: httpx.Client,
+) -> None:
+    paths = http.get("/openapi.json").json()["paths"]
+    for path in ("/livez", "/readyz", "/health", "/metrics"):
+        said = paths[path]["get"]["responses"]
+        assert list(said["200"]["content"]) == ["text/plain"]
+        assert http.get(path).headers.get("content-type", "text/plain").startswith("text/plain")
+    for path in ("/readyz", "/health"):
+        assert list(paths[path]["get"]["responses"]["503"]["content"]) == ["text/plain"]
+
+
 def test_each_default_that_is_documented_fits_what_is_documented_of_its_field(
     http: httpx.Client,
 ) -> None:
@@ -432,9 +444,10 @@ def test_errors_are_documented_as_they_are(http: httpx.Client) -> None:
     whole = {"components": document["components"], "$ref": "#/components/schemas/Error"}
     for path in ("/v1/chat/completions", "/v1/messages"):
         jsonschema.validate(http.post(path, json={}).json(), whole)
-    for operations in document["paths"].values():
+    for path, operations in document["paths"].items():
+        of_its_own = {"503"} if path in ("/readyz", "/health") else set()  # text, for people
         for operation in operations.values():
-            assert set(operation["responses"]) == {"200", "default"}
+            assert set(operation["responses"]) == {"200", "default", *of_its_own}
 
 
 def test_no_error_tells_of_the_inside(http: httpx.Client) -> None:
