@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from loadtest.record import RequestRecord
     from loadtest.statistics import Distribution, Summary
 
+MAX_NAME_BYTES = 80  # of each part of a file's name
 WIDTH = 50
 SCHEMA_VERSION = 1
 MAX_ERRORS_SHOWN = 10
@@ -156,32 +157,53 @@ def result_path(result: BenchResult) -> Path:
     limit = "" if config.max_concurrency is None else f"-concurrency{config.max_concurrency}"
     name = "-".join(
         (
-            config.label or config.backend,
+            _in_name(config.label or config.backend),
             f"{rate:g}qps{limit}",
-            result.model.rstrip("/").rpartition("/")[2],
+            _in_name(result.model.rstrip("/").rpartition("/")[2]),
             result.started.strftime("%Y%m%d-%H%M%S"),
         )
     )
     return Path(config.result_dir) / f"{name}.json"
 
 
+def _in_name(text: str) -> str:
+    """Of a file: no folder, and not too long for a file system."""
+    return text.replace("/", "-").encode()[:MAX_NAME_BYTES].decode(errors="ignore")
+
+
 def make_folder(config: BenchConfig) -> None:
     """Before anything is measured. Raises `ConfigError` where the result could not be written."""
-    folder = Path(config.result_dir)
+    folder = at = Path(config.result_dir)
     if config.result_filename is not None:
-        folder = (folder / config.result_filename).parent
+        at = folder / config.result_filename
+        folder = at.parent
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
+        if config.result_filename is not None:
+            _check_file(at)
     except OSError as error:
-        raise ConfigError(f"nothing can be written into {folder}: {error.strerror}.") from error
+        raise ConfigError(f"nothing can be written into {at}: {error.strerror}.") from error
+
+
+def _check_file(path: Path) -> None:
+    """Raises `OSError` where it could not be written; leaves it as it is."""
+    is_new = not path.exists()
+    with path.open("a"):
+        pass
+    if is_new:
+        path.unlink()
 
 
 def save(result: BenchResult) -> Path:
+    """Raises `ConfigError` where it cannot be written after all."""
     path = result_path(result)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(to_json(result), indent=1) + "\n")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(to_json(result), indent=1) + "\n")
+    except OSError as error:
+        raise ConfigError(f"the result is not in {path}: {error.strerror}.") from error
     return path
 
 

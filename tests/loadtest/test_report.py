@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from cluster.errors import ConfigError
 from loadtest.metadata import RunMetadata
 from loadtest.record import RequestFailure, RequestRecord
 from loadtest.report import BenchResult, render_notes, render_table, result_path, save, to_json
@@ -169,6 +171,22 @@ def test_the_json_has_the_keys_that_scripts_for_vllm_read(make_result: MakeResul
             assert f"{part}_{name}_ms" in document
     assert document["mean_ttft_ms"] == pytest.approx(150.0)
     assert document["metadata"]["git_commit"] == "0123456789ab"
+
+
+def test_any_label_and_model_make_a_file_name(make_result: MakeResult, tmp_path: Path) -> None:
+    config = {"label": "a/" + "\u00fc" * 300, "result_dir": str(tmp_path)}
+    result = replace(make_result(**config), model="folder/" + "m" * 300)
+    assert save(result).parent == tmp_path
+    assert save(result).name.startswith("a-\u00fc")
+
+
+def test_a_result_that_cannot_be_written_after_all_is_told_in_one_line(
+    make_result: MakeResult, tmp_path: Path
+) -> None:
+    (tmp_path / "r.json").mkdir()
+    result = make_result(result_dir=str(tmp_path), result_filename="r.json")
+    with pytest.raises(ConfigError, match=r"the result is not in .*r\.json: Is a directory"):
+        save(result)
 
 
 def test_secrets_stay_out_of_the_json(make_result: MakeResult) -> None:

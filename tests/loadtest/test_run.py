@@ -14,6 +14,7 @@ from cluster.errors import ConfigError, UsageError
 from loadtest import client
 from loadtest.__main__ import EXIT_NOT_READY, EXIT_NOTHING_SUCCEEDED, main
 from loadtest.client import ServerNotReady
+from loadtest.report import make_folder
 from loadtest.run import measure, run
 
 if TYPE_CHECKING:
@@ -180,21 +181,41 @@ def test_the_address_may_end_as_other_clients_have_it(bench_config: Any, end: st
     assert config.server_url == "http://a:1/x"
 
 
-def test_a_folder_that_cannot_be_written_is_told_before_anything_is_measured(
-    wire: Any, tmp_path: Path
+@pytest.mark.parametrize(
+    "place",
+    [
+        ("--save-result", "--result-dir", "file/x"),
+        ("--result-filename", "folder", "--result-dir", "."),
+        ("--result-filename", "x" * 300, "--result-dir", "."),
+    ],
+)
+def test_a_result_that_could_not_be_written_is_told_before_anything_is_measured(
+    wire: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: tuple[str, ...]
 ) -> None:
     (tmp_path / "file").write_text("")
+    (tmp_path / "folder").mkdir()
+    monkeypatch.chdir(tmp_path)
 
     async def scenario() -> int:
         async with wire.serving(wire.answer_all_tokens) as server:
-            arguments = ["run", "--base-url", server.url, "--num-prompts", "1"]
-            arguments += ["--save-result", "--result-dir", str(tmp_path / "file" / "x")]
+            arguments = ["run", "--base-url", server.url, "--num-prompts", "1", *place]
             with pytest.raises(ConfigError, match="nothing can be written into"):
                 await asyncio.to_thread(main, arguments)
             return len(server.bodies)
 
     assert asyncio.run(scenario()) == 0
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
+
+
+def test_an_earlier_result_stays_until_there_is_a_new_one(
+    bench_config: Any, tmp_path: Path
+) -> None:
+    earlier, new = tmp_path / "r.json", tmp_path / "new.json"
+    earlier.write_text("earlier")
+    for path in (earlier, new):
+        make_folder(bench_config(result_dir=str(tmp_path), result_filename=path.name))
+    assert earlier.read_text() == "earlier"
+    assert not new.exists()
 
 
 def test_the_command_ends_non_zero_when_nothing_succeeded(
