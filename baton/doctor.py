@@ -6,13 +6,14 @@
        between the nodes of a running cluster (`doctor_cluster.py`), and nothing else.
     4. The run metadata that every benchmark report embeds is printed last.
 
-Exit code 0 when there is no problem, 4 otherwise.
+Exit code 0 when there is no problem and all that was asked for was measured, 4 otherwise.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import shutil
 import socket
@@ -27,19 +28,22 @@ from rich.markup import escape
 from rich.table import Table
 
 from baton.admin_client import DEFAULT_URL, AdminRefused, AdminUnreachable, admin_client
+from baton.admin_tables import shown
 from baton.doctor_cluster import LEGEND, PairVerdict, cluster_table, measure_cluster
 from baton.doctor_pairs import MeasuredPair, measure_machine, measure_pairs, pair_table
 from baton.embedded_redis import find_redis_server
 from baton.pair_plan import Plan
 from cluster.config import load_config, render_config
 from cluster.errors import ConfigError, ServingError
-from cluster.options import option
+from cluster.options import option, refused
 from loadtest.metadata import collect_metadata
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
 EXIT_NOT_READY = 4
+MAX_PORT = 65535
+_DEVICE = re.compile(r"cpu|cuda(:[0-9]{1,2})?")
 PROBE_SECONDS = 60.0
 # What takes each, and the flag that names another.
 DEFAULT_PORTS = {
@@ -115,9 +119,22 @@ class DoctorConfig:
         short="-o",
     )
 
+    def __post_init__(self) -> None:
+        for name in ("listen", "to"):
+            address = getattr(self, name)
+            if address is not None and not _is_address(address):
+                raise refused(name, "must be HOST:PORT")
+        if _DEVICE.fullmatch(self.device) is None:
+            raise refused("device", "must be cpu, cuda or cuda:N")
+
     @property
     def is_json(self) -> bool:
         return self.output == "json"
+
+
+def _is_address(text: str) -> bool:
+    port = text.rpartition(":")[2]
+    return ":" in text and port.isdecimal() and int(port) <= MAX_PORT
 
 
 def main(argv: Sequence[str]) -> int:
@@ -154,7 +171,9 @@ def look_at_machine(asked: DoctorConfig) -> int:
         print(json.dumps(facts))
     else:
         show(findings, pairs)
-    return EXIT_NOT_READY if any(f.verdict is Verdict.PROBLEM for f in findings) else 0
+    is_whole = all(pair.rate for pair in pairs)
+    is_well = is_whole and not any(f.verdict is Verdict.PROBLEM for f in findings)
+    return 0 if is_well else EXIT_NOT_READY
 
 
 def listen(address: str, device: str) -> int:
@@ -165,7 +184,7 @@ def listen(address: str, device: str) -> int:
         serve(Plan(device, device, None, host or "0.0.0.0", int(port)))
     except KeyboardInterrupt:
         return 0
-    except (ServingError, ValueError) as error:
+    except ServingError as error:
         print(f"baton doctor: --listen {address}: {error}", file=sys.stderr)
         return EXIT_NOT_READY
     return 0
@@ -176,7 +195,7 @@ def look_at_cluster(url: str, token: str | None, as_json: bool) -> int:
     try:
         pairs = measure_cluster(admin_client(url, token))
     except (ConfigError, AdminRefused, AdminUnreachable) as error:
-        print(f"baton doctor: --cluster: {error.message}", file=sys.stderr)
+        print(f"baton doctor: --cluster: {shown(error.message)}", file=sys.stderr)
         return EXIT_NOT_READY
     if as_json:
         print(json.dumps({"pairs": [asdict(pair) for pair in pairs]}))

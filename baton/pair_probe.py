@@ -31,7 +31,7 @@ import torch
 
 from baton.pair_plan import Plan
 from baton.raw_copy import COPY_BYTES, PLAIN, REPEATS, RawReceiver, memory_rate, socket_rate
-from cluster.errors import ServingError
+from cluster.errors import NodeUnavailable, ServingError
 from kv_transfer.config import KVTransferConfig
 from kv_transfer.transports.choice import open_transport
 
@@ -98,6 +98,8 @@ def _open(device: str, tls: str | None) -> Transport:
     """As a node does whose KV is there."""
     torch.set_num_threads(1)
     if device != "cpu":
+        if (torch.device(device).index or 0) >= torch.cuda.device_count():
+            raise NodeUnavailable(f"torch sees no {device} on this machine.")
         torch.cuda.set_device(device)
         torch.cuda.synchronize()
     config = KVTransferConfig(ucx_tls=tls, pairing_seconds=CONNECT_SECONDS)

@@ -13,6 +13,7 @@ import pytest
 from baton import doctor
 from baton.doctor import EXIT_NOT_READY, Finding, Verdict, check_ports, probe, read_rows
 from baton.doctor_probe import probe_ucx
+from cluster.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -95,3 +96,25 @@ def test_ucx_delivers_a_message_to_itself() -> None:
     delivery, transports = probe_ucx()
     assert delivery[1] == transports[1] == "ok"
     assert "tcp" in transports[2]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--listen", "here"),
+        ("--listen", "127.0.0.1:99999"),
+        ("--to", "host:port"),
+        ("--device", "gpu0"),
+    ],
+)
+def test_an_address_or_device_that_is_none_is_refused_by_name(arguments: tuple[str, str]) -> None:
+    with pytest.raises(ConfigError, match=f"{arguments[0]}: must be"):
+        doctor.main(arguments)
+
+
+def test_a_pair_that_was_asked_for_and_not_measured_is_a_problem(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(doctor, "examine", lambda: [Finding("torch", Verdict.OK, "2.0")])
+    assert doctor.main([]) == 0
+    assert doctor.main(["--to", "127.0.0.1:1"]) == EXIT_NOT_READY

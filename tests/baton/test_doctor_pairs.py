@@ -112,6 +112,11 @@ def test_a_machine_that_does_not_listen_is_a_row_that_says_so(address: str, word
     assert words in row.note
 
 
+def test_a_gpu_that_is_not_there_is_a_row_that_says_so() -> None:
+    row = measure_machine("127.0.0.1:1", "cuda:99")
+    assert row.note == "torch sees no cuda:99 on this machine."
+
+
 @pytest.mark.slow
 def test_another_machine_is_measured_where_it_listens() -> None:
     program = [sys.executable, "-m", "baton", "doctor", "--listen", "127.0.0.1:0"]
