@@ -152,12 +152,13 @@ def _redact_event(_: Any, __: str, event: MutableMapping[str, Any]) -> MutableMa
     for key, value in event.items():
         value = _redact_value(key, value)
         if isinstance(value, str):
-            value = _plain(value if key in _OURS else _short(value))
+            value = plain(value if key in _OURS else _short(value))
         event[key] = value
     return event
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
+    """`text` with what steers a terminal escaped; its newlines and tabs stay."""
     if text.isprintable():
         return text
     return _STEERING.sub(lambda found: ascii(found[0])[1:-1], text)

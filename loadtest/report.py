@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.errors import ConfigError
-from cluster.logging import redact
+from cluster.logging import plain, redact
 from cluster.options import options_of
 from loadtest.config import BenchConfig
 
@@ -104,7 +104,7 @@ def render_notes(result: BenchResult) -> str:
     late = summary.latencies["schedule_delay"].percentiles[99.0]
     if math.isfinite(result.config.requests_per_second) and late > LATE_SCHEDULE_SECONDS:
         lines.append(f"Warning: p99 of requests left {late * 1e3:.0f} ms after their planned time.")
-    return "\n".join(lines)
+    return plain("\n".join(lines))  # a server may say anything
 
 
 def _cut_note(cut: Cut, summary: Summary) -> str:
@@ -168,7 +168,7 @@ def result_path(result: BenchResult) -> Path:
 
 def _in_name(text: str) -> str:
     """Of a file: no folder, and not too long for a file system."""
-    return text.replace("/", "-").encode()[:MAX_NAME_BYTES].decode(errors="ignore")
+    return plain(text).replace("/", "-").encode()[:MAX_NAME_BYTES].decode(errors="ignore")
 
 
 def make_folder(config: BenchConfig) -> None:

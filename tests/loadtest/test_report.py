@@ -189,6 +189,16 @@ def test_a_result_that_cannot_be_written_after_all_is_told_in_one_line(
         save(result)
 
 
+def test_what_a_server_says_and_calls_itself_cannot_steer_the_terminal(
+    make_result: MakeResult,
+) -> None:
+    result = make_result()
+    failed = replace(result.records[0], failure=RequestFailure("http_500", "no\x1b[2J\x9b31m"))
+    result = replace(result, model="m\x1b[2J", records=[failed])
+    assert r"no\x1b[2J\x9b31m" in render_notes(result)
+    assert "\x1b" not in render_notes(result) + str(result_path(result))
+
+
 def test_secrets_stay_out_of_the_json(make_result: MakeResult) -> None:
     url = "http://me:sk-secret@host:8000"
     result = make_result(api_key=("sk-secret",), base_url=url)
