@@ -16,6 +16,7 @@ from __future__ import annotations
 import os
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import TYPE_CHECKING
 
 from cluster.errors import ConfigError
@@ -32,14 +33,19 @@ def admin_token_path(port: int, env: Mapping[str, str] = os.environ) -> Path:
 
 
 def write_admin_token(port: int, token: str, env: Mapping[str, str] = os.environ) -> Path:
-    """Replace the file. Raises `ConfigError` when the folder cannot be written."""
+    """Replace the file, at once: who reads meanwhile has the old token or the new one, and never
+    what another could have opened is written into. Raises `ConfigError` when the folder cannot be
+    written."""
     path = admin_token_path(port, env)
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        path.unlink(missing_ok=True)  # never write into a file that another could have opened
-        with open(os.open(path, flags, 0o600), "w", encoding="ascii") as file:
+        with NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="ascii") as file:
             file.write(token + "\n")
+        try:
+            os.replace(file.name, path)
+        except OSError:
+            os.unlink(file.name)
+            raise
     except OSError as error:
         raise ConfigError(f"cannot write the admin token to {path}: {error.strerror}.") from error
     return path

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from baton.admin import main as admin
+from cluster.errors import ConfigError
 from gateway.admin.token_file import (
     admin_token_path,
     left_admin_token,
@@ -60,6 +61,30 @@ def test_one_that_was_given_is_written_nowhere(
     with caplog.at_level("INFO"), drawn_token_told(None, PORT):
         assert not admin_token_path(PORT).exists()
     assert caplog.text == ""
+
+
+def test_who_reads_it_while_it_is_replaced_has_one_of_both(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_admin_token(PORT, "old")
+    replace, read = os.replace, []
+
+    def replace_between_reads(source: str, target: Path) -> None:
+        read.append(read_admin_token(PORT))
+        replace(source, target)
+        read.append(read_admin_token(PORT))
+
+    monkeypatch.setattr(os, "replace", replace_between_reads)
+    write_admin_token(PORT, "new")
+    assert read == ["old", "new"]
+    assert [path.name for path in home.rglob("*") if path.is_file()] == [f"admin-token-{PORT}"]
+
+
+def test_nothing_is_left_beside_one_that_cannot_be_replaced(home: Path) -> None:
+    admin_token_path(PORT).mkdir(parents=True)
+    with pytest.raises(ConfigError, match="cannot write the admin token"):
+        write_admin_token(PORT, "new")
+    assert not [path for path in home.rglob("*") if path.is_file()]
 
 
 def test_who_has_taken_the_port_since_keeps_its_token(home: Path) -> None:
