@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
 import subprocess
@@ -28,14 +29,19 @@ def free_port() -> int:
 
 
 @pytest.fixture
-def start(model_folder: Path) -> Iterator[Callable[..., tuple[subprocess.Popen[str], str]]]:
+def start(
+    model_folder: Path, tmp_path: Path
+) -> Iterator[Callable[..., tuple[subprocess.Popen[str], str]]]:
+    home = {"HOME": str(tmp_path), "XDG_RUNTIME_DIR": ""}  # not that of who runs the tests
     started: list[subprocess.Popen[str]] = []
 
     def begin(*arguments: str) -> tuple[subprocess.Popen[str], str]:
         port = free_port()
         command = [sys.executable, "-m", "gateway", str(model_folder), "--port", str(port)]
         command += ["--admin-port", "0", "--redis-url", f"redis://127.0.0.1:{free_port()}/0"]
-        process = subprocess.Popen([*command, *arguments], stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            [*command, *arguments], stderr=subprocess.PIPE, text=True, env=os.environ | home
+        )
         started.append(process)
         return process, f"http://127.0.0.1:{port}"
 
@@ -69,7 +75,7 @@ def test_without_redis_it_lives_and_refuses_in_words(
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 0
     assert "Traceback" not in errors
-    assert errors.count("no --admin-token was given") == 1
+    assert errors.count("no BATON_ADMIN_TOKEN was given") == 1
 
 
 def test_a_busy_port_is_one_clear_line(
