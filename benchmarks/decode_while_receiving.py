@@ -20,7 +20,6 @@ import argparse
 import asyncio
 import random
 import statistics
-import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,7 +32,7 @@ from benchmarks.engine_run import EngineRun
 from benchmarks.kernels.ceilings import copy_bandwidth
 from benchmarks.kv_pair import BLOCK_SIZE, Pair, PairOptions, Source, receive, run_as_node
 from benchmarks.model_shapes import SHAPES
-from benchmarks.results_file import machine_facts, write_section
+from benchmarks.results_file import publish
 from benchmarks.two_gpus import write_model_folder
 from cluster.startup import StartupReport
 from engine.config import EngineConfig
@@ -284,10 +283,8 @@ def main() -> None:
     table = run_as_node(run(arguments))
     print(table)
     if arguments.write:
-        command = " ".join(["python -m benchmarks.decode_while_receiving", *sys.argv[1:]])
-        facts = [f"command: `{command}`", *machine_facts()]
-        text = "\n".join([table, "", *(f"- {fact}" for fact in facts)])
-        write_section("decode while receiving", "Decode while KV arrives", text)
+        title = "Decode while KV arrives"
+        publish("decode_while_receiving", "decode while receiving", title, f"{table}\n")
 
 
 if __name__ == "__main__":

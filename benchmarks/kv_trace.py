@@ -14,14 +14,13 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 from functools import partial
 from typing import TYPE_CHECKING
 
 from benchmarks.kv_handoffs import hand_off, last_layer
 from benchmarks.kv_pair import BLOCK_SIZE, Pair, decode_process, run_as_node
 from benchmarks.kv_transfer import LAYER_SECONDS, add_options, make_options, with_defaults
-from benchmarks.results_file import machine_facts, write_section
+from benchmarks.results_file import publish
 from kv_transfer.trace import TRACE
 
 if TYPE_CHECKING:
@@ -138,11 +137,9 @@ def main() -> None:
     table = run_as_node(run(arguments))
     print(table)
     if arguments.write:
-        command = " ".join(["python -m benchmarks.kv_trace", *sys.argv[1:]])
-        facts = [f"command: `{command}`", *machine_facts()]
-        text = "\n".join([table, *(f"- {fact}" for fact in facts)])
         device = "CPU" if arguments.source == "cpu" else "two GPUs"
-        write_section(f"KV transfer steps, {device}", f"Steps of a hand-off, {device}", text)
+        title = f"Steps of a hand-off, {device}"
+        publish("kv_trace", f"KV transfer steps, {device}", title, table)
 
 
 if __name__ == "__main__":

@@ -11,21 +11,19 @@
 
 from __future__ import annotations
 
-import argparse
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from benchmarks.kv_trace import POINTS, heading, median_line
-from benchmarks.model_shapes import SHAPES
-from benchmarks.results_file import machine_facts, write_section
+from benchmarks.results_file import publish
 from benchmarks.serve_process import ServeProcess
-from benchmarks.two_gpus import ADMIN_TOKEN, send, set_policy, write_model_folder
+from benchmarks.two_gpus import ADMIN_TOKEN, send, served_parser, set_policy, write_model_folder
 from kv_transfer.trace import VARIABLE, read_marks
 
 if TYPE_CHECKING:
+    import argparse
     from collections.abc import Iterable, Sequence
 
     from benchmarks.kv_trace import Points
@@ -89,23 +87,14 @@ def main() -> None:
         table = measure(arguments, Path(folder))
     print(table)
     if arguments.write:
-        command = " ".join(["python -m benchmarks.kv_trace_served", *sys.argv[1:]])
-        text = "\n".join([table, f"- command: `{command}`", *(f"- {f}" for f in machine_facts())])
-        write_section("served steps", "Steps of a served request, from engine to engine", text)
+        title = "Steps of a served request, from engine to engine"
+        publish("kv_trace_served", "served steps", title, table)
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--shape", default="llama-3.1-8b", choices=SHAPES)
-    parser.add_argument("--num-layers", type=int, help="fewer layers, to try the program")
-    parser.add_argument("--max-model-len", type=int, default=16384)
-    parser.add_argument("--input-len", type=int, nargs="+", default=[2048, 8192])
+    parser = served_parser(__doc__)
     parser.add_argument("--output-len", type=int, default=8)
     parser.add_argument("--num-prompts", type=int, default=20)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--write", action="store_true", help="update benchmarks/RESULTS.md")
-    parser.add_argument("serve", nargs="*", help="more flags for baton serve, after --")
     return parser.parse_args()
 
 

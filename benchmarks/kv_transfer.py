@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 import time
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
@@ -43,7 +42,7 @@ from benchmarks.kv_pair import (
     PairOptions,
     run_as_node,
 )
-from benchmarks.results_file import machine_facts, write_section
+from benchmarks.results_file import publish
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -236,11 +235,9 @@ def main() -> None:
     table = run_as_node(run(arguments))
     print(table)
     if arguments.write:
-        command = " ".join(["python -m benchmarks.kv_transfer", *sys.argv[1:]])
-        facts = [f"command: `{command}`", *machine_facts()]
-        text = "\n".join([table, *(f"- {fact}" for fact in facts)])
         device = "CPU" if arguments.source == "cpu" else "two GPUs"
-        write_section(f"KV transfer, {device}", f"KV transfer between {device}", text)
+        title = f"KV transfer between {device}"
+        publish("kv_transfer", f"KV transfer, {device}", title, table)
 
 
 if __name__ == "__main__":

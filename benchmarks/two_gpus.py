@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import sys
 import tempfile
 import urllib.request
 from dataclasses import dataclass, field
@@ -29,7 +28,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 
 from benchmarks.model_shapes import SHAPES
-from benchmarks.results_file import machine_facts, write_section
+from benchmarks.results_file import publish
 from benchmarks.serve_process import ServeProcess
 from loadtest.config import BenchConfig
 from loadtest.run import run
@@ -182,26 +181,29 @@ def main() -> None:
         table = measure(arguments, Path(folder))
     print(table)
     if arguments.write:
-        command = " ".join(["python -m benchmarks.two_gpus", *sys.argv[1:]])
-        facts = [f"command: `{command}`", *machine_facts()]
-        text = "\n".join([table, *(f"- {fact}" for fact in facts)])
-        write_section("split pools", "Split pools beside one node, two GPUs", text)
+        publish("two_gpus", "split pools", "Split pools beside one node, two GPUs", table)
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
+def served_parser(description: str | None) -> argparse.ArgumentParser:
+    """Options of a program that measures prompts through `baton serve`."""
+    parser = argparse.ArgumentParser(description=description)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--shape", default="llama-3.1-8b", choices=SHAPES)
     parser.add_argument("--num-layers", type=int, help="fewer layers, to try the program")
     parser.add_argument("--max-model-len", type=int, default=16384)
     parser.add_argument("--input-len", type=int, nargs="+", default=[2048, 8192])
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--write", action="store_true", help="update benchmarks/RESULTS.md")
+    parser.add_argument("serve", nargs="*", help="more flags for baton serve, after --")
+    return parser
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = served_parser(__doc__)
     parser.add_argument("--output-len", type=int, default=24)
     parser.add_argument("--num-prompts", type=int, default=10, help="per concurrent request")
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1])
     parser.add_argument("--turns", type=int, default=3, help="of each arm")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--write", action="store_true", help="update benchmarks/RESULTS.md")
-    parser.add_argument("serve", nargs="*", help="more flags for baton serve, after --")
     return parser.parse_args()
 
 
