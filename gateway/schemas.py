@@ -221,16 +221,27 @@ def valid(kind: type[W], fields: object, path: str = "") -> W:
 
 def refuse_unsupported(fields: Mapping[str, Any], names: Sequence[str] = _UNSUPPORTED) -> None:
     for name in names:
-        if fields.get(name) not in (None, False):
+        if not is_off(fields.get(name)):
             raise Unsupported(f"{name} is not supported here; leave it out.", param=name)
+
+
+def is_off(value: object) -> bool:
+    """Left out, null or false. 0 is a number, and may ask for something."""
+    return value is None or value is False
 
 
 def refuse(fields: Mapping[str, object], harmless: Mapping[str, tuple[object, ...]]) -> None:
     """Fields that would change the answer. `harmless[name]` are the values that ask for nothing."""
     for name, values in harmless.items():
-        if fields.get(name) not in (None, *values):
+        given = fields.get(name)
+        if given is not None and not any(_is_same(given, value) for value in values):
             allowed = "".join(f", or send {json.dumps(value)}" for value in values if value != [])
             raise Unsupported(f"{name} is not supported here; leave it out{allowed}.", param=name)
+
+
+def _is_same(given: object, value: object) -> bool:
+    """As JSON: there 0 is not false."""
+    return type(given) is type(value) and given == value
 
 
 def invalid(error: ValidationError, path: str = "") -> InvalidRequest:

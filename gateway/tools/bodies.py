@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from cluster.errors import InvalidRequest, Unsupported
 from gateway.body import MAX_DEPTH, depth_of
+from gateway.schemas import is_off
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -38,7 +39,7 @@ def _tool(tool: object, path: str) -> dict[str, Any]:
         raise Unsupported(f"{path}.type must be function.", param=f"{path}.type")
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise InvalidRequest(f"{path}.function must have a name.", param=f"{path}.function.name")
-    if function.get("strict"):
+    if not is_off(function.get("strict")):
         raise Unsupported(
             "strict is not supported here; leave it out.", param=f"{path}.function.strict"
         )

@@ -118,6 +118,8 @@ def test_a_response_that_fails_midway_says_so_last(
         ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
         ({"previous_response_id": "resp_1"}, "previous_response_id"),
         ({"store": True}, "store"),
+        ({"store": 0}, "store"),
+        ({"top_logprobs": False}, "top_logprobs"),
         ({"background": True}, "background"),
         ({"text": {"format": {"type": "json_object"}}}, "text.format.type"),
         ({"text": {"verbosity": "low"}}, "text.verbosity"),

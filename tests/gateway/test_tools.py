@@ -191,6 +191,10 @@ def test_results_of_calls_go_back_to_the_template(tool_client: openai.OpenAI) ->
             {"tools": [{"type": "function", "function": {"name": "f", "strict": True}}]},
             "tools[0].function.strict",
         ),
+        (
+            {"tools": [{"type": "function", "function": {"name": "f", "strict": 0}}]},
+            "tools[0].function.strict",
+        ),
         ({"tools": TOOLS, "tool_choice": "required"}, "tool_choice"),
         ({"tools": TOOLS, "tool_choice": {"type": "function"}}, "tool_choice"),
         ({"tool_choice": "auto"}, "tool_choice"),
