@@ -3,6 +3,8 @@
 1. `apply` follows the cluster view: a new node gets a client, a changed entry fresh load.
 2. `retire` takes a node out of use; its client closes when nothing runs through it any more.
 3. `candidates` is what the router sees: each node with its load estimated for this moment.
+4. `close` ends every session. To see these lost changes the view once more: nobody is connected to
+   any more.
 
 Heartbeats are up to a second old and know nothing of what was placed since. So each estimate is
 what the node reported, plus what this gateway has placed there since, less what has ended.
@@ -100,6 +102,7 @@ class Nodes:
         self._entries: dict[NodeName, NodeEntry] = {}
         self._retired: set[NodeEntry] = set()
         self._closing: set[asyncio.Task[None]] = set()
+        self._is_closed = False
 
     def __iter__(self) -> Iterator[NodeEntry]:
         return iter(self._entries.values())
@@ -108,6 +111,8 @@ class Nodes:
         return self._entries.get(NodeName(name))
 
     def apply(self, view: ClusterView) -> None:
+        if self._is_closed:
+            return
         self._foreign.intersection_update({info.id for info in view.nodes.values()})
         for info in view.nodes.values():
             if not self._is_ours(info):
@@ -173,6 +178,7 @@ class Nodes:
         )
 
     async def close(self) -> None:
+        self._is_closed = True
         for entry in [*self._entries.values(), *self._retired]:
             self._spawn_close(entry)
         self._entries.clear()

@@ -14,7 +14,7 @@ import httpx
 import pytest
 
 from cluster.errors import NodeUnavailable, TransferFailed
-from cluster.node import NodeRole
+from cluster.node import NodeRole, NodeState
 from cluster.pulse import Pulse
 from gateway import node_client
 from tests.gateway.fake_node import FakeNode
@@ -395,6 +395,14 @@ def test_stopping_ends_what_does_not_finish_with_a_typed_error(new_gateway: NewG
     assert stream.error() == "no_capacity"
     stopping.result(20)
     running.until(lambda: running.decode.cancelled)
+
+
+def test_a_gateway_that_ends_connects_to_no_node_again(new_gateway: NewGateway) -> None:
+    """To lose its sessions changes its view of the cluster, which is applied like any other."""
+    running = new_gateway()
+    running.call(running.gateway.nodes.close())
+    assert {info.state for info in running.membership.view.nodes.values()} == {NodeState.LOST}
+    assert list(running.gateway.nodes) == []
 
 
 def test_a_client_that_does_not_read_is_given_up(new_gateway: NewGateway) -> None:
