@@ -14,6 +14,7 @@ from baton.supervisor import Restart, StartFailed, Supervisor
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
+    from pathlib import Path
 
 TELL = "import os, json; pipe = os.fdopen(int(os.environ['BATON_PROGRESS_FD']), 'w', buffering=1)\n"
 READY = "pipe.write(json.dumps({'event': 'ready', 'seconds': 0.1}) + '\\n')\n"
@@ -132,9 +133,9 @@ def test_a_child_that_says_nothing_is_named_with_its_exit_code() -> None:
     run(body)
 
 
-def test_stop_ends_the_last_first_and_each_before_the_next() -> None:
+def test_stop_ends_the_last_before_all_others() -> None:
     async def body() -> None:
-        harness = Harness(*(spec(name, STAYS) for name in ("redis", "node", "gateway")))
+        harness = Harness(*(spec(name, STAYS) for name in ("prefill-0", "decode-0", "gateway")))
         await harness.supervisor.start()
         order: list[str] = []
         watching = [
@@ -142,8 +143,30 @@ def test_stop_ends_the_last_first_and_each_before_the_next() -> None:
         ]
         await harness.supervisor.stop()
         await asyncio.gather(*watching)
-        assert order == ["gateway", "node", "redis"]
+        assert order[0] == "gateway"
+        assert sorted(order[1:]) == ["decode-0", "prefill-0"]
         assert "died" not in harness.events("gateway")
+
+    run(body)
+
+
+def test_the_others_are_stopped_together(tmp_path: Path) -> None:
+    """Each has ended only when the other has been told, too."""
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    meets = (
+        "import signal, sys\n"
+        "meet = lambda *_: sys.exit(open(sys.argv[1], sys.argv[2]).close())\n"
+        "signal.signal(signal.SIGTERM, meet)\n"
+    ) + STAYS
+
+    async def body() -> None:
+        nodes = [spec("prefill-0", meets, str(fifo), "r"), spec("decode-0", meets, str(fifo), "w")]
+        harness = Harness(*nodes, spec("gateway", STAYS), timeout=10.0)
+        await harness.supervisor.start()
+        await harness.supervisor.stop()
+        codes = [harness.child(name).exit_code for name in ("prefill-0", "decode-0")]
+        assert codes == [0, 0]
 
     run(body)
 
