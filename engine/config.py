@@ -68,7 +68,8 @@ class EngineConfig:
     seed: int = option(0, help="Seed of dummy weights.", group=_MODEL, advanced=True)
     num_threads: int | None = option(
         None,
-        help="CPU threads of one step. Default: 1 for weights below 64 MiB, else torch's choice.",
+        help="CPU threads of one step. Default: 1 for weights below 64 MiB, else torch's choice; "
+        "with `baton serve` each node's share of the cores.",
         group=_STEP,
         advanced=True,
     )
@@ -111,13 +112,17 @@ class EngineConfig:
     )
     max_num_seqs: int = option(256, help="Most sequences in one step.", group=_STEP)
     max_num_batched_tokens: int | None = option(
-        None, help="Most tokens in one step. Default: 8192 on a GPU, 512 on a CPU.", group=_STEP
+        None,
+        help="Most tokens in one step. Default on a GPU: 8192 of a prefill node, 2048 of a decode "
+        "node; on a CPU: 512.",
+        group=_STEP,
     )
     performance_mode: PerformanceMode = option("balanced", help=PERFORMANCE_MODE_HELP, group=_STEP)
     max_cudagraph_capture_size: int | None = option(
         None,
-        help="Most sequences of a decode step that a CUDA graph is captured for. Default: "
-        "max-num-seqs.",
+        help="Most rows of a step that a CUDA graph is captured for: sequences that decode, or "
+        "tokens that a cached prompt lacks. Default: 64 of a prefill node, max-num-seqs of a "
+        "decode node.",
         group=_STEP,
         advanced=True,
     )

@@ -106,8 +106,8 @@ class GatewayConfig:
     )
     redis_url: str = option(
         "redis://127.0.0.1:6379/0",
-        help="Registry of nodes: redis://, rediss:// or unix://. `baton serve` starts a private "
-        "one when this is not given.",
+        help="Registry of nodes: redis://, rediss:// or unix://. Default: "
+        "redis://127.0.0.1:6379/0; `baton serve` starts a private one.",
         group=_CLUSTER,
         secret=True,
         metavar="URL",

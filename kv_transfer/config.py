@@ -24,7 +24,10 @@ class KVTransferConfig:
         group=_TRANSFER,
     )
     kv_port: int = option(
-        9200, help="Port of this node's KV listener; 0: any free one.", group=_TRANSFER
+        9200,
+        help="Port of this node's KV listener; 0: any free one. Default: 9200; with `baton serve` "
+        "always any free one.",
+        group=_TRANSFER,
     )
     require_transport: RequiredTransport = option(
         "any",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -95,3 +96,11 @@ def test_the_readme_shows_the_tables_as_they_are() -> None:
     begin, end = (f"<!-- performance modes: {word} -->\n" for word in ("begin", "end"))
     shown = text.partition(begin)[2].partition(end)[0].strip()
     assert shown == render_tables(), "python -m cluster.performance_mode prints the tables"
+
+
+@pytest.mark.parametrize("role", TABLES)
+def test_help_names_the_default_of_each_role(role: str) -> None:
+    options = {each.name: each for section in SECTIONS[role] for each in options_of(section)}
+    for row in TABLES[role]:
+        each = options[row.option]
+        assert each.default == row.balanced or re.search(rf"\b{row.balanced}\b", each.help), row
