@@ -226,7 +226,9 @@ def announce(supervisor: Supervisor, loaded: LoadedConfig) -> None:
     """Where requests go, and one that works when pasted."""
     facts = gateway_facts(supervisor)
     url, model = facts["url"], facts["model"]
-    header = "  -H 'Authorization: Bearer YOUR_KEY' \\\n" if loaded[GatewayConfig].api_key else ""
+    has_key = bool(loaded[GatewayConfig].api_key)
+    header = "  -H 'Authorization: Bearer YOUR_KEY' \\\n" if has_key else ""
+    key = " --api-key YOUR_KEY" if has_key else ""
     token = " --admin-token YOUR_TOKEN" if loaded[GatewayConfig].admin_token else ""
     baton = sys.argv[0] if Path(sys.argv[0]).name == "baton" else "baton"
     print(
@@ -236,7 +238,7 @@ def announce(supervisor: Supervisor, loaded: LoadedConfig) -> None:
         f'  -d \'{{"model": "{model}", "stream": true, '
         f'"messages": [{{"role": "user", "content": "What is Python?"}}]}}\'\n\n'
         f"{baton} admin nodes --admin-url {facts['admin_url']}{token}   shows its nodes\n"
-        f"{baton} bench run --base-url {url} --num-prompts 50   measures it\n"
+        f"{baton} bench run --base-url {url} --num-prompts 50{key}   measures it\n"
         "Ctrl-C drains and stops it.",
         flush=True,
     )

@@ -107,8 +107,14 @@ def test_a_cluster_comes_up_and_ctrl_c_takes_it_down(
     assert shown.rstrip().endswith("Stopped.")
 
 
+@pytest.mark.parametrize(
+    ("loaded", "needs_key"), [({}, False), ({"BATON_API_KEY": "secret"}, True)], indirect=["loaded"]
+)
 def test_what_works_when_pasted_is_said_once_all_is_ready(
-    with_children: Any, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    with_children: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    needs_key: bool,
 ) -> None:
     announce = baton.serve.announce
 
@@ -122,6 +128,8 @@ def test_what_works_when_pasted_is_said_once_all_is_ready(
     assert "Baton serves pocket at http://127.0.0.1:" in said
     assert "/v1/chat/completions" in said
     assert "admin nodes --admin-url http://127.0.0.1:" in said
+    assert ("Authorization: Bearer YOUR_KEY" in said) == needs_key
+    assert ("--num-prompts 50 --api-key YOUR_KEY" in said) == needs_key
 
 
 @pytest.mark.parametrize(
