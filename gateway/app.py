@@ -28,6 +28,7 @@ from gateway.http_errors import (
     error_answer,
     error_headers,
     log_refusal,
+    status_of,
     unexplained,
 )
 from gateway.request import Route
@@ -174,8 +175,9 @@ def translate_errors(app: FastAPI, *, advice: str) -> None:
 
 def refusal(request: Request, error: ServingError) -> Response:
     path = request.url.path
-    log_refusal(error, path[:MAX_PATH_CHARS])
-    return error_response(error, message_id(path, request.scope[REQUEST_ID]))
+    named = message_id(path, request.scope[REQUEST_ID])
+    log_refusal(error, path[:MAX_PATH_CHARS], status_of(error, named))
+    return error_response(error, named)
 
 
 def error_response(error: ServingError, message_id: str | None = None) -> Response:

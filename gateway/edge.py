@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from cluster.errors import AuthenticationFailed
 from cluster.logging import log_context
 from gateway.dialects.messages_errors import message_id
-from gateway.http_errors import as_serving_error, log_refusal, send_error
+from gateway.http_errors import as_serving_error, log_refusal, send_error, status_of
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Sequence
@@ -92,10 +92,10 @@ class Edge:
                     self._keys.check(scope["headers"])
                 await self._app(inner, receive, tagged)
             except Exception as error:  # the last resort of a request
-                known = as_serving_error(error)
-                log_refusal(known, path)
+                known, named = as_serving_error(error), message_id(path, request_id)
+                log_refusal(known, path, status_of(known, named))
                 if not tagged.has_started:
-                    await send_error(tagged, known, message_id(path, request_id))
+                    await send_error(tagged, known, named)
 
 
 class _Tagging:

@@ -13,9 +13,9 @@ import secrets
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
-from cluster.errors import ModelNotFound, NodeUnavailable, Overloaded
+from cluster.errors import ModelNotFound, NodeUnavailable, Overloaded, ServingError
 from gateway.generation import Generation
-from gateway.http_errors import as_serving_error, log_refusal
+from gateway.http_errors import as_serving_error, log_refusal, status_of
 from gateway.streaming import StreamTimes
 
 if TYPE_CHECKING:
@@ -114,11 +114,13 @@ class Gateway:
         num_tokens = request.num_prompt_tokens * request.n
         try:
             admitted = self.admission.admit(request.num_sequences, num_tokens)
-        except Overloaded as error:
-            self.measures.rejections[error.reason or "overloaded"] += 1
+        except ServingError as error:
+            if isinstance(error, Overloaded):
+                self.measures.rejections[error.reason or "overloaded"] += 1
+            route, status = request.route.value, status_of(error, request.message_id)
             seconds = self.clock() - arrived_at
-            self.book.refused(request.request_id, request.route.value, error, seconds)
-            log_refusal(error, request.route.value)
+            self.book.refused(request.request_id, route, status, error, seconds)
+            log_refusal(error, route, status)
             raise
         generation = Generation(
             request,

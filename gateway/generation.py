@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from cluster.errors import Cancelled, ServingError
 from gateway.choice import Choice
+from gateway.http_errors import status_of
 from gateway.request_book import CLIENT_GONE, EndedRequest
 from gateway.turns import tokens_at_once
 
@@ -186,7 +187,6 @@ class Generation:
         """The client has gone: all of it ends now."""
         if not self.is_finished and not self._is_closed:
             self.has_disconnected = True
-            self.measures.num_disconnected += 1
             self.fail(Cancelled("The client closed the connection.", reason=CLIENT_GONE))
 
     def fail(self, error: ServingError) -> None:
@@ -227,7 +227,8 @@ class Generation:
 
     @property
     def status(self) -> int:
-        return HTTP_OK if self.error is None else self.error.http_status
+        """That its client is told; of a stream that broke, the status of its error."""
+        return HTTP_OK if self.error is None else status_of(self.error, self.request.message_id)
 
     def _count(self) -> None:
         measures = self.measures

@@ -35,10 +35,10 @@ def unexplained() -> InternalError:
     return InternalError("Something went wrong here; the request's id helps to find out what.")
 
 
-def log_refusal(error: ServingError, route: str) -> None:
+def log_refusal(error: ServingError, route: str, status: int) -> None:
     """For what is refused before it is a `Generation`, which logs its own end. The message stays
     out: it may quote the body."""
-    facts = {"route": route, "status": error.http_status, "error": error.code}
+    facts = {"route": route, "status": status, "error": error.code}
     facts |= {"reason": error.reason, "param": error.param}
     logger.info("request refused", extra=facts)
 
@@ -55,11 +55,16 @@ def error_body(error: ServingError) -> dict[str, Any]:
     return {"error": body}
 
 
+def status_of(error: ServingError, message_id: str | None) -> int:
+    """That the client is told, so that book, metrics and log say the same. `message_id`: the
+    request's, when Anthropic's API was asked."""
+    return error.http_status if message_id is None else message_status(error)
+
+
 def error_answer(error: ServingError, message_id: str | None = None) -> tuple[int, bytes]:
-    """Status and body. `message_id`: the request's, when Anthropic's API was asked."""
-    if message_id is None:
-        return error.http_status, orjson.dumps(error_body(error))
-    return message_status(error), orjson.dumps(message_error(error, message_id))
+    """Status and body, as `status_of` has it."""
+    body = error_body(error) if message_id is None else message_error(error, message_id)
+    return status_of(error, message_id), orjson.dumps(body)
 
 
 def error_headers(error: ServingError) -> Headers:

@@ -17,6 +17,7 @@ from cluster.metrics import (
     TIME_TO_FIRST_TOKEN_BUCKETS,
     token_count_buckets,
 )
+from gateway.request_book import CLIENT_GONE
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -29,7 +30,6 @@ GAP_BUCKETS = (
     *(0.01, 0.0125, 0.015, 0.02, 0.025, 0.03, 0.04, 0.05, 0.075, 0.1, 0.2, 0.5, 1.0, 5.0),
 )
 MAX_COUNTED_TOKENS = 200_000
-HTTP_OK = 200
 
 
 class Distribution:
@@ -78,11 +78,12 @@ class Measures:
         self.prompt_tokens = Distribution(tokens)
         self.generation_tokens = Distribution(tokens)
 
-    def request_ended(self, route: str, error: ServingError | None) -> None:
-        """Its client has an answer: all of it, or one error."""
-        self.requests[route, HTTP_OK if error is None else error.http_status] += 1
+    def request_ended(self, route: str, status: int, error: ServingError | None) -> None:
+        """Its client has an answer: all of it, or one error; or has left."""
+        self.requests[route, status] += 1
         if error is not None:
             self.errors[error.code, error.reason or ""] += 1
+            self.num_disconnected += error.reason == CLIENT_GONE
 
     def gap(self, seconds: float) -> None:
         """Between two deliveries of one sequence."""

@@ -80,7 +80,7 @@ class GatewayCollector(Collector):
         yield counter_by(
             ["route", "status"],
             "baton_requests",
-            "Requests by route and HTTP status.",
+            "Requests by route and HTTP status; of a stream that broke, that of its error.",
             {(route, str(status)): n for (route, status), n in sorted(measures.requests.items())},
         )
         yield gauge_by(

@@ -33,8 +33,9 @@ CLIENT_GONE = "client_gone"  # the reason of the error that nobody was there to 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EndedRequest:
-    """`finish` of one that went well: the reasons of its choices. `error`, `reason` and `param` are
-    those of the client's error. `nodes`: the pairs that worked on it, in turn."""
+    """`status`: that of the answer; of a stream that broke, the status of its error. `finish` of
+    one that went well: the reasons of its choices. `error`, `reason` and `param` are those of the
+    client's error. `nodes`: the pairs that worked on it, in turn."""
 
     request_id: str
     route: str
@@ -89,14 +90,14 @@ class RequestBook:
         self.keep(how)
 
     def refused(
-        self, request_id: str, route: str, error: ServingError, seconds: float = 0.0
+        self, request_id: str, route: str, status: int, error: ServingError, seconds: float = 0.0
     ) -> None:
-        """`seconds`: since its arrival."""
+        """`status`: that its client is told. `seconds`: since its arrival."""
         self.keep(
             EndedRequest(
                 request_id=request_id,
                 route=route,
-                status=error.http_status,
+                status=status,
                 error=error.code,
                 reason=error.reason,
                 param=error.param,

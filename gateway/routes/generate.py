@@ -19,7 +19,7 @@ from gateway.dialects.messages_body import parse_messages
 from gateway.dialects.messages_errors import message_id
 from gateway.dialects.responses_body import parse_responses
 from gateway.edge import REQUEST_ID
-from gateway.http_errors import as_serving_error, log_refusal, send_error
+from gateway.http_errors import as_serving_error, log_refusal, send_error, status_of
 from gateway.http_server import CUT
 from gateway.request import Route
 from gateway.schemas import parse_chat, parse_completion
@@ -63,10 +63,12 @@ class GenerateEndpoint:
             generation = await gateway.begin(request, arrived_at=arrived_at)
         except Exception as error:  # the top of a request: whatever it is becomes its answer
             known = as_serving_error(error)
+            named = message_id(scope["path"], scope[REQUEST_ID])
+            status = status_of(known, named)
             if request is None:
-                self._note_refusal(scope, known, arrived_at)
-            gateway.measures.request_ended(self._route.value, known)
-            await send_error(send, known, message_id(scope["path"], scope[REQUEST_ID]))
+                self._note_refusal(scope, status, known, arrived_at)
+            gateway.measures.request_ended(self._route.value, status, known)
+            await send_error(send, known, named)
             return
         try:
             await self._write(generation, receive, send)
@@ -75,13 +77,16 @@ class GenerateEndpoint:
             scope[CUT]()
             await asyncio.sleep(0)  # now the server knows
         finally:
-            gateway.measures.request_ended(self._route.value, generation.error)
+            route, status = self._route.value, generation.status
+            gateway.measures.request_ended(route, status, generation.error)
 
-    def _note_refusal(self, scope: Scope, error: ServingError, arrived_at: float) -> None:
+    def _note_refusal(
+        self, scope: Scope, status: int, error: ServingError, arrived_at: float
+    ) -> None:
         gateway, route = self._gateway, self._route.value
         seconds = gateway.clock() - arrived_at
-        gateway.book.refused(scope[REQUEST_ID], route, error, seconds)
-        log_refusal(error, route)
+        gateway.book.refused(scope[REQUEST_ID], route, status, error, seconds)
+        log_refusal(error, route, status)
 
     async def _read_request(self, scope: Scope, receive: Receive) -> Request:
         gateway = self._gateway

@@ -310,7 +310,7 @@ def test_a_client_that_leaves_a_stream_frees_both_nodes(
         gateway.until(lambda: not gateway.gateway.dispatcher.active)
     finally:
         gateway.do(gateway.decode.gates.tokens.set)
-    assert gateway.gateway.measures.num_disconnected == before + 1
+    gateway.until(lambda: gateway.gateway.measures.num_disconnected == before + 1)
 
 
 def test_a_client_that_gives_up_waiting_frees_the_prefill_node(gateway: RunningGateway) -> None:

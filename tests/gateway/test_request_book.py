@@ -23,8 +23,8 @@ def names(found: list[tuple[float, EndedRequest]]) -> list[str]:
 
 def test_many_that_go_well_push_out_none_that_failed() -> None:
     kept = book()
-    kept.refused("lost", "chat", NodeLost("gone", reason="decode_lost"))
-    kept.refused("bad", "chat", InvalidRequest("no", param="n"))
+    kept.refused("lost", "chat", 503, NodeLost("gone", reason="decode_lost"))
+    kept.refused("bad", "chat", 400, InvalidRequest("no", param="n"))
     for number in range(10):
         kept.keep(ended(f"well-{number}"))
     assert names(kept.last(10)) == ["well-9", "well-8", "well-7", "bad", "lost"]
@@ -33,7 +33,7 @@ def test_many_that_go_well_push_out_none_that_failed() -> None:
 
 def test_a_client_that_leaves_gets_no_error_and_pushes_out_none() -> None:
     kept = book()
-    kept.refused("bad", "chat", InvalidRequest("no", param="n"))
+    kept.refused("bad", "chat", 400, InvalidRequest("no", param="n"))
     for number in range(5):
         kept.keep(ended(f"left-{number}", 499, error="cancelled", reason=CLIENT_GONE))
     assert names(kept.last(10)) == ["left-4", "left-3", "left-2", "bad"]
@@ -51,7 +51,7 @@ def test_those_of_all_outcomes_come_in_one_order() -> None:
 
 def test_names_that_a_client_chose_are_cut() -> None:
     kept = book()
-    kept.refused("a", "chat", InvalidRequest("no", param="x" * 10_000))
+    kept.refused("a", "chat", 400, InvalidRequest("no", param="x" * 10_000))
     kept.keep(ended("b", model="m" * 10_000))
     lengths = [len(each.param or each.model or "") for _, each in kept.last(2)]
     assert lengths == [MAX_NAME_CHARS, MAX_NAME_CHARS]
