@@ -19,6 +19,7 @@ from cluster.errors import (
     RequestTooLarge,
     UnsupportedMediaType,
 )
+from gateway.request_book import CLIENT_GONE
 
 if TYPE_CHECKING:
     from starlette.types import Receive, Scope
@@ -91,7 +92,7 @@ async def _read(receive: Receive, max_bytes: int) -> bytes:
     while True:
         message = await receive()
         if message["type"] == "http.disconnect":
-            raise Cancelled("The client left before its request was complete.")
+            raise Cancelled("The client left before its request was complete.", reason=CLIENT_GONE)
         chunk = message.get("body", b"")
         num_bytes += len(chunk)
         if num_bytes > max_bytes:

@@ -8,6 +8,8 @@ import asyncio
 import contextlib
 from typing import TYPE_CHECKING
 
+from gateway.http_errors import as_serving_error
+
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
 
@@ -46,6 +48,12 @@ async def in_flight(receive: Receive, generation: Generation) -> AsyncIterator[C
     watcher = asyncio.create_task(_watch_disconnect(receive, generation))
     try:
         yield watcher.done
+    except ClientStalled:
+        raise
+    except Exception as error:  # a bug: the client gets this error, or half an answer
+        known = as_serving_error(error)
+        generation.fail(known)
+        raise known from error
     finally:
         watcher.cancel()
         generation.close()

@@ -3,13 +3,18 @@ API and wherever it fails."""
 
 from __future__ import annotations
 
+import json
 import logging
+import socket
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 import httpx
 import pytest
 
 from cluster.errors import Overloaded, TransferFailed
+from gateway import whole_answers
+from gateway.frames import Frames
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -109,6 +114,32 @@ def test_a_request_that_makes_no_sense(
     is_told_alike(running, caplog, route, 400)
 
 
+def breaks(*_: Any, **__: Any) -> Any:
+    raise RuntimeError("a bug")
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_an_answer_that_cannot_be_written_has_not_gone_well(
+    running: RunningGateway, monkeypatch: pytest.MonkeyPatch, is_stream: bool
+) -> None:
+    monkeypatch.setattr(whole_answers, "answer_parts", breaks)
+    monkeypatch.setattr(Frames, "render", breaks)
+    assert post(running, "completions", stream=is_stream).status_code == 500
+    how, measures = only_one(running), running.gateway.measures
+    assert (how.status, how.error, how.finish) == (500, "internal", None)
+    assert dict(measures.requests) == {("completions", 500): 1}
+    running.until(lambda: running.decode.is_idle)
+
+
+def begun(running: RunningGateway, body: bytes) -> socket.socket:
+    """A client that has sent the head and half of `body`."""
+    where = urlsplit(running.url)
+    client = socket.create_connection((where.hostname or "", where.port or 0), timeout=20)
+    head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n"
+    client.sendall(head.encode() + body[: len(body) // 2])
+    return client
+
+
 def test_one_that_comes_while_the_gateway_begins_to_stop(
     running: RunningGateway, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -124,3 +155,12 @@ def test_one_that_comes_while_the_gateway_begins_to_stop(
     monkeypatch.setattr(parts.validator, "completion", closing)
     assert post(running, "completions").status_code == 503
     is_told_alike(running, caplog, "completions", 503)
+
+
+def test_a_client_that_leaves_while_it_sends_has_left_and_got_no_error(
+    running: RunningGateway,
+) -> None:
+    begun(running, json.dumps(asking("completions")).encode()).close()
+    how, measures = only_one(running), running.gateway.measures
+    assert (how.status, how.reason, how.has_failed) == (499, "client_gone", False)
+    assert (measures.num_disconnected, dict(measures.requests)) == (1, {("completions", 499): 1})
