@@ -24,6 +24,7 @@ class Ask:
     cache_salt: str | None = None  # of its tenant
     stop: str | None = None
     stop_token_ids: tuple[int, ...] = ()
+    more: tuple[tuple[str, Any], ...] = ()  # fields of the body, by their names
     deadline_seconds: float = DEADLINE_SECONDS
     leaves_after: int | None = None
     leaves_by_reset: bool = False
@@ -60,7 +61,8 @@ class Ask:
             "stop": self.stop,
             "stop_token_ids": list(self.stop_token_ids) or None,
         }
-        return body | {name: value for name, value in optional.items() if value is not None}
+        given = {name: value for name, value in optional.items() if value is not None}
+        return {**body, **given, **dict(self.more)}
 
 
 def draw_prompt(draw: random.Random, low: int, high: int) -> tuple[int, ...]:

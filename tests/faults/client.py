@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import aiohttp
 
-from tests.faults.history import History, Usage
+from tests.faults.history import NO_REQUEST, History, Usage
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -75,6 +75,7 @@ async def _record(history: History, ask: Ask, response: aiohttp.ClientResponse) 
         answer = await response.json()
         choice = answer["choices"][0]
         history.record(ask.number, "tokens", token_ids=choice["token_ids"])
+        _compare_logprobs(history, ask, choice)
         history.record(ask.number, "finished", detail=choice["finish_reason"])
         history.record(ask.number, "usage", usage=_usage(answer["usage"]))
     else:
@@ -106,12 +107,23 @@ def _record_event(history: History, ask: Ask, event: dict[str, Any]) -> int:
     for choice in event["choices"]:
         if token_ids := choice.get("token_ids"):
             history.record(ask.number, "tokens", token_ids=token_ids)
+            _compare_logprobs(history, ask, choice)
             num_tokens += len(token_ids)
         if choice["finish_reason"] is not None:
             history.record(ask.number, "finished", detail=choice["finish_reason"])
     if event.get("usage") is not None:
         history.record(ask.number, "usage", usage=_usage(event["usage"]))
     return num_tokens
+
+
+def _compare_logprobs(history: History, ask: Ask, choice: dict[str, Any]) -> None:
+    """One for each token, where they were asked for."""
+    if "logprobs" not in dict(ask.more):
+        return
+    num_told = len((choice["logprobs"] or {"token_logprobs": ()})["token_logprobs"])
+    if num_told != len(choice["token_ids"]):
+        what = f"{num_told} log-probabilities for {len(choice['token_ids'])} tokens"
+        history.record(NO_REQUEST, "contradiction", detail=f"request {ask.number}: {what}")
 
 
 def _usage(told: dict[str, Any]) -> Usage:

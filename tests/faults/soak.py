@@ -3,14 +3,17 @@
     1. A cluster is started: two prefill and two decode nodes, two gateways, Redis, each behind a
        proxy. Every kind of request is asked once, undisturbed: its tokens are the oracle.
     2. Clients ask these again and again, in random order: short and long prompts that share
-       beginnings, greedy and sampled, streamed and whole; some leave in between.
-    3. Meanwhile faults come and go, drawn from the seed: a process is killed or stands still, a
-       node cannot be heard, Redis is slow or gone, KV is spoiled on its way. Each is verified.
+       beginnings, greedy and sampled, streamed and whole; some leave in between, some have a
+       deadline that they may not meet.
+    3. Meanwhile faults come and go, drawn from the seed: a process is killed, ends in order, or
+       stands still, a node is cordoned or cannot be heard, Redis is slow or gone, KV is spoiled on
+       its way. Each is verified.
     4. At the end all is healed: the cluster must be whole, hold nothing, and answer everything as
-       the oracle does, without an error.
+       the oracle does, without an error. The gateways must have counted what the clients saw.
 
-The exit code is 1 when a token was wrong, a request hung, something stayed held, or a fault did
-not take place. Errors of the kinds that a fault may cause are counted, not held against it.
+The exit code is 1 when a token was wrong, a request hung, something stayed held, a fault did not
+take place, or a program told of an error that no fault causes. Errors of the kinds that a fault may
+cause are counted, not held against it.
 """
 
 from __future__ import annotations
@@ -30,7 +33,10 @@ from tests.faults.cluster import FaultCluster
 from tests.faults.faulty_node import EAGER_VARIABLE
 from tests.faults.leaks import await_quiescence, baseline, held_by
 from tests.faults.metrics import scrape
-from tests.faults.soak_run import AT_ONCE, MIB, NUM_TEMPLATES, Soak, answers, draw_templates, steady
+from tests.faults.soak_asks import AT_ONCE, NUM_TEMPLATES, answers, draw_templates, steady
+from tests.faults.soak_faults import KINDS
+from tests.faults.soak_lines import errors_said
+from tests.faults.soak_run import Soak
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -38,6 +44,7 @@ if TYPE_CHECKING:
     from tests.faults.leaks import Held
 
 WHOLE_WITHIN_SECONDS = 90.0
+MIB = 1 << 20
 TIERS = (
     *("--num-gpu-blocks-override", "128", "--max-model-len", "1024"),
     *("--kv-offloading-size", "0.02", "--fetch-prefixes"),
@@ -72,10 +79,22 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="small pools with host memory below them, and prefixes fetched from peers",
     )
+    made.add_argument("--gateways", type=int, default=2, metavar="N")
+    made.add_argument("--longest-prompt", type=int, default=500, metavar="TOKENS")
+    made.add_argument(
+        "--faults",
+        nargs="*",
+        choices=KINDS,
+        default=KINDS,
+        help="kinds that are made; all others are not. Without any, nothing is disturbed",
+    )
     made.add_argument(
         "--history", type=Path, help="write what happened to PATH.SEED.jsonl and .log"
     )
     made.add_argument("--write", action="store_true", help="put the table into RESULTS.md")
+    made.add_argument(
+        "options", nargs="*", help="behind `--`: options of `baton serve`, which beat ours"
+    )
     return made
 
 
@@ -92,7 +111,7 @@ class Report:
     num_wrong: int
     num_hung: int
     leaks: list[str]
-    grown_bytes: int
+    grown: tuple[tuple[str, int], ...]
     problems: list[str]
 
 
@@ -100,12 +119,14 @@ def run_seed(seed: int, options: argparse.Namespace) -> Report:
     with tempfile.TemporaryDirectory(prefix="soak-") as made:
         folder = Path(made)
         cluster = FaultCluster(
-            *("--prefill", "2", "--decode", "2", "--dtype", "float32", "--lease-seconds", "3"),
+            *("--prefill", "2", "--decode", "2", "--dtype", "float32"),
+            *("--lease-seconds", "3", "--stall-seconds", "10"),
             *("--max-num-batched-tokens", "128", "--max-recomputes", "16"),
             *("--kv-load-failure-policy", options.policy, "--stream-recovery"),
             *(TIERS if options.tiers else ()),
+            *options.options,
             seed=seed,
-            num_gateways=2,
+            num_gateways=options.gateways,
             env={EAGER_VARIABLE: "1"} if options.tiers else None,
             kv_orders=folder,
         )
@@ -116,9 +137,9 @@ def run_seed(seed: int, options: argparse.Namespace) -> Report:
 
 
 def soak(cluster: FaultCluster, folder: Path, seed: int, options: argparse.Namespace) -> Report:
-    templates, oracle = steady(cluster, draw_templates(seed))
-    before = baseline(cluster)
-    running = Soak(cluster, folder, seed, templates, oracle)
+    templates, oracle = steady(cluster, draw_templates(seed, options.longest_prompt))
+    before, pids = baseline(cluster), cluster.pids()
+    running = Soak(cluster, folder, seed, templates, oracle, options.faults)
     print(
         f"seed {seed}: {len(templates)} of {NUM_TEMPLATES} kinds of requests get the same tokens "
         f"whenever nothing disturbs them; {options.minutes:g} minutes of faults with these",
@@ -136,7 +157,9 @@ def soak(cluster: FaultCluster, folder: Path, seed: int, options: argparse.Names
         running.history.write(options.history.with_suffix(f".{seed}.jsonl"))
         said_by_all = "\n".join(cluster.lines) + "\n"
         options.history.with_suffix(f".{seed}.log").write_text(said_by_all)
-    report = report_of(running, options.minutes, leaks, grown(cluster, before))
+    told = errors_said(cluster.lines)
+    running.problems += [f"{count} x {what}" for what, count in told.most_common()]
+    report = report_of(running, options.minutes, leaks, grown(cluster, before, pids))
     print(said(report), flush=True)
     return report
 
@@ -155,16 +178,20 @@ def unused_tiers(cluster: FaultCluster) -> Iterator[str]:
             yield f"nothing {what}"
 
 
-def grown(cluster: FaultCluster, before: dict[str, Held]) -> int:
-    """Bytes by which the memory of the process that grew most has grown; of those that have
-    lived all the time this is the leak, others began anew."""
-    return max(
-        held_by(cluster.child(name)).resident_bytes - before[name].resident_bytes
-        for name in cluster.names
+def grown(
+    cluster: FaultCluster, before: dict[str, Held], pids: dict[str, int]
+) -> tuple[tuple[str, int], ...]:
+    """Each process that has lived all the time, and the bytes by which its memory has grown."""
+    return tuple(
+        (name, held_by(pid).resident_bytes - before[name].resident_bytes)
+        for name, pid in pids.items()
+        if cluster.child(name) == pid
     )
 
 
-def report_of(running: Soak, minutes: float, leaks: list[str], grown_bytes: int) -> Report:
+def report_of(
+    running: Soak, minutes: float, leaks: list[str], grown: tuple[tuple[str, int], ...]
+) -> Report:
     history = running.history
     endings = Counter(
         event.kind
@@ -178,11 +205,11 @@ def report_of(running: Soak, minutes: float, leaks: list[str], grown_bytes: int)
         outcomes=endings,
         errors=errors,
         num_tokens=history.num_tokens,
-        faults=running.faults,
+        faults=running.faults.made,
         num_wrong=running.num_wrong,
         num_hung=hung(history),
         leaks=leaks,
-        grown_bytes=grown_bytes,
+        grown=grown,
         problems=running.problems,
     )
 
@@ -200,7 +227,8 @@ def said(report: Report) -> str:
         f"  wrong tokens {report.num_wrong} requests",
         f"  hung         {report.num_hung} requests",
         f"  leaks        {len(report.leaks)}",
-        f"  memory       {report.grown_bytes / MIB:+.0f} MiB in the process that grew most",
+        "  memory       (MiB) "
+        + ", ".join(f"{name} {added / MIB:+.0f}" for name, added in report.grown),
         f"  verdict      {'every rule was kept' if not report.problems else 'BROKEN:'}",
         *(f"    {problem}" for problem in report.problems),
     ]
@@ -226,7 +254,7 @@ def table(reports: Sequence[Report]) -> str:
             str(report.num_hung),
             str(len(report.leaks)),
             str(len(report.problems)),
-            f"{report.grown_bytes / MIB:+.0f}",
+            f"{max((added for _, added in report.grown), default=0) / MIB:+.0f}",
         )
         for report in reports
     ]
