@@ -28,7 +28,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.model_shapes import SHAPES
 from benchmarks.results_file import machine_facts, write_section
-from engine.batch import Batch, table_width
+from engine.batch import Batch, Samples, table_width
 from engine.models.config import ModelConfig
 from engine.models.decoder import Decoder
 from engine.models.quantization import ON_LOAD
@@ -109,7 +109,9 @@ class Model:
             token_ids=torch.randint(0, vocab_size, (num_tokens,), device=DEVICE),
             positions=positions.flatten(),
             slot_mapping=slots.flatten(),
-            sample_indices=None if is_decode else starts[1:] - 1,
+            samples=None
+            if is_decode
+            else Samples(starts[1:] - 1, torch.arange(num_seqs, device=DEVICE)),
             seq_lens=torch.full((num_seqs,), length, dtype=torch.int32, device=DEVICE),
             cu_seqlens_q=starts.int(),
             block_tables=tables,

@@ -119,7 +119,7 @@ def rows_ms(model: Model, batch: Batch) -> str:
         token_ids=batch.token_ids,
         positions=batch.positions,
         slot_mapping=batch.slot_mapping,
-        sample_indices=None,
+        samples=None,
         seq_lens=(batch.positions + 1).int(),
         cu_seqlens_q=torch.zeros(num_rows + 1, dtype=torch.int32, device=DEVICE),
         block_tables=batch.block_tables.expand(num_rows, -1).contiguous(),

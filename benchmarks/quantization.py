@@ -243,7 +243,7 @@ def _batch(group: Sequence[Text], device: torch.device) -> tuple[Batch, int]:
         token_ids=torch.cat([text.token_ids for text in group]).to(device),
         positions=positions.to(device),
         slot_mapping=slots.to(device),
-        sample_indices=None,
+        samples=None,
         seq_lens=lengths.int().to(device),
         cu_seqlens_q=torch.cat((torch.zeros(1), lengths.cumsum(0))).int().to(device),
         block_tables=tables.int().to(device),

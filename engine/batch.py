@@ -14,7 +14,7 @@ Sizes in comments: T tokens, N rows (sequences, then padding), W columns of bloc
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -37,18 +37,25 @@ if TYPE_CHECKING:
 _TABLE_GRAIN = 16
 
 
+class Samples(NamedTuple):
+    """The tokens of a pass that are sampled, each the last of its row; int64 `[num_samples]`."""
+
+    indices: torch.Tensor
+    rows: torch.Tensor
+
+
 @dataclass(frozen=True, slots=True)
 class Batch:
     """Inputs of one pass, on the device.
 
-    `is_decode`: row i is token i, and each is sampled. `sample_indices` None: all rows are
-    sampled. Padding rows (decode only) have seq_len 0 and slot -1.
+    `is_decode`: row i is token i. `samples` None: all tokens are sampled. Padding rows (decode
+    only) have seq_len 0 and slot -1.
     """
 
     token_ids: torch.Tensor  # int64 [T]
     positions: torch.Tensor  # int64 [T]
     slot_mapping: torch.Tensor  # int64 [T], block_id * block_size + offset
-    sample_indices: torch.Tensor | None  # int64 [num_samples]
+    samples: Samples | None
     seq_lens: torch.Tensor  # int32 [N], with this step's tokens
     cu_seqlens_q: torch.Tensor  # int32 [N + 1], first token of each row; prefill only
     block_tables: torch.Tensor  # int32 [N, W]
@@ -108,6 +115,7 @@ class BatchBuilder:
         arrays.slot_mapping[:] = self._slots(tables, rows, arrays.positions)
         _fill_token_ids(arrays.token_ids, chunks)
         arrays.sample_indices[:] = ends[sampled] - 1
+        arrays.sample_rows[:] = sampled
         arrays.seq_lens[:] = seq_lens
         arrays.cu_seqlens_q[0] = 0
         arrays.cu_seqlens_q[1:] = ends
@@ -144,12 +152,12 @@ class BatchBuilder:
 
 
 def _batch(tensors: SequenceOf[torch.Tensor], *, num_samples: int, max_seqlen_q: int) -> Batch:
-    token_ids, positions, slot_mapping, sample_indices, seq_lens, cu_seqlens_q, tables = tensors
+    token_ids, positions, slot_mapping, *samples, seq_lens, cu_seqlens_q, tables = tensors
     return Batch(
         token_ids=token_ids,
         positions=positions,
         slot_mapping=slot_mapping,
-        sample_indices=sample_indices,
+        samples=Samples(*samples),
         seq_lens=seq_lens,
         cu_seqlens_q=cu_seqlens_q,
         block_tables=tables,

@@ -38,12 +38,13 @@ class HostArrays(NamedTuple):
     positions: NDArray[np.int64]
     slot_mapping: NDArray[np.int64]
     sample_indices: NDArray[np.int64]
+    sample_rows: NDArray[np.int64]
     seq_lens: NDArray[np.int32]
     cu_seqlens_q: NDArray[np.int32]
     block_tables: NDArray[np.int32]
 
 
-_ITEM_BYTES = (8, 8, 8, 8, 4, 4, 4)  # of the arrays, in their order
+_ITEM_BYTES = (8, 8, 8, 8, 8, 4, 4, 4)  # of the arrays, in their order
 
 # Where each begins: kernels are compiled apart for addresses that are no multiple of 16, which
 # would happen in the middle of serving.
@@ -53,7 +54,8 @@ _ALIGNMENT = 16
 def _places(shape: BatchShape) -> list[_Place]:
     """Where each array lies, in bytes."""
     tokens, rows, samples, width = shape
-    sizes = ((tokens,), (tokens,), (tokens,), (samples,), (rows,), (rows + 1,), (rows, width))
+    by_token, by_sample = ((tokens,),) * 3, ((samples,),) * 2
+    sizes = (*by_token, *by_sample, (rows,), (rows + 1,), (rows, width))
     places = []
     begin = 0
     for size, item_bytes in zip(sizes, _ITEM_BYTES, strict=True):

@@ -211,7 +211,7 @@ class ModelRunner:
         )
         batch = Batch(
             *inputs[:3],
-            sample_indices=None,
+            samples=None,
             seq_lens=inputs.seq_lens,
             cu_seqlens_q=self._no_seqlens[: num_rows + 1],
             block_tables=tables,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from engine.batch import Batch, table_width
+from engine.batch import Batch, Samples, table_width
 
 if TYPE_CHECKING:
     from collections.abc import Sequence as SequenceOf
@@ -67,7 +67,7 @@ def prefill_batch(
         token_ids=torch.zeros(num_tokens, dtype=torch.int64, device=device),
         positions=positions.to(device),
         slot_mapping=torch.full((num_tokens,), -1, dtype=torch.int64, device=device),
-        sample_indices=(ends[1:] - 1).to(device),
+        samples=Samples((ends[1:] - 1).to(device), torch.arange(num_rows, device=device)),
         seq_lens=(lengths + context).to(device=device, dtype=torch.int32),
         cu_seqlens_q=ends.to(device=device, dtype=torch.int32),
         block_tables=torch.zeros(num_rows, width, dtype=torch.int32, device=device),
@@ -84,7 +84,7 @@ def decode_batch(num_rows: int, device: torch.device) -> Batch:
         token_ids=zeros,
         positions=zeros,
         slot_mapping=zeros - 1,
-        sample_indices=None,
+        samples=None,
         seq_lens=ones,
         cu_seqlens_q=ones,
         block_tables=torch.zeros(num_rows, table_width(1), dtype=torch.int32, device=device),

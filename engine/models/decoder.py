@@ -5,7 +5,8 @@ One pass
     2. Each layer writes the KV of these tokens into its part of the pool, attends to all KV
        of their sequences, and transforms. `on_layer(i)` is told when layer i's KV is written:
        from then on it may be sent elsewhere while later layers compute.
-    3. In the last layer only the rows that are sampled go on: for a prompt that is one row.
+    3. In the last layer all KV is written, but only the rows that are sampled attend and go on: for
+       a prompt that is one row, before its end none.
     4. `logits` turns them into `[num_samples, vocab_size]`: apart, so that a captured graph
        need hold no logits of padding rows.
 
@@ -159,16 +160,15 @@ class Decoder:
                 offloaded.enter(index)
             tell = None if self._ranks is not None else on_layer
             on_stored = None if tell is None else partial(tell, index)
-            attended = layer.attend(
-                residual, batch, kv_layers[index], self._cos_sin, plan, on_stored
-            )
-            if index == last:
-                if batch.num_samples == 0:
-                    self._end_without_sample(index, on_layer)
-                    return None
-                if batch.sample_indices is not None:
-                    attended = attended.index_select(0, batch.sample_indices)
-                    residual = residual.index_select(0, batch.sample_indices)
+            query = layer.query(residual, batch, kv_layers[index], self._cos_sin, plan, on_stored)
+            if index < last or batch.samples is None:
+                attended = layer.attention(query, batch, kv_layers[index], plan)
+            elif batch.num_samples == 0:
+                self._end_without_sample(index, on_layer)
+                return None
+            else:
+                attended = layer.attention_of(batch.samples, query, batch, kv_layers[index])
+                residual = residual.index_select(0, batch.samples.indices)
             residual = layer.transform(attended, residual)
             if on_layer is not None and self._ranks is not None:
                 on_layer(index)  # behind a sum: the KV of the other ranks is written, too

@@ -18,7 +18,7 @@ from kernels.rope_store import TokenPlan, rope_store
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from engine.batch import Batch
+    from engine.batch import Batch, Samples
     from engine.models.config import ModelConfig
     from engine.models.linear import Matrix, MatrixFactory
     from kernels.attention_plan import AttentionPlan
@@ -115,7 +115,7 @@ class DecoderLayer:
             views |= matrix.checkpoint_views()
         return views
 
-    def attend(
+    def query(
         self,
         residual: torch.Tensor,
         batch: Batch,
@@ -124,7 +124,7 @@ class DecoderLayer:
         plan: StepPlan,
         on_stored: Callable[[], None] | None = None,
     ) -> torch.Tensor:
-        """Store these tokens' KV, say so, and attend: `[num_tokens, num_heads * head_size]`.
+        """Store these tokens' KV and say so; their queries, for `attention`.
 
         Leaves the stream as it is: only the rows that go on need the sum (`transform`).
         """
@@ -132,7 +132,7 @@ class DecoderLayer:
         query = self.store(qkv, batch, kv_layer, cos_sin, plan)
         if on_stored is not None:
             on_stored()
-        return self.attention(query, batch, kv_layer, plan)
+        return query
 
     def store(
         self,
@@ -164,8 +164,28 @@ class DecoderLayer:
         kv_layer: torch.Tensor,
         plan: StepPlan,
     ) -> torch.Tensor:
-        """What these queries see in the KV of their sequences: as `attend`."""
+        """What these queries see in the KV of their sequences: `[num_tokens, num_heads *
+        head_size]`."""
         attended = self._attention(query, kv_layer, batch, plan)
+        return attended.view(len(attended), -1)
+
+    def attention_of(
+        self, samples: Samples, query: torch.Tensor, batch: Batch, kv_layer: torch.Tensor
+    ) -> torch.Tensor:
+        """The same of these alone, each the newest token of its sequence, as in a decode step."""
+        tables, seq_lens = batch.block_tables, batch.seq_lens
+        if batch.num_samples < len(seq_lens):
+            tables = tables.index_select(0, samples.rows)
+            seq_lens = seq_lens.index_select(0, samples.rows)
+        attended = paged_attention(
+            query.index_select(0, samples.indices),
+            kv_layer,
+            tables,
+            seq_lens,
+            scale=self._scale,
+            sliding_window=self._window,
+            kv_scales=self.kv_scales,
+        )
         return attended.view(len(attended), -1)
 
     def transform(self, attended: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:

@@ -60,8 +60,9 @@ def test_a_prefill_batch_lays_chunks_one_after_the_other(builder: BatchBuilder) 
     assert batch.seq_lens.tolist() == [6, 7]
     assert batch.block_tables[:, :2].tolist() == [[7, 3], [1, 0]]
     assert batch.max_seqlen_q == 6
-    assert batch.sample_indices is not None
-    assert batch.sample_indices.tolist() == [5]  # the second stops short of its last token
+    assert batch.samples is not None
+    assert batch.samples.indices.tolist() == [5]  # the second stops short of its last token
+    assert batch.samples.rows.tolist() == [0]
     assert batch.num_samples == 1
     assert not batch.is_decode
 
@@ -114,7 +115,8 @@ def test_each_array_begins_where_kernels_take_it_without_another_compilation(
         for index, length in enumerate(lengths)
     ]
     batch = builder.build_prefill(chunks)
-    arrays = (getattr(batch, field.name) for field in fields(batch))
+    assert batch.samples is not None
+    arrays = [*batch.samples, *(getattr(batch, field.name) for field in fields(batch))]
     places = [array.data_ptr() for array in arrays if isinstance(array, torch.Tensor)]
-    assert len(places) == 7
+    assert len(places) == 8
     assert all(place % 16 == 0 for place in places)

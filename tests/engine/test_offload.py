@@ -73,7 +73,7 @@ def run(decoder: Decoder, model: ModelConfig) -> torch.Tensor:
         token_ids=steps * 3 % model.vocab_size,
         positions=steps,
         slot_mapping=steps,
-        sample_indices=None,
+        samples=None,
         seq_lens=torch.tensor([NUM_TOKENS], dtype=torch.int32),
         cu_seqlens_q=torch.tensor([0, NUM_TOKENS], dtype=torch.int32),
         block_tables=torch.arange(num_blocks, dtype=torch.int32)[None],

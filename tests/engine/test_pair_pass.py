@@ -48,7 +48,7 @@ def step(num_rows: int, device: str) -> Batch:
         token_ids=(torch.arange(num_rows) * 7 % 128).to(device),
         positions=last.to(device),
         slot_mapping=(blocks.long() * BLOCK_SIZE + last % BLOCK_SIZE).to(device),
-        sample_indices=None,
+        samples=None,
         seq_lens=lens.int().to(device),
         cu_seqlens_q=torch.arange(num_rows + 1, dtype=torch.int32, device=device),
         block_tables=tables.to(device),

@@ -64,7 +64,7 @@ def one_token(device: str) -> Batch:
         token_ids=torch.tensor([77], device=device),
         positions=torch.tensor([last], device=device),
         slot_mapping=torch.tensor([8 * BLOCK_SIZE + last % BLOCK_SIZE], device=device),
-        sample_indices=None,
+        samples=None,
         seq_lens=torch.tensor([CONTEXT], dtype=torch.int32, device=device),
         cu_seqlens_q=torch.tensor([0, 1], dtype=torch.int32, device=device),
         block_tables=blocks,

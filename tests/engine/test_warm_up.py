@@ -53,8 +53,9 @@ def test_a_batch_of_prompts_samples_each_behind_its_context() -> None:
     assert batch.cu_seqlens_q.tolist() == [0, 3, 6, 10]
     assert batch.seq_lens.tolist() == [20 + length for length in lengths]
     assert batch.positions.tolist() == [20 + i for length in lengths for i in range(length)]
-    assert batch.sample_indices is not None
-    assert batch.sample_indices.tolist() == [2, 5, 9]
+    assert batch.samples is not None
+    assert batch.samples.indices.tolist() == [2, 5, 9]
+    assert batch.samples.rows.tolist() == [0, 1, 2]
     assert batch.max_seqlen_q == 4
     assert batch.block_tables.shape[1] * 8 >= 24
 
