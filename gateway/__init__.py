@@ -1,8 +1,8 @@
 """The HTTP edge: from a client's JSON to tokens of two nodes, and back. Where to look:
 
-a request    http_server -> edge (id, key) -> app -> routes/ -> body -> schemas (types) ->
-             validation by request_rules, chat_messages, chat_template, budget -> request;
-             gateway.begin
+a request    http_server (unread_body) -> edge (id, key) -> app -> routes/ -> body ->
+             schemas (types) -> validation by request_rules, chat_messages, chat_template, budget ->
+             request; gateway.begin
 its way      admission -> prefix_lookup -> router (a pure choice, by policy) -> dispatch
 a sequence   sequence_machine (pure; says sequence_instructions) inside dispatch; active, attempts:
              what is in flight; retries: whether it is tried again; request_book: how it ended

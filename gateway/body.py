@@ -7,7 +7,6 @@ before any field is looked at.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from typing import TYPE_CHECKING, Any
 
 import orjson
@@ -25,8 +24,6 @@ if TYPE_CHECKING:
     from starlette.types import Receive, Scope
 
 MAX_DEPTH = 32
-MAX_DISCARDED_BYTES = 32 * 1024 * 1024
-DISCARD_SECONDS = 5.0
 _FORM = b"application/x-www-form-urlencoded"  # what curl sends when it is not told
 _MAX_SHOWN = 80
 
@@ -40,8 +37,6 @@ async def read_object(
     _check_encoding(headers)
     length = headers.get(b"content-length", b"")
     if length.isdigit() and int(length) > max_bytes:
-        if b"expect" not in headers and int(length) <= MAX_DISCARDED_BYTES:
-            await _discard(receive)
         raise _too_large(max_bytes)
     try:
         async with asyncio.timeout(timeout_seconds):
@@ -96,25 +91,10 @@ async def _read(receive: Receive, max_bytes: int) -> bytes:
         chunk = message.get("body", b"")
         num_bytes += len(chunk)
         if num_bytes > max_bytes:
-            if message.get("more_body", False):
-                await _discard(receive)
             raise _too_large(max_bytes)
         chunks.append(chunk)
         if not message.get("more_body", False):
             return b"".join(chunks)
-
-
-async def _discard(receive: Receive) -> None:
-    """Let a client finish what it sends, within bounds: one that is cut off while it writes
-    sees a broken connection instead of its answer."""
-    num_bytes = 0
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(DISCARD_SECONDS):
-            while num_bytes <= MAX_DISCARDED_BYTES:
-                message = await receive()
-                num_bytes += len(message.get("body", b""))
-                if not message.get("more_body", False):
-                    return
 
 
 def _too_large(max_bytes: int) -> RequestTooLarge:

@@ -18,6 +18,7 @@ import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from cluster.errors import ConfigError, cannot_listen
+from gateway.unread_body import UnreadBody
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -39,13 +40,12 @@ _HEAD_TOO_LARGE = (
 
 
 class BoundedProtocol(HttpToolsProtocol):
-    """A head of a request must arrive in time and in 16 KiB; tokens must not wait for more."""
+    """A head of a request, of the first on a connection as of the next, must arrive in time and in
+    16 KiB; tokens must not wait for more."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._num_head_bytes = 0
-        self._is_in_head = True
-        self._head_timer = self.loop.call_later(HEAD_SECONDS, transport.close)
+        self._await_head()
         connection = transport.get_extra_info("socket")
         if connection is not None and connection.family in (socket.AF_INET, socket.AF_INET6):
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -54,7 +54,14 @@ class BoundedProtocol(HttpToolsProtocol):
         self._head_timer.cancel()
         super().connection_lost(exc)
 
+    def _await_head(self) -> None:
+        self._num_head_bytes = 0
+        self._is_in_head = True
+        self._head_timer = self.loop.call_later(HEAD_SECONDS, self.transport.close)
+
     def data_received(self, data: bytes) -> None:
+        if self.timeout_keep_alive_task is not None:  # it was idle, and is not any more
+            self._await_head()
         super().data_received(data)
         if self._is_in_head:
             self._num_head_bytes += len(data)
@@ -98,7 +105,7 @@ class HttpServer:
         self.port: int = self._socket.getsockname()[1]
         self._server = _Uvicorn(
             uvicorn.Config(
-                app,
+                UnreadBody(app),
                 http=BoundedProtocol,
                 ws="none",
                 lifespan="off",
