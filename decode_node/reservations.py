@@ -139,7 +139,8 @@ class Reservations:
         reserved = self._reserved.pop(sequence_id, None)
         if reserved is not None:
             reserved.reservation.cancel()
-            self.retry()
+        if waiting is not None or reserved is not None:
+            self.retry()  # of a long one that waited, those behind it may fit where it did not
 
     def _reserve(self, sequence_id: str, waiting: _Waiting) -> bool:
         sequence, manager = waiting.sequence, self._block_manager

@@ -114,6 +114,17 @@ def test_a_waiting_one_that_is_cancelled_hears_of_it() -> None:
         waiting.result(0)
 
 
+def test_who_waited_behind_one_that_is_cancelled_is_served_at_once() -> None:
+    """Nothing may run that could ask again: the only other sequence is still on its way."""
+    _, reservations = make(4)
+    assert reservations.ask(make_sequence("a", 8, first=100)).done()
+    reservations.ask(make_sequence("long", 12, first=200))
+    behind = reservations.ask(make_sequence("b", 4, first=300))
+    assert not behind.done()
+    reservations.cancel("long")
+    assert behind.done()
+
+
 def test_one_who_gives_up_waiting_cannot_end_it_under_the_engines_hands() -> None:
     _, reservations = make(4)
     reservations.ask(make_sequence("a", 12))
