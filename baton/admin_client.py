@@ -138,7 +138,7 @@ def local_token(host: str, port: int) -> str | None:
                 return None
         except ValueError:
             return None
-    return read_admin_token(port, os.environ)
+    return read_admin_token(host, port, os.environ)
 
 
 def _told_by(body: bytes) -> tuple[str, str | None]:

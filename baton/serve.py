@@ -107,7 +107,8 @@ async def serve(loaded: LoadedConfig) -> int:
             if started:
                 if not loaded[GatewayConfig].admin_token:
                     token = specs[-1].environment["BATON_ADMIN_TOKEN"]
-                    leave_token(token, gateway_facts(supervisor)["admin_url"], stack, console)
+                    port = urlsplit(gateway_facts(supervisor)["admin_url"]).port or 0
+                    leave_token(token, loaded[GatewayConfig].admin_host, port, stack, console)
                 announce(supervisor, loaded)
                 await stop.wait()
                 console.print("Draining; Ctrl-C again ends at once.")
@@ -123,11 +124,11 @@ async def serve(loaded: LoadedConfig) -> int:
     return 0
 
 
-def leave_token(token: str, admin_url: str, stack: ExitStack, console: Console) -> None:
+def leave_token(token: str, host: str, port: int, stack: ExitStack, console: Console) -> None:
     """One that was drawn, where `baton admin` finds it as long as `stack` lives; else say it. One
     that was given is written nowhere."""
     try:
-        stack.enter_context(left_admin_token(urlsplit(admin_url).port or 0, token))
+        stack.enter_context(left_admin_token(host, port, token))
     except ConfigError as error:
         told = f"baton serve: {error.message} For this run pass --admin-token {token}"
         console.print(told, style="yellow", markup=False, soft_wrap=True)

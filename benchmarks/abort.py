@@ -23,6 +23,7 @@ import urllib.request
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 import grpc.aio
 from prometheus_client.parser import text_string_to_metric_families
@@ -224,8 +225,11 @@ async def _connect(stack: AsyncExitStack, view: dict[str, Any]) -> Node:
 
 
 def _nodes(serve: ServeProcess) -> dict[str, dict[str, Any]]:
-    port = int(serve.admin_url.rpartition(":")[2])
-    while (token := read_admin_token(port)) is None:  # written a moment after the first answer
+    where = urlsplit(serve.admin_url)
+    host, port = where.hostname or "", where.port or 0
+    while (
+        token := read_admin_token(host, port)
+    ) is None:  # written a moment after the first answer
         time.sleep(0.05)
     request = urllib.request.Request(
         f"{serve.admin_url}/admin/v1/nodes", headers={"authorization": f"Bearer {token}"}

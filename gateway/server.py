@@ -103,7 +103,7 @@ async def run(
         public, admin = parts.servers
         admin.start()
         await admin.until_it_listens()
-        stack.enter_context(drawn_token_told(parts.drawn_token, admin.port))
+        stack.enter_context(drawn_token_told(parts.drawn_token, admin.host, admin.port))
         with report.phase("wait for nodes") as phase:
             await _first_pair(parts.gateway, stop)
             public.start()
@@ -240,14 +240,14 @@ def _install_signals(stop: asyncio.Event, hurry: asyncio.Event) -> None:
 
 
 @contextlib.contextmanager
-def drawn_token_told(token: str | None, port: int) -> Iterator[None]:
+def drawn_token_told(token: str | None, host: str, port: int) -> Iterator[None]:
     """Inside, `baton admin` of this user finds it; else the log has it. None: one was given."""
     if token is None:
         yield
         return
     with contextlib.ExitStack() as stack:
         try:
-            path = stack.enter_context(left_admin_token(port, token))
+            path = stack.enter_context(left_admin_token(host, port, token))
         except ConfigError as error:
             told = "no BATON_ADMIN_TOKEN was given, and %s For this run it is %s"
             logger.warning(told, error.message, token)

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from cluster.errors import PermissionDenied
+from gateway.admin.token_file import WILDCARDS
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Receive, Scope, Send
 
 _LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
-_EVERYWHERE = frozenset({"0.0.0.0", "::", ""})
 
 
 class HostGuard:
@@ -23,7 +23,7 @@ class HostGuard:
 
     def __init__(self, app: ASGIApp, host: str) -> None:
         self._app = app
-        self._names = None if host in _EVERYWHERE else _LOOPBACK | {host}
+        self._names = None if host in WILDCARDS else _LOOPBACK | {host}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = dict(scope["headers"])

@@ -1,7 +1,7 @@
 """Where the token of an admin API is left for `baton admin`, if nobody has chosen one.
 
     1. `baton serve`, for its gateway, or a gateway that was given none draws a token and writes it
-       here, by port.
+       here, by address and port: a machine has many loopback addresses, and each has all ports.
     2. `baton admin`, run by the same user, reads it, but sends it to loopback addresses only.
     3. Who wrote it removes it at its end.
 
@@ -13,7 +13,9 @@ Only the owner may read the file: 0600, in a folder of mode 0700.
 
 from __future__ import annotations
 
+import ipaddress
 import os
+import socket
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import NamedTemporaryFile
@@ -24,19 +26,23 @@ from cluster.errors import ConfigError
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-
-def admin_token_path(port: int, env: Mapping[str, str] = os.environ) -> Path:
-    """In `$XDG_RUNTIME_DIR/baton` where there is one, which is in memory; else in `~/.baton`."""
-    runtime = env.get("XDG_RUNTIME_DIR", "")
-    folder = Path(runtime) / "baton" if runtime and Path(runtime).is_dir() else _home(env)
-    return folder / f"admin-token-{port}"
+WILDCARDS = frozenset({"0.0.0.0", "::", ""})
+_EVERYWHERE = "everywhere"  # in the name of the file of who listens on one of them
 
 
-def write_admin_token(port: int, token: str, env: Mapping[str, str] = os.environ) -> Path:
+def admin_token_path(host: str, port: int, env: Mapping[str, str] = os.environ) -> Path:
+    """Of who listens on `host`. In `$XDG_RUNTIME_DIR/baton` where there is one, which is in memory;
+    else in `~/.baton`."""
+    return _path(_EVERYWHERE if host in WILDCARDS else _addresses_of(host)[0], port, env)
+
+
+def write_admin_token(
+    host: str, port: int, token: str, env: Mapping[str, str] = os.environ
+) -> Path:
     """Replace the file, at once: who reads meanwhile has the old token or the new one, and never
     what another could have opened is written into. Raises `ConfigError` when the folder cannot be
     written."""
-    path = admin_token_path(port, env)
+    path = admin_token_path(host, port, env)
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="ascii") as file:
@@ -46,33 +52,72 @@ def write_admin_token(port: int, token: str, env: Mapping[str, str] = os.environ
         except OSError:
             os.unlink(file.name)
             raise
+        _remove_outdated(path, port)
     except OSError as error:
         raise ConfigError(f"cannot write the admin token to {path}: {error.strerror}.") from error
     return path
 
 
-def read_admin_token(port: int, env: Mapping[str, str] = os.environ) -> str | None:
-    """The token of the cluster whose admin API is on `port`; None when none was left."""
+def _remove_outdated(path: Path, port: int) -> None:
+    """Who listens everywhere is alone on its port: others that left a token there were killed."""
+    everywhere = path.with_name(_name(_EVERYWHERE, port))
+    for other in path.parent.glob(_name("*", port)):
+        if other != path and everywhere in (other, path):
+            other.unlink(missing_ok=True)
+
+
+def read_admin_token(host: str, port: int, env: Mapping[str, str] = os.environ) -> str | None:
+    """The token of who answers at `host` and `port`; None when none was left."""
+    for address in (*_addresses_of(host), _EVERYWHERE):
+        token = _read(_path(address, port, env))
+        if token is not None:
+            return token
+    return None
+
+
+def _read(path: Path) -> str | None:
     try:
-        text = admin_token_path(port, env).read_text(encoding="ascii")
+        text = path.read_text(encoding="ascii")
     except (OSError, UnicodeDecodeError):
         return None
     return text.strip() or None
 
 
-def remove_admin_token(port: int, env: Mapping[str, str] = os.environ) -> None:
-    admin_token_path(port, env).unlink(missing_ok=True)
-
-
 @contextmanager
-def left_admin_token(port: int, token: str, env: Mapping[str, str] = os.environ) -> Iterator[Path]:
+def left_admin_token(
+    host: str, port: int, token: str, env: Mapping[str, str] = os.environ
+) -> Iterator[Path]:
     """Inside, it is there. Raises `ConfigError` as `write_admin_token` does."""
-    path = write_admin_token(port, token, env)
+    path = write_admin_token(host, port, token, env)
     try:
         yield path
     finally:
-        if read_admin_token(port, env) == token:  # else who has the port now has left its own
-            remove_admin_token(port, env)
+        if _read(path) == token:  # else who has the port now has left its own
+            path.unlink(missing_ok=True)
+
+
+def _addresses_of(host: str) -> list[str]:
+    """Each in one spelling, in the order in which they are tried. A name that is not known stands
+    for itself."""
+    try:
+        return [str(ipaddress.ip_address(host))]
+    except ValueError:
+        pass
+    try:
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    except OSError:
+        return [host]
+    return list(dict.fromkeys(str(address[0]) for *_, address in found))
+
+
+def _path(address: str, port: int, env: Mapping[str, str]) -> Path:
+    runtime = env.get("XDG_RUNTIME_DIR", "")
+    folder = Path(runtime) / "baton" if runtime and Path(runtime).is_dir() else _home(env)
+    return folder / _name(address, port)
+
+
+def _name(address: str, port: int) -> str:
+    return f"admin-token-{address}-{port}"
 
 
 def _home(env: Mapping[str, str]) -> Path:

@@ -19,8 +19,8 @@ from baton.admin_tables import NODES, render_rows, shown
 from cluster.errors import ConfigError, UsageError
 from gateway.admin.token_file import (
     admin_token_path,
+    left_admin_token,
     read_admin_token,
-    remove_admin_token,
     write_admin_token,
 )
 
@@ -464,21 +464,20 @@ def test_a_url_that_is_none_is_a_usage_error() -> None:
         main(["nodes", "--admin-url", "127.0.0.1:8001"])
 
 
-def test_the_token_of_a_local_cluster_is_found_by_its_port(
+def test_the_token_of_a_local_cluster_is_found_by_its_address(
     server: AdminServer, admin: Callable[..., int]
 ) -> None:
     server.token = "left-by-serve"
     server.answers["GET", "/admin/v1/nodes"] = 200, {"nodes": []}
-    write_admin_token(server.port, "left-by-serve")
-    assert admin("nodes") == 0
-    remove_admin_token(server.port)
+    with left_admin_token("127.0.0.1", server.port, "left-by-serve"):
+        assert admin("nodes") == 0
     assert admin("nodes") == EXIT_REFUSED
 
 
 def test_a_given_token_beats_the_one_that_was_left(
     server: AdminServer, admin: Callable[..., int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_admin_token(server.port, "left")
+    write_admin_token("127.0.0.1", server.port, "left")
     server.answers["GET", "/admin/v1/nodes"] = 200, {"nodes": []}
     monkeypatch.setenv("BATON_ADMIN_TOKEN", "from-environment")
     admin("nodes")
@@ -487,7 +486,7 @@ def test_a_given_token_beats_the_one_that_was_left(
 
 
 def test_the_local_token_is_never_meant_for_another_host() -> None:
-    write_admin_token(8001, "secret")
+    write_admin_token("", 8001, "secret")
     assert local_token("127.0.0.1", 8001) == "secret"
     assert local_token("::1", 8001) == "secret"
     assert local_token("localhost", 8001) == "secret"
@@ -505,33 +504,38 @@ def test_redirects_do_not_carry_the_token_elsewhere(
 
 def test_only_the_owner_can_read_the_token_file(tmp_path: Path) -> None:
     env = {"HOME": str(tmp_path / "home")}
-    path = write_admin_token(8001, "one", env)
+    path = write_admin_token("127.0.0.1", 8001, "one", env)
     path.chmod(0o644)
-    write_admin_token(8001, "two", env)
-    assert read_admin_token(8001, env) == "two"
+    write_admin_token("127.0.0.1", 8001, "two", env)
+    assert read_admin_token("127.0.0.1", 8001, env) == "two"
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
 
 
 def test_a_link_in_the_place_of_the_token_file_is_replaced_not_followed(tmp_path: Path) -> None:
     env = {"HOME": str(tmp_path)}
-    path = write_admin_token(8001, "one", env)
+    path = write_admin_token("127.0.0.1", 8001, "one", env)
     elsewhere = tmp_path / "elsewhere"
     path.unlink()
     path.symlink_to(elsewhere)
-    write_admin_token(8001, "two", env)
+    write_admin_token("127.0.0.1", 8001, "two", env)
     assert not elsewhere.exists()
     assert not path.is_symlink()
 
 
 def test_the_runtime_folder_is_preferred_when_there_is_one(tmp_path: Path) -> None:
     env = {"HOME": "/home/me", "XDG_RUNTIME_DIR": str(tmp_path)}
-    assert admin_token_path(8001, env) == tmp_path / "baton" / "admin-token-8001"
+    assert (
+        admin_token_path("127.0.0.1", 8001, env)
+        == tmp_path / "baton" / "admin-token-127.0.0.1-8001"
+    )
     gone = env | {"XDG_RUNTIME_DIR": str(tmp_path / "gone")}
-    assert admin_token_path(8002, gone) == Path("/home/me/.baton/admin-token-8002")
+    assert admin_token_path("127.0.0.1", 8002, gone) == Path(
+        "/home/me/.baton/admin-token-127.0.0.1-8002"
+    )
 
 
 def test_a_folder_that_cannot_be_written_is_a_config_error(tmp_path: Path) -> None:
     (tmp_path / ".baton").write_text("a file in the way")
     with pytest.raises(ConfigError, match="cannot write the admin token"):
-        write_admin_token(8001, "x", {"HOME": str(tmp_path)})
+        write_admin_token("127.0.0.1", 8001, "x", {"HOME": str(tmp_path)})
