@@ -33,6 +33,7 @@ from baton.pair_plan import Plan
 from baton.raw_copy import COPY_BYTES, PLAIN, REPEATS, RawReceiver, memory_rate, socket_rate
 from cluster.errors import NodeUnavailable, ServingError
 from kv_transfer.config import KVTransferConfig
+from kv_transfer.failures import FailureReason
 from kv_transfer.transports.choice import open_transport
 
 if TYPE_CHECKING:
@@ -115,7 +116,13 @@ async def _send_all(plan: Plan, where: Connection) -> tuple[str, tuple[str, ...]
 async def _send_rounds(plan: Plan, port: int) -> tuple[str, tuple[str, ...], float, int]:
     """Transport, lanes, rate, and the port of the plain socket's receiver, if there is one."""
     transport = _open(plan.source, plan.tls)
-    endpoint = await transport.connect(plan.host, port, 1)
+    try:
+        endpoint = await transport.connect(plan.host, port, 1)
+    except ServingError as error:
+        await transport.close()
+        if error.reason != FailureReason.LINK_LOST.value:
+            raise
+        raise NodeUnavailable("nobody listens there, or nobody that can be reached.") from error
     try:
         slots = torch.ones((NUM_IN_FLIGHT, plan.message_bytes), dtype=torch.uint8)
         slots = slots.to(plan.source)

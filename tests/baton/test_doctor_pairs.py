@@ -104,7 +104,7 @@ def test_what_is_not_as_it_should_be_has_a_note(
 
 @pytest.mark.parametrize(
     ("address", "words"),
-    [("127.0.0.1:1", "connection"), ("nonsense", "HOST:PORT"), ("host:port", "HOST:PORT")],
+    [("127.0.0.1:1", "nobody listens"), ("nonsense", "HOST:PORT"), ("host:port", "HOST:PORT")],
 )
 def test_a_machine_that_does_not_listen_is_a_row_that_says_so(address: str, words: str) -> None:
     row = measure_machine(address, "cpu")
