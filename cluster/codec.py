@@ -5,6 +5,7 @@ so every field is checked and anything odd raises `InvalidRequest` naming the fi
 of sequences, tokens and errors, is in `delta_codec.py`.
 
 Version 2: the commit of a hand-off travels behind its frames; prefixes can be fetched.
+Version 3: digests travel behind their units; a frame may name the slot that it is to be read from.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """The gRPC service that prefill nodes call: one stream per pair of nodes.
 
 Life of a stream
-    1. The peer says hello; a mismatch is answered with the typed error and the stream ends.
+    1. The peer says hello; a mismatch is answered with the typed error and the stream ends, before
+       its slots are mapped.
     2. Messages of the peer become events of the receiver; the receiver's instructions to the
        peer go out in order.
     3. The end of the stream, from either side or by the death of the peer, ends the session.
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from cluster.codec import checked_transfer_id, decode_policy, decode_sequence
@@ -78,11 +80,14 @@ class KvReceiverService(rpc.KvReceiverServicer):
         theirs = Compatibility(hello.protocol_version, hello.compatibility_hash)
         peer = NodeId(NodeName(hello.name), Incarnation(hello.incarnation))
         agent = self._receiver.agent
-        slots = await asyncio.to_thread(agent.map_slots, hello.slots) if hello.slots else ()
         session = self._receiver.open_session(peer, theirs)
-        session.sender_slots.extend(slots)
-        ours = agent.pool.digest_kinds
-        session.digest_kind = agreed_kind(ours, hello.digest_kinds)
+        session.digest_kind = agreed_kind(agent.pool.digest_kinds, hello.digest_kinds)
+        with ExitStack() as undo:
+            undo.callback(self._receiver.close_session, session)
+            if hello.slots:
+                slots = await asyncio.to_thread(agent.map_slots, hello.slots)
+                session.sender_slots.extend(slots)
+            undo.pop_all()
         return session
 
     def _hello(self, session: ReceiverSession) -> pb.ReceiverHello:

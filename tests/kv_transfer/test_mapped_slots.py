@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from kv_transfer.failures import FailureReason, failure
+from kv_transfer.handshake import Compatibility
 from kv_transfer.mapped_slots import map_slots
 from kv_transfer.protocol import SLOT_READ_BYTES, SlotName, pack_slot_read
 from kv_transfer.transports.local_messages import LocalMessages, connect
@@ -369,6 +370,20 @@ def test_a_slot_that_a_receiver_does_not_give_back_is_not_kept_for_ever(
         assert here.staging.num_free == here.staging.num_slots
 
     run(monkeypatch, scenario, stall_seconds=60.0, lease_seconds=300.0)
+
+
+def test_the_slots_of_a_peer_that_does_not_fit_are_not_mapped(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def scenario(here: World) -> None:
+        receiver, asked = here.decode.receiver, list[bytes]()
+        monkeypatch.setattr(receiver.agent, "map_slots", asked.append)
+        receiver._sessions._compatibility = Compatibility(1, "another layout")
+        request = here.hand_off()
+        assert await here.ended(request) == ["failed", "free"]
+        assert asked == []
+
+    run(monkeypatch, scenario)
 
 
 def test_the_slots_of_a_peer_that_is_gone_are_not_kept_mapped(
