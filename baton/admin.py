@@ -10,12 +10,12 @@ from __future__ import annotations
 import json
 import os
 import sys
-import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlencode
 
 from baton.admin_client import AdminClient, AdminRefused, AdminUnreachable, admin_client
+from baton.admin_drain import wait_until_drained
 from baton.admin_options import (
     AdminConfig,
     CancelConfig,
@@ -46,7 +46,6 @@ if TYPE_CHECKING:
 EXIT_REFUSED = 1
 EXIT_USAGE = 2
 EXIT_NOT_READY = 4
-POLL_SECONDS = 0.5  # a node says its state this often
 Json = dict[str, Any]
 
 
@@ -175,24 +174,12 @@ def _order(verb: str) -> Callable[[LoadedConfig], None]:
 
 
 def _drain(loaded: LoadedConfig) -> None:
-    name, client = loaded[DrainConfig].node, _connected(loaded)
+    asked, client = loaded[DrainConfig], _connected(loaded)
+    name = asked.node
     document = client.act("nodes", name, "drain")
-    if loaded[DrainConfig].wait:
-        document["state"] = _wait_until_drained(client, name)
+    if asked.wait:
+        document["state"] = wait_until_drained(client, name, asked.timeout)
     _show_action(loaded, "drain", name, document)
-
-
-def _wait_until_drained(client: AdminClient, name: str) -> str:
-    """The state it ends in. Raises `AdminRefused` when it takes work again. That the gateway has
-    lost it is no end: it may still run what it has, and is reached again, or its entry expires."""
-    while True:
-        nodes = client.get("/nodes").get("nodes") or ()
-        state = next((node.get("state") for node in nodes if node.get("name") == name), "gone")
-        if state in ("drained", "gone"):
-            return str(state)
-        if state not in ("draining", "lost"):
-            raise AdminRefused(f"{name} is {shown(state)} again: somebody has uncordoned it.")
-        time.sleep(POLL_SECONDS)
 
 
 def _cancel(loaded: LoadedConfig) -> None:

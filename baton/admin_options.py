@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -67,6 +68,17 @@ class NodeConfig:
 class DrainConfig:
     node: str = option(help="Name of the node.", group="Node")
     wait: bool = option(False, help="Return when its work has ended.", group="Node")
+    timeout: float | None = option(
+        None,
+        help="Seconds to wait at most. Then what is left of its work is told, and it drains on.",
+        group="Node",
+    )
+
+    def __post_init__(self) -> None:
+        if self.timeout is not None and not self.wait:
+            raise refused("timeout", "needs --wait")
+        if self.timeout is not None and not 0 <= self.timeout < math.inf:
+            raise refused("timeout", "must be a number of seconds")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -167,9 +167,15 @@ def render_rows(
 
 
 def remarks_on(rows: Sequence[Entry]) -> Iterator[str]:
-    """What no column tells: ready, and yet without work for ever."""
+    """What no column tells: ready, and yet without work for ever; or without work, and yet not
+    drained."""
     roles = {row.get("role") for row in rows}
     for row in rows:
+        if row.get("awaited_gateways"):
+            yield (
+                f"{shown(row.get('name'))} drains, and waits until nothing is on its way there any "
+                f"more from {shown(row['awaited_gateways'])}."
+            )
         if row.get("num_partners") == 0 and len(roles) > 1:
             yield (
                 f"{shown(row.get('name'))} can exchange KV with no node of the other role: model, "

@@ -100,7 +100,9 @@ class NodeService(node_pb2_grpc.NodeServicer):
         return pb.ControlReply(state=self._member.control(request.action))
 
     async def Inspect(self, request: pb.InspectRequest, context: Any) -> pb.InspectReply:
-        return await self._handler.inspect()
+        reply = await self._handler.inspect()
+        reply.awaited_gateways.extend(self._hub.awaited_gateways)
+        return reply
 
     async def FetchPrefix(
         self, request: pb.FetchPrefixRequest, context: Any

@@ -250,6 +250,11 @@ class SessionHub:
         """No gateway is waited for: all have answered the state that was last told."""
         return self._notices.is_answered(self._clock())
 
+    @property
+    def awaited_gateways(self) -> list[str]:
+        """Those that are."""
+        return self._notices.awaited(self._clock())
+
     def publish(self, gateway_id: str, deltas: Sequence[TokenDelta]) -> None:
         """Queue deltas for a gateway. For one that is not connected they are dropped."""
         session = self._sessions.get(gateway_id)

@@ -17,7 +17,9 @@ Life of a notice
        answer to the earlier one answers nothing.
     5. A session that ends owes nothing. One that has not answered at all ANSWER_SECONDS after it
        was asked is waited for no longer: a gateway that stands still must not keep a node. One that
-       has is waited for until it has settled; a node's shutdown timeout is the bound of all.
+       has is waited for until it has settled, as it does when what it placed has come, or has run
+       out of its time. Its shutdown timeout bounds that for a node that was told to end. For one
+       that an operator drains nothing does, so it says whom it waits for (`awaited`, by `Inspect`).
 
 A gateway that does not hear states (an older one) is told nothing and never waited for: it reads
 the registry, and gets refusals until it has.
@@ -71,9 +73,13 @@ class StateNotices:
 
     def is_answered(self, now: float) -> bool:
         """No session that hears states is waited for because of the last notice."""
-        return not any(self._is_waited_for(hearer, now) for hearer in self._hearers.values())
+        return not self.awaited(now)
 
-    def _is_waited_for(self, hearer: _Hearer, now: float) -> bool:
+    def awaited(self, now: float) -> list[str]:
+        """The gateways that are."""
+        return [name for name, hearer in self._hearers.items() if self._is_awaited(hearer, now)]
+
+    def _is_awaited(self, hearer: _Hearer, now: float) -> bool:
         if hearer.settled == self.number:
             return False
         return hearer.known == self.number or now - hearer.asked_at < ANSWER_SECONDS

@@ -61,7 +61,7 @@ class Dispatcher:
         clock: Clock,
         observe: Callable[[Event], None],
     ) -> None:
-        self._gateway_id = gateway_id
+        self.gateway_id = gateway_id
         self._patience = patience
         self._policy = policy
         self._measures = measures
@@ -119,7 +119,7 @@ class Dispatcher:
         self._attempts.begin(active, num_cached_tokens)
         with contextlib.ExitStack() as undo:
             undo.callback(self._forget, active)
-            if not active.prefilling.client.send(submit_frame(active, self._gateway_id)):
+            if not active.prefilling.client.send(submit_frame(active, self.gateway_id)):
                 raise NodeUnavailable("The chosen node went away.", retry_after_seconds=1.0)
             undo.pop_all()
         listener.placed(active.nodes)

@@ -103,14 +103,16 @@ class InspectRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class InspectReply(_message.Message):
-    __slots__ = ("sequences", "leases", "load")
+    __slots__ = ("sequences", "leases", "load", "awaited_gateways")
     SEQUENCES_FIELD_NUMBER: _ClassVar[int]
     LEASES_FIELD_NUMBER: _ClassVar[int]
     LOAD_FIELD_NUMBER: _ClassVar[int]
+    AWAITED_GATEWAYS_FIELD_NUMBER: _ClassVar[int]
     sequences: _containers.RepeatedCompositeFieldContainer[SequenceInfo]
     leases: _containers.RepeatedCompositeFieldContainer[LeaseInfo]
     load: NodeLoad
-    def __init__(self, sequences: _Optional[_Iterable[_Union[SequenceInfo, _Mapping]]] = ..., leases: _Optional[_Iterable[_Union[LeaseInfo, _Mapping]]] = ..., load: _Optional[_Union[NodeLoad, _Mapping]] = ...) -> None: ...
+    awaited_gateways: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, sequences: _Optional[_Iterable[_Union[SequenceInfo, _Mapping]]] = ..., leases: _Optional[_Iterable[_Union[LeaseInfo, _Mapping]]] = ..., load: _Optional[_Union[NodeLoad, _Mapping]] = ..., awaited_gateways: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class SequenceInfo(_message.Message):
     __slots__ = ("sequence_id", "request_id", "status", "num_prompt_tokens", "num_output_tokens", "num_blocks", "age_seconds")

@@ -91,9 +91,10 @@ def _views(gateway: Gateway) -> APIRouter:
     @router.get("/nodes", summary="Nodes, their state and load")
     async def nodes() -> Json:
         entries = list(gateway.nodes)
-        loads = await asyncio.gather(*(_load_now(entry) for entry in entries))
+        said = await asyncio.gather(*(_said_now(entry) for entry in entries))
         now = gateway.clock()
         return {
+            "gateway": gateway.dispatcher.gateway_id,
             "nodes": [
                 node_view(
                     entry,
@@ -101,9 +102,10 @@ def _views(gateway: Gateway) -> APIRouter:
                     now,
                     model=gateway.model_names[0],
                     num_partners=gateway.nodes.num_partners(entry),
+                    awaited_gateways=awaited,
                 )
-                for entry, load in zip(entries, loads, strict=True)
-            ]
+                for entry, (load, awaited) in zip(entries, said, strict=True)
+            ],
         }
 
     @router.get("/leases", summary="Leases of KV that is in transfer, asked of every node")
@@ -252,14 +254,15 @@ def _policy_view(gateway: Gateway) -> Json:
     }
 
 
-async def _load_now(entry: NodeEntry) -> NodeLoad:
-    """As the node says: its last heartbeat is up to a second old, and was read half a second later.
-    That of a node that does not answer at once."""
+async def _said_now(entry: NodeEntry) -> tuple[NodeLoad, list[str]]:
+    """Load and awaited gateways as the node says: its last heartbeat is up to a second old, and was
+    read half a second later. The load that came with it, of a node that does not answer at once."""
     if entry.client.is_connected:
         with contextlib.suppress(ServingError, TimeoutError):
             async with asyncio.timeout(LOAD_SECONDS):
-                return decode_load((await entry.client.calls.inspect()).load)
-    return entry.info.load
+                reply = await entry.client.calls.inspect()
+                return decode_load(reply.load), list(reply.awaited_gateways)
+    return entry.info.load, []
 
 
 async def _inspect(entry: NodeEntry) -> pb.InspectReply | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, fields
 from typing import TYPE_CHECKING, Any
 
+from cluster.node import NodeState
 from gateway.request_book import EndedRequest
 from gateway.sequence_machine import SequenceState
 
@@ -31,9 +32,16 @@ _OF_ENDED = [each.name for each in fields(EndedRequest)]
 
 
 def node_view(
-    entry: NodeEntry, load: NodeLoad, now: float, *, model: str, num_partners: int
+    entry: NodeEntry,
+    load: NodeLoad,
+    now: float,
+    *,
+    model: str,
+    num_partners: int,
+    awaited_gateways: list[str],
 ) -> Json:
-    """`load`: as it is now, or as new as it is known. `model`: as clients name it."""
+    """`load`: as it is now, or as new as it is known. `model`: as clients name it.
+    `awaited_gateways`: that have not answered what the node said last of its state."""
     info = entry.info
     return {
         "name": info.id.name,
@@ -44,6 +52,7 @@ def node_view(
         "checkpoint": info.model_name,
         "compatibility_hash": info.compatibility_hash,
         "num_partners": num_partners,
+        "awaited_gateways": awaited_gateways if info.state is NodeState.DRAINING else [],
         "block_size": info.block_size,
         "max_model_len": info.max_model_len,
         "transports": list(info.transports),

@@ -371,13 +371,60 @@ def test_a_drain_can_be_waited_for(
 
     show()
     server.answers["POST", "/admin/v1/nodes/d:drain"] = 200, {"name": "d", "state": "draining"}
-    monkeypatch.setattr("baton.admin.time.sleep", polled)
+    monkeypatch.setattr("baton.admin_drain.time.sleep", polled)
     assert admin("drain", "d", "--wait") == code
     captured = capsys.readouterr()
     assert told in captured.out + captured.err
     assert len(left) == 1
     assert admin("drain", "d") == 0
     assert capsys.readouterr().out == "drain d: draining\n", "unasked it does not wait"
+
+
+@pytest.mark.parametrize(
+    ("facts", "left"),
+    [
+        ({"load": {"num_running": 3, "num_waiting": 0}}, "3 running"),
+        ({"awaited_gateways": ["gateway-1"]}, "gateway-1 yet to settle"),
+        ({}, "nothing that its gateway knows of"),
+    ],
+)
+def test_a_drain_that_does_not_end_in_time_is_told_with_what_is_left_and_goes_on(
+    server: AdminServer,
+    admin: Callable[..., int],
+    capsys: pytest.CaptureFixture[str],
+    facts: dict[str, Any],
+    left: str,
+) -> None:
+    node = {"name": "d", "state": "draining", **facts}
+    server.answers["GET", "/admin/v1/nodes"] = 200, {"nodes": [node]}
+    server.answers["POST", "/admin/v1/nodes/d:drain"] = 200, {"name": "d", "state": "draining"}
+    assert admin("drain", "d", "--wait", "--timeout", "0") == EXIT_REFUSED
+    assert capsys.readouterr().err == (
+        f"baton admin: d is draining after 0 s, with {left}. It goes on; `baton admin uncordon d` "
+        "gives it work again, SIGTERM ends it within its --shutdown-timeout.\n"
+    )
+
+
+@pytest.mark.parametrize(
+    "arguments", [("--timeout", "5"), ("--wait", "--timeout", "-1"), ("--wait", "--timeout", "nan")]
+)
+def test_a_timeout_that_makes_no_sense_is_refused(
+    admin: Callable[..., int], arguments: tuple[str, ...]
+) -> None:
+    with pytest.raises(ConfigError, match="--timeout"):
+        admin("drain", "d", *arguments)
+
+
+def test_whom_a_draining_node_waits_for_is_told_below_the_table(
+    server: AdminServer, admin: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    nodes = [NODE | {"awaited_gateways": ["gateway-1"]}, NODE | {"name": "other"}]
+    server.answers["GET", "/admin/v1/nodes"] = 200, {"nodes": nodes}
+    assert admin("nodes") == 0
+    assert capsys.readouterr().err == (
+        "baton admin: decode-0 drains, and waits until nothing is on its way there any more from "
+        "gateway-1.\n"
+    )
 
 
 def test_the_prefix_cache_of_every_node_is_reset(

@@ -330,8 +330,10 @@ def test_every_gateway_that_hears_states_is_told_and_answers_for_itself() -> Non
         other = await world.welcomed("other", hears_state=True)
         await world.welcomed("older")
         world.hub.tell(NodeState.DRAINING)
-        for call in (one, other):
-            assert not world.hub.is_answered
+        for call, awaited in ((one, ["one", "other"]), (other, ["other"])):
+            while world.hub.awaited_gateways != awaited:  # noqa: ASYNC110 - it has no event
+                await asyncio.sleep(0.001)
+            assert (await world.stub.Inspect(pb.InspectRequest())).awaited_gateways == awaited
             notice = (await call.read()).state_notice
             assert notice.state == "draining"
             heard = pb.StateAnswer(number=notice.number, is_settled=True)

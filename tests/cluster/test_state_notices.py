@@ -30,8 +30,10 @@ def told(*names: str) -> tuple[StateNotices, int]:
 
 def test_a_notice_is_answered_once_every_session_has_settled() -> None:
     notices, number = told("a", "b")
+    assert notices.awaited(0.0) == ["a", "b"]
     settle(notices, "a", number)
     assert not notices.is_answered(0.0)
+    assert notices.awaited(0.0) == ["b"]
     settle(notices, "b", number)
     assert notices.is_answered(0.0)
 

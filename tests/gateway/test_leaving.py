@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 import grpc.aio
+import httpx
 import pytest
 
 from cluster.errors import InvalidRequest, NodeLost
@@ -19,13 +20,11 @@ from cluster.proto import node_pb2 as pb
 from cluster.request import TokenDelta
 from gateway.departure import Presence
 from tests.gateway.fake_node import FakeNode
-from tests.gateway.running_gateway import RunningGateway
+from tests.gateway.running_gateway import ADMIN_TOKEN, RunningGateway
 from tests.gateway.test_failures import code_of, everything_is_given_back, post
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-    import httpx
 
     from gateway.node_client import NodeClient
 
@@ -168,6 +167,28 @@ def test_a_decode_node_that_drains_has_its_answer_when_what_waits_for_it_elsewhe
     running.until(lambda: leaver.hub.is_answered)
     assert len(leaver.submitted) == placed
     assert not running.gateway.measures.retries, "nothing had to be moved"
+
+
+def drained_on(running: RunningGateway, name: str) -> list[str]:
+    """The gateways that it waits for, as an operator sees; `this`: the one that is asked."""
+    headers = {"authorization": f"Bearer {ADMIN_TOKEN}"}
+    shown = httpx.get(f"{running.admin.url}/admin/v1/nodes", headers=headers).json()
+    [node] = [node for node in shown["nodes"] if node["name"] == name]
+    return ["this" if each == shown["gateway"] else each for each in node["awaited_gateways"]]
+
+
+def test_an_operator_sees_which_gateways_a_draining_node_waits_for(
+    new_gateway: NewGateway,
+) -> None:
+    """Nothing bounds it: a gateway that never settles must not be a riddle."""
+    running = new_gateway()
+    with waiting(running) as answers:
+        assert drained_on(running, "decode-0") == [], "it takes work: that it is used is no news"
+        drain(running, running.decode)
+        assert drained_on(running, "decode-0") == ["this"]
+    assert {answer.result(20).status_code for answer in answers} == {200}
+    running.until(lambda: running.decode.hub.is_answered)
+    assert drained_on(running, "decode-0") == []
 
 
 class Unseen(dict[str, Any]):
