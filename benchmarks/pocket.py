@@ -35,7 +35,7 @@ from loadtest.workload import PlainVocabulary, plan_requests
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from loadtest.report import BenchResult
+    from loadtest.result import BenchResult
 
 POCKET_MODEL = ROOT / "baton" / "pocket_model"
 INPUT_LEN, OUTPUT_LEN, BATCH = 64, 128, 16

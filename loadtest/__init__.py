@@ -4,6 +4,7 @@ It speaks to a server only through the public HTTP API, so any OpenAI-compatible
 be measured. Never imports a server room, nor torch.
 
 config -> run: workload (what), schedule (when) -> client -> answer over sse -> record ->
-statistics -> report, with metadata; compare lays two reports beside each other
+statistics -> result, with metadata -> report (for people), result_file (for programs); compare lays
+two files beside each other
 interrupt: a run that Ctrl-C ends early
 """

@@ -16,7 +16,8 @@ from cluster.errors import UsageError
 from loadtest.client import ServerNotReady
 from loadtest.compare import read_result, render_comparison
 from loadtest.config import BenchConfig
-from loadtest.report import make_folder, render_notes, render_table, save
+from loadtest.report import render_notes, render_table
+from loadtest.result_file import make_folder, save
 from loadtest.run import run_until_interrupted
 
 if TYPE_CHECKING:

@@ -23,7 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedCo
 from loadtest.client import BenchClient
 from loadtest.interrupt import interrupts_set, unless_cut
 from loadtest.metadata import collect_metadata
-from loadtest.report import BenchResult, Cut
+from loadtest.result import BenchResult, Cut
 from loadtest.schedule import dispatch, plan_arrivals
 from loadtest.statistics import summarise
 from loadtest.workload import PlainVocabulary, TokenizerVocabulary, load_tokenizer, plan_requests

@@ -40,6 +40,11 @@ class Distribution:
     percentiles: Mapping[float, float]
 
 
+def percentile_name(percentile: float) -> str:
+    """99.0 -> "99", 99.9 -> "99.9"."""
+    return f"{percentile:g}"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Summary:
     """`request_goodput` and `slo_attainment` are None when no limits were given.

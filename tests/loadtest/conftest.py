@@ -8,13 +8,18 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from aiohttp import web
 
 from loadtest.config import BenchConfig
 from loadtest.run import measure
+from tests.loadtest.results import MakeResult, made_result
+
+if TYPE_CHECKING:
+    from loadtest.record import RequestRecord
+    from loadtest.result import BenchResult
 
 Models = Callable[[web.Request], Awaitable[web.Response]]
 Script = Callable[["ScriptedServer", web.Request, dict[str, Any]], Awaitable[Any]]
@@ -149,3 +154,13 @@ def measured(bench_config: Callable[..., BenchConfig]) -> Callable[..., Any]:
         return asyncio.run(scenario())
 
     return run
+
+
+@pytest.fixture
+def make_result(bench_config: Callable[..., BenchConfig]) -> MakeResult:
+    def make(
+        records: list[RequestRecord] | None = None, client_cpu: float = 0.1, **options: Any
+    ) -> BenchResult:
+        return made_result(bench_config(**options), records, client_cpu)
+
+    return make

@@ -12,7 +12,9 @@ import pytest
 
 from loadtest.__main__ import EXIT_INTERRUPTED
 from loadtest.interrupt import interrupts_set, unless_cut
-from loadtest.report import Cut, render_notes, to_json
+from loadtest.report import render_notes
+from loadtest.result import Cut
+from loadtest.result_file import to_json
 from loadtest.run import measure
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from cluster.errors import ConfigError, UsageError
 from loadtest import client
 from loadtest.__main__ import EXIT_NOT_READY, EXIT_NOTHING_SUCCEEDED, main
 from loadtest.client import ServerNotReady
-from loadtest.report import make_folder
+from loadtest.result_file import make_folder
 from loadtest.run import measure, run
 
 if TYPE_CHECKING:
