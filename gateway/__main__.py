@@ -1,4 +1,4 @@
-"""`baton gateway [MODEL]`, also `python -m gateway`: the HTTP edge of a cluster."""
+"""`baton gateway MODEL`, also `python -m gateway`: the HTTP edge of a cluster."""
 
 from __future__ import annotations
 

@@ -3,12 +3,12 @@
 A frame is a header message in host memory, then a payload message, of one transfer.
 
     header   fixed fields, positions uint32 [num_positions]
-    payload  uint8 [num_layers, num_positions, unit_bytes], straight from a staging slot, and
-             behind them their sealed digests, uint64 [num_layers, num_positions]
+    payload  uint8 [num_layers, num_positions, unit_bytes], from a slot or from the blocks, and behind
+             them their sealed digests, uint64 [num_layers, num_positions]
 
 The header says which layers of which block positions the payload holds, so a frame may carry
-any rectangle of them: whole blocks of a chunk today, single layers when they are streamed as
-they finish. Headers of a session travel under the session's tag and arrive in the order they
+any rectangle of them: a few layers of all blocks of a chunk as they are computed, or a small chunk
+whole. Headers of a session travel under the session's tag and arrive in the order they
 were posted; a payload travels under the nonce of its ticket. Both were drawn by the receiver,
 so no other peer can know them.
 

@@ -1,4 +1,5 @@
-"""The staging slots of one node: the only memory that a transport reads or writes.
+"""The staging slots of one node: the memory that a transport reads and writes. Plain TCP alone
+takes blocks where they are; a slot then stays empty, and bounds how much is on its way.
 
 Life of a slot
     1. Allocated once at start, on the device of the KV pool.
