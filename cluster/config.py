@@ -103,7 +103,7 @@ def load_config(
     if presets is not None:
         sources.append(_preset_source(options, sources, presets))
     origins = {o.name: _origin_of(o.name, sources) for o in options}
-    values = validate(options, sources, origins)
+    values = validate(options, sources, origins, positional)
     built = {section: _build(section, options, values, origins) for section in sections}
     return LoadedConfig(program, built, tuple(options), origins, line.show_config)
 

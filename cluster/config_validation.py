@@ -20,8 +20,13 @@ REDACTED = "[redacted]"
 
 
 def validate(
-    options: Sequence[Option], sources: Sequence[Source], origins: Mapping[str, str]
+    options: Sequence[Option],
+    sources: Sequence[Source],
+    origins: Mapping[str, str],
+    positional: str | None = None,
 ) -> dict[str, Any]:
+    """`positional`: the option that a bare argument is, and is asked for as one."""
+
     class Layered(BaseSettings):
         model_config = ConfigDict(  # type: ignore[assignment]
             extra="forbid", protected_namespaces=(), allow_inf_nan=False
@@ -40,7 +45,7 @@ def validate(
     try:
         settings = model()
     except ValidationError as error:
-        _refuse_value(error, {o.name: o for o in options}, origins)
+        _refuse_value(error, {o.name: o for o in options}, origins, positional)
     return {o.name: getattr(settings, o.name) for o in options}
 
 
@@ -85,16 +90,18 @@ def _choice_rule(each: Option) -> Callable[[Any], Any]:
 
 
 def _refuse_value(
-    error: ValidationError, known: Mapping[str, Option], origins: Mapping[str, str]
+    error: ValidationError,
+    known: Mapping[str, Option],
+    origins: Mapping[str, str],
+    positional: str | None,
 ) -> NoReturn:
     first = error.errors()[0]
     each = known[str(first["loc"][0])]
     if first["type"] == "missing":
-        raise UsageError(
-            f"{each.flag} is required (also as {each.variable}, or {each.name} in the config "
-            "file).",
-            param=each.name,
-        )
+        wanted, others = each.flag, f"{each.variable}, or {each.name} in the config file"
+        if each.name == positional:
+            wanted, others = each.name.upper(), f"{each.flag}, {others}"
+        raise UsageError(f"{wanted} is required (also as {others}).", param=each.name)
     message = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
     message = message.partition(", unable to parse")[0].replace("valid integer", "whole number")
     got = REDACTED if each.secret else repr(first["input"])

@@ -3,8 +3,8 @@
 A frame is a header message in host memory, then a payload message, of one transfer.
 
     header   fixed fields, positions uint32 [num_positions]
-    payload  uint8 [num_layers, num_positions, unit_bytes], from a slot or from the blocks, and behind
-             them their sealed digests, uint64 [num_layers, num_positions]
+    payload  uint8 [num_layers, num_positions, unit_bytes], from a slot or from the blocks,
+             and behind them their sealed digests, uint64 [num_layers, num_positions]
 
 The header says which layers of which block positions the payload holds, so a frame may carry
 any rectangle of them: a few layers of all blocks of a chunk as they are computed, or a small chunk

@@ -79,7 +79,7 @@ def test_an_admin_option_may_come_from_the_environment(
     [
         (["nodez"], "there is no command 'nodez'; there are: nodes, requests, leases"),
         (["policy"], "there is no command 'policy'; there are: policy get, policy set."),
-        (["cordon"], "--node is required"),
+        (["cordon"], "NODE is required (also as --node, BATON_NODE, or node in the config file)"),
         (["nodes", "--jason"], "unknown flag --jason"),
     ],
 )
