@@ -58,7 +58,17 @@ def usage() -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        code = obey(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()
+    except BrokenPipeError:
+        if not _has_lost_its_reader():
+            raise
+        return EXIT_BROKEN_PIPE
+    return code
+
+
+def obey(arguments: Sequence[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(usage())
         return 0 if arguments else EXIT_USAGE
@@ -75,17 +85,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run_program(program: Program, arguments: Sequence[str]) -> int:
     try:
         entry: Callable[[Sequence[str]], int] = importlib.import_module(program.module).main
-        code = entry(arguments)
-        sys.stdout.flush()
+        return entry(arguments)
     except ConfigError as error:
         is_named = error.message.startswith(f"baton {program.name}")
         prefix = "" if is_named else f"baton {program.name}: "
         print(prefix + error.message, file=sys.stderr)
         return error.exit_code
-    except BrokenPipeError:
-        if not _has_lost_its_reader():
-            raise
-        return EXIT_BROKEN_PIPE
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except ModuleNotFoundError as error:
@@ -97,7 +102,6 @@ def run_program(program: Program, arguments: Sequence[str]) -> int:
             file=sys.stderr,
         )
         return EXIT_CONFIG
-    return code
 
 
 def _has_lost_its_reader() -> bool:

@@ -73,12 +73,18 @@ def test_a_message_that_names_its_program_names_it_once(
     assert capsys.readouterr().err == f"{named}: unknown flag --hurry.\n"
 
 
-def test_a_reader_that_leaves_is_no_traceback(tmp_path: Path) -> None:
+@pytest.mark.parametrize("typed", ["bench compare a.json a.json", "--help", "admin --help"])
+def test_a_reader_that_leaves_is_no_traceback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, typed: str
+) -> None:
     result = tmp_path / "a.json"
     result.write_text(json.dumps({"schema_version": 1, "completed": 1, "failed": 0}))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
     read_end, write_end = os.pipe()
     os.close(read_end)
-    command = [sys.executable, "-m", "baton", "bench", "compare", str(result), str(result)]
+    command = [sys.executable, "-m", "baton", *typed.split()]
     ended = subprocess.run(command, stdout=write_end, stderr=subprocess.PIPE, check=False)
     os.close(write_end)
     assert (ended.returncode, ended.stderr) == (EXIT_BROKEN_PIPE, b"")
