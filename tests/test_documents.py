@@ -62,6 +62,16 @@ def test_options_are_those_that_there_are(name: str) -> None:
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)) <= known
 
 
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_files_and_programs_that_are_named_are_there(name: str) -> None:
+    here, text = (ROOT / name).parent, (ROOT / name).read_text()
+    for path in re.findall(r"`([\w*]+(?:/[\w*]+)+\.py)`", text):
+        assert any(ROOT.glob(path)) or any(here.glob(path)), path
+    for module in re.findall(r"python -m ([\w.]+)", text):
+        path = module.replace(".", "/")
+        assert (ROOT / f"{path}.py").exists() or (ROOT / path / "__main__.py").exists(), module
+
+
 def test_make_has_the_targets_that_the_readme_names() -> None:
     targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     text = (ROOT / "README.md").read_text()
