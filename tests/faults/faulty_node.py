@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from kv_transfer.config import KVTransferConfig
 
 ORDERS_VARIABLE = "BATON_TEST_KV_ORDERS"
+PLAIN_VARIABLE = "BATON_TEST_PLAIN_LINKS"  # no link follows orders: payloads go as they always do
 EAGER_VARIABLE = "BATON_TEST_EAGER"
 BLIND_VARIABLE = "BATON_TEST_BLIND"  # accept any digest: the control of what digests are for
 
@@ -69,7 +70,8 @@ def fetch_whatever_is_cached() -> None:
 
 def main() -> int:
     if folder := os.environ.get(ORDERS_VARIABLE):
-        spoil_links(folder)
+        if not os.environ.get(PLAIN_VARIABLE):
+            spoil_links(folder)
         watch_blocks(folder)
     if os.environ.get(BLIND_VARIABLE):
         accept_any_digest()

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 PAUSE_SECONDS = (2.0, 8.0)  # between two faults
 RATE_BYTES = 1 << 19
 KINDS = ("kill", "end", "cordon", "stall", "unheard", "slow", "spoil")
+IN_ORDER = frozenset({"end", "cordon", "slow"})  # an operator may, and no client notices
 
 
 def faults_of(cluster: FaultCluster, kinds: Collection[str]) -> list[tuple[str, str]]:
@@ -60,8 +61,10 @@ class Disturbances:
         for planned in draw_schedule(self.seed, num_most, faults, pause=PAUSE_SECONDS):
             if time.monotonic() + planned.pause_seconds + planned.lasts_seconds > ends_at:
                 break
+            was_whole = self.cluster.is_whole()
             time.sleep(planned.pause_seconds)
-            self._make(planned)
+            if planned.what not in IN_ORDER or (was_whole and self.cluster.is_whole()):
+                self._make(planned)  # nobody orders a node out while another is missing
         self.heal()
 
     def heal(self) -> None:
@@ -69,6 +72,10 @@ class Disturbances:
         self.cluster.proxies.heal()
         for name in self.cluster.node_names:
             withdraw(self.folder / name)
+
+    @property
+    def are_in_order(self) -> bool:
+        return {fault.split()[0] for fault in self.made} <= IN_ORDER
 
     def lost_gateways(self) -> set[str]:
         """Those whose connections broke, and whose counters began again."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from tests.faults.accounts import account_of, beyond_budget, disagreements
+from tests.faults.asks import DEADLINE_SECONDS
 from tests.faults.checker import FAULT_CODES, violations, wrong_tokens
 from tests.faults.client import load
 from tests.faults.history import NO_REQUEST, History
@@ -40,6 +41,7 @@ class Soak:
     history: History = field(default_factory=History)
     problems: list[str] = field(default_factory=list)
     num_wrong: int = 0
+    hurried: set[int] = field(default_factory=set)  # may not be answered in time
     faults: Disturbances = field(init=False)
 
     def __post_init__(self) -> None:
@@ -51,13 +53,18 @@ class Soak:
         before = account_of(self.cluster)
         ends_at = time.monotonic() + 60.0 * minutes
         asks = repeated(self.seed, self.templates, ends_at)
-        with load(self.cluster.url_of, asks, at_once=AT_ONCE, history=self.history):
+        with load(self._url_of, asks, at_once=AT_ONCE, history=self.history):
             self.faults.make_until(ends_at)
         self.problems += self.faults.problems
         self._judge_witnesses()
         self._judge_answers()
         if not self.faults.lost_gateways():
             self._judge_accounts(before)
+
+    def _url_of(self, ask: Ask) -> str:
+        if ask.deadline_seconds < DEADLINE_SECONDS:
+            self.hurried.add(ask.number)
+        return self.cluster.url_of(ask)
 
     def _judge_witnesses(self) -> None:
         evidence = Evidence({name: self.folder / name for name in self.cluster.node_names})
@@ -73,6 +80,7 @@ class Soak:
             expected,
             allowed_codes=FAULT_CODES | {"overloaded"},
             may_break=self._asked_of_lost(numbers),
+            may_err=self.hurried if self.faults.are_in_order else None,
         )
         self.num_wrong = wrong_tokens(self.history, expected)
 
