@@ -128,6 +128,10 @@ class HttpServer:
         host = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}.get(self.host, self.host)
         return f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
 
+    @property
+    def is_stopping(self) -> bool:
+        return self._server.should_exit
+
     def start(self) -> None:
         self._task = asyncio.create_task(
             self._server.serve(sockets=[self._socket]), name=f"http {self.port}"

@@ -6,9 +6,9 @@ Life of the process
        after a grace, HTTP is served: one that was started again refuses nobody with 503 while
        it is only about to know its nodes. Without a pair it says 503.
     3. With the first pair the process reports ready.
-    4. SIGTERM or SIGINT: no new work, listeners closed. Running requests have
-       `shutdown_timeout` seconds; then each ends with one typed error. A second signal skips
-       the wait.
+    4. SIGTERM or SIGINT: listeners are closed. What has come until then is served as ever, and
+       has `shutdown_timeout` seconds; then each request ends with one typed error. A second
+       signal skips the wait.
 """
 
 from __future__ import annotations
@@ -168,8 +168,8 @@ def _announce(
 
 
 async def shut_down(gateway: Gateway, servers: list[HttpServer], hurry: asyncio.Event) -> None:
-    """In this order: refuse, close listeners, let requests finish, end the rest with an error."""
-    gateway.admission.close()
+    """In this order: close listeners, let requests finish, take no more, end the rest with an
+    error."""
     for server in servers:
         server.stop()
     waiting = asyncio.create_task(_wait_all(servers))
@@ -177,6 +177,7 @@ async def shut_down(gateway: Gateway, servers: list[HttpServer], hurry: asyncio.
     timeout = gateway.config.shutdown_timeout
     await asyncio.wait({waiting, hurrying}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
     hurrying.cancel()
+    gateway.admission.close()
     if not waiting.done():
         num_cut = len(gateway.dispatcher.active)
         if num_cut:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import socket
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -380,9 +381,26 @@ def test_stopping_lets_streams_finish(new_gateway: NewGateway) -> None:
     stream = OpenStream(running)
     assert stream.has_text.wait(10)
     stopping = _stop_in_background(running)
-    running.until(lambda: running.gateway.admission.is_closed)
+    running.until(lambda: running.public.is_stopping)
     running.do(running.decode.gates.tokens.set)
     assert '"finish_reason":"length"' in stream.result()[-2]
+    stopping.result(20)
+
+
+def test_a_request_that_comes_as_the_gateway_is_told_to_stop_is_served(
+    new_gateway: NewGateway,
+) -> None:
+    """Of it the gateway has read no more than a part."""
+    running = new_gateway(shutdown_timeout=20.0)
+    sent = json.dumps(body()).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(sent)}\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", running.public.port), timeout=20) as client:
+        client.sendall(head.encode() + sent[:5])
+        running.until(lambda: running.public._server.server_state.tasks)
+        stopping = _stop_in_background(running)
+        running.until(lambda: running.public.is_stopping)
+        client.sendall(sent[5:])
+        assert client.recv(1 << 16).startswith(b"HTTP/1.1 200 OK")
     stopping.result(20)
 
 
