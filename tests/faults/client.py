@@ -73,13 +73,20 @@ async def _record(history: History, ask: Ask, response: aiohttp.ClientResponse) 
         history.record(ask.number, "refused", detail=str(answer["error"]["code"]))
     elif not ask.is_stream:
         answer = await response.json()
-        choice = answer["choices"][0]
-        history.record(ask.number, "tokens", token_ids=choice["token_ids"])
-        _compare_logprobs(history, ask, choice)
-        history.record(ask.number, "finished", detail=choice["finish_reason"])
+        _record_choices(history, ask, answer["choices"])
         history.record(ask.number, "usage", usage=_usage(answer["usage"]))
     else:
         await _record_stream(history, ask, response)
+
+
+def _record_choices(history: History, ask: Ask, choices: list[dict[str, Any]]) -> None:
+    """Those of a whole answer, one behind the other."""
+    in_order = sorted(choices, key=lambda choice: int(choice["index"]))
+    for choice in in_order:
+        history.record(ask.number, "tokens", token_ids=choice["token_ids"])
+        _compare_logprobs(history, ask, choice)
+    reasons = [choice["finish_reason"] for choice in in_order]
+    history.record(ask.number, "finished", detail=", ".join(dict.fromkeys(reasons)))
 
 
 async def _record_stream(history: History, ask: Ask, response: aiohttp.ClientResponse) -> None:

@@ -59,7 +59,14 @@ def draw_templates(seed: int, longest: int) -> list[Ask]:
                 more=(draw.choice(MORE),) if draw.random() < 0.5 else (),
             )
         )
-    return [_stopping(draw, ask) for ask in templates]
+    return [_stopping(draw, _with_choices(draw, ask)) for ask in templates]
+
+
+def _with_choices(draw: random.Random, ask: Ask) -> Ask:
+    """A third of the answers that are not streamed has several."""
+    if ask.is_stream or draw.random() > 0.33:
+        return ask
+    return replace(ask, more=(*ask.more, ("n", draw.choice((2, 4)))))
 
 
 def _stopping(draw: random.Random, ask: Ask) -> Ask:
