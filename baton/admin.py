@@ -137,6 +137,8 @@ def _requests(loaded: LoadedConfig) -> None:
     query = {**by_id, "last": str(asked.last), **({"failed": "true"} if asked.failed else {})}
     document = client.get(_with_query("/requests/ended", query))
     empty = "No request that is remembered has ended so."
+    if asked.id is not None:
+        empty = "No request with this id runs, or is remembered by this gateway."
     _show_rows(loaded, document, "requests", ENDED, empty=empty)
 
 

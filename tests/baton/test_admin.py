@@ -301,6 +301,9 @@ def test_an_id_finds_what_runs_else_how_it_ended(
     server.answers["GET", "/admin/v1/requests/ended?id=r%2F1&last=20"] = 200, {"requests": [FAILED]}
     assert admin("requests", "--id", "r/1") == 0
     assert "kv_load_failed" in capsys.readouterr().out
+    server.answers["GET", "/admin/v1/requests/ended?id=r%2F1&last=20"] = 200, {"requests": []}
+    assert admin("requests", "--id", "r/1") == 0
+    assert capsys.readouterr().out.startswith("No request with this id runs")
 
 
 def test_no_request_is_said_in_words(
