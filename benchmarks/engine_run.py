@@ -73,6 +73,9 @@ class _Recorder:
     def before_step(self, decision: ScheduleDecision) -> None: ...
     def after_step(self, decision: ScheduleDecision, output: StepOutput) -> None: ...
 
+    def idle(self) -> None:
+        pass
+
     def settled(self, deltas: SequenceOf[TokenDelta]) -> None:
         self.steps.put(Settled(time.perf_counter(), tuple(deltas)))
 

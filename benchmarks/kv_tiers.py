@@ -86,6 +86,9 @@ class Server:
     def before_step(self, decision: object) -> None: ...
     def after_step(self, decision: object, output: object) -> None: ...
 
+    def idle(self) -> None:
+        pass
+
     def settled(self, deltas: SequenceOf[TokenDelta]) -> None:
         for delta in deltas:
             self._num_cached = delta.num_cached_tokens or 0

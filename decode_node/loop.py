@@ -46,3 +46,9 @@ class DecodeObserver:
             self._loop.call_soon_threadsafe(self._on_step, deltas)
         self._reservations.retry()
         self._snapshot.take_sometimes()
+
+    def idle(self) -> None:
+        """Nothing runs whose step would ask again: a copy to host memory or a prefix for another
+        node may have given back what a hand-off waits for."""
+        self._reservations.retry()
+        self._snapshot.take()

@@ -65,7 +65,7 @@ class DecodeNode:
             self._snapshot,
             on_step=self.handler.on_step,
         )
-        parts.run_engine(scheduler, observer, self._snapshot)
+        parts.run_engine(scheduler, observer)
         parts.open_sender()
         source = MeasuredSource(manager, self.handler, parts.loop, monotonic)
         self._receiver = parts.new_receiver(source, is_decoding=lambda: parts.loop.is_busy)

@@ -82,7 +82,6 @@ class EngineLoop:
         observer: Observer,
         *,
         on_fatal: Callable[[BaseException], None],
-        on_idle: Callable[[], None] | None = None,
         layer_hook: LayerHook | None = None,
         start_copies: StartCopies | None = None,
     ) -> None:
@@ -93,7 +92,6 @@ class EngineLoop:
         self._scheduler = scheduler
         self._observer = observer
         self._on_fatal = on_fatal
-        self._on_idle = on_idle
         self._copies_of = start_copies
         self._commands: queue.SimpleQueue[_Command | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -161,8 +159,7 @@ class EngineLoop:
     def _run_commands(self) -> None:
         """Run what is queued; wait for a command when there is nothing to step."""
         if not self._is_busy():
-            if self._on_idle is not None:
-                self._on_idle()
+            self._observer.idle()
             self._busy_since = None
             command = self._commands.get()
             self._busy_since = time.perf_counter()
@@ -245,8 +242,7 @@ class EngineLoop:
 
     def _wait_for_blocks(self) -> None:
         """Everything waits for blocks that a command will free: do not spin meanwhile."""
-        if self._on_idle is not None:
-            self._on_idle()
+        self._observer.idle()
         try:
             self._execute(self._commands.get(timeout=BLOCKED_WAIT_SECONDS))
         except queue.Empty:

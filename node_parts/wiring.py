@@ -51,7 +51,6 @@ if TYPE_CHECKING:
     from cluster.request import SequenceRequest
     from cluster.session_hub import SessionHub
     from cluster.startup import StartupReport
-    from engine.load import LoadSnapshot
     from engine.loop_parts import LayerHook, Observer, Scheduler
     from kv_transfer.receiving.block_source import BlockSource
     from kv_transfer.sending.sender import SenderEvents
@@ -110,7 +109,6 @@ class NodeParts:
         self,
         scheduler: Scheduler,
         observer: Observer,
-        snapshot: LoadSnapshot,
         layer_hook: LayerHook | None = None,
     ) -> None:
         """Makes the loop; `start` starts it."""
@@ -119,7 +117,6 @@ class NodeParts:
             scheduler,
             observer,
             on_fatal=self._on_fatal,
-            on_idle=snapshot.take,
             layer_hook=layer_hook,
             start_copies=self.engine.start_copies,
         )

@@ -179,6 +179,9 @@ class PrefillObserver:
         self._chunks = ()
         self._loop.call_soon_threadsafe(self._on_step, report)
 
+    def idle(self) -> None:
+        self._snapshot.take()
+
     def release(self, sequence_id: str) -> None:
         """Nothing reads this prompt's blocks any more. Idempotent."""
         for hold in self._sources.pop(sequence_id, SourceHolds()).holds:

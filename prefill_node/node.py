@@ -61,7 +61,7 @@ class PrefillNode:
             on_layers=self.handler.on_layers,
             on_step=self.handler.on_step,
         )
-        parts.run_engine(scheduler, self._observer, self._snapshot, self._observer.layer_hook)
+        parts.run_engine(scheduler, self._observer, self._observer.layer_hook)
         self._scratch = ScratchSender(
             engine.block_manager, parts.loop, self.handler, is_idle=self._is_idle
         )

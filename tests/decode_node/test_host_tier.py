@@ -58,6 +58,9 @@ class Served:
     def before_step(self, decision: object) -> None: ...
     def after_step(self, decision: object, output: object) -> None: ...
 
+    def idle(self) -> None:
+        pass
+
     def settled(self, deltas: SequenceOf[TokenDelta]) -> None:
         for delta in deltas:
             assert delta.error is None

@@ -45,6 +45,9 @@ class Listener:
     def before_step(self, decision: object) -> None: ...
     def after_step(self, decision: object, output: object) -> None: ...
 
+    def idle(self) -> None:
+        pass
+
     def settled(self, deltas: Any) -> None:
         for delta in deltas:
             best = [each.top[0][0] for each in delta.logprobs if each.top]

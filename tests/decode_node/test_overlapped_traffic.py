@@ -98,6 +98,9 @@ class Listener:
     def before_step(self, decision: ScheduleDecision) -> None: ...
     def after_step(self, decision: ScheduleDecision, output: StepOutput) -> None: ...
 
+    def idle(self) -> None:
+        pass
+
     def settled(self, deltas: SequenceOf[TokenDelta]) -> None:
         self.deltas.extend(deltas)
 

@@ -225,6 +225,24 @@ def test_a_reservation_given_up_as_it_is_served_comes_back() -> None:
     run(body, num_blocks=4)
 
 
+def test_who_waits_for_blocks_that_no_sequence_has_gets_them_on_an_idle_node() -> None:
+    """A copy to host memory has them, or another node reads them as a prefix: that ends between two
+    steps, and no step may follow."""
+
+    async def body(world: World) -> None:
+        manager = world.engine.block_manager
+        lent = world.loop.call(lambda: manager.reserve((), 12)).result(20)
+        assert lent is not None
+        asking = await world.reserving(request("a", 8))
+        world.loop.call(lent.cancel).result(20)
+        assert len((await asyncio.wait_for(asking, 20)).block_ids) == 2
+        world.handler.on_transfer_withdrawn("a")
+        world.handler.release("a")
+        await world.check_over()
+
+    run(body, num_blocks=4)
+
+
 def test_cancel_between_reserve_and_start_refuses_the_start() -> None:
     async def body(world: World) -> None:
         await world.reserve(request("a"))

@@ -68,6 +68,9 @@ class Recorder:
     def before_step(self, decision: ScheduleDecision) -> None: ...
     def after_step(self, decision: ScheduleDecision, output: Any) -> None: ...
 
+    def idle(self) -> None:
+        pass
+
     def settled(self, deltas: SequenceOf[TokenDelta]) -> None:
         self.deltas.extend(deltas)
         self.settled_once.release()
