@@ -164,8 +164,11 @@ def translate_errors(app: FastAPI, *, advice: str) -> None:
         path = ".".join(str(step) for step in fields[0]["loc"][1:]) if fields else None
         return refusal(request, InvalidRequest("The request is not valid.", param=path))
 
-    async def on_bug(_: Request, __: Exception) -> Response:
-        return error_response(unexplained())  # raised again by the framework, logged by `Edge`
+    async def on_bug(request: Request, _: Exception) -> Response:
+        named = message_id(request.url.path, request.scope[REQUEST_ID])
+        return error_response(
+            unexplained(), named
+        )  # raised again by the framework, logged by `Edge`
 
     app.add_exception_handler(Exception, on_bug)
     app.add_exception_handler(ServingError, on_serving_error)

@@ -184,8 +184,13 @@ class Generation:
             self.measures.time_to_first_token.observe(at - self.arrived_at)
 
     def leave(self) -> None:
-        """The client has gone: all of it ends now."""
-        if not self.is_finished and not self._is_closed:
+        """The client has gone: all of it ends now. Who has its answer may go."""
+        if not self.is_finished:
+            self.abandon()
+
+    def abandon(self) -> None:
+        """The client takes no more of its answer, and has not got all of it, finished or not."""
+        if self.error is None and not self._is_closed:
             self.has_disconnected = True
             self.fail(Cancelled("The client closed the connection.", reason=CLIENT_GONE))
 

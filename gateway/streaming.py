@@ -177,7 +177,7 @@ class StreamWriter:
             quiet_for = self._clock() - self._wrote_at
             if self._is_writing and quiet_for >= times.write_timeout and writer is not None:
                 self._is_stalled = True
-                self._generation.leave()
+                self._generation.abandon()
                 writer.cancel()
                 return
             if times.keep_alive and not self._is_writing and quiet_for >= times.keep_alive:

@@ -62,8 +62,13 @@ async def write_whole(
         generation.first_token_sent(generation.first_at)
         try:
             parts = Rendered(_parts(generation, held, token_bytes), clock)
-            await _send(send, parts, headers, write_timeout=write_timeout, has_left=has_left)
+            has_all = await _send(
+                send, parts, headers, write_timeout=write_timeout, has_left=has_left
+            )
+            if not has_all:
+                generation.abandon()
         except TimeoutError:
+            generation.abandon()
             raise ClientStalled from None
 
 
@@ -96,13 +101,13 @@ async def _send(
     *,
     write_timeout: float,
     has_left: Callable[[], bool],
-) -> None:
-    """Raises `TimeoutError` when the client does not read."""
+) -> bool:
+    """False when the client leaves before the end. Raises `TimeoutError` when it does not read."""
     body = await parts.next()
     following = await parts.next() if len(body) >= PART_BYTES else b""
     if not following:
         await send_json(send, HTTP_OK, body, headers)
-        return
+        return True
     start = [(b"content-type", JSON), *headers]
     await send({"type": "http.response.start", "status": HTTP_OK, "headers": start})
     while body and not has_left():
@@ -111,6 +116,7 @@ async def _send(
             await send(message)
         await asyncio.sleep(0)
         body, following = following, await parts.next() if following else b""
+    return not body
 
 
 class Rendered:

@@ -265,6 +265,20 @@ def test_a_stranger_is_refused_in_the_shape_of_the_route(
     assert refused.json()["error"]["type"] == "authentication_error"
 
 
+def test_a_bug_of_ours_is_told_in_the_shape_of_the_route(
+    new_gateway: Callable[..., RunningGateway], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running = new_gateway()
+    monkeypatch.setattr(running.gateway, "validator", None)
+    for path in ("/v1/messages", "/v1/messages/count_tokens"):
+        failed = httpx.post(running.url + path, json=asking())
+        told = failed.json()
+        assert (failed.status_code, told["type"], told["error"]["type"]) == (
+            *(500, "error", "api_error"),
+        )
+        assert told["request_id"] == failed.headers["request-id"]
+
+
 def test_models_are_listed_in_both_shapes(http: httpx.Client) -> None:
     listed = http.get("/v1/models", headers={"anthropic-version": "2023-06-01"}).json()
     assert (listed["first_id"], listed["has_more"]) == (MODEL, False)

@@ -164,6 +164,16 @@ def test_others_have_their_turn_while_much_is_rendered_into_little() -> None:
     asyncio.run(main())
 
 
+def has_left_without_its_answer(running: RunningGateway) -> None:
+    """So say the book and the metrics, though all of it was there."""
+    measures = running.gateway.measures
+    running.until(lambda: measures.requests.total() == 1)
+    [(_, how)] = running.gateway.book.last(2)
+    assert (how.status, how.reason) == (499, "client_gone")
+    assert list(measures.requests) == [("chat", 499)]
+    assert measures.num_disconnected == 1
+
+
 def test_a_client_that_leaves_a_long_answer_gives_everything_back(
     new_gateway: Callable[..., RunningGateway], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -182,6 +192,7 @@ def test_a_client_that_leaves_a_long_answer_gives_everything_back(
     with httpx.stream("POST", running.url + path, json=body, timeout=20) as response:
         assert response.status_code == 200
         next(response.iter_raw())
+    has_left_without_its_answer(running)
     everything_is_given_back(running)
     assert len(parts) < 16 * 400 // TOKENS_OF_A_PART, "nobody renders for who has left"
 
@@ -205,6 +216,7 @@ def test_a_client_that_does_not_read_a_long_answer_is_cut_off(
         running.until(lambda: told in caplog.messages)
         running.until(lambda: not running.public._server.server_state.connections)
     assert not [each for each in caplog.messages if "ASGI" in each]
+    has_left_without_its_answer(running)
     everything_is_given_back(running)
 
 
