@@ -16,7 +16,9 @@ be the same. A failure that the prefill node reports is then the decode node's t
 
 Losing the prefill node matters only until the decode node says `started`. Before the first
 token nothing can be saved; after it the decode node is asked (`AskDecode`) and has
-`ORPHAN_SECONDS` to say that it runs the sequence, or why not.
+`ORPHAN_SECONDS` to say that it runs the sequence, or why not. One that recomputes is asked before
+the first token, too; one that runs the sequence by a hand-off then has all tokens but that one,
+which went with the prefill node: nothing can be saved.
 
 A node that says of a running sequence that it was cancelled had no such order from here, or the
 sequence would have ended: the decode node gave it up, on its way out or cut off from this gateway.
@@ -165,9 +167,8 @@ class SequenceMachine:
         self._handed_off = True  # nothing is left there to cancel
         if self._is_recomputed or (self._is_started and self._first_token_seen):
             return []
-        if not self._first_token_seen and not self._may_recompute:
-            return self.fail(_lost("prefill"))
-        return self._ask_decode(None, now)
+        may_be_saved = self._first_token_seen or (self._may_recompute and not self._is_started)
+        return self._ask_decode(None, now) if may_be_saved else self.fail(_lost("prefill"))
 
     def _ask_decode(self, error: ServingError | None, now: float) -> Instructions:
         """It runs the sequence, will compute what is missing, or that is the end: in `error`, if
@@ -185,17 +186,22 @@ class SequenceMachine:
         if delta.started or delta.token_ids:
             self._is_started = True
             self._orphan_deadline = math.inf
+            self._prefill_error = None  # whatever ends it now is the decode node's
         if delta.error is not None:
             return self.fail(self._prefill_error or _unless_cancelled(delta.error))
-        if delta.recomputed and not self._is_recomputed:
-            self._is_recomputed = True
-            self._prefill_error = None
+        self._is_recomputed = self._is_recomputed or delta.recomputed
         if self._is_recomputed:
             return self._take_recomputed(delta, now)
         if self._has_prefill and not self._first_token_seen:
-            self._held.append(delta)
-            return []
+            return self._hold(delta)
         return self._take_decoded(delta, now)
+
+    def _hold(self, delta: TokenDelta) -> Instructions:
+        """Until the first token comes, if it still can."""
+        if self._is_started and self._handed_off:
+            return self.fail(_lost("prefill"))
+        self._held.append(delta)
+        return []
 
     def _take_recomputed(self, delta: TokenDelta, now: float) -> Instructions:
         """From a decode node that gives every token: its first may be known already."""

@@ -105,9 +105,12 @@ CASES = [
 ]
 
 
-def test_every_order_of_events_has_at_most_one_ending_and_tokens_in_order() -> None:
+@pytest.mark.parametrize("may_recompute", [False, True])
+def test_every_order_of_events_has_at_most_one_ending_and_tokens_in_order(
+    may_recompute: bool,
+) -> None:
     for case in CASES:
-        subject = machine()
+        subject = machine(may_recompute=may_recompute)
         seen: list[Instruction] = []
         for name in case:
             was_finished = subject.is_finished
@@ -120,7 +123,7 @@ def test_every_order_of_events_has_at_most_one_ending_and_tokens_in_order() -> N
         is_silent = "cancel" in case and num_endings == 0
         assert num_endings == (0 if is_silent else int(subject.is_finished)), case
         if "P lost" in case or "D lost" in case or "P error" in case or "D error" in case:
-            assert subject.is_finished or "D started" in case, case
+            assert subject.is_finished or {"P first", "D started"} <= set(case), case
 
 
 def test_an_undisturbed_sequence_ends_well_in_every_order() -> None:
@@ -330,6 +333,27 @@ def test_a_failure_of_the_prefill_node_is_the_decode_nodes_to_judge(event: str) 
     said = one.decode_delta(delta(error=NodeLost("no", reason="prefill_lost")), 1.0)
     expected = TransferFailed if event == "P error" else NodeLost
     assert [type(ending) for ending in endings(said)] == [expected]
+
+
+@pytest.mark.parametrize("order", [*itertools.permutations(("P lost", "D started", "D last"))])
+def test_a_first_token_lost_with_its_node_is_waited_for_no_longer_when_decode_runs_the_rest(
+    order: tuple[str, ...],
+) -> None:
+    """It was committed: the decode node has all tokens but that one, and recomputes nothing."""
+    one = machine(may_recompute=True)
+    said = [instruction for name in order for instruction in EVENTS[name](one)]
+    (error,) = endings(said)
+    assert isinstance(error, NodeLost)
+    assert error.reason == "prefill_lost"
+    assert CancelDecode() in said
+
+
+def test_an_error_of_a_decode_node_that_runs_the_sequence_is_its_own() -> None:
+    one = machine(may_recompute=True)
+    for name in ("P first", "P error", "D started"):
+        EVENTS[name](one)
+    (error,) = endings(one.decode_delta(delta(error=InternalError("step")), 2.0))
+    assert isinstance(error, InternalError)
 
 
 def test_a_decode_node_that_does_not_answer_is_not_waited_for_long() -> None:
