@@ -12,7 +12,8 @@ the decode node sends is held until the first token is there. Without a prefill 
 
 Where the policy is to recompute, a decode node whose hand-off failed goes on by itself and says
 `recomputed`: every token comes from there, and the first one, if the client has it already, must
-be the same. A failure that the prefill node reports is then the decode node's to judge.
+be the same. A failure of the hand-off that the prefill node reports is then the decode node's to
+judge; and after the first token it is in any case, as the decode node may have been told to start.
 
 Losing the prefill node matters only until the decode node says `started`. Before the first
 token nothing can be saved; after it the decode node is asked (`AskDecode`) and has
@@ -136,10 +137,7 @@ class SequenceMachine:
         if delta.error is not None:
             if self._is_recomputed or (self._is_started and self._first_token_seen):
                 return []  # the decode node runs it, whatever becomes of the prefill node
-            error = _unless_cancelled(delta.error)
-            if self._may_recompute and isinstance(error, TransferError | NodeUnavailable):
-                return self._ask_decode(error, now)
-            return self.fail(error)
+            return self._prefill_failed(_unless_cancelled(delta.error), now)
         if not delta.token_ids:
             return self._ended(delta) if delta.finish_reason is not None else []
         if self._is_recomputed and self._first_token_seen:
@@ -147,6 +145,14 @@ class SequenceMachine:
         if self._first_token_seen or len(delta.token_ids) != 1:
             return self.fail(InternalError("The prefill node sent more than the first token."))
         return self._take_first_token(delta, now)
+
+    def _prefill_failed(self, error: ServingError, now: float) -> Instructions:
+        """Of a hand-off that failed after the first token it alone does not know the end: its
+        commit may have arrived, and the decode node be running."""
+        may_run = self._may_recompute or self._first_token_seen
+        if may_run and isinstance(error, TransferError | NodeUnavailable):
+            return self._ask_decode(error, now)
+        return self.fail(error)
 
     def _take_first_token(self, delta: TokenDelta, now: float) -> Instructions:
         if delta.finish_reason is not None:
@@ -255,7 +261,7 @@ class SequenceMachine:
         if now >= self._deadline:
             return self.fail(DeadlineExceeded("The request's deadline passed."))
         if now >= self._orphan_deadline:
-            return self.fail(_lost("prefill"))
+            return self.fail(self._prefill_error or _lost("prefill"))
         has_token = self._first_token_seen or (self._is_started and not self._has_prefill)
         patience = self._patience.between_tokens if has_token else self._patience.first_token
         if now - self._progress_at >= patience:

@@ -175,6 +175,37 @@ def test_a_prefill_error_after_start_costs_nothing() -> None:
     assert not subject.is_finished
 
 
+def test_a_hand_off_whose_prefill_node_does_not_know_its_end_goes_on_where_decode_started() -> None:
+    """The link broke behind the commit, which had arrived."""
+    subject = machine()
+    subject.prefill_delta(FIRST, 1.0)
+    unknown = TransferFailed("It was lost.", reason="commit_unknown")
+    assert subject.prefill_delta(delta(error=unknown), 1.0) == [AskDecode()]
+    seen = [i for told in (STARTED, SECOND, LAST) for i in subject.decode_delta(told, 2.0)]
+    assert tokens(seen) == [2, 3]
+    assert endings(seen) == [FinishReason.LENGTH]
+
+
+@pytest.mark.parametrize("answer", ["D error", "D lost", "nothing"])
+def test_a_hand_off_that_failed_after_the_first_token_ends_when_decode_does_not_run_it(
+    answer: str,
+) -> None:
+    subject = machine()
+    subject.prefill_delta(FIRST, 1.0)
+    told = TransferFailed("It was lost.", reason="commit_unknown")
+    subject.prefill_delta(delta(error=told), 1.0)
+    seen = [] if answer == "nothing" else EVENTS[answer](subject)
+    seen += subject.tick(1.0 + ORPHAN_SECONDS)
+    (error,) = endings(seen)
+    assert isinstance(error, NodeLost if answer == "D lost" else TransferFailed)
+    assert CancelDecode() in seen
+
+
+def test_a_hand_off_that_failed_before_the_first_token_ends_at_once() -> None:
+    seen = EVENTS["P error"](machine())
+    assert isinstance(endings(seen)[0], TransferFailed)
+
+
 def test_a_first_token_lost_with_its_node_ends_the_sequence_even_when_decode_started() -> None:
     subject = machine()
     subject.decode_delta(STARTED, 1.0)
