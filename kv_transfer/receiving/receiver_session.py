@@ -44,6 +44,11 @@ logger = logging.getLogger(__name__)
 
 # A header may take a round trip of its own; those of the next frames need not wait for it.
 _HEADERS_AHEAD = 4
+# Payloads that nobody wants and that have not come: each takes memory here until it does. A sender
+# has far fewer slots to send from.
+MAX_DRAINING = 1024
+# Control messages that the peer has left unread, far more than it ever has transfers.
+MAX_UNREAD = 16_384
 _PostedHeader = tuple[torch.Tensor, "asyncio.Future[None]"]
 
 
@@ -79,7 +84,9 @@ class ReceiverSession:
         self._pieces: PieceEndpoint | None = None  # it, if payloads go straight into blocks
         self._messages: LocalMessages | None = None
         self._is_closed = False
+        self._serving_task: asyncio.Task[object] | None = asyncio.current_task()
         self._receiving: asyncio.Task[None] | None = None
+        self._num_draining = 0
         self._landings = Landings(agent, events, reads, peer.name)
 
     @property
@@ -96,9 +103,13 @@ class ReceiverSession:
         return self._messages is not None
 
     def send(self, instruction: Instruction) -> None:
-        """Queue a control message; nothing once the session is closed."""
-        if not self._is_closed:
-            self.outbox.put_nowait(instruction)
+        """Queue a control message; nothing once the session is closed. For a peer that reads none,
+        the task that serves it ends, wherever it hangs, and the session with it."""
+        if self._is_closed:
+            return
+        self.outbox.put_nowait(instruction)
+        if self.outbox.qsize() > MAX_UNREAD and self._serving_task is not None:
+            self._serving_task.cancel()
 
     def connected(self, endpoint: Endpoint) -> None:
         """The data endpoint is up. Raises `TransferFailed` when its kind is refused."""
@@ -240,13 +251,17 @@ class ReceiverSession:
         """Nobody wants it. What was sent is received all the same."""
         with ExitStack() as undo:
             undo.callback(self._dropped, fate)  # without memory for it the session ends
+            if self._num_draining == MAX_DRAINING:
+                raise FrameMalformed("too many before it came without their payloads")
             scratch = self._agent.staging.scratch[: header.payload_bytes]
             received = endpoint.recv(scratch, header.nonce)
             undo.pop_all()
+        self._num_draining += 1
         self._landings.spawn(self._drain(fate, received))
 
     async def _drain(self, fate: Dropping, received: asyncio.Future[None]) -> None:
         await asyncio.wait([received])
+        self._num_draining -= 1
         received.exception()  # looked at, so that it is not reported as lost
         self._dropped(fate)
 

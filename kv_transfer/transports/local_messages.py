@@ -7,7 +7,8 @@ through its worker, futures and a TCP connection: a loop that has slept takes th
 Life of a connection
     1. The listener has a name that the kernel made up; the peer hears it over the control stream,
        connects, and names the session in its first message. Any other is closed unheard.
-    2. `send` keeps the order. What finds no room at the other end waits here for it.
+    2. `send` keeps the order. What finds no room at the other end waits here for it; a peer that
+       reads nothing for too long is given up.
     3. The peer closes or dies: `on_close`, once. After `close` nothing is heard any more.
 """
 
@@ -33,6 +34,7 @@ _HELLO = struct.Struct("<8sQ")
 _MAGIC = b"BATONMSG"
 _BACKLOG = 128
 _PAUSE_SECONDS = 0.1
+MAX_UNSENT = 16_384  # messages that find no room: many times what two peers have to tell
 
 
 class LocalMessages(ClosesOnce):
@@ -62,6 +64,9 @@ class LocalMessages(ClosesOnce):
     def send(self, message: bytes) -> None:
         """Nothing when the connection has ended, which `on_close` tells."""
         if self._is_closed:
+            return
+        if len(self._unsent) >= MAX_UNSENT:
+            self._break(OSError("the peer reads nothing"))
             return
         if self._unsent:
             self._unsent.append(message)

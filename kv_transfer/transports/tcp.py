@@ -23,6 +23,7 @@ import contextlib
 import logging
 import socket
 import struct
+from collections import OrderedDict
 from typing import TYPE_CHECKING
 
 from cluster.errors import ConfigError, ServingError
@@ -44,6 +45,7 @@ _HELLO = struct.Struct("<8sQ")
 _MAGIC = b"BATONTCP"
 _BACKLOG = 128
 _CLOSE_SECONDS = 2.0
+MAX_GREETING = 128  # connections that have yet to name their session
 
 
 class TcpEndpoint(ClosesOnce):
@@ -128,7 +130,8 @@ class TcpTransport:
         self._listener: socket.socket | None = None
         self._accepting: asyncio.Task[None] | None = None
         self._endpoints: set[TcpEndpoint] = set()
-        self._greeting: set[asyncio.Task[None]] = set()
+        # Who has waited longest is first.
+        self._greeting: OrderedDict[asyncio.Task[None], None] = OrderedDict()
 
     @property
     def name(self) -> str:
@@ -210,8 +213,11 @@ class TcpTransport:
                 continue
             connection.setblocking(False)
             greeting = asyncio.create_task(self._greet(connection, accept))
-            self._greeting.add(greeting)
-            greeting.add_done_callback(self._greeting.discard)
+            self._greeting[greeting] = None
+            greeting.add_done_callback(lambda done: self._greeting.pop(done, None))
+            await asyncio.sleep(0)  # it has begun, so it can be cancelled
+            if len(self._greeting) > MAX_GREETING:
+                self._greeting.popitem(last=False)[0].cancel()
 
     async def _greet(self, connection: socket.socket, accept: Accept) -> None:
         loop = asyncio.get_running_loop()

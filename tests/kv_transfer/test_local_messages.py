@@ -117,6 +117,21 @@ def test_what_finds_no_room_follows_when_there_is_some() -> None:
     run(scenario)
 
 
+def test_a_peer_that_reads_nothing_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario(here: World) -> None:
+        monkeypatch.setattr("kv_transfer.transports.local_messages.MAX_UNSENT", 16)
+        ours, theirs = await here.pair()
+        ended: list[bool] = []
+        ours.on_close(lambda: ended.append(True))
+        for _ in range(2000):
+            ours.send(bytes(MAX_BYTES))
+        assert ended == [True]
+        assert not ours._unsent
+        theirs.close()
+
+    run(scenario)
+
+
 @pytest.mark.parametrize("closes", ["ours", "theirs"])
 def test_either_end_hears_of_the_close_once_and_sends_nothing_after(closes: str) -> None:
     async def scenario(here: World) -> None:

@@ -251,6 +251,30 @@ def test_a_peer_that_speaks_something_else_is_closed_unread(hello: bytes) -> Non
     asyncio.run(main())
 
 
+def test_peers_that_connect_and_say_nothing_keep_nobody_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Nor do they take all descriptors: who has waited longest makes room."""
+    monkeypatch.setattr("kv_transfer.transports.tcp.MAX_GREETING", 8)
+
+    async def main() -> None:
+        transport = TcpTransport(connect_seconds=60.0)
+        named: list[int] = []
+        port = await transport.listen("127.0.0.1", 0, lambda session, _: named.append(session))
+        silent = [socket.create_connection(("127.0.0.1", port), timeout=10) for _ in range(40)]
+        endpoint = await transport.connect("127.0.0.1", port, 7)
+        assert named == [7]
+        for peer in silent[:-8]:
+            with contextlib.suppress(ConnectionResetError):
+                assert await asyncio.to_thread(peer.recv, 1) == b""
+        await endpoint.close()
+        await transport.close()
+        for peer in silent:
+            peer.close()
+
+    asyncio.run(main())
+
+
 def test_nobody_there_and_somebody_else_there_are_typed_failures() -> None:
     async def main() -> None:
         transport = TcpTransport(connect_seconds=1.0)

@@ -16,6 +16,8 @@ from tests.mutations.transfer_rows import (
 )
 
 CATALOGUE = "tests/kv_transfer/test_bug_catalogue_failures.py::test_"
+MACHINE = "gateway/sequence_machine.py"
+MACHINE_TESTS = "tests/gateway/test_sequence_machine.py::test_"
 LANDINGS = "kv_transfer/receiving/landings.py"
 SHIPPING = "kv_transfer/sending/shipping.py"
 
@@ -137,6 +139,20 @@ FAILURE_ROWS = (
                 "return [refused, *self._endings.finish(",
                 "return [*self._endings.finish(",
                 CATALOGUE + "a_decode_node_that_has_no_place_says_so_to_the_prefill_node",
+            ),
+            Mutation(
+                MACHINE,
+                "if self._is_started and self._handed_off:",
+                "if False:",
+                MACHINE_TESTS + "a_first_token_lost_with_its_node_is_waited_for_no_longer"
+                "_when_decode_runs_the_rest",
+            ),
+            Mutation(
+                MACHINE,
+                "may_run = self._may_recompute or self._first_token_seen",
+                "may_run = self._may_recompute",
+                MACHINE_TESTS + "a_hand_off_whose_prefill_node_does_not_know_its_end_goes_on"
+                "_where_decode_started",
             ),
         ),
     ),

@@ -7,6 +7,7 @@ from tests.mutations.row import Mutation, Row
 CATALOGUE = "tests/kv_transfer/test_bug_catalogue.py::test_"
 OWNERS = "tests/kv_transfer/test_bug_catalogue_owners.py::test_"
 TIME = "tests/kv_transfer/test_bug_catalogue_time.py::test_"
+GREEDY = "tests/kv_transfer/receiving/test_greedy_peer.py::test_"
 INCOMING = "kv_transfer/receiving/incoming.py"
 INTAKE = "kv_transfer/receiving/intake.py"
 ENDINGS = "kv_transfer/receiving/endings.py"
@@ -273,6 +274,38 @@ TRANSFER_ROWS = (
                 "return self._sessions.pop(session_id)",
                 "return self._sessions[session_id]",
                 TIME + "a_dead_peer_leaves_no_connection_behind",
+            ),
+        ),
+    ),
+    Row(
+        "A peer that floods a node, or reads nothing, fills its memory",
+        "CVE-2025-30202 (vLLM: a slow subscriber)",
+        (
+            Mutation(
+                SESSION,
+                "if self._num_draining == MAX_DRAINING:",
+                "if False:",
+                GREEDY + "headers_whose_payloads_never_come_end_the_session",
+            ),
+            Mutation(
+                SESSION,
+                "if self.outbox.qsize() > MAX_UNREAD and self._serving_task is not None:",
+                "if False:",
+                GREEDY + "a_peer_that_asks_and_reads_no_answers_is_cut_off",
+            ),
+            Mutation(
+                "kv_transfer/transports/local_messages.py",
+                "if len(self._unsent) >= MAX_UNSENT:",
+                "if False:",
+                "tests/kv_transfer/test_local_messages.py::"
+                "test_a_peer_that_reads_nothing_is_given_up",
+            ),
+            Mutation(
+                "kv_transfer/transports/tcp.py",
+                "            if len(self._greeting) > MAX_GREETING:\n",
+                "            if False:\n",
+                "tests/kv_transfer/test_tcp_transport.py::"
+                "test_peers_that_connect_and_say_nothing_keep_nobody_out",
             ),
         ),
     ),
