@@ -31,7 +31,7 @@ from tests.faults.checker import FAULT_CODES, FREED_WITHIN_SECONDS, not_freed, v
 from tests.faults.client import load
 from tests.faults.cluster import FaultCluster
 from tests.faults.history import ENDINGS, NO_REQUEST, Answer, History
-from tests.faults.kv_link import Order, Spoil, shots_done, withdraw
+from tests.faults.kv_link import Order, shots_done, withdraw
 from tests.faults.leaks import await_quiescence, baseline
 from tests.faults.metrics import scrape
 from tests.faults.nemesis import Nemesis, verify
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     import pytest
 
     from tests.faults.leaks import Held
+    from tests.faults.spoiled_bytes import Spoil
 
 SEED = int(os.environ.get("BATON_FAULT_SEED", "1"))
 # A folder: every row leaves its history there, one JSON object a line.

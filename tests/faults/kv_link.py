@@ -15,53 +15,22 @@ from __future__ import annotations
 import asyncio
 import json
 from collections import deque
-from dataclasses import asdict, dataclass, replace
-from enum import StrEnum
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-import torch
-
 from kv_transfer.failures import FailureReason, failure
-from kv_transfer.protocol import (
-    COMMIT_MAGIC,
-    DIGEST_BYTES,
-    MAX_UNITS_PER_FRAME,
-    FrameLimits,
-    parse_header,
-    write_header,
-)
+from kv_transfer.protocol import COMMIT_MAGIC
+from tests.faults.spoiled_bytes import Spoil, spoil_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    import torch
+
     from kv_transfer.transports.base import Accept, Endpoint, Transport
 
 KEPT_FRAMES = 4
-HUGE = 1 << 40
-
-
-class Spoil(StrEnum):
-    FLIP = "flip"  # one bit of the payload
-    FLIP_HEADER = "flip_header"  # one bit of the header
-    SWAP = "swap"  # the first and the last unit of the payload
-    STALE = "stale"  # the payload of an earlier frame, maybe another request's
-    NAN = "nan"  # the payload's words all ones
-    TRUNCATE = "truncate"  # half of the payload
-    TRUNCATE_HEADER = "truncate_header"  # half of the header
-    LIE = "lie"  # a header, whole and signed, that promises a terabyte
-    CUT_BEFORE_HEADER = "cut_before_header"  # the connection ends there
-    CUT_BEFORE_PAYLOAD = "cut_before_payload"
-    CUT_AFTER_PAYLOAD = "cut_after_payload"
-    DELAY = "delay"  # hold this and what follows for `seconds`
-    RATE = "rate"  # `bytes_per_second`
-    BLACKHOLE = "blackhole"  # never post it
-    DUPLICATE = "duplicate"  # post it again at once
-    LATE = "late"  # post it again after `seconds`
-    REORDER = "reorder"  # after the next one
-
-
 CUTS = frozenset({Spoil.CUT_BEFORE_HEADER, Spoil.CUT_BEFORE_PAYLOAD, Spoil.CUT_AFTER_PAYLOAD})
 
 
@@ -297,45 +266,6 @@ class SpoiledEndpoint:
 def is_commit(message: torch.Tensor) -> bool:
     """It has no payload, and no order spoils it."""
     return not message.is_cuda and message[:4].numpy().tobytes() == COMMIT_MAGIC
-
-
-def spoil_bytes(spoil: Spoil, header: Message, payload: Message, kept: deque[torch.Tensor]) -> None:
-    """Change copies: what the sender keeps stays right."""
-    if spoil is Spoil.LIE:
-        header.buffer = lying(header.buffer, payload.buffer.numel())
-        return
-    target = header if spoil in (Spoil.FLIP_HEADER, Spoil.TRUNCATE_HEADER) else payload
-    changed = target.buffer.clone()
-    half = changed.numel() // 2
-    match spoil:
-        case Spoil.FLIP | Spoil.FLIP_HEADER:
-            changed[half] ^= 1
-        case Spoil.SWAP:
-            front = changed[:half].clone()
-            changed[:half] = changed[half : 2 * half]
-            changed[half : 2 * half] = front
-        case Spoil.STALE:
-            source = next((old for old in reversed(kept) if old.numel() == changed.numel()), None)
-            if source is None:
-                changed = changed.roll(1024)
-            else:
-                changed.copy_(source)
-        case Spoil.NAN:
-            changed.fill_(0xFF)
-        case Spoil.TRUNCATE | Spoil.TRUNCATE_HEADER:
-            changed = changed[:half]
-    target.buffer = changed
-
-
-def lying(message: torch.Tensor, payload_bytes: int) -> torch.Tensor:
-    """The same header with a payload of a terabyte, and a right checksum over it."""
-    num_layers, _, num_positions = np.frombuffer(message.numpy().tobytes()[6:12], "<u2").tolist()
-    unit_bytes = payload_bytes // (num_layers * num_positions) - DIGEST_BYTES
-    limits = FrameLimits(1 << 15, unit_bytes, MAX_UNITS_PER_FRAME * unit_bytes)
-    header = parse_header(message.numpy().data, limits)
-    out = np.zeros(message.numel(), dtype=np.uint8)
-    write_header(replace(header, payload_bytes=HUGE), out.data)
-    return torch.from_numpy(out)
 
 
 def _settle_as(source: asyncio.Future[None], target: asyncio.Future[None]) -> None:

@@ -7,9 +7,10 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from tests.faults.kv_link import Order, Spoil, shots_done, withdraw
+from tests.faults.kv_link import Order, shots_done, withdraw
 from tests.faults.nemesis import NotInjected, draw_schedule, verify
 from tests.faults.proxy import Faults
+from tests.faults.spoiled_bytes import Spoil
 
 if TYPE_CHECKING:
     from collections.abc import Collection

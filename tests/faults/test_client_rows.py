@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import socket
@@ -24,6 +25,18 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.faults
 BURST = 100
+MORE_THAN_A_SOCKET_HOLDS = {  # about 9 MB
+    "model": "pocket",
+    "messages": [{"role": "user", "content": "Tell me all of it."}],
+    "max_tokens": 1500,
+    "ignore_eos": True,
+    "n": 4,
+    "logprobs": True,
+    "top_logprobs": 20,
+    "stream": True,
+}
+LEFT_WITHIN_SECONDS = 60.0  # --write-timeout is 30, behind what the socket takes
+READS_WITHIN_SECONDS = 10.0
 
 
 @pytest.mark.parametrize("by_reset", [False, True], ids=["fin", "rst"])
@@ -51,20 +64,32 @@ def test_c1_a_hundred_clients_leave_at_once_and_the_next_is_served(cached: Rows)
 
 
 def test_c2_a_slow_reader_is_left_behind_and_others_are_not(cached: Rows) -> None:
-    """It reads nothing of a long stream; the gateway keeps no more of it than its socket does."""
+    """It reads nothing of a long stream, which does not end for it then."""
     address = urlsplit(cached.cluster.urls[0])
     slow = socket.socket()
     slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
     slow.connect((address.hostname, address.port))
-    body = json.dumps({**cached.asks[0].body, "max_tokens": 1500}).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n"
+    body = json.dumps(MORE_THAN_A_SOCKET_HOLDS).encode()
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n"
     slow.sendall(head.encode() + body)
     verify(lambda: bool(cached.cluster.admin("requests")["requests"]), "it was not taken in")
     with cached.load() as history:
         pass
     cached.check(history)
     assert history.codes() == set()
+    verify(
+        lambda: any("stopped reading its answer" in line for line in cached.cluster.lines),
+        "the gateway still waits for it",
+        seconds=LEFT_WITHIN_SECONDS,
+    )
+    slow.settimeout(READS_WITHIN_SECONDS)
+    received = b""
+    with contextlib.suppress(ConnectionResetError):
+        while part := slow.recv(1 << 16):
+            received += part
     slow.close()
+    assert b"chat.completion.chunk" in received
+    assert b"[DONE]" not in received
     cached.check_recovered()
 
 

@@ -22,9 +22,10 @@ from tests.faults.cluster_rows import (
     PREFILL,
     SEED,
 )
-from tests.faults.kv_link import Order, Spoil
+from tests.faults.kv_link import Order
 from tests.faults.nemesis import verify
 from tests.faults.registry_entries import stale_entry
+from tests.faults.spoiled_bytes import Spoil
 
 if TYPE_CHECKING:
     from tests.faults.cluster_rows import Rows
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.faults
 LAST = NUM_REQUESTS * NUM_TOKENS - NUM_REQUESTS
 NODES = (*PREFILL, *DECODE)
+DRAIN_SECONDS = 2.0  # an aborted transfer has 1, and a sweep comes now and then
 NUM_STREAMS, NUM_PAUSES, PAUSE_SECONDS = 64, 16, LEASE_SECONDS / 10
 
 
@@ -49,8 +51,11 @@ def test_d2_a_decode_node_stands_still_for_longer_than_a_lease(rows: Rows, polic
     with rows.load() as history:
         history.wait_for_tokens(HALF)
         pid = rows.nemesis.stop("decode-0")
+        stopped_at = time.monotonic()
     rows.check(history)
     assert policy == "fail" or not history.codes()
+    left = LEASE_SECONDS + DRAIN_SECONDS - (time.monotonic() - stopped_at)
+    time.sleep(max(0.0, left))  # how long the fault lasts
     with rows.load() as after:
         rows.nemesis.resume(pid)
     rows.check(after)

@@ -53,6 +53,7 @@ def test_g2_a_gateway_stands_still_and_its_streams_go_on_when_it_wakes(cached: R
         check.close()
         cached.nemesis.resume(pid)
     cached.check(history)
+    assert history.codes() == set()
     cached.check_recovered()
 
 

@@ -19,7 +19,8 @@ from kv_transfer.protocol import (
     write_header,
 )
 from kv_transfer.transports.loopback import LoopbackNetwork, LoopbackTransport
-from tests.faults.kv_link import Order, Spoil, SpoiledTransport, shots_done, withdraw
+from tests.faults.kv_link import Order, SpoiledTransport, shots_done, withdraw
+from tests.faults.spoiled_bytes import Spoil, swap_ends
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -127,6 +128,18 @@ def test_a_spoiled_payload_differs_and_its_header_does_not(folder: Path, spoil: 
 
     asyncio.run(scenario())
     assert shots_done(folder) == 1
+
+
+def test_units_that_change_places_take_their_digests_along() -> None:
+    _, payload = frame_of(0)
+    before = payload.clone()
+    swap_ends(payload, NUM_UNITS)
+    units, was = (each[: NUM_UNITS * UNIT_BYTES].view(NUM_UNITS, -1) for each in (payload, before))
+    behind, were = (
+        each[NUM_UNITS * UNIT_BYTES :].view(NUM_UNITS, -1) for each in (payload, before)
+    )
+    for now, then in ((units, was), (behind, were)):
+        assert torch.equal(now, then[[3, 1, 2, 0]])
 
 
 @pytest.mark.parametrize("spoil", [Spoil.FLIP_HEADER, Spoil.TRUNCATE_HEADER, Spoil.LIE])

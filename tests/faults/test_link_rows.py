@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.faults.cluster_rows import DECODE, LEASE_SECONDS, PREFILL
-from tests.faults.kv_link import Order, Spoil
+from tests.faults.kv_link import Order
 from tests.faults.leaks import held_by
 from tests.faults.nemesis import verify
 from tests.faults.proxy import Faults
+from tests.faults.spoiled_bytes import Spoil
 
 if TYPE_CHECKING:
     from tests.faults.cluster_rows import Rows

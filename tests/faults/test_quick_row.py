@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.faults.cluster_rows import PREFILL, running_rows
-from tests.faults.kv_link import Order, Spoil
+from tests.faults.kv_link import Order
+from tests.faults.spoiled_bytes import Spoil
 
 if TYPE_CHECKING:
     from pathlib import Path
