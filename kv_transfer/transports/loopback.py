@@ -77,8 +77,9 @@ class LoopbackEndpoint(ClosesOnce):
     def _match(self, tag: int) -> None:
         arrived, wanted = self._arrived[tag], self._wanted[tag]
         while arrived and wanted:
-            message, receive = arrived.popleft(), wanted.popleft()
-            self._deliver(message, receive)
+            receive = wanted.popleft()
+            if not receive.done.cancelled():
+                self._deliver(arrived.popleft(), receive)
         if not arrived:
             del self._arrived[tag]
         if not wanted:
