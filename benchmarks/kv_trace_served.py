@@ -1,8 +1,8 @@
 """`python -m benchmarks.kv_trace_served`: steps from one engine to the other, of served requests.
 
 1. Start `baton serve --prefill 1 --decode 1` on dummy weights, with nodes that mark when a frame
-   passes which point, when the engine's thread hears of a sequence and when it launches
-   (`kv_transfer/trace.py`).
+   passes which point, when the engine's thread hears of a sequence, and what becomes of its first
+   step (`kv_transfer/trace.py`). The first token is sent right before the commit.
 2. Send requests, one at a time, so that every mark is of the request under way. All are handed off.
 3. When the nodes have ended, read their marks. For each point: how many microseconds after the last
    frame took its slot it was passed, the median of all requests; that slot is taken as soon as the
@@ -29,7 +29,14 @@ if TYPE_CHECKING:
     from benchmarks.kv_trace import Points
     from kv_transfer.trace import Mark
 
-SERVED_POINTS = {**POINTS, "d.engine": "engine told", "d.launch": "launches"}
+SERVED_POINTS = {
+    **POINTS,
+    "d.engine": "engine told",
+    "d.launch": "launches",
+    "d.computed": "second token computed",
+    "d.token": "sent",
+}
+FIRST_STEP = ("d.launch", "d.computed", "d.token")  # later steps pass these, too
 WARMUPS = 2  # requests, as `two_gpus.send` has them
 
 
@@ -38,8 +45,10 @@ def requests_of(marks: Iterable[Mark]) -> list[Points]:
     latest: Points = {}
     found = []
     for mark in sorted(marks, key=lambda mark: mark.seconds):
+        if mark.point in FIRST_STEP and ("d.engine" not in latest or mark.point in latest):
+            continue
         latest[mark.point] = mark.seconds * 1e6
-        if mark.point == "d.launch" and "d.engine" in latest:
+        if mark.point == FIRST_STEP[-1]:
             if "s.slot" in latest:  # else all of it was there already
                 began = latest["s.slot"]
                 found.append({point: at - began for point, at in latest.items()})

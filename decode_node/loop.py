@@ -39,7 +39,9 @@ class DecodeObserver:
             TRACE.mark("d.launch")
 
     def after_step(self, decision: ScheduleDecision, output: StepOutput) -> None:
-        """Nothing: the deltas come with `settled`, after finished sequences are freed."""
+        """The deltas come with `settled`, after finished sequences are freed."""
+        if TRACE.is_on:
+            TRACE.mark("d.computed")
 
     def settled(self, deltas: Sequence[TokenDelta]) -> None:
         if deltas:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from cluster.errors import Cancelled, ContextLengthExceeded, TransferFailed
 from engine.sequence import Sequence, SequenceStatus
+from kv_transfer.trace import TRACE
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -102,6 +103,8 @@ class Reservations:
 
     def start(self, sequence_id: str, first_token_id: int) -> Sequence:
         """The sequence, owning its blocks, its prompt's KV in place. Raises when it is gone."""
+        if TRACE.is_on:
+            TRACE.mark("d.engine")
         reserved = self._reserved.pop(sequence_id, None)
         if reserved is None:
             raise TransferFailed("The reservation is gone.", reason="reservation_gone")

@@ -21,6 +21,7 @@ import asyncio
 import logging
 import time
 from contextlib import ExitStack
+from functools import partial
 from typing import TYPE_CHECKING
 
 from cluster.errors import (
@@ -35,11 +36,10 @@ from cluster.failpoints import failpoint
 from cluster.node import NodeState
 from decode_node.streams import LAUNCH_SECONDS, Remembered, Stream, Streams, orphan_error
 from engine.loop_errors import refusal, unawaited
-from kv_transfer.trace import TRACE
 from node_parts.requests import inspect_reply, runnable
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable
+    from collections.abc import Awaitable, Callable
     from collections.abc import Sequence as SequenceOf
     from concurrent.futures import Future
 
@@ -169,8 +169,13 @@ class DecodeHandler:
         if first_token_id >= self._engine.model_config.vocab_size:
             raise TransferFailed("The first token is none of this model's.", reason="unknown")
         failpoint("decode.before_start")
-        starting = self._loop.call(lambda: self._start(sequence_id, first_token_id))
-        return self._has_started(stream, starting)
+        start = partial(self._start, sequence_id, first_token_id)
+        return self._has_started(stream, self._tell(start))
+
+    def _tell(self, start: Callable[[], None]) -> Future[None]:
+        if self._engine.overlaps:
+            return self._loop.call_and_stand_aside(start, LAUNCH_SECONDS)
+        return self._loop.call(start)  # the launch is the step, and leaves the interpreter itself
 
     async def _has_started(self, stream: Stream, starting: Future[None]) -> None:
         await asyncio.wrap_future(starting)
@@ -240,8 +245,6 @@ class DecodeHandler:
     # ---- on the engine's thread -------------------------------------------------------
 
     def _start(self, sequence_id: str, first_token_id: int) -> None:
-        if TRACE.is_on:
-            TRACE.mark("d.engine")
         sequence = self._reservations.start(sequence_id, first_token_id)
         self._add(sequence)
         self._event_loop.call_soon_threadsafe(self._on_started, sequence_id)

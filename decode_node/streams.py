@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from cluster.errors import NodeLost
 from cluster.request import TokenDelta
+from kv_transfer.trace import TRACE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -147,6 +148,8 @@ class Streams:
             self._hub.publish(gateway_id, batch)
         for stream, reason in finished:  # once the frames are on their way
             self._event_loop.call_soon(self.log_end, stream, reason.value)
+        if TRACE.is_on:
+            TRACE.mark("d.token")
 
     def log_end(self, stream: Stream, outcome: str) -> None:
         seconds = time.monotonic() - stream.began_at

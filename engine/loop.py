@@ -14,7 +14,10 @@ Life of the thread
        `InternalError` or `OutOfMemory`; the others go on. After `MAX_FAILED_STEPS` in a row, or
        when a rank of the model is lost, the engine is beyond help: `on_fatal` is called and the
        thread ends.
-    6. `stop()` ends it after the steps that run. However the thread ends, commands still
+    6. `call_and_stand_aside` leaves the interpreter to this thread until it has launched: a launch
+       lets go of its lock in every call of the driver, and to get it back from a thread that
+       computes takes longer than the call. With nothing in front of it on the device that shows.
+    7. `stop()` ends it after the steps that run. However the thread ends, commands still
        queued are cancelled, and so are those given later: nobody waits for an answer in vain.
 
 The loop knows no role: what it drives is any `Scheduler`, who listens is any `Observer`.
@@ -27,14 +30,14 @@ import queue
 import threading
 import time
 from concurrent.futures import Future
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 from cluster.errors import InternalError, OutOfMemory
 from cluster.request import TokenDelta
 from engine.loop_errors import error_delta
 from engine.loop_parts import (
-    Launched,
+    Command,
+    Flight,
     LayerHook,
     LoopStats,
     Observer,
@@ -54,22 +57,6 @@ T = TypeVar("T")
 MAX_FAILED_STEPS = 3
 BLOCKED_WAIT_SECONDS = 0.01
 _STEP_FAILED = "The model step failed."
-
-
-@dataclass(slots=True)
-class _Command:
-    run: Callable[[], object]
-    future: Future[object]
-
-
-@dataclass(slots=True)
-class _Flight:
-    """A launched step, and when the device could begin with it: with the first of what the launch
-    queues. On a CPU the launch is the step."""
-
-    decision: ScheduleDecision
-    step: Launched
-    began: float
 
 
 class EngineLoop:
@@ -93,13 +80,14 @@ class EngineLoop:
         self._observer = observer
         self._on_fatal = on_fatal
         self._copies_of = start_copies
-        self._commands: queue.SimpleQueue[_Command | None] = queue.SimpleQueue()
+        self._commands: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._stopping = False
         self._has_ended = False
+        self._has_launched = threading.Event()  # or has nothing to launch
         self._ending = threading.Lock()  # between the last command queued and the last cancelled
         self._num_failed_in_a_row = 0
-        self._flight: _Flight | None = None  # launched, and the next thing to collect
+        self._flight: Flight | None = None  # launched, and the next thing to collect
         self._settled_at = 0.0
         self._busy_since: float | None = None
         self.stats = LoopStats()
@@ -133,7 +121,18 @@ class EngineLoop:
             if self._has_ended:
                 future.cancel()
             else:
-                self._commands.put(_Command(run, future))  # type: ignore[arg-type]
+                self._commands.put(Command(run, future))  # type: ignore[arg-type]
+        return future
+
+    def call_and_stand_aside(self, run: Callable[[], T], seconds: float) -> Future[T]:
+        """As `call`. If the thread is idle, the caller sleeps until it has launched a step, or has
+        none to launch, for so many seconds at the most. One thread at a time."""
+        if self.is_busy:
+            return self.call(run)
+        self._has_launched.clear()
+        future = self.call(run)
+        if not future.cancelled():
+            self._has_launched.wait(seconds)
         return future
 
     def _run(self) -> None:
@@ -161,6 +160,7 @@ class EngineLoop:
         if not self._is_busy():
             self._observer.idle()
             self._busy_since = None
+            self._has_launched.set()
             command = self._commands.get()
             self._busy_since = time.perf_counter()
             self._execute(command)
@@ -174,7 +174,7 @@ class EngineLoop:
     def _is_busy(self) -> bool:
         return self._flight is not None or self._scheduler.has_work()
 
-    def _execute(self, command: _Command | None) -> None:
+    def _execute(self, command: Command | None) -> None:
         if command is None:
             self._stopping = True
             return
@@ -200,7 +200,7 @@ class EngineLoop:
         if self._settle(flight, decision):
             self._flight = self._launched(decision, behind)
 
-    def _launch_next(self) -> _Flight | None:
+    def _launch_next(self) -> Flight | None:
         decision = self._scheduler.schedule()
         self._start_copies()
         if decision.failed:
@@ -210,21 +210,22 @@ class EngineLoop:
             return None
         return self._launched(decision, _tried(lambda: self._launch(decision)))
 
-    def _launch(self, decision: ScheduleDecision) -> _Flight:
+    def _launch(self, decision: ScheduleDecision) -> Flight:
         began = time.perf_counter()
         self._observer.before_step(decision)
         on_layer = None if self._layer_hook is None else self._layer_hook(decision)
         step = self._engine.launch(decision, on_layer=on_layer)
-        return _Flight(decision, step, began)
+        self._has_launched.set()
+        return Flight(decision, step, began)
 
-    def _launched(self, decision: ScheduleDecision, launch: _Flight | Exception) -> _Flight | None:
+    def _launched(self, decision: ScheduleDecision, launch: Flight | Exception) -> Flight | None:
         """When it is its turn: what was launched, or nothing, of which its sequences hear."""
         if isinstance(launch, Exception):
             self._fail_step(decision, launch)
             return None
         return launch
 
-    def _settle(self, flight: _Flight, behind: ScheduleDecision | None = None) -> bool:
+    def _settle(self, flight: Flight, behind: ScheduleDecision | None = None) -> bool:
         """Collect a step and tell everybody. False if it failed, and with it the one behind."""
         output = _tried(lambda: self._engine.collect(flight.step))
         if isinstance(output, Exception):
@@ -268,6 +269,7 @@ class EngineLoop:
 
     def _end(self) -> None:
         self._busy_since = None
+        self._has_launched.set()
         with self._ending:
             self._has_ended = True
         while True:

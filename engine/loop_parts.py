@@ -25,6 +25,24 @@ class Launched(Protocol):
         ...
 
 
+@dataclass(slots=True)
+class Flight:
+    """A launched step, and when the device could begin with it: with the first of what the launch
+    queues. On a CPU the launch is the step."""
+
+    decision: ScheduleDecision
+    step: Launched
+    began: float
+
+
+@dataclass(slots=True)
+class Command:
+    """To be run between two steps."""
+
+    run: Callable[[], object]
+    future: Future[object]
+
+
 class Stepper(Protocol):
     """What the loop needs of an engine. When `collect` raises, no step is in flight."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from typing import TYPE_CHECKING, Any, cast
+from unittest.mock import Mock
 
 import pytest
 
@@ -145,7 +146,25 @@ def test_a_start_is_traced_on_the_engines_thread_and_then_its_first_launch() -> 
             await world.gateway.until_end()
         finally:
             points = [mark.point for mark in TRACE.stop()]
-        assert points == ["d.engine", "d.launch", "d.launch"]
+        told = [point for point in points if point != "d.token"]  # by the event loop
+        assert told == ["d.engine", "d.launch", "d.launch", "d.computed", "d.computed"]
+        assert points.count("d.token") == 2
+
+    run(body)
+
+
+@pytest.mark.parametrize("overlaps", [True, False])
+def test_a_start_leaves_the_interpreter_to_an_engine_whose_launches_are_not_its_steps(
+    overlaps: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def body(world: World) -> None:
+        world.engine.overlaps = overlaps
+        stand_aside = Mock(wraps=world.loop.call_and_stand_aside)
+        monkeypatch.setattr(world.loop, "call_and_stand_aside", stand_aside)
+        await world.reserve(request("a", max_tokens=2))
+        await world.handler.start("a", 77)
+        await world.gateway.until_end()
+        assert stand_aside.called == overlaps
 
     run(body)
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import threading
-from concurrent.futures import CancelledError
+from concurrent.futures import CancelledError, Future
 from functools import partial
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import pytest
 
@@ -20,7 +20,10 @@ from engine.sequence import Sequence
 from engine.tensor_parallel.failures import RankLost
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from collections.abc import Sequence as SequenceOf
+
+T = TypeVar("T")
 
 
 def make_sequence(name: str) -> Sequence:
@@ -264,3 +267,69 @@ def test_a_thread_that_hangs_shows_and_one_that_waits_for_work_does_not() -> Non
     hanging.result(10)
     harness.loop.stop()
     assert harness.loop.seconds_without_progress == 0.0
+
+
+class StartedByItsFirstCall(EngineLoop):
+    """Idle for certain until then."""
+
+    def call(self, run: Callable[[], T]) -> Future[T]:
+        future = super().call(run)
+        if not self._thread.is_alive():
+            self.start()
+        return future
+
+
+class HeldEngine(ScriptedEngine):
+    """Computes each step until it may give it back."""
+
+    def __init__(self) -> None:
+        self.launched: list[str] = []
+        self.may_collect = threading.Event()
+
+    def launch(self, decision: ScheduleDecision, *, on_layer: object = None) -> Any:
+        self.launched.append(decision.chunks[0].sequence.sequence_id)
+        return super().launch(decision, on_layer=on_layer)
+
+    def collect(self, step: Any) -> Any:
+        assert self.may_collect.wait(20)
+        return super().collect(step)
+
+
+def held_loop() -> tuple[HeldEngine, OneStepEach, EngineLoop]:
+    engine, scheduler = HeldEngine(), OneStepEach()
+    return engine, scheduler, StartedByItsFirstCall(engine, scheduler, Recorder(), on_fatal=print)
+
+
+FOR_EVER = 1e6  # seconds
+
+
+def test_who_stands_aside_goes_on_when_a_step_is_launched() -> None:
+    engine, scheduler, loop = held_loop()
+    loop.call_and_stand_aside(lambda: scheduler.add(make_sequence("a")), FOR_EVER)
+    assert engine.launched == ["a"]
+    engine.may_collect.set()
+    loop.stop()
+
+
+def test_who_stands_aside_goes_on_when_there_is_nothing_to_launch() -> None:
+    _, _, loop = held_loop()
+    refused = loop.call_and_stand_aside(lambda: 1 // 0, FOR_EVER)
+    with pytest.raises(ZeroDivisionError):
+        refused.result(10)
+    loop.stop()
+
+
+def test_nobody_stands_aside_for_a_step_that_runs() -> None:
+    engine, scheduler, loop = held_loop()
+    loop.call_and_stand_aside(lambda: scheduler.add(make_sequence("a")), FOR_EVER)
+    loop.call_and_stand_aside(lambda: None, FOR_EVER)
+    engine.may_collect.set()
+    loop.stop()
+
+
+def test_nobody_stands_aside_for_a_thread_that_has_ended() -> None:
+    loop = Harness().loop
+    loop.start()
+    loop.stop()
+    with pytest.raises(CancelledError):
+        loop.call_and_stand_aside(lambda: None, FOR_EVER).result(0)
