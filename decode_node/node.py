@@ -68,7 +68,9 @@ class DecodeNode:
         parts.run_engine(scheduler, observer)
         parts.open_sender()
         source = MeasuredSource(manager, self.handler, parts.loop, monotonic)
-        self._receiver = parts.new_receiver(source, is_decoding=lambda: parts.loop.is_busy)
+        self._receiver = parts.new_receiver(
+            source, is_decoding=lambda: parts.loop.is_busy, rehearse_start=parts.loop.rehearse
+        )
         self._measuring = HandoffMeasuring(
             source,
             self._receiver,

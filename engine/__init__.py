@@ -1,7 +1,8 @@
 """One model, one paged cache, one step. Where to look:
 
-a step       loop (loop_parts: whom it drives; loop_errors, out_of_memory) -> engine ->
-             step_pipeline -> model_runner; schedule says what is to compute
+a step       loop (loop_parts: whom it drives; commands: what others ask of it; loop_errors,
+             out_of_memory) -> engine -> step_pipeline -> model_runner; schedule says what is to
+             compute; rehearsal keeps the way there warm
 inputs       input_buffer; prompts: batch, block_tables; rows of a captured step: step_rows over
              row_inputs, of decoding sequences decode_rows, of short ends of prompts prompt_rows;
              cuda_graphs

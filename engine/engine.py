@@ -33,6 +33,7 @@ from engine.loop_errors import unawaited
 from engine.model_runner import ModelRunner
 from engine.models.loading import load_decoder, read_model
 from engine.out_of_memory import run_within_memory
+from engine.rehearsal import LaunchRehearsal
 from engine.restores import Restores
 from engine.sampler import Sampler
 from engine.step_pipeline import StepOutput, StepPipeline
@@ -101,6 +102,7 @@ class Engine:
             runner, self.block_manager, self.eos_token_ids, limits.max_model_len
         )
         self.overlaps = limits.on_gpu
+        self._rehearsal: LaunchRehearsal | None = None
         self._thread: int | None = None
 
     @property
@@ -232,9 +234,7 @@ class Engine:
         computed (GPU: queued on the current stream). Raises only what ends the whole step, and
         then nothing of it is in flight: `OutOfMemory` when the device had none left for it.
         """
-        if self._thread != threading.get_ident():
-            self._thread = threading.get_ident()
-            _enter_thread(self.limits)
+        self._enter()
         with self._together():
             return run_within_memory(partial(self._pipeline.launch, decision, on_layer))
 
@@ -243,6 +243,19 @@ class Engine:
         ended since it was launched. After an error no step is in flight."""
         with self._together():
             return run_within_memory(partial(self._pipeline.collect, step))
+
+    def rehearse(self) -> None:
+        """Play the launch of a first step; none may be in flight, and nothing comes of it."""
+        self._enter()
+        if self._rehearsal is None:
+            vocab_size, block_size = self.model_config.vocab_size, self.config.block_size
+            self._rehearsal = LaunchRehearsal(vocab_size, block_size, self.limits.device)
+        self._rehearsal.play()
+
+    def _enter(self) -> None:
+        if self._thread != threading.get_ident():
+            self._thread = threading.get_ident()
+            _enter_thread(self.limits)
 
     def _together(self) -> AbstractContextManager[None]:
         """A step of several ranks is watched: one that is lost would leave it waiting."""

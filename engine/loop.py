@@ -29,14 +29,13 @@ import logging
 import queue
 import threading
 import time
-from concurrent.futures import Future
 from typing import TYPE_CHECKING, TypeVar
 
 from cluster.errors import InternalError, OutOfMemory
 from cluster.request import TokenDelta
+from engine.commands import Commands
 from engine.loop_errors import error_delta
 from engine.loop_parts import (
-    Command,
     Flight,
     LayerHook,
     LoopStats,
@@ -50,6 +49,9 @@ from engine.tensor_parallel.failures import RankLost
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from concurrent.futures import Future
+
+    from engine.commands import Command
 
 
 logger = logging.getLogger(__name__)
@@ -71,21 +73,23 @@ class EngineLoop:
         on_fatal: Callable[[BaseException], None],
         layer_hook: LayerHook | None = None,
         start_copies: StartCopies | None = None,
+        rehearse: Callable[[], None] = lambda: None,
     ) -> None:
         """`layer_hook` is asked before each launch who is to hear of its layers,
-        `start_copies` called after each decision."""
+        `start_copies` called after each decision, `rehearse` while idle, when `rehearse` below
+        was."""
         self._engine = engine
         self._layer_hook = layer_hook
         self._scheduler = scheduler
         self._observer = observer
         self._on_fatal = on_fatal
         self._copies_of = start_copies
-        self._commands: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
+        self._play = rehearse
+        self._commands = Commands(self._rehearse)
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._stopping = False
-        self._has_ended = False
         self._has_launched = threading.Event()  # or has nothing to launch
-        self._ending = threading.Lock()  # between the last command queued and the last cancelled
+        self._may_rehearse = True
         self._num_failed_in_a_row = 0
         self._flight: Flight | None = None  # launched, and the next thing to collect
         self._settled_at = 0.0
@@ -108,7 +112,7 @@ class EngineLoop:
         self._thread.start()
 
     def stop(self, timeout_seconds: float = 10.0) -> None:
-        self._commands.put(None)
+        self._commands.stop()
         if self._thread.is_alive():
             self._thread.join(timeout_seconds)
         self._end()
@@ -116,13 +120,7 @@ class EngineLoop:
     def call(self, run: Callable[[], T]) -> Future[T]:
         """Run `run` on the engine's thread between two steps; the future gets what it gives,
         or is cancelled when the thread has ended."""
-        future: Future[T] = Future()
-        with self._ending:
-            if self._has_ended:
-                future.cancel()
-            else:
-                self._commands.put(Command(run, future))  # type: ignore[arg-type]
-        return future
+        return self._commands.call(run)
 
     def call_and_stand_aside(self, run: Callable[[], T], seconds: float) -> Future[T]:
         """As `call`. If the thread is idle, the caller sleeps until it has launched a step, or has
@@ -134,6 +132,19 @@ class EngineLoop:
         if not future.cancelled():
             self._has_launched.wait(seconds)
         return future
+
+    def rehearse(self) -> None:
+        """A first step is about to come, maybe: if the thread is idle, it plays its launch. Any
+        thread."""
+        if self._may_rehearse and not self.is_busy:
+            self._commands.rehearse()
+
+    def _rehearse(self) -> None:
+        try:
+            self._play()
+        except Exception:  # real steps have errors of their own
+            self._may_rehearse = False
+            logger.exception("launches are not rehearsed any more")
 
     def _run(self) -> None:
         try:
@@ -161,12 +172,12 @@ class EngineLoop:
             self._observer.idle()
             self._busy_since = None
             self._has_launched.set()
-            command = self._commands.get()
+            command = self._commands.wait()
             self._busy_since = time.perf_counter()
             self._execute(command)
         while not self._stopping:
             try:
-                command = self._commands.get_nowait()
+                command = self._commands.take()
             except queue.Empty:
                 return
             self._execute(command)
@@ -177,13 +188,8 @@ class EngineLoop:
     def _execute(self, command: Command | None) -> None:
         if command is None:
             self._stopping = True
-            return
-        if not command.future.set_running_or_notify_cancel():
-            return
-        try:
-            command.future.set_result(command.run())
-        except Exception as error:  # the caller's, not the thread's
-            command.future.set_exception(error)
+        else:
+            command.execute()
 
     def _step(self) -> None:
         """Collect one step, with the next one launched before if possible."""
@@ -245,7 +251,7 @@ class EngineLoop:
         """Everything waits for blocks that a command will free: do not spin meanwhile."""
         self._observer.idle()
         try:
-            self._execute(self._commands.get(timeout=BLOCKED_WAIT_SECONDS))
+            self._execute(self._commands.wait(BLOCKED_WAIT_SECONDS))
         except queue.Empty:
             return
 
@@ -270,15 +276,7 @@ class EngineLoop:
     def _end(self) -> None:
         self._busy_since = None
         self._has_launched.set()
-        with self._ending:
-            self._has_ended = True
-        while True:
-            try:
-                command = self._commands.get_nowait()
-            except queue.Empty:
-                return
-            if command is not None:
-                command.future.cancel()
+        self._commands.end()
 
 
 def _tried(part: Callable[[], T]) -> T | Exception:

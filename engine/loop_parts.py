@@ -35,14 +35,6 @@ class Flight:
     began: float
 
 
-@dataclass(slots=True)
-class Command:
-    """To be run between two steps."""
-
-    run: Callable[[], object]
-    future: Future[object]
-
-
 class Stepper(Protocol):
     """What the loop needs of an engine. When `collect` raises, no step is in flight."""
 

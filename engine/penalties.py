@@ -25,6 +25,8 @@ def to_device(array: npt.NDArray[Any], device: torch.device) -> torch.Tensor:
     tensor = torch.from_numpy(array)
     if device.type == "cpu":
         return tensor
+    if not array.size:  # of most batches
+        return torch.empty(array.shape, dtype=tensor.dtype, device=device)
     return tensor.pin_memory().to(device, non_blocking=True)
 
 

@@ -119,6 +119,7 @@ class NodeParts:
             on_fatal=self._on_fatal,
             layer_hook=layer_hook,
             start_copies=self.engine.start_copies,
+            rehearse=self.engine.rehearse,
         )
 
     def open_sender(self, others: SenderEvents | None = None) -> None:
@@ -142,15 +143,17 @@ class NodeParts:
         *,
         agent: TransferAgent | None = None,
         is_decoding: Callable[[], bool] | None = None,
+        rehearse_start: Callable[[], None] = lambda: None,
     ) -> KVReceiver:
         """Takes KV into blocks of `source`. `agent`: one with fewer slots than the node's own.
-        `is_decoding`: as `KVReceiver` has it."""
+        `is_decoding`, `rehearse_start`: as `KVReceiver` has them."""
         return KVReceiver(
             node_id=self.info.id,
             compatibility=self._compatibility,
             agent=agent or self.agent,
             source=source,
             is_decoding=is_decoding,
+            rehearse_start=rehearse_start,
         )
 
     def sources(

@@ -6,9 +6,12 @@ behind it, are what a first token's successor waits for.
 
 Life of a lookout
     1. `stay`, behind a ticket and with every frame: the loop goes round for `STAY_SECONDS` more,
-       and rehearses (`rehearsal.py`) what is about to come, now and then.
-    2. `rest`, when a sequence starts: the engine needs the interpreter, and all has come.
-    3. While anything is decoded it does not stay: steps would pay for it, and a sequence that
+       and rehearses what is about to come, now and then: here the next frame (`rehearsal.py`), and
+       on the engine's thread the launch of a first step.
+    2. `placed`, when a frame is in its blocks: the last may have been the last of all, so the
+       engine rehearses at once.
+    3. `rest`, when a sequence starts: the engine needs the interpreter, and all has come.
+    4. While anything is decoded it does not stay: steps would pay for it, and a sequence that
        starts waits for the end of one anyway.
 """
 
@@ -23,14 +26,21 @@ if TYPE_CHECKING:
 
 STAY_SECONDS = 0.01  # a layer of 8192 tokens takes 7 ms
 REHEARSE_AFTER_SECONDS = 0.0015  # before that the frame itself is under way
+START_EVERY_SECONDS = 0.001  # a tenth of it is spent, on another thread
 
 
 class Lookout:
     def __init__(
-        self, is_decoding: Callable[[], bool], rehearse: Callable[[], None] = lambda: None
+        self,
+        is_decoding: Callable[[], bool],
+        rehearse: Callable[[], None] = lambda: None,
+        rehearse_start: Callable[[], None] = lambda: None,
     ) -> None:
+        """`rehearse` what a frame takes here; `rehearse_start`: tell the engine to do the same."""
         self._is_decoding = is_decoding
         self._rehearse = rehearse
+        self._rehearse_start = rehearse_start
+        self._start_rehearsed = 0.0
         self._begun = 0.0  # the last frame; a loop's own clock knows milliseconds only
         self._until = 0.0
         self._is_awake = False
@@ -43,6 +53,11 @@ class Lookout:
             loop = asyncio.get_running_loop()
             loop.call_soon(self._look, loop)
 
+    def placed(self) -> None:
+        if not self._is_decoding():
+            self._start_rehearsed = time.monotonic()
+            self._rehearse_start()
+
     def rest(self) -> None:
         self._until = 0.0
 
@@ -52,4 +67,7 @@ class Lookout:
         if self._is_awake:
             if now >= self._begun + REHEARSE_AFTER_SECONDS:
                 self._rehearse()
+            if now >= self._start_rehearsed + START_EVERY_SECONDS:
+                self._start_rehearsed = now
+                self._rehearse_start()
             loop.call_soon(self._look, loop)

@@ -79,10 +79,12 @@ class KVReceiver:
         agent: TransferAgent,
         source: BlockSource,
         is_decoding: Callable[[], bool] | None = None,
+        rehearse_start: Callable[[], None] = lambda: None,
         clock: Clock = monotonic,
     ) -> None:
         """`is_decoding`: of a node that decodes, whether reads would hold up what it computes, and
-        whether it has the time to stay awake for them."""
+        whether it has the time to stay awake for them. `rehearse_start`: a sequence starts soon,
+        maybe."""
         self.node_id = node_id
         self.agent = agent
         self._clock = clock
@@ -100,7 +102,9 @@ class KVReceiver:
             config.receive_bytes_per_second, patience_seconds=config.patience_seconds
         )
         self._lookout = (
-            None if is_decoding is None else Lookout(is_decoding, agent.pool.rehearse_arrival)
+            None
+            if is_decoding is None
+            else Lookout(is_decoding, agent.pool.rehearse_arrival, rehearse_start)
         )
         self._reads = PacedReads(
             self.pace,
@@ -249,6 +253,8 @@ class KVReceiver:
         self, transfer_id: bytes, error: ServingError | None, verified: FrameHeader | None
     ) -> None:
         self._execute(self._intake.frame_ended(transfer_id, error, verified, self._clock()))
+        if verified is not None and verified.slot is not None and self._lookout is not None:
+            self._lookout.placed()
 
     def link_lost(self, session_id: int, reason: FailureReason) -> None:
         self._execute(self._intake.session_lost(session_id, self._clock(), reason))

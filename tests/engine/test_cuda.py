@@ -13,6 +13,7 @@ from cluster.startup import StartupReport
 from engine.config import EngineConfig
 from engine.schedule import ScheduledChunk, ScheduleDecision
 from engine.sequence import Sequence
+from tests.engine.test_rehearsal import check_rehearsals
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -131,6 +132,12 @@ def test_a_graph_computes_what_single_kernels_compute(
 ) -> None:
     eager = open_dummy(enforce_eager=True)
     close(decode_log(graphs, num_seqs, 20), decode_log(eager, num_seqs, 20), 0.05)
+
+
+def test_a_rehearsed_launch_leaves_the_steps_around_it_alone(
+    graphs: Engine, run_greedy: RunGreedy
+) -> None:
+    check_rehearsals(graphs, run_greedy)
 
 
 def test_padding_rows_do_not_touch_the_pool(graphs: Engine) -> None:
@@ -310,6 +317,7 @@ def test_no_step_after_the_start_compiles_a_kernel(
     monkeypatch.setattr(triton.knobs.runtime, "jit_cache_hook", note)
     sequences = [start(engine, f"s{i}", prompt_of(n, i)) for i, n in enumerate(lengths)]
     step(engine, *zip(sequences, lengths, strict=True))
+    engine.rehearse()
     step(engine, *((sequence, 1) for sequence in sequences))
     assert compiled == []
     for sequence in sequences:

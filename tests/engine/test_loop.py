@@ -333,3 +333,53 @@ def test_nobody_stands_aside_for_a_thread_that_has_ended() -> None:
     loop.stop()
     with pytest.raises(CancelledError):
         loop.call_and_stand_aside(lambda: None, FOR_EVER).result(0)
+
+
+def test_an_idle_thread_rehearses_and_counts_as_idle_meanwhile() -> None:
+    entered, leave = threading.Event(), threading.Event()
+
+    def rehearse() -> None:
+        entered.set()
+        assert leave.wait(20)
+
+    engine, scheduler = HeldEngine(), OneStepEach()
+    loop = EngineLoop(engine, scheduler, Recorder(), on_fatal=print, rehearse=rehearse)
+    loop.rehearse()  # nobody plays it before the thread waits for commands
+    loop.start()
+    assert entered.wait(20)
+    assert not loop.is_busy
+    leave.set()
+    assert loop.call(lambda: 7).result(20) == 7
+    loop.stop()
+
+
+def test_a_thread_with_a_step_to_compute_rehearses_none() -> None:
+    played: list[bool] = []
+    engine, scheduler = HeldEngine(), OneStepEach()
+    loop = StartedByItsFirstCall(
+        engine, scheduler, Recorder(), on_fatal=print, rehearse=lambda: played.append(True)
+    )
+    loop.call_and_stand_aside(lambda: scheduler.add(make_sequence("a")), FOR_EVER)
+    loop.rehearse()
+    engine.may_collect.set()
+    loop.stop()
+    assert not played
+
+
+def test_a_rehearsal_that_breaks_is_the_last_and_costs_no_step() -> None:
+    played: list[bool] = []
+
+    def rehearse() -> None:
+        played.append(True)
+        raise RuntimeError("it cannot be played here")
+
+    scheduler, recorder = OneStepEach(), Recorder()
+    loop = EngineLoop(ScriptedEngine(), scheduler, recorder, on_fatal=print, rehearse=rehearse)
+    loop.rehearse()
+    loop.start()
+    loop.call(lambda: None).result(20)
+    loop.rehearse()
+    loop.call(lambda: scheduler.add(make_sequence("a"))).result(20)
+    assert recorder.settled_once.acquire(timeout=20)
+    loop.stop()
+    assert played == [True]

@@ -81,3 +81,28 @@ def test_what_is_about_to_come_is_rehearsed_when_the_frame_itself_is_over(
         looking.rest()
 
     asyncio.run(scenario())
+
+
+def test_the_launch_of_a_first_step_is_rehearsed_when_a_frame_is_placed_and_now_and_then(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def scenario() -> None:
+        node, played = Node(), []
+        looking = Lookout(lambda: node.is_decoding, rehearse_start=lambda: played.append(looking))
+        monkeypatch.setattr(lookout, "START_EVERY_SECONDS", 100.0)
+        looking.placed()
+        assert len(played) == 1
+        looking.stay()
+        await rounds(5)
+        assert len(played) == 1, "it was a moment ago"
+        monkeypatch.setattr(lookout, "START_EVERY_SECONDS", 0.0)
+        await rounds(5)
+        assert len(played) > 1
+        looking.rest()
+        await rounds(2)
+        played.clear()
+        node.is_decoding = True
+        looking.placed()
+        assert not played, "whoever decodes has it at hand"
+
+    asyncio.run(scenario())
