@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from collections.abc import Sequence as SequenceOf
 
-    from engine.batch import Batch
+    from engine.batch import Batch, Samples
     from engine.models.config import ModelConfig
     from engine.models.linear import MatrixFactory
     from engine.offload import OffloadedLayers
@@ -160,21 +160,40 @@ class Decoder:
                 offloaded.enter(index)
             tell = None if self._ranks is not None else on_layer
             on_stored = None if tell is None else partial(tell, index)
-            query = layer.query(residual, batch, kv_layers[index], self._cos_sin, plan, on_stored)
-            if index < last or batch.samples is None:
-                attended = layer.attention(query, batch, kv_layers[index], plan)
-            elif batch.num_samples == 0:
+            samples = batch.samples if index == last else None
+            attended = self._attend(
+                layer, samples, residual, batch, kv_layers[index], plan, on_stored
+            )
+            if attended is None:
                 self._end_without_sample(index, on_layer)
                 return None
-            else:
-                attended = layer.attention_of(batch.samples, query, batch, kv_layers[index])
-                residual = residual.index_select(0, batch.samples.indices)
+            if samples is not None:
+                residual = residual.index_select(0, samples.indices)
             residual = layer.transform(attended, residual)
             if on_layer is not None and self._ranks is not None:
                 on_layer(index)  # behind a sum: the KV of the other ranks is written, too
             if offloaded is not None:
                 offloaded.leave(index)
         return residual
+
+    def _attend(
+        self,
+        layer: DecoderLayer,
+        samples: Samples | None,
+        residual: torch.Tensor,
+        batch: Batch,
+        kv_layer: torch.Tensor,
+        plan: StepPlan,
+        on_stored: Callable[[], None] | None,
+    ) -> torch.Tensor | None:
+        """What the sampled tokens see (None: all tokens); None when there are none of them. Queries
+        of others are gone with it: their memory is the rest of the layer's."""
+        query = layer.query(residual, batch, kv_layer, self._cos_sin, plan, on_stored)
+        if samples is None:
+            return layer.attention(query, batch, kv_layer, plan)
+        if batch.num_samples == 0:
+            return None
+        return layer.attention_of(samples, query, batch, kv_layer)
 
     def _end_without_sample(self, layer: int, on_layer: Callable[[int], None] | None) -> None:
         """No sum follows that would show that the other ranks have written their KV."""

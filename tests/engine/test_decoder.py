@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import replace
+from typing import Any
 from unittest.mock import Mock
 
 import pytest
@@ -13,6 +15,7 @@ from engine import weights
 from engine.batch import Batch, Samples
 from engine.models.config import ModelConfig
 from engine.models.decoder import Decoder
+from engine.models.decoder_layer import DecoderLayer
 from kernels.prefill_attention import prefill_attention
 
 CPU = torch.device("cpu")
@@ -97,3 +100,25 @@ def test_a_pass_that_samples_nothing_writes_all_kv_and_attends_for_nobody_in_the
     assert decoder.forward(sampled(), kv := pool(model)) is None
     assert attend.call_count == model.num_layers - 1
     assert all(map(torch.equal, kv, expected_kv))
+
+
+@torch.inference_mode()
+def test_no_queries_are_kept_while_the_rest_of_a_layer_needs_memory(
+    model: ModelConfig, decoder: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queries: list[weakref.ref[torch.Tensor]] = []
+    query, transform = DecoderLayer.query, DecoderLayer.transform
+
+    def noted(layer: DecoderLayer, *args: Any) -> torch.Tensor:
+        made = query(layer, *args)
+        queries.append(weakref.ref(made))
+        return made
+
+    def checked(layer: DecoderLayer, *args: Any) -> torch.Tensor:
+        assert queries
+        assert all(each() is None for each in queries)
+        return transform(layer, *args)
+
+    monkeypatch.setattr(DecoderLayer, "query", noted)
+    monkeypatch.setattr(DecoderLayer, "transform", checked)
+    decoder.forward(sampled(0, 2), pool(model))
