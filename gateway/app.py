@@ -24,6 +24,7 @@ from gateway.dialects.responses_body import ResponsesBody
 from gateway.edge import REQUEST_ID, Edge, KeyCheck
 from gateway.http_errors import (
     JSON,
+    MAX_PATH_CHARS,
     as_serving_error,
     error_answer,
     error_headers,
@@ -49,7 +50,6 @@ if TYPE_CHECKING:
 
 NOT_FOUND = 404
 METHOD_NOT_ALLOWED = 405
-MAX_PATH_CHARS = 200
 _REF = "#/components/schemas/{model}"
 _ERROR_SCHEMA = {
     "type": "object",
@@ -179,7 +179,7 @@ def translate_errors(app: FastAPI, *, advice: str) -> None:
 def refusal(request: Request, error: ServingError) -> Response:
     path = request.url.path
     named = message_id(path, request.scope[REQUEST_ID])
-    log_refusal(error, path[:MAX_PATH_CHARS], status_of(error, named))
+    log_refusal(error, path, status_of(error, named))
     return error_response(error, named)
 
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 Headers = list[tuple[bytes, bytes]]
 JSON = b"application/json"
+MAX_PATH_CHARS = 200
 
 
 def as_serving_error(error: BaseException) -> ServingError:
@@ -36,9 +37,9 @@ def unexplained() -> InternalError:
 
 
 def log_refusal(error: ServingError, route: str, status: int) -> None:
-    """For what is refused before it is a `Generation`, which logs its own end. The message stays
-    out: it may quote the body."""
-    facts = {"route": route, "status": status, "error": error.code}
+    """For what is refused before it is a `Generation`, which logs its own end. `route`: or the
+    path, which may be of any length. The message stays out: it may quote the body."""
+    facts = {"route": route[:MAX_PATH_CHARS], "status": status, "error": error.code}
     facts |= {"reason": error.reason, "param": error.param}
     logger.info("request refused", extra=facts)
 

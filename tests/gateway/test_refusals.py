@@ -95,6 +95,16 @@ def test_what_is_refused_is_in_the_log_without_what_the_client_wrote(
     assert "a secret" not in str([record.__dict__ for record in caplog.records])
 
 
+def test_a_path_of_a_stranger_is_cut_in_the_log(
+    new_gateway: Callable[..., RunningGateway], caplog: pytest.LogCaptureFixture
+) -> None:
+    running = new_gateway(api_key=("key",))
+    caplog.set_level(logging.INFO, "gateway.http_errors")
+    httpx.get(f"{running.url}/{'x' * 10_000}")
+    [refused] = [each for each in caplog.records if each.message == "request refused"]
+    assert refused.__dict__["route"] == "/" + "x" * 199
+
+
 def test_pages_of_allowed_origins_may_ask_and_read_and_no_others(
     new_gateway: Callable[..., RunningGateway],
 ) -> None:
