@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 import socket
 from typing import TYPE_CHECKING
 
@@ -33,6 +34,7 @@ BACKLOG = 2048
 # Key of the scope: a function that ends the connection at once. An end in order waits, for ever,
 # until the client has read what it was sent.
 CUT = "baton.cut"
+_UPGRADE = re.compile(rb"\r\nupgrade:", re.IGNORECASE)
 _HEAD_TOO_LARGE = (
     b"HTTP/1.1 431 Request Header Fields Too Large\r\n"
     b"content-length: 0\r\nconnection: close\r\n\r\n"
@@ -62,7 +64,7 @@ class BoundedProtocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if self.timeout_keep_alive_task is not None:  # it was idle, and is not any more
             self._await_head()
-        super().data_received(data)
+        super().data_received(_without_upgrade(data) if self._is_in_head else data)
         if self._is_in_head:
             self._num_head_bytes += len(data)
             if self._num_head_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
@@ -79,6 +81,15 @@ class BoundedProtocol(HttpToolsProtocol):
         self._is_in_head = False
         self._head_timer.cancel()
         super().on_headers_complete()
+
+
+def _without_upgrade(data: bytes) -> bytes:
+    """All of a head, or what it begins with, without an offer of another protocol, which a server
+    may pass over: the parser would take what follows for that one, and lose the body. Java's client
+    offers HTTP/2 with its first request, in one piece."""
+    end = data.find(b"\r\n\r\n")
+    head = data if end < 0 else data[:end]
+    return _UPGRADE.sub(b"\r\nx-upgrade:", head) + data[len(head) :]
 
 
 class _Uvicorn(uvicorn.Server):

@@ -396,6 +396,23 @@ def test_a_head_over_the_limit_is_refused(gateway: RunningGateway) -> None:
         assert raw.recv(100).startswith(b"HTTP/1.1 431 ")
 
 
+@pytest.mark.parametrize("name", ["upgrade", "Upgrade"])
+def test_who_offers_another_protocol_is_answered_in_this_one(
+    gateway: RunningGateway, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    """As Java's client does with its first request: the parser took the body for that protocol."""
+    offer = {"connection": "Upgrade, HTTP2-Settings", name: "h2c", "http2-settings": "AAEAAEAA"}
+    with httpx.Client(base_url=gateway.url, timeout=20) as http:
+        for headers in (offer, {}, offer):
+            response = http.post("/v1/completions", json=completion(), headers=headers)
+            assert response.status_code == 200
+        body = iter([b'{"prompt": "one \\n', b'upgrade: two"}'])  # a chunk of it begins so
+        tokens = http.post("/tokenize", content=body, headers=offer).json()
+        text = http.post("/detokenize", json={"tokens": tokens["tokens"]}).json()["prompt"]
+        assert text.endswith("upgrade: two")
+    assert not [each for each in caplog.messages if "upgrade" in each.lower()]
+
+
 def test_tokenize_and_detokenize_are_each_others_reverse(http: httpx.Client) -> None:
     tokens = http.post("/tokenize", json={"prompt": "one two"}).json()
     assert tokens["count"] == len(tokens["tokens"])
