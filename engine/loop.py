@@ -94,13 +94,15 @@ class EngineLoop:
         self._flight: Flight | None = None  # launched, and the next thing to collect
         self._settled_at = 0.0
         self._busy_since: float | None = None
+        self._rehearsing_since: float | None = None
         self.stats = LoopStats()
 
     @property
     def seconds_without_progress(self) -> float:
-        """How long the thread has been at one step or command; 0 while it waits for work. For
-        health: a process whose event loop answers may have an engine that hangs. Any thread."""
-        since = self._busy_since
+        """How long the thread has been at one step, command or rehearsal; 0 while it waits for
+        work. For health: a process whose event loop answers may have an engine that hangs. Any
+        thread."""
+        since = self._busy_since or self._rehearsing_since
         return 0.0 if since is None else time.perf_counter() - since
 
     @property
@@ -140,11 +142,14 @@ class EngineLoop:
             self._commands.rehearse()
 
     def _rehearse(self) -> None:
+        self._rehearsing_since = time.perf_counter()
         try:
             self._play()
         except Exception:  # real steps have errors of their own
             self._may_rehearse = False
             logger.exception("launches are not rehearsed any more")
+        finally:
+            self._rehearsing_since = None
 
     def _run(self) -> None:
         try:

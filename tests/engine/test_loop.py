@@ -348,6 +348,7 @@ def test_an_idle_thread_rehearses_and_counts_as_idle_meanwhile() -> None:
     loop.start()
     assert entered.wait(20)
     assert not loop.is_busy
+    assert loop.seconds_without_progress > 0.0, "one that hangs shows"
     leave.set()
     assert loop.call(lambda: 7).result(20) == 7
     loop.stop()
