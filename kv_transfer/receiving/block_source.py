@@ -36,7 +36,8 @@ class BlockSource(Protocol):
 
     def may_recompute(self, sequence_id: str, num_good_blocks: int) -> bool:
         """The transfer failed, its policy is to recompute. True: instead of `on_transfer_failed`
-        and `release`, `recompute` follows when nothing writes into the blocks any more."""
+        and `release`, `recompute` follows when nothing writes into the blocks any more; or
+        `on_transfer_failed` alone, should that never be."""
 
     def recompute(self, sequence_id: str, num_good_blocks: int) -> None:
         """Take the blocks over and compute the KV after the first `num_good_blocks`. When it

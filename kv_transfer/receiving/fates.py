@@ -41,6 +41,11 @@ class Fates:
         else:
             told(lambda: self._source.on_transfer_failed(sequence_id, error))
 
+    def stranded(self, sequence: IncomingSequence, error: ServingError) -> None:
+        """Its gateway waits for what cannot be computed in blocks that do not come back."""
+        self.recomputing.discard(sequence.transfer_id)
+        told(lambda: self._source.on_transfer_failed(sequence.sequence_id, error))
+
     def withdrawn(self, sequence: IncomingSequence) -> None:
         told(lambda: self._source.on_transfer_withdrawn(sequence.sequence_id))
 

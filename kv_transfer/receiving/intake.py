@@ -39,6 +39,7 @@ from kv_transfer.receiving.intake_instructions import (
     Instruction,
     Landing,
     ReportFailed,
+    ReportStranded,
     ReportWithdrawn,
     Revoke,
     SendCommitted,
@@ -107,12 +108,14 @@ class Intake:
 
     def revocation_failed(self, session_id: int, now: float) -> list[Instruction]:
         """The connection is cut, but something posted on it does not end. Its blocks stay in
-        quarantine for good, and newer attempts that wait for them have waited in vain."""
+        quarantine for good: newer attempts, or the node itself, have waited for them in vain."""
         self._stuck_sessions.add(session_id)
+        lost = failure(FailureReason.LINK_LOST)
         instructions: list[Instruction] = []
         for transfer in self.transfers.of_session(session_id):
+            if transfer.is_taken_over:
+                instructions.append(ReportStranded(transfer.sequence, lost))
             for newer in self.transfers.waiting_for(transfer.transfer_id):
-                lost = failure(FailureReason.LINK_LOST)
                 instructions += self._endings.abort(newer, lost, now)
         return instructions
 

@@ -94,6 +94,14 @@ class ReportFailed:
 
 
 @dataclass(frozen=True, slots=True)
+class ReportStranded:
+    """The node was to go on with it, once its blocks are freed: they never will be."""
+
+    sequence: IncomingSequence
+    error: ServingError
+
+
+@dataclass(frozen=True, slots=True)
 class ReportWithdrawn:
     """The prefill node needs the transfer no more: it ended there, without a failure."""
 
@@ -112,6 +120,7 @@ Instruction = (
     | Revoke
     | Free
     | ReportFailed
+    | ReportStranded
     | ReportWithdrawn
 )
 

@@ -33,6 +33,7 @@ from kv_transfer.receiving.intake_instructions import (
     Instruction,
     Landing,
     ReportFailed,
+    ReportStranded,
     ReportWithdrawn,
     Revoke,
     SendAbort,
@@ -278,6 +279,8 @@ class KVReceiver:
                     self._fates.free(sequence, num_good_blocks)
                 case ReportFailed(sequence, error, num_good_blocks):
                     self._fates.failed(sequence, error, num_good_blocks)
+                case ReportStranded(sequence, error):
+                    self._fates.stranded(sequence, error)
                 case ReportWithdrawn(sequence):
                     self._fates.withdrawn(sequence)
                 case SendTicket() | SendRefused() | SendCommitted() | SendAbort() | SendRenew():

@@ -21,6 +21,7 @@ from kv_transfer.receiving.intake_instructions import (
     Instruction,
     Landing,
     ReportFailed,
+    ReportStranded,
     ReportWithdrawn,
     Revoke,
     SendAbort,
@@ -328,6 +329,9 @@ class ModelDecode:
                     else:
                         self.recomputing.add(sequence.transfer_id)
                         self.intake.taken_over(sequence.transfer_id)
+                case ReportStranded(sequence):
+                    self.recomputing.remove(sequence.transfer_id)
+                    self._ended(sequence.transfer_id, "failed")
                 case ReportWithdrawn(sequence):
                     self._ended(sequence.transfer_id, "withdrawn")
                 case SendTicket() | SendRefused() | SendCommitted() | SendAbort() | SendRenew():

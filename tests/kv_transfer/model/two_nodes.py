@@ -103,6 +103,7 @@ class TwoNodes:
         kept = [t for t in decode.intake.transfers if t.session_id in stuck]
         assert decode.intake.transfers.num_active == len(kept), "a transfer never ends"
         assert not decode.starting
+        assert not decode.recomputing, "a sequence waits for blocks that never come"
         num_kept = len({block_id for transfer in kept for block_id in transfer.block_ids})
         free = decode.blocks.num_free_blocks
         assert free + num_kept == decode.blocks.num_blocks
