@@ -209,6 +209,5 @@ def hello_of(frame: pb.GatewayFrame | None) -> pb.GatewayHello:
             f"This node speaks protocol {PROTOCOL_VERSION}, "
             f"the gateway speaks {frame.hello.protocol_version}."
         )
-    if not frame.hello.gateway_id:
-        raise InvalidRequest("A gateway must name itself in hello.")
+    checked_id("gateway_id", frame.hello.gateway_id)
     return frame.hello

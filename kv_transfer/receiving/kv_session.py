@@ -15,7 +15,7 @@ import logging
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
-from cluster.codec import checked_transfer_id, decode_policy, decode_sequence
+from cluster.codec import checked_id, checked_transfer_id, decode_policy, decode_sequence
 from cluster.delta_codec import decode_error, encode_error
 from cluster.errors import InvalidRequest, ServingError
 from cluster.message_size import BASE_MESSAGE_BYTES
@@ -78,7 +78,8 @@ class KvReceiverService(rpc.KvReceiverServicer):
             raise InvalidRequest("The first frame of a KV session must be hello.")
         hello = frame.hello
         theirs = Compatibility(hello.protocol_version, hello.compatibility_hash)
-        peer = NodeId(NodeName(hello.name), Incarnation(hello.incarnation))
+        name = NodeName(checked_id("name", hello.name))
+        peer = NodeId(name, Incarnation(hello.incarnation))
         agent = self._receiver.agent
         session = self._receiver.open_session(peer, theirs)
         session.digest_kind = agreed_kind(agent.pool.digest_kinds, hello.digest_kinds)

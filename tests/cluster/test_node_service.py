@@ -271,7 +271,12 @@ def test_a_frame_out_of_place_ends_its_session_and_no_other() -> None:
 
 @pytest.mark.parametrize(
     ("gateway_id", "version", "code"),
-    [("", PROTOCOL_VERSION, "invalid_value"), ("g", PROTOCOL_VERSION + 1, "kv_load_failed")],
+    [
+        ("", PROTOCOL_VERSION, "invalid_value"),
+        ("g" * 10_000, PROTOCOL_VERSION, "invalid_value"),
+        ("g\nand a line of its own", PROTOCOL_VERSION, "invalid_value"),
+        ("g", PROTOCOL_VERSION + 1, "kv_load_failed"),
+    ],
 )
 def test_a_hello_that_does_not_fit_is_refused_with_the_reason(
     gateway_id: str, version: int, code: str

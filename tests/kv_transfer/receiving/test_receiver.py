@@ -10,13 +10,17 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from cluster.errors import Overloaded
+from cluster.errors import InvalidRequest, Overloaded
+from cluster.node import NodeId, NodeName, new_incarnation
 from cluster.proto import node_pb2 as pb
+from cluster.rpc import open_channel
+from kv_transfer.sending.kv_session import KvSessionStream
 from kv_transfer.transports.loopback import LoopbackNetwork, LoopbackTransport
 from tests.kv_faults import HandDriven, TamperingTransport, hand_driven, two_frames
 from tests.kv_transfer.catalogue_worlds import with_peer
 from tests.kv_twins import (
     BLOCK_SIZE,
+    COMPATIBLE,
     DecodeSide,
     decode_side,
     make_pool,
@@ -339,6 +343,24 @@ def test_a_second_attempt_waits_until_the_first_is_freed_and_then_succeeds() -> 
         assert log == ["reserved", "withdrawn", "released", "reserved", "started"]
 
     with_peer(scenario)
+
+
+@pytest.mark.parametrize("name", ["", "p" * 10_000, "p0\nand a line of its own"])
+def test_a_peer_whose_name_cannot_be_one_is_refused(name: str) -> None:
+    async def main() -> None:
+        async with decode_side(LoopbackTransport(LoopbackNetwork())) as decode:
+            channel = open_channel(decode.address)
+            with pytest.raises(InvalidRequest):
+                await KvSessionStream.open(
+                    channel,
+                    node_id=NodeId(NodeName(name), new_incarnation()),
+                    ours=COMPATIBLE,
+                    expected=decode.node_id,
+                )
+            assert decode.receiver.num_sessions == 0
+            await channel.close()
+
+    asyncio.run(main())
 
 
 def test_a_message_that_breaks_the_protocol_ends_that_session_only() -> None:
