@@ -83,12 +83,20 @@ class Errands:
             instructions = self._intake.reserve_failed(transfer_id, blocks, self._clock())
         else:
             table = tuple(blocks.block_ids)
-            self._agent.pool.prepare(table)  # while nobody waits for it
+            self._prepare(table)
             instructions = self._intake.reserved(
                 transfer_id, table, blocks.num_held_blocks, self._clock()
             )
         del self._asking[transfer_id]
         self._execute(instructions)
+
+    def _prepare(self, table: tuple[int, ...]) -> None:
+        """While nobody waits for it. What cannot be done now shows when the first frame is placed,
+        as a failure that is told."""
+        try:
+            self._agent.pool.prepare(table)
+        except Exception:
+            logger.exception("blocks could not be prepared for")
 
     async def _start(self, sequence: IncomingSequence, starting: Awaitable[None]) -> None:
         transfer_id = sequence.transfer_id

@@ -69,6 +69,18 @@ def test_blocks_come_back_when_a_payload_cannot_be_received(
     with_peer(scenario)
 
 
+def test_blocks_that_could_not_be_prepared_for_are_received_all_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Their transfer could never end: it would still be asking for them."""
+
+    async def scenario(prefill: PrefillSide, decode: DecodeSide) -> None:
+        monkeypatch.setattr(decode.receiver.agent.pool, "prepare", broken)
+        await handed_off(prefill, decode)
+
+    with_pair(scenario)
+
+
 @pytest.mark.parametrize("owner", [SlotPayload, LoopbackEndpoint], ids=["payload", "header"])
 def test_sources_and_slots_come_back_when_a_frame_cannot_be_posted(
     owner: type[Any], monkeypatch: pytest.MonkeyPatch
