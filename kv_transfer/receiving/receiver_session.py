@@ -110,6 +110,7 @@ class ReceiverSession:
         self.outbox.put_nowait(instruction)
         if self.outbox.qsize() > MAX_UNREAD and self._serving_task is not None:
             self._serving_task.cancel()
+            self._serving_task = None  # once
 
     def connected(self, endpoint: Endpoint) -> None:
         """The data endpoint is up. Raises `TransferFailed` when its kind is refused."""

@@ -188,6 +188,13 @@ FAILURE_ROWS = (
                 CATALOGUE + "only_what_stands_before_the_first_bad_block_is_kept",
             ),
             Mutation(
+                INTAKE,
+                "if transfer.is_taken_over:",
+                "if False:",
+                "tests/kv_transfer/receiving/test_intake.py::test_a_node_that_goes_on_with_a_sequence"
+                "_hears_that_its_blocks_never_come_back",
+            ),
+            Mutation(
                 "decode_node/service.py",
                 "        adding = asyncio.wrap_future(\n"
                 "            self._loop.call(lambda: self._start_partly(sequence_id,",
