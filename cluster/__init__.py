@@ -11,6 +11,7 @@ prefixes     prefix_hash -> prefix_index
 Redis        redis_client; node_stores: the two of a node
 options      config over options: config_flags, config_sources, config_validation;
              performance_mode, model_folder
-seen outside logging, startup, metrics over metric_families, loop_watch
+seen outside logging, startup, metrics over metric_families, loop_watch; isolation: what one part of
+             some work breaks over is logged, and the others go on
 for tests    failpoints
 """

@@ -33,6 +33,7 @@ from cluster.errors import (
     TransferFailed,
 )
 from cluster.failpoints import failpoint
+from cluster.isolation import isolated
 from cluster.node import NodeState
 from decode_node.streams import LAUNCH_SECONDS, Remembered, Stream, Streams, orphan_error
 from engine.loop_errors import refusal, unawaited
@@ -124,11 +125,8 @@ class DecodeHandler:
 
     def gateway_gone(self, gateway_id: str) -> None:
         for sequence_id in self._streams.of(gateway_id):
-            try:
-                self.cancel(sequence_id)
-            except Exception:  # nobody else will ever end the others
-                told = self._hub.log.facts(sequence_id)
-                logger.exception("a sequence outlives its gateway", extra=told)
+            cancel, facts = partial(self.cancel, sequence_id), self._hub.log.facts(sequence_id)
+            isolated(cancel, "a sequence outlives its gateway", logger, extra=facts)
 
     def reset_prefix_cache(self) -> None:
         unawaited(self._loop.call(self._engine.block_manager.reset_prefix_cache))

@@ -32,6 +32,7 @@ import time
 from typing import TYPE_CHECKING, TypeVar
 
 from cluster.errors import InternalError, OutOfMemory
+from cluster.isolation import isolated
 from cluster.request import TokenDelta
 from engine.commands import Commands
 from engine.loop_errors import error_delta
@@ -143,13 +144,9 @@ class EngineLoop:
 
     def _rehearse(self) -> None:
         self._rehearsing_since = time.perf_counter()
-        try:
-            self._play()
-        except Exception:  # real steps have errors of their own
-            self._may_rehearse = False
-            logger.exception("launches are not rehearsed any more")
-        finally:
-            self._rehearsing_since = None
+        went_well = isolated(self._play, "launches are not rehearsed any more", logger)
+        self._may_rehearse = went_well
+        self._rehearsing_since = None
 
     def _run(self) -> None:
         try:

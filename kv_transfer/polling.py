@@ -15,7 +15,10 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple, Protocol
+
+from cluster.isolation import isolated
 
 logger = logging.getLogger(__name__)
 
@@ -66,10 +69,9 @@ class EventQueue:
                 self._ask_again(loop, question)
                 return
             self._questions.popleft()
-            try:
-                question.tell(error)  # now: another round of the loop takes its time
-            except Exception:  # his; others wait too
-                logger.exception("an event was told to nobody who could hear it")
+            # Now: another round of the loop takes its time.
+            tell = partial(question.tell, error)
+            isolated(tell, "an event was told to nobody who could hear it", logger)
         self._is_asking = False
 
     def _ask_again(self, loop: asyncio.AbstractEventLoop, question: _Question) -> None:

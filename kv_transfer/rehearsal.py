@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from cluster.isolation import isolated
 from cluster.request import SamplingParams, SequenceRequest
 from kv_transfer.device_moves import DeviceMoves
 from kv_transfer.digests import PlaceSeal, digest_seed
@@ -90,10 +91,7 @@ class Rehearsal:
         if self._is_running or time.monotonic() - self._ended_at < EVERY_SECONDS:
             return
         self._is_running = True
-        try:
-            half()
-        except Exception:  # who calls has real hand-offs to care for
-            logger.exception("hand-offs are not rehearsed any more")
+        isolated(half, "hand-offs are not rehearsed any more", logger)
 
     def _end(self) -> None:
         self._is_running = False

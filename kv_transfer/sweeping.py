@@ -6,6 +6,8 @@ import asyncio
 import logging
 from typing import Protocol
 
+from cluster.isolation import isolated
+
 logger = logging.getLogger(__name__)
 
 MAX_SECONDS = 0.25  # between two sweeps
@@ -20,7 +22,4 @@ async def sweep_forever(swept: Swept, lease_seconds: float) -> None:
     interval = min(MAX_SECONDS, lease_seconds / 12)
     while True:
         await asyncio.sleep(interval)
-        try:
-            swept.sweep()
-        except Exception:  # the top of the task: the next sweep is for all others
-            logger.exception("a sweep broke off")
+        isolated(swept.sweep, "a sweep broke off", logger)

@@ -31,6 +31,7 @@ from cluster.errors import (
     ServingError,
 )
 from cluster.failpoints import failpoint
+from cluster.isolation import isolated
 from cluster.node import NodeState
 from cluster.request import TokenDelta
 from engine.loop_errors import refusal, unawaited
@@ -275,10 +276,8 @@ class PrefillHandler:
     def _for_one(self, sequence_id: str, act: Callable[[], None]) -> None:
         """What breaks over one prompt ends that prompt: all others of a step, or of a gateway, hang
         on who goes through them."""
-        try:
-            act()
-        except Exception:  # whose it is the log says
-            logger.exception("the node broke over a prompt", extra=self._hub.log.facts(sequence_id))
+        facts = self._hub.log.facts(sequence_id)
+        if not isolated(act, "the node broke over a prompt", logger, extra=facts):
             self._fail(sequence_id, InternalError("The node failed at this prompt."))
 
     def _log_end(self, prompt: Prompt, outcome: str, **facts: object) -> None:

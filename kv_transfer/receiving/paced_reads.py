@@ -10,6 +10,7 @@ import asyncio
 import logging
 from typing import TYPE_CHECKING
 
+from cluster.isolation import isolated
 from kv_transfer.receiving.read_pace import Read, ReadPace
 
 if TYPE_CHECKING:
@@ -76,7 +77,4 @@ class PacedReads:
 
 
 def _call(tell: Callable[[], None]) -> None:
-    try:
-        tell()
-    except Exception:  # the frame's, which has ended by it; others have their turn behind it
-        logger.exception("a read could not be begun or dropped")
+    isolated(tell, "a read could not be begun or dropped", logger)  # by it the frame has ended
