@@ -54,10 +54,10 @@ FIGURES = (
         "one node doing both",
     ),
     Figure(
-        "gap to the second token then, split (ms)",
-        _split(5, "split pools"),
-        _split(5, "one node doing both"),
-        "one node doing both: the rest is the hand-off's",
+        "what of the hand-off shows then, between the first two tokens (ms)",
+        _split(7, "split pools"),
+        _split(6, "split pools"),
+        "a decode step",
     ),
     Figure(
         "decode, KV arriving as one prefill GPU sends it",
