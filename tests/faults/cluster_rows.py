@@ -62,7 +62,11 @@ SHOTS = {  # failpoint -> what it does when its file is there
     "prefill.after_frame": "stop",
 }
 SIZES = ("--prefill", "2", "--decode", "2", "--dtype", "float32")
-COMMON = ("--lease-seconds", f"{LEASE_SECONDS:g}", "--max-recomputes", "16")
+STALL_SECONDS = 10.0
+COMMON = (
+    *("--lease-seconds", f"{LEASE_SECONDS:g}", "--stall-seconds", f"{STALL_SECONDS:g}"),
+    *("--max-recomputes", "16"),
+)
 
 
 @dataclass

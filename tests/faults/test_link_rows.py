@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.faults.cluster_rows import DECODE, LEASE_SECONDS, PREFILL
+from tests.faults.cluster_rows import DECODE, LEASE_SECONDS, NUM_REQUESTS, PREFILL
 from tests.faults.kv_link import Order
 from tests.faults.leaks import held_by
 from tests.faults.nemesis import verify
@@ -117,11 +117,14 @@ def test_k4_a_frame_that_lies_about_itself_is_refused(
 
 
 def test_k7_frames_that_never_come_are_given_up_in_time(rows: Rows, policy: str) -> None:
-    """The link stands, nothing arrives on it: no FIN, no RST, no error."""
-    rows.spoil(Order(spoil=Spoil.BLACKHOLE, shots=1))
+    """The link stands, no frame arrives on it: no FIN, no RST, no error, and no gap either."""
+    timeouts = {"name": "baton_kv_load_failures_total", "reason": "transfer_timeout"}
+    before = rows.counted(nodes=DECODE, **timeouts)
+    rows.spoil(Order(spoil=Spoil.BLACKHOLE, shots=1000))
     with rows.load() as history:
-        rows.verify_spoiled(Spoil.BLACKHOLE)
+        rows.verify_spoiled(Spoil.BLACKHOLE, NUM_REQUESTS)
     rows.check(history)
+    assert rows.counted(nodes=DECODE, **timeouts) > before
     assert policy == "fail" or not history.codes()
     rows.check_recovered()
 

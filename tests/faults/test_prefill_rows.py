@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.faults
 SUSPECT_AFTER = 3  # corrupt frames, on one decode node
+REVOCATIONS = "baton_kv_revocations_total"
 MAX_LOADS = 10  # in which so many meet
 
 
@@ -40,10 +41,12 @@ def test_p2_a_prefill_node_dies_after_its_commit_and_nobody_notices(rows: Rows) 
 def test_p3_a_prefill_node_stands_still_in_a_transfer_and_wakes_when_it_was_given_up(
     rows: Rows, policy: str
 ) -> None:
+    cut = rows.counted(REVOCATIONS)
     rows.shoot("prefill.after_frame")
     with rows.load() as history:
         name = rows.nemesis.who_stopped(PREFILL)
         pid = rows.cluster.child(name)
+    verify(lambda: rows.counted(REVOCATIONS) > cut, "nobody has given it up")
     rows.check(history)
     assert policy == "fail" or not history.codes()
     with rows.load(count=3) as meanwhile:  # its blocks on the decode node are somebody else's
