@@ -78,7 +78,7 @@ class Peer:
         self._messages: LocalMessages | None = None
         self._shipping: Shipping | None = None
         self._is_lost = False
-        self._running = asyncio.create_task(self._run())
+        self.running = asyncio.create_task(self._run())  # until nothing of it is left
 
     def send(self, frame: pb.SenderFrame) -> None:
         """Queue a control message; nothing before the pairing or after the loss. Raises
@@ -103,8 +103,8 @@ class Peer:
             self._stream.cancel()
 
     async def close(self) -> None:
-        self._running.cancel()
-        await asyncio.wait([self._running])
+        self.running.cancel()
+        await asyncio.wait([self.running])
 
     # ---- pairing --------------------------------------------------------------------------
 

@@ -104,6 +104,7 @@ class KVSender:
         self._sendings = Sendings()
         self._answers = Answers(self._sendings, self._leases, self.did, clock)
         self._peers: dict[NodeId, Peer] = {}
+        self._ending: set[asyncio.Task[None]] = set()  # of lost peers: what was posted may read
         self._sweeping: asyncio.Task[None] | None = None
 
     @property
@@ -126,6 +127,8 @@ class KVSender:
             self._sweeping.cancel()
         for peer in list(self._peers.values()):
             await peer.close()
+        if self._ending:
+            await asyncio.wait(self._ending)
 
     # ---- what the node says -----------------------------------------------------------------
 
@@ -247,6 +250,8 @@ class KVSender:
     def lost(self, peer: Peer, error: ServingError) -> None:
         if self._peers.get(peer.node_id) is peer:
             del self._peers[peer.node_id]
+        self._ending.add(peer.running)
+        peer.running.add_done_callback(self._ending.discard)
         for sending in self._sendings.of_peer(peer):
             self.did(sending, sending.machine.peer_lost(error))
 

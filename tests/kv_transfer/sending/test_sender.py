@@ -13,7 +13,7 @@ from cluster.errors import HandshakeMismatch, Overloaded
 from cluster.node import Incarnation, NodeId
 from kv_transfer.handshake import Compatibility
 from kv_transfer.transports.loopback import LoopbackNetwork, LoopbackTransport
-from tests.kv_transfer.catalogue_worlds import TABLE, with_pair
+from tests.kv_transfer.catalogue_worlds import TABLE, Gate, with_pair
 from tests.kv_twins import (
     DecodeSide,
     PrefillSide,
@@ -323,5 +323,29 @@ def test_leases_list_what_is_under_way() -> None:
             assert (lease.peer, lease.num_blocks) == (peer, 8)
             assert 0 < lease.expires_in_seconds <= 30
         prefill.sender.abort(request.sequence_id)
+
+    with_pair(scenario)
+
+
+def test_a_sender_that_closes_waits_for_a_pairing_that_was_lost_and_still_reads() -> None:
+    """Whoever closes it takes the blocks away then."""
+
+    async def scenario(prefill: PrefillSide, decode: DecodeSide) -> None:
+        gate, pool = Gate(), prefill.sender.agent.pool
+        pool.begin_gather = gate.around(pool.begin_gather)  # type: ignore[method-assign]
+        request = make_request(32)
+        prefill.hand_off(decode, request)
+        prefill.compute(request, TABLE)
+        await until(lambda: bool(gate.begun))
+        [peer] = prefill.sender._peers.values()
+        peer.cut()
+        await until(lambda: prefill.owner.of(request.sequence_id) == ["failed"])
+        closing = asyncio.create_task(prefill.sender.close())
+        for _ in range(10):
+            await asyncio.sleep(0)
+        assert not closing.done()
+        gate.opened.set()
+        await closing
+        assert prefill.owner.of(request.sequence_id) == ["failed", "free"]
 
     with_pair(scenario)
