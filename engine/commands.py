@@ -5,8 +5,8 @@ Life of a command
     2. The engine's thread takes it between two steps, or waits for it while it has none to run.
     3. Its future gets what it gives. `end` cancels those that are left: nobody waits in vain.
 
-A rehearsal is no command: who waits for one plays it, and counts as idle all the while; who has
-work to do forgets it.
+A rehearsal is no command: the thread plays it where it waits for one, with no step in flight, and
+forgets it where it has work to do. An idle thread that plays one still counts as idle.
 """
 
 from __future__ import annotations

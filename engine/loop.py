@@ -172,8 +172,8 @@ class EngineLoop:
         """Run what is queued; wait for a command when there is nothing to step."""
         if not self._is_busy():
             self._observer.idle()
+            self._has_launched.set()  # before who sees that it is idle clears it
             self._busy_since = None
-            self._has_launched.set()
             command = self._commands.wait()
             self._busy_since = time.perf_counter()
             self._execute(command)
@@ -252,6 +252,7 @@ class EngineLoop:
     def _wait_for_blocks(self) -> None:
         """Everything waits for blocks that a command will free: do not spin meanwhile."""
         self._observer.idle()
+        self._has_launched.set()
         try:
             self._execute(self._commands.wait(BLOCKED_WAIT_SECONDS))
         except queue.Empty:
@@ -276,9 +277,9 @@ class EngineLoop:
             raise error
 
     def _end(self) -> None:
-        self._busy_since = None
-        self._has_launched.set()
         self._commands.end()
+        self._has_launched.set()  # behind the last command: nobody stands aside for it any more
+        self._busy_since = self._rehearsing_since = None
 
 
 def _tried(part: Callable[[], T]) -> T | Exception:

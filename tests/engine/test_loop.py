@@ -269,16 +269,6 @@ def test_a_thread_that_hangs_shows_and_one_that_waits_for_work_does_not() -> Non
     assert harness.loop.seconds_without_progress == 0.0
 
 
-class StartedByItsFirstCall(EngineLoop):
-    """Idle for certain until then."""
-
-    def call(self, run: Callable[[], T]) -> Future[T]:
-        future = super().call(run)
-        if not self._thread.is_alive():
-            self.start()
-        return future
-
-
 class HeldEngine(ScriptedEngine):
     """Computes each step until it may give it back."""
 
@@ -295,16 +285,24 @@ class HeldEngine(ScriptedEngine):
         return super().collect(step)
 
 
-def held_loop() -> tuple[HeldEngine, OneStepEach, EngineLoop]:
-    engine, scheduler = HeldEngine(), OneStepEach()
-    return engine, scheduler, StartedByItsFirstCall(engine, scheduler, Recorder(), on_fatal=print)
+def idle_loop(
+    scheduler: OneStepEach, rehearse: Callable[[], None] = lambda: None
+) -> tuple[HeldEngine, EngineLoop]:
+    """Its thread waits for work."""
+    engine = HeldEngine()
+    loop = EngineLoop(engine, scheduler, Recorder(), on_fatal=print, rehearse=rehearse)
+    loop.start()
+    loop.call(lambda: None).result(20)
+    while loop.is_busy:
+        pass
+    return engine, loop
 
 
 FOR_EVER = 1e6  # seconds
 
 
 def test_who_stands_aside_goes_on_when_a_step_is_launched() -> None:
-    engine, scheduler, loop = held_loop()
+    engine, loop = idle_loop(scheduler := OneStepEach())
     loop.call_and_stand_aside(lambda: scheduler.add(make_sequence("a")), FOR_EVER)
     assert engine.launched == ["a"]
     engine.may_collect.set()
@@ -312,15 +310,25 @@ def test_who_stands_aside_goes_on_when_a_step_is_launched() -> None:
 
 
 def test_who_stands_aside_goes_on_when_there_is_nothing_to_launch() -> None:
-    _, _, loop = held_loop()
+    _, loop = idle_loop(OneStepEach())
     refused = loop.call_and_stand_aside(lambda: 1 // 0, FOR_EVER)
     with pytest.raises(ZeroDivisionError):
         refused.result(10)
     loop.stop()
 
 
+def test_who_stands_aside_goes_on_when_all_there_is_waits_for_blocks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine, loop = idle_loop(scheduler := OneStepEach())
+    monkeypatch.setattr(scheduler, "schedule", lambda: ScheduleDecision(()))
+    loop.call_and_stand_aside(lambda: scheduler.add(make_sequence("a")), FOR_EVER)
+    assert not engine.launched
+    loop.stop()
+
+
 def test_nobody_stands_aside_for_a_step_that_runs() -> None:
-    engine, scheduler, loop = held_loop()
+    engine, loop = idle_loop(scheduler := OneStepEach())
     loop.call_and_stand_aside(lambda: scheduler.add(make_sequence("a")), FOR_EVER)
     loop.call_and_stand_aside(lambda: None, FOR_EVER)
     engine.may_collect.set()
@@ -333,6 +341,32 @@ def test_nobody_stands_aside_for_a_thread_that_has_ended() -> None:
     loop.stop()
     with pytest.raises(CancelledError):
         loop.call_and_stand_aside(lambda: None, FOR_EVER).result(0)
+
+
+def test_who_stands_aside_goes_on_when_the_thread_ends_before_it_hears_of_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    loop = Harness().loop
+    call, end, queued = loop.call, loop._commands.end, threading.Event()
+    waiting = threading.Thread(
+        target=lambda: loop.call_and_stand_aside(lambda: None, FOR_EVER), daemon=True
+    )
+
+    def call_and_say_so(run: Callable[[], T]) -> Future[T]:
+        future = call(run)
+        queued.set()
+        return future
+
+    def end_behind_a_call() -> None:
+        waiting.start()
+        assert queued.wait(20)
+        end()
+
+    monkeypatch.setattr(loop, "call", call_and_say_so)
+    monkeypatch.setattr(loop._commands, "end", end_behind_a_call)
+    loop.stop()
+    waiting.join(20)
+    assert not waiting.is_alive()
 
 
 def test_an_idle_thread_rehearses_and_counts_as_idle_meanwhile() -> None:
@@ -354,12 +388,24 @@ def test_an_idle_thread_rehearses_and_counts_as_idle_meanwhile() -> None:
     loop.stop()
 
 
+def test_a_rehearsal_that_ends_the_thread_is_over() -> None:
+    def rehearse() -> None:
+        raise SystemExit
+
+    fatal: list[BaseException] = []
+    loop = EngineLoop(
+        ScriptedEngine(), OneStepEach(), Recorder(), on_fatal=fatal.append, rehearse=rehearse
+    )
+    loop.rehearse()
+    loop.start()
+    loop.stop()
+    assert isinstance(fatal[0], SystemExit)
+    assert loop.seconds_without_progress == 0.0
+
+
 def test_a_thread_with_a_step_to_compute_rehearses_none() -> None:
     played: list[bool] = []
-    engine, scheduler = HeldEngine(), OneStepEach()
-    loop = StartedByItsFirstCall(
-        engine, scheduler, Recorder(), on_fatal=print, rehearse=lambda: played.append(True)
-    )
+    engine, loop = idle_loop(scheduler := OneStepEach(), rehearse=lambda: played.append(True))
     loop.call_and_stand_aside(lambda: scheduler.add(make_sequence("a")), FOR_EVER)
     loop.rehearse()
     engine.may_collect.set()
