@@ -18,7 +18,7 @@ weights      checkpoint_files -> weights -> stored_matrices (layouts) -> weight_
 the model    models/decoder over decoder_layer, linear and quantized_linear; models/config;
              models/row_pass for one sequence, models/pair_pass for some 250
 the start    config (options) -> limits ("auto") -> models/loading -> kv_allocation, by workspace
-             and memory -> warm_up
+             and memory -> warm_up; kept_products: what a CPU compiles
 many GPUs    tensor_parallel/
 for others   facts, load, cache_report, metrics
 """

@@ -27,6 +27,7 @@ import torch
 from engine import memory, warm_up
 from engine.block_manager import BlockManager
 from engine.host_copier import HostCopier
+from engine.kept_products import bound_kept_products
 from engine.kv_allocation import allocate_kv, layout_of
 from engine.limits import EngineLimits, Machine, resolve
 from engine.loop_errors import unawaited
@@ -193,6 +194,8 @@ class Engine:
         if limits.attention_backend is not None:
             logger.info("attention to prompts by %s", limits.attention_backend)
         _enter_thread(limits)
+        if not limits.on_gpu:
+            bound_kept_products()
         # Another engine of this process is not part of this one's share.
         others_bytes = torch.cuda.memory_reserved(limits.device) if limits.on_gpu else 0
         ranks = None if seat is None else _connect(seat, crew, whole, limits, progress)
