@@ -91,6 +91,36 @@ def test_what_is_sampled_is_as_if_all_were(
 
 
 @torch.inference_mode()
+@pytest.mark.parametrize("rows", [(0,), (1, 2), (0, 1, 2)])
+def test_the_last_tokens_of_prompts_see_what_was_computed_before(
+    rows: tuple[int, ...], model: ModelConfig, decoder: Decoder
+) -> None:
+    everything = decoder.forward(whole := prompts(), kv := pool(model))
+    lengths = torch.tensor([1, 4, 13])  # one as a decode step has it
+    taken = torch.cat(
+        [
+            torch.arange(end - length, end)
+            for end, length in zip(whole.cu_seqlens_q[1:].tolist(), lengths.tolist(), strict=True)
+        ]
+    )
+    ends = lengths.cumsum(0)
+    batch = replace(
+        sampled(*rows),
+        token_ids=whole.token_ids[taken],
+        positions=whole.positions[taken],
+        slot_mapping=whole.slot_mapping[taken],
+        samples=Samples(ends[list(rows)] - 1, torch.tensor(rows)),
+        cu_seqlens_q=torch.cat((torch.zeros(1), ends)).int(),
+        max_seqlen_q=13,
+    )
+    found = decoder.forward(batch, kv)
+    assert everything is not None
+    assert found is not None
+    expected = everything[whole.cu_seqlens_q[1:].long()[list(rows)] - 1]
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+@torch.inference_mode()
 def test_a_pass_that_samples_nothing_writes_all_kv_and_attends_for_nobody_in_the_last_layer(
     model: ModelConfig, decoder: Decoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
