@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 from cluster.errors import Cancelled, InternalError, ServingError
+from cluster.isolation import isolated
 from kv_transfer.trace import TRACE
 
 if TYPE_CHECKING:
@@ -93,10 +95,8 @@ class Errands:
     def _prepare(self, table: tuple[int, ...]) -> None:
         """While nobody waits for it. What cannot be done now shows when the first frame is placed,
         as a failure that is told."""
-        try:
-            self._agent.pool.prepare(table)
-        except Exception:
-            logger.exception("blocks could not be prepared for")
+        prepare = partial(self._agent.pool.prepare, table)
+        isolated(prepare, "blocks could not be prepared for", logger)
 
     async def _start(self, sequence: IncomingSequence, starting: Awaitable[None]) -> None:
         transfer_id = sequence.transfer_id
