@@ -4,6 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from cluster.errors import Cancelled
+from kv_transfer.failures import failure_label
+
+if TYPE_CHECKING:
+    from cluster.errors import ServingError
+    from cluster.request import KVLoadFailurePolicy
 
 # One flipped bit is weather; a peer that corrupts again and again has a fault of its own.
 CORRUPT_FRAMES_OF_A_SUSPECT = 3
@@ -26,6 +34,12 @@ class TransferStats:
     handshakes_refused: int = 0
     pairings: int = 0
     revocations: int = 0
+
+    def failed(self, error: ServingError, policy: KVLoadFailurePolicy) -> None:
+        """A transfer came to no end. One that was cancelled, by its client or by who gave it up, is
+        no trouble of the nodes."""
+        if not isinstance(error, Cancelled):
+            self.failures[failure_label(error), policy.value] += 1
 
     def corrupt(self, peer: str) -> bool:
         """A frame of `peer` was not what it had sent. True when that makes it a suspect."""

@@ -30,8 +30,7 @@ class Fates:
         self, sequence: IncomingSequence, error: ServingError, num_good_blocks: int | None
     ) -> None:
         sequence_id, stats = sequence.sequence_id, self._stats
-        policy = sequence.kv_load_failure_policy.value
-        stats.failures[failure_label(error), policy] += 1
+        stats.failed(error, sequence.kv_load_failure_policy)
         if num_good_blocks is not None and told(
             lambda: self._source.may_recompute(sequence_id, num_good_blocks)
         ):

@@ -33,7 +33,7 @@ from cluster.errors import RequestTooLarge
 from cluster.proto import node_pb2 as pb
 from cluster.rpc import open_channel
 from kv_transfer.digests import digest_seed
-from kv_transfer.failures import FailureReason, failure, failure_label
+from kv_transfer.failures import FailureReason, failure
 from kv_transfer.lease import LeaseTable
 from kv_transfer.sending.answers import Answers
 from kv_transfer.sending.computing import Computing
@@ -288,8 +288,7 @@ class KVSender:
                     self._count_done(shipment)
                     told(partial(self._events.on_committed, shipment.sequence_id))
                 case ReportFailed(error):
-                    policy = shipment.handoff.kv_load_failure_policy.value
-                    self.agent.stats.failures[failure_label(error), policy] += 1
+                    self.agent.stats.failed(error, shipment.handoff.kv_load_failure_policy)
                     told(partial(self._events.on_failed, shipment.sequence_id, error))
                 case FreeSources():
                     self._forget(shipment)
