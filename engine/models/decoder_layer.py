@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from engine.models.linear import MatrixSpec
+from kernels.decode_plan import plan_splits
 from kernels.paged_attention import paged_attention
 from kernels.prefill_attention import prefill_attention
 from kernels.rope_store import TokenPlan, rope_store
@@ -177,6 +178,9 @@ class DecoderLayer:
         if batch.num_samples < len(seq_lens):
             tables = tables.index_select(0, samples.rows)
             seq_lens = seq_lens.index_select(0, samples.rows)
+        plan = None
+        if query.is_cuda:  # in front of what torch launches: a kernel chained to it may not see it
+            plan = plan_splits(seq_lens, kv_layer, sliding_window=self._window)
         attended = paged_attention(
             query.index_select(0, samples.indices),
             kv_layer,
@@ -184,6 +188,7 @@ class DecoderLayer:
             seq_lens,
             scale=self._scale,
             sliding_window=self._window,
+            plan=plan,
             kv_scales=self.kv_scales,
         )
         return attended.view(len(attended), -1)
