@@ -165,10 +165,9 @@ def translate_errors(app: FastAPI, *, advice: str) -> None:
         return refusal(request, InvalidRequest("The request is not valid.", param=path))
 
     async def on_bug(request: Request, _: Exception) -> Response:
+        # Raised again by the framework, and logged by `Edge`.
         named = message_id(request.url.path, request.scope[REQUEST_ID])
-        return error_response(
-            unexplained(), named
-        )  # raised again by the framework, logged by `Edge`
+        return error_response(unexplained(), named)
 
     app.add_exception_handler(Exception, on_bug)
     app.add_exception_handler(ServingError, on_serving_error)
