@@ -98,17 +98,21 @@ def resolve(
             param="cpu_offload_gb",
         )
     is_small = model.num_parameters * dtype.itemsize < _SINGLE_THREAD_WEIGHT_BYTES
+    max_model_len = _max_model_len(config, model)
+    asked_tokens = config.max_num_batched_tokens or (
+        _GPU_BATCHED_TOKENS if on_gpu else _CPU_BATCHED_TOKENS
+    )
     return EngineLimits(
         device=device,
         dtype=dtype,
         kv_dtype=dtype if config.kv_cache_dtype == "auto" else torch.float8_e4m3fn,
-        max_model_len=_max_model_len(config, model),
+        max_model_len=max_model_len,
         max_num_seqs=config.max_num_seqs,
         max_graph_rows=min(
             config.max_cudagraph_capture_size or config.max_num_seqs, config.max_num_seqs
         ),
-        max_num_batched_tokens=config.max_num_batched_tokens
-        or (_GPU_BATCHED_TOKENS if on_gpu else _CPU_BATCHED_TOKENS),
+        # More never come together, and nothing is sized for steps that cannot be.
+        max_num_batched_tokens=min(asked_tokens, config.max_num_seqs * max_model_len),
         num_threads=config.num_threads or (1 if is_small and not on_gpu else None),
         attention_backend=_attention_backend(config, model, machine, dtype, on_gpu=on_gpu),
     )

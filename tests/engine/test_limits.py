@@ -131,6 +131,11 @@ def test_a_step_is_smaller_on_a_cpu_unless_told_otherwise(limits: ResolveLimits)
     assert limits(FAST_CPU, max_num_batched_tokens=64).max_num_batched_tokens == 64
 
 
+def test_a_step_is_no_larger_than_all_its_sequences_can_be(limits: ResolveLimits) -> None:
+    few = limits(TWO_GPUS, max_num_seqs=2, max_model_len=100)
+    assert few.max_num_batched_tokens == 200
+
+
 def test_a_small_model_on_a_cpu_runs_on_one_thread_unless_told_otherwise(
     limits: ResolveLimits,
 ) -> None:

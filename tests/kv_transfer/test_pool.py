@@ -106,10 +106,10 @@ def test_moves_on_a_gpu_are_those_in_host_memory() -> None:
             for slot, each in zip(arrived, ids, strict=True)
         ]
         assert all(await asyncio.gather(*scattering))
+        back = [torch.zeros_like(slot) for slot in arrived]  # filled before `done`, not beside it
         torch.cuda._sleep(20_000_000)  # type: ignore[no-untyped-call]
         done = torch.cuda.Event()  # type: ignore[no-untyped-call]
         done.record()
-        back = [torch.zeros_like(slot) for slot in arrived]
         await asyncio.gather(*(
             there.begin_gather(slot, place(1, 2, each), after=done)
             for slot, each in zip(back, ids, strict=True)
