@@ -185,23 +185,26 @@ class SpoiledEndpoint:
     async def _run(self) -> None:
         while True:
             messages = await self._queue.get()
+            held = self._held
             if len(messages) == 1:
                 self._post(*messages)
-                continue
-            header, payload = messages
-            order = self._orders.next()
-            if order is None:
-                self._post(header, payload)
             else:
-                self._at_hand = [header, payload]
-                await self._spoil(order, header, payload)
-                self._at_hand = []
-                if order.spoil not in CUTS:
-                    self._orders.done(order)
-            self._kept.append(payload.buffer.clone())
-            if self._held is not None and (order is None or order.spoil is not Spoil.REORDER):
-                held, self._held = self._held, None
+                await self._pass_frame(*messages)
+            if held is not None:  # a last frame has no other behind it: it follows its commit
                 self._post(*held)
+                self._held = None if self._held is held else self._held
+
+    async def _pass_frame(self, header: Message, payload: Message) -> None:
+        order = self._orders.next()
+        if order is None:
+            self._post(header, payload)
+        else:
+            self._at_hand = [header, payload]
+            await self._spoil(order, header, payload)
+            self._at_hand = []
+            if order.spoil not in CUTS:
+                self._orders.done(order)
+        self._kept.append(payload.buffer.clone())
 
     def _post(self, *messages: Message) -> None:
         for message in messages:

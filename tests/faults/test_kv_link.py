@@ -12,10 +12,13 @@ import torch
 
 from cluster.errors import ServingError
 from kv_transfer.protocol import (
+    CommitMessage,
     FrameHeader,
     FrameLimits,
     FrameMalformed,
+    pack_commit,
     parse_header,
+    parse_message,
     write_header,
 )
 from kv_transfer.transports.loopback import LoopbackNetwork, LoopbackTransport
@@ -30,6 +33,7 @@ if TYPE_CHECKING:
 UNIT_BYTES, NUM_UNITS = 64, 4
 LIMITS = FrameLimits(NUM_UNITS, UNIT_BYTES, UNIT_BYTES * NUM_UNITS)
 SESSION, NONCE = 5, 7
+COMMIT = CommitMessage(transfer_id=bytes(16), epoch=1, nonce=NONCE, num_frames=1, first_token_id=3)
 CUTS = (Spoil.CUT_BEFORE_HEADER, Spoil.CUT_BEFORE_PAYLOAD, Spoil.CUT_AFTER_PAYLOAD)
 
 
@@ -226,6 +230,26 @@ def test_two_frames_change_places(folder: Path) -> None:
         link.post(0)
         link.post(1)
         assert [seq_of((await link.receive())[0]) for _ in range(2)] == [1, 0]
+        await link.close()
+
+    asyncio.run(scenario())
+
+
+def test_a_last_frame_changes_places_with_its_commit(folder: Path) -> None:
+    async def scenario() -> None:
+        link = Link(folder)
+        await link.open()
+        Order(spoil=Spoil.REORDER).write(folder)
+        held = link.post(0)
+        commit = torch.frombuffer(bytearray(pack_commit(COMMIT)), dtype=torch.uint8)
+        sent = link.near.send(commit, SESSION)
+        header = torch.zeros(LIMITS.max_header_bytes, dtype=torch.uint8)
+        async with asyncio.timeout(10):
+            await link.far.recv(header, SESSION)
+            await sent
+        assert parse_message(header.numpy().data, LIMITS) == COMMIT
+        assert seq_of((await link.receive())[0]) == 0
+        assert list(await held) == [None, None]
         await link.close()
 
     asyncio.run(scenario())
