@@ -59,7 +59,7 @@ def pack_and_seal(
     `places.positions`; none twice. sums: on the same device; None: no digests. Parts of units start
     at multiples of 4 bytes.
     """
-    if runs_triton(slot) and sums is not None:
+    if runs_triton(slot):
         _move(slot, pools, block_ids, places, sums, None)
         return
     units, ids = _front(pools, slot, places), places.of(block_ids)
@@ -85,7 +85,7 @@ def unpack_and_check(
     slot: as there; it may be the memory of another GPU, mapped: it is read once. num_right: that of
     a `Verdict` that was reset.
     """
-    if runs_triton(slot) and sums is not None:
+    if runs_triton(slot):
         _move(slot, pools, block_ids, places, sums, num_right)
         return
     units, ids = _front(pools, slot, places), places.of(block_ids)
@@ -112,7 +112,7 @@ def _move(
     pools: Sequence[torch.Tensor],
     block_ids: torch.Tensor,
     places: Places,
-    sums: Sums,
+    sums: Sums | None,
     num_right: torch.Tensor | None,
 ) -> None:
     for args, named in calls_of(slot, pools, block_ids, places, sums, num_right):
@@ -125,7 +125,7 @@ def calls_of(
     pools: Sequence[torch.Tensor],
     block_ids: torch.Tensor,
     places: Places,
-    sums: Sums,
+    sums: Sums | None,
     num_right: torch.Tensor | None,
 ) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
     """What the kernel is called with for each part. Tensors as they are: a view of one takes longer
@@ -137,17 +137,18 @@ def calls_of(
     unpacks = num_right is not None
     numbers = numbers_of(places, pools, split_of(pools, places.num_units, unpacks=unpacks))
     multipliers = multipliers_of(num_parts * part_bytes // 4, slot.device)
+    adding = (slot, slot) if sums is None else (sums.digests, sums.num_added)
     pieces, piece, shape, columns = _cut(num_parts, part_bytes, unpacks=unpacks)
     for part, pool in enumerate(pools):
         args = (
-            pool, slot, block_ids, multipliers, sums.digests, sums.num_added,
+            pool, slot, block_ids, multipliers, *adding,
             slot if num_right is None else num_right, places.positions, *numbers,
         )  # fmt: skip
         yield args, {
             "COLUMNS": columns, "PIECES": pieces, "PIECE": piece,
             "PACKED_PIECE": num_parts * piece, "BEGIN": part * piece, "BLOCK": shape.words,
             "STAGES": shape.num_stages, "SEALED": _SEALED_AT_ONCE, "UNPACKS": unpacks,
-            "num_warps": shape.num_warps,
+            "DIGESTS": sums is not None, "num_warps": shape.num_warps,
         }  # fmt: skip
 
 
@@ -156,15 +157,15 @@ def check_extents(
     pools: Sequence[torch.Tensor],
     block_ids: torch.Tensor,
     places: Places,
-    sums: Sums,
+    sums: Sums | None,
 ) -> None:
     """That a move stays within the memory of these."""
     num_units = places.num_units
     units_bytes = num_units * len(pools) * pools[0].shape[2]
     assert units_bytes % 8 == 0
-    assert units_bytes + 8 * num_units <= slot.numel()
+    assert units_bytes + (0 if sums is None else 8 * num_units) <= slot.numel()
     assert places.first + places.num_positions <= min(block_ids.numel(), places.positions.numel())
-    assert num_units <= sums.digests.numel()
+    assert sums is None or num_units <= sums.digests.numel()
 
 
 class Split(NamedTuple):
@@ -225,6 +226,7 @@ def move_kernel(
     units_per_program: tl.tensor, num_adding: tl.tensor, COLUMNS: tl.constexpr,
     PIECES: tl.constexpr, PIECE: tl.constexpr, PACKED_PIECE: tl.constexpr, BEGIN: tl.constexpr,
     BLOCK: tl.constexpr, STAGES: tl.constexpr, SEALED: tl.constexpr, UNPACKS: tl.constexpr,
+    DIGESTS: tl.constexpr,
 ) -> None:  # fmt: skip
     """`num_adding` programs, of all parts, work on one stretch of `units_per_program` units; the
     last of them seals it."""
@@ -237,7 +239,8 @@ def move_kernel(
     word = column % CHUNKS * BLOCK + tl.arange(0, BLOCK)
     mask = word < PIECE
     packed_word = piece * PACKED_PIECE + BEGIN + word
-    multipliers = tl.load(multipliers_ptr + packed_word, mask=mask, other=0)
+    if DIGESTS:
+        multipliers = tl.load(multipliers_ptr + packed_word, mask=mask, other=0)
     first = stretch * units_per_program
     end = tl.minimum(first + units_per_program, num_units)
     for unit in tl.range(first, end, num_stages=STAGES):
@@ -251,14 +254,17 @@ def move_kernel(
         else:
             words = tl.load(in_pool, mask=mask, other=0)
             tl.store(in_packed, words, mask=mask)
-        unsigned = words.to(tl.int64) & 0xFFFFFFFF
-        tl.atomic_add(digests_ptr + unit, tl.sum(unsigned * multipliers, axis=0), sem="relaxed")
-    tl.debug_barrier()
-    if tl.atomic_add(num_added_ptr + stretch, 1, sem="acq_rel") == num_adding - 1:
-        tl.store(num_added_ptr + stretch, 0)
-        units = tl.cast(num_units, tl.int64) * (PIECES * PACKED_PIECE)
-        behind = (packed_words + units).to(tl.pointer_type(tl.int64))
-        seal_units(
-            digests_ptr, behind, num_right_ptr + stretch, positions_ptr + first_id, seed,
-            layer_start, num_ids, first, end, CHECKS=UNPACKS, BLOCK=SEALED,
-        )  # fmt: skip
+        if DIGESTS:
+            unsigned = words.to(tl.int64) & 0xFFFFFFFF
+            digest = tl.sum(unsigned * multipliers, axis=0)
+            tl.atomic_add(digests_ptr + unit, digest, sem="relaxed")
+    if DIGESTS:
+        tl.debug_barrier()
+        if tl.atomic_add(num_added_ptr + stretch, 1, sem="acq_rel") == num_adding - 1:
+            tl.store(num_added_ptr + stretch, 0)
+            units = tl.cast(num_units, tl.int64) * (PIECES * PACKED_PIECE)
+            behind = (packed_words + units).to(tl.pointer_type(tl.int64))
+            seal_units(
+                digests_ptr, behind, num_right_ptr + stretch, positions_ptr + first_id, seed,
+                layer_start, num_ids, first, end, CHECKS=UNPACKS, BLOCK=SEALED,
+            )  # fmt: skip

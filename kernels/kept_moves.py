@@ -46,14 +46,13 @@ class KeptMoves:
         self._addresses = [pool.data_ptr() for pool in pools]
         num_words = len(pools) * pools[0].shape[2] // 4
         self._multipliers = multipliers_of(num_words, pools[0].device)
-        self._packing: list[KeptLaunch] = []  # one for each part
-        self._unpacking: list[KeptLaunch] = []
+        # One for each part, by whether it unpacks and whether it takes digests.
+        self._kept: dict[tuple[bool, bool], list[KeptLaunch]] = {}
 
     def pack(
         self, slot: torch.Tensor, block_ids: torch.Tensor, places: Places, sums: Sums | None
     ) -> None:
-        if not self._launch(self._packing, slot, block_ids, places, sums, None):
-            self._go_the_long_way(self._packing, slot, block_ids, places, sums, None)
+        self._move(slot, block_ids, places, sums, None)
 
     def unpack(
         self,
@@ -63,8 +62,26 @@ class KeptMoves:
         sums: Sums | None,
         num_right: torch.Tensor,
     ) -> None:
-        if not self._launch(self._unpacking, slot, block_ids, places, sums, num_right):
-            self._go_the_long_way(self._unpacking, slot, block_ids, places, sums, num_right)
+        self._move(slot, block_ids, places, sums, num_right)
+
+    def _move(
+        self,
+        slot: torch.Tensor,
+        block_ids: torch.Tensor,
+        places: Places,
+        sums: Sums | None,
+        num_right: torch.Tensor | None,
+    ) -> None:
+        is_usual = _is_usual(slot, block_ids, places)
+        is_usual = is_usual and torch.cuda.current_device() == self._device_index
+        kind = (num_right is not None, sums is not None)
+        if is_usual and self._kept.get(kind):
+            self._launch(self._kept[kind], slot, block_ids, places, sums, num_right)
+            return
+        self._go_the_long_way(slot, block_ids, places, sums, num_right)
+        if is_usual:
+            calls = calls_of(slot, self._pools, block_ids, places, sums, num_right)
+            self._kept[kind] = _launches_of(calls)
 
     def _launch(
         self,
@@ -74,28 +91,23 @@ class KeptMoves:
         places: Places,
         sums: Sums | None,
         num_right: torch.Tensor | None,
-    ) -> bool:
-        """False where it cannot be told what to launch."""
-        if not kept or sums is None or not _is_usual(slot, block_ids, places):
-            return False
-        if torch.cuda.current_device() != self._device_index:
-            return False
+    ) -> None:
         check_extents(slot, self._pools, block_ids, places, sums)
         split = split_of(self._pools, places.num_units, unpacks=num_right is not None)
         address = slot.data_ptr()
         values = (
-            address, block_ids.data_ptr(), self._multipliers.data_ptr(), sums.digests.data_ptr(),
-            sums.num_added.data_ptr(), address if num_right is None else num_right,
+            address, block_ids.data_ptr(), self._multipliers.data_ptr(),
+            address if sums is None else sums.digests.data_ptr(),
+            address if sums is None else sums.num_added.data_ptr(),
+            address if num_right is None else num_right,
             places.positions.data_ptr(), *numbers_of(places, self._pools, split),
         )  # fmt: skip
         stream = self._stream.cuda_stream
         for pool, launch in zip(self._addresses, kept, strict=True):
             launch(split.num_programs, stream, pool, *values)
-        return True
 
     def _go_the_long_way(
         self,
-        kept: list[KeptLaunch],
         slot: torch.Tensor,
         block_ids: torch.Tensor,
         places: Places,
@@ -111,9 +123,6 @@ class KeptMoves:
                 unpack_and_check(slot, self._pools, block_ids, places, sums, num_right)
         finally:
             torch.cuda.set_stream(others)
-        if sums is not None and _is_usual(slot, block_ids, places):
-            calls = calls_of(slot, self._pools, block_ids, places, sums, num_right)
-            kept[:] = _launches_of(calls)
 
 
 def _is_usual(slot: torch.Tensor, block_ids: torch.Tensor, places: Places) -> bool:

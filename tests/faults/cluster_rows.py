@@ -16,12 +16,15 @@ from __future__ import annotations
 
 import os
 import random
+import shlex
 import time
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import pytest
 
 from cluster.failpoints import VARIABLE
 from tests.e2e.cluster_process import eventually
@@ -30,6 +33,7 @@ from tests.faults.asks import Ask, draw_prompt
 from tests.faults.checker import FAULT_CODES, FREED_WITHIN_SECONDS, not_freed, violations
 from tests.faults.client import load
 from tests.faults.cluster import FaultCluster
+from tests.faults.faulty_node import PLAIN_VARIABLE
 from tests.faults.history import ENDINGS, NO_REQUEST, Answer, History
 from tests.faults.kv_link import Order, shots_done, withdraw
 from tests.faults.leaks import await_quiescence, baseline
@@ -40,14 +44,14 @@ from tests.faults.witness import Evidence
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping, Sequence
 
-    import pytest
-
     from tests.faults.leaks import Held
     from tests.faults.spoiled_bytes import Spoil
 
 SEED = int(os.environ.get("BATON_FAULT_SEED", "1"))
 # A folder: every row leaves its history there, one JSON object a line.
 HISTORIES = os.environ.get("BATON_FAULT_HISTORIES")
+# More options of `baton serve`, for every row that does not say otherwise: `--device cuda`.
+OPTIONS = shlex.split(os.environ.get("BATON_FAULT_OPTIONS", ""))
 NUM_REQUESTS, NUM_TOKENS = 6, 48
 NUM_SHARED_TOKENS = 40  # two blocks, of two tenants, that prompts begin with
 HALF = NUM_REQUESTS * NUM_TOKENS // 2  # of all tokens
@@ -156,6 +160,8 @@ class Rows:
 
     def spoil(self, order: Order, names: Sequence[str] = PREFILL) -> None:
         """Give this order to the links of these nodes."""
+        if os.environ.get(PLAIN_VARIABLE):
+            pytest.skip("links follow no orders")
         for name in names:
             order.write(self.folder / name)
 
@@ -267,6 +273,7 @@ def running_rows(
     cluster = FaultCluster(
         *sizes,
         *COMMON,
+        *OPTIONS,
         *options,
         seed=SEED,
         num_gateways=num_gateways,

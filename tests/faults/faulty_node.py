@@ -24,7 +24,8 @@ BLIND_VARIABLE = "BATON_TEST_BLIND"  # accept any digest: the control of what di
 
 
 def spoil_links(folder: str) -> None:
-    """Every agent that is made from here on sends through links that follow our orders."""
+    """Every agent that is made from here on sends through links that follow our orders: between
+    GPUs, too, where receivers would else read a sender's slots themselves."""
     from kv_transfer.agent import TransferAgent
     from tests.faults.kv_link import SpoiledTransport
 
@@ -35,6 +36,7 @@ def spoil_links(folder: str) -> None:
     ) -> TransferAgent:
         agent: TransferAgent = create(cls, pools, config)
         agent.transport = SpoiledTransport(agent.transport, folder)
+        agent.map_slots = lambda _: ()  # type: ignore[assignment, method-assign]
         return agent
 
     TransferAgent.create = classmethod(spoiled)  # type: ignore[assignment, method-assign]

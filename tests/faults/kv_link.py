@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from kv_transfer.failures import FailureReason, failure
 from kv_transfer.protocol import COMMIT_MAGIC
-from tests.faults.spoiled_bytes import Spoil, spoil_bytes
+from tests.faults.spoiled_bytes import Spoil, copy_of, spoil_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -204,7 +204,7 @@ class SpoiledEndpoint:
             self._at_hand = []
             if order.spoil not in CUTS:
                 self._orders.done(order)
-        self._kept.append(payload.buffer.clone())
+        self._kept.append(copy_of(payload.buffer))
 
     def _post(self, *messages: Message) -> None:
         for message in messages:
@@ -251,7 +251,7 @@ class SpoiledEndpoint:
     def _copy(self, message: Message) -> Message:
         ended = asyncio.get_running_loop().create_future()
         ended.add_done_callback(lambda done: done.exception())  # nobody else looks at it
-        return Message(message.buffer.clone(), message.tag, ended)
+        return Message(copy_of(message.buffer), message.tag, ended)
 
     def _on_close(self) -> None:
         """What was never posted ends with the connection."""

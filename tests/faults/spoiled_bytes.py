@@ -51,7 +51,7 @@ def spoil_bytes(spoil: Spoil, header: Message, payload: Message, kept: deque[tor
         header.buffer = lying(header.buffer, payload.buffer.numel())
         return
     target = header if spoil in (Spoil.FLIP_HEADER, Spoil.TRUNCATE_HEADER) else payload
-    changed = target.buffer.clone()
+    changed = copy_of(target.buffer)
     half = changed.numel() // 2
     match spoil:
         case Spoil.FLIP | Spoil.FLIP_HEADER:
@@ -69,6 +69,20 @@ def spoil_bytes(spoil: Spoil, header: Message, payload: Message, kept: deque[tor
         case Spoil.TRUNCATE | Spoil.TRUNCATE_HEADER:
             changed = changed[:half]
     target.buffer = changed
+    _finish(changed)
+
+
+def copy_of(buffer: torch.Tensor) -> torch.Tensor:
+    """It stays as it is now, whatever the slot is used for next."""
+    copied = buffer.clone()
+    _finish(copied)
+    return copied
+
+
+def _finish(buffer: torch.Tensor) -> None:
+    """Who sends it does not look at streams."""
+    if buffer.is_cuda:
+        torch.cuda.synchronize(buffer.device)
 
 
 def swap_ends(payload: torch.Tensor, num_units: int) -> None:

@@ -1,5 +1,5 @@
 """Rows K1 to K4 and K7 of the fault matrix: what a bad link does to KV on its way. K5 is in
-`test_prefix_rows`, K6 in `test_rank_rows`."""
+`test_redis_rows`, K6 in `test_rank_rows`."""
 
 from __future__ import annotations
 

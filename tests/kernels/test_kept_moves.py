@@ -15,7 +15,7 @@ from kernels.kept_moves import KeptMoves
 from kernels.launch import Launches
 from kernels.seal_digests import Places, Sums, Verdict
 
-NUM_GIVEN, NUM_CONSTANTS = 16, 9
+NUM_GIVEN, NUM_CONSTANTS = 16, 10
 STREAM = SimpleNamespace(cuda_stream=77)
 DEVICE = torch.device("cpu")
 
@@ -164,12 +164,16 @@ def test_what_would_leave_the_memory_of_a_list_is_not_launched(
     assert not kernel.launched
 
 
-def test_without_digests_nothing_is_launched_in_their_place(kernel: Kernel) -> None:
-    pools = make_pools(1)
-    moves = KeptMoves(pools, STREAM)  # type: ignore[arg-type]
+@pytest.mark.parametrize("unpacks", [False, True])
+def test_with_and_without_digests_are_kept_apart(kernel: Kernel, unpacks: bool) -> None:
+    """What is launched without them writes to no sums."""
+    moves = KeptMoves(make_pools(1), STREAM)  # type: ignore[arg-type]
     slot, ids, places = make_slot(), torch.arange(64), make_places()
-    call(moves, slot, ids, places, None)
-    pools[0][1:3, :3] = 5
-    moves.pack(slot, ids, places, None)
-    assert slot[: 6 * 512].eq(5).all()
-    assert not kernel.launched
+    num_right = Verdict(is_pinned=False).num_right
+    for sums in (Sums(64, DEVICE), None, None, Sums(64, DEVICE)):
+        if unpacks:
+            moves.unpack(slot, ids, places, sums, num_right)
+        else:
+            moves.pack(slot, ids, places, sums)
+    assert [named["DIGESTS"] for _, _, named in kernel.compiled] == [True, False]
+    assert [given[4] for given in kernel.launched] == [1001, 1000]
