@@ -37,11 +37,11 @@ if TYPE_CHECKING:
 
 
 class KeptMoves:
-    """Of `pools`, as `pack_and_seal` has them, on one stream. Both methods want what that function
-    and `unpack_and_check` want, and do the same."""
+    """Of `pools`, as `pack_and_seal` has them. Both methods want what that function and
+    `unpack_and_check` want, and do the same on `stream`."""
 
-    def __init__(self, pools: Sequence[torch.Tensor], stream: torch.cuda.Stream) -> None:
-        self._pools, self._stream = pools, stream
+    def __init__(self, pools: Sequence[torch.Tensor]) -> None:
+        self._pools = pools
         self._device_index = pools[0].device.index
         self._addresses = [pool.data_ptr() for pool in pools]
         num_words = len(pools) * pools[0].shape[2] // 4
@@ -50,22 +50,29 @@ class KeptMoves:
         self._kept: dict[tuple[bool, bool], list[KeptLaunch]] = {}
 
     def pack(
-        self, slot: torch.Tensor, block_ids: torch.Tensor, places: Places, sums: Sums | None
+        self,
+        stream: torch.cuda.Stream,
+        slot: torch.Tensor,
+        block_ids: torch.Tensor,
+        places: Places,
+        sums: Sums | None,
     ) -> None:
-        self._move(slot, block_ids, places, sums, None)
+        self._move(stream, slot, block_ids, places, sums, None)
 
     def unpack(
         self,
+        stream: torch.cuda.Stream,
         slot: torch.Tensor,
         block_ids: torch.Tensor,
         places: Places,
         sums: Sums | None,
         num_right: torch.Tensor,
     ) -> None:
-        self._move(slot, block_ids, places, sums, num_right)
+        self._move(stream, slot, block_ids, places, sums, num_right)
 
     def _move(
         self,
+        stream: torch.cuda.Stream,
         slot: torch.Tensor,
         block_ids: torch.Tensor,
         places: Places,
@@ -76,9 +83,9 @@ class KeptMoves:
         is_usual = is_usual and torch.cuda.current_device() == self._device_index
         kind = (num_right is not None, sums is not None)
         if is_usual and self._kept.get(kind):
-            self._launch(self._kept[kind], slot, block_ids, places, sums, num_right)
+            self._launch(self._kept[kind], stream, slot, block_ids, places, sums, num_right)
             return
-        self._go_the_long_way(slot, block_ids, places, sums, num_right)
+        self._go_the_long_way(stream, slot, block_ids, places, sums, num_right)
         if is_usual:
             calls = calls_of(slot, self._pools, block_ids, places, sums, num_right)
             self._kept[kind] = _launches_of(calls)
@@ -86,6 +93,7 @@ class KeptMoves:
     def _launch(
         self,
         kept: list[KeptLaunch],
+        stream: torch.cuda.Stream,
         slot: torch.Tensor,
         block_ids: torch.Tensor,
         places: Places,
@@ -102,12 +110,13 @@ class KeptMoves:
             address if num_right is None else num_right,
             places.positions.data_ptr(), *numbers_of(places, self._pools, split),
         )  # fmt: skip
-        stream = self._stream.cuda_stream
+        handle = stream.cuda_stream
         for pool, launch in zip(self._addresses, kept, strict=True):
-            launch(split.num_programs, stream, pool, *values)
+            launch(split.num_programs, handle, pool, *values)
 
     def _go_the_long_way(
         self,
+        stream: torch.cuda.Stream,
         slot: torch.Tensor,
         block_ids: torch.Tensor,
         places: Places,
@@ -115,7 +124,7 @@ class KeptMoves:
         num_right: torch.Tensor | None,
     ) -> None:
         others = torch.cuda.current_stream(slot.device)
-        torch.cuda.set_stream(self._stream)
+        torch.cuda.set_stream(stream)
         try:
             if num_right is None:
                 pack_and_seal(slot, self._pools, block_ids, places, sums)

@@ -1,8 +1,8 @@
 """Lists of integers that kernels read: ids of blocks, and positions.
 
 The layers of a chunk differ in nothing else, so a list is brought to the device once, and found
-again, mostly by being the same object. All who use them share a stream: who finds a list there
-comes after its copy, and the memory of one that is put out is written anew behind its readers.
+again, mostly by being the same object. Who calls `get` does so on a stream that follows all readers
+of lists and that they all follow: the memory of one that is put out is written anew behind them.
 """
 
 from __future__ import annotations

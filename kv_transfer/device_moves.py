@@ -1,9 +1,10 @@
 """Moves between the paged pool and slots on a CUDA device.
 
 Life of a move
-    1. Queued on one side stream, ahead of the model's kernels: one kernel that copies, takes
-       digests, and seals them behind the units of a slot or compares them with what is there, and
-       an event. The ids of the same blocks are sent to the device once: layers of a prompt differ
+    1. Queued on a side stream, ahead of the model's kernels: one kernel that copies, takes digests,
+       and seals them behind the units of a slot or compares them with what is there, and an event.
+       Frames are read on two streams in turn: while the last programs of one compare, those of the
+       next fetch. The ids of the same blocks are sent to the device once: layers of a prompt differ
        in nothing else.
     2. The event loop asks for the event (`polling.py`). No thread waits, none is woken. Of the
        digests the host sees the verdict.
@@ -13,6 +14,7 @@ Life of a move
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections import deque
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeVar
@@ -48,14 +50,18 @@ class DeviceMoves:
         self._takes_digests = takes_digests
         self._device = pools[0].device
         # A move is short, and somebody waits for it.
-        self._stream = torch.cuda.Stream(self._device, priority=-1)  # type: ignore[no-untyped-call]
+        self._stream, self._second = (
+            torch.cuda.Stream(self._device, priority=-1)  # type: ignore[no-untyped-call]
+            for _ in range(2)
+        )
+        self._reading = itertools.cycle((self._stream, self._second))
         self._others = torch.cuda.current_stream(self._device)
         self._unit_bytes = pools[0].shape[2] * len(pools)
         self._lists = DeviceLists(self._device, MAX_UNITS_PER_FRAME, num_lists)
         self._ascending = torch.arange(MAX_UNITS_PER_FRAME, device=self._device)
         self._notes: deque[_Notes] = deque()
         self._ends = EventQueue()
-        self._kernels = KeptMoves(pools, self._stream)
+        self._kernels = KeptMoves(pools)
         self._warm_up()
 
     @property
@@ -69,17 +75,17 @@ class DeviceMoves:
         if after is not None:
             self._stream.wait_event(after)
         notes = self._take_notes()
-        self._kernels.pack(slot, *self._blocks_of(frame), self._sums_of(notes))
+        self._kernels.pack(self._stream, slot, *self._blocks_of(frame), self._sums_of(notes))
         notes.done.record(self._stream)
         return self._end(notes, lambda: None)
 
     def scatter(self, slot: torch.Tensor, frame: FramePlace) -> asyncio.Future[bool]:
         """Whether the digests of what was put into blocks are those behind it."""
-        notes = self._take_notes()
+        notes, stream = self._take_notes(), next(self._reading)
         notes.verdict.reset()
         num_right, sums = notes.verdict.num_right, self._sums_of(notes)
-        self._kernels.unpack(slot, *self._blocks_of(frame), sums, num_right)
-        notes.done.record(self._stream)
+        self._kernels.unpack(stream, slot, *self._blocks_of(frame), sums, num_right)
+        notes.done.record(stream)
         if not self._takes_digests:
             return self._end(notes, lambda: True)
         return self._end(notes, lambda: notes.verdict.has_verified(frame.num_units))
@@ -103,7 +109,7 @@ class DeviceMoves:
         return ids, Places(seal.seed, seal.layer_start, seal.num_layers, positions, num, first)
 
     def _list_of(self, numbers: tuple[int, ...]) -> torch.Tensor:
-        """On the device, for kernels that follow on the side stream."""
+        """On the device, for kernels that follow on a side stream."""
         recent = self._lists.recent(numbers)
         if recent is not None:
             return recent
@@ -118,12 +124,15 @@ class DeviceMoves:
 
     @contextmanager
     def _on_side_stream(self) -> Iterator[None]:
-        """Seldom: to set a stream takes as long as to launch a kernel."""
+        """For memory that both streams use: behind its last readers, before its next. Seldom: to
+        set a stream takes as long as to launch a kernel."""
+        self._stream.wait_stream(self._second)
         torch.cuda.set_stream(self._stream)
         try:
             yield
         finally:
             torch.cuda.set_stream(self._others)
+            self._second.wait_stream(self._stream)
 
     def _end(self, notes: _Notes, finish: Callable[[], T]) -> asyncio.Future[T]:
         ended: asyncio.Future[T] = asyncio.get_running_loop().create_future()
@@ -145,8 +154,8 @@ class DeviceMoves:
         slot = torch.empty(self._unit_bytes + 8, dtype=torch.uint8, device=self._device)
         frame = FramePlace(PlaceSeal(digest_seed(b"", b""), 0, 1, (0,)), (0,))
         notes, blocks = self._take_notes(), self._blocks_of(frame)
-        self._kernels.pack(slot, *blocks, notes.sums)
-        self._kernels.unpack(slot, *blocks, notes.sums, notes.verdict.num_right)
+        self._kernels.pack(self._stream, slot, *blocks, notes.sums)
+        self._kernels.unpack(self._stream, slot, *blocks, notes.sums, notes.verdict.num_right)
         torch.cuda.synchronize(self._device)
         self._notes.append(notes)
 

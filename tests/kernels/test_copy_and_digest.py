@@ -181,10 +181,13 @@ def test_without_digests_units_are_put_into_blocks_alone(
     pools = make_pools(num_parts, unit_bytes, device)
     expected = [pool.clone() for pool in pools]
     ids, of = torch.tensor([5, 2], device=device), make_places(1, 3, (1, 8), device)
-    slot, verdict = make_slot(6, num_parts * unit_bytes, device), Verdict(is_pinned=False)
+    slot = make_slot(6, num_parts * unit_bytes, device)
+    verdict = Verdict(is_pinned=slot.is_cuda)
     units = slot[: 6 * num_parts * unit_bytes].view(3, 2, -1)
     for part, pool in enumerate(expected):
         unpack_blocks(units, pool, 1, 3, ids, part=part, num_parts=num_parts)
     unpack_and_check(slot, pools, ids, of, None, verdict.num_right)
+    if slot.is_cuda:
+        torch.cuda.synchronize()
     assert all(map(torch.equal, pools, expected))
     assert not verdict.has_verified(of.num_units)

@@ -16,7 +16,7 @@ from kernels.launch import Launches
 from kernels.seal_digests import Places, Sums, Verdict
 
 NUM_GIVEN, NUM_CONSTANTS = 16, 10
-STREAM = SimpleNamespace(cuda_stream=77)
+STREAM: Any = SimpleNamespace(cuda_stream=77)
 DEVICE = torch.device("cpu")
 
 
@@ -80,9 +80,9 @@ def call(
 ) -> Sums:
     sums = Sums(64, DEVICE)
     if verdict is None:
-        moves.pack(slot, ids, places, sums)
+        moves.pack(STREAM, slot, ids, places, sums)
     else:
-        moves.unpack(slot, ids, places, sums, verdict.num_right)
+        moves.unpack(STREAM, slot, ids, places, sums, verdict.num_right)
     return sums
 
 
@@ -93,7 +93,7 @@ def test_what_is_launched_is_what_the_long_way_would_launch(
 ) -> None:
     pools = make_pools(num_parts)
     verdict = Verdict(is_pinned=False) if unpacks else None
-    moves = KeptMoves(pools, STREAM)  # type: ignore[arg-type]
+    moves = KeptMoves(pools)
     call(moves, make_slot(), torch.arange(64), make_places(), verdict)
     assert len(kernel.compiled) == num_parts
     assert not kernel.launched
@@ -126,7 +126,7 @@ UNUSUAL: dict[str, Any] = {
 
 @pytest.mark.parametrize("unusual", UNUSUAL)
 def test_what_may_be_compiled_apart_goes_the_long_way(kernel: Kernel, unusual: str) -> None:
-    moves = KeptMoves(make_pools(1), STREAM)  # type: ignore[arg-type]
+    moves = KeptMoves(make_pools(1))
     usual: dict[str, Any] = {"slot": make_slot(), "ids": torch.arange(64), "places": make_places()}
     call(moves, **usual, verdict=None)
     call(moves, **{**usual, **UNUSUAL[unusual]}, verdict=None)
@@ -140,7 +140,7 @@ def test_on_another_device_than_the_pools_it_goes_the_long_way(
     kernel: Kernel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It was compiled for this one, and its stream is this one's."""
-    moves = KeptMoves(make_pools(1), STREAM)  # type: ignore[arg-type]
+    moves = KeptMoves(make_pools(1))
     usual: dict[str, Any] = {"slot": make_slot(), "ids": torch.arange(64), "places": make_places()}
     call(moves, **usual, verdict=None)
     entered: list[object] = []
@@ -156,7 +156,7 @@ def test_on_another_device_than_the_pools_it_goes_the_long_way(
 def test_what_would_leave_the_memory_of_a_list_is_not_launched(
     kernel: Kernel, positions: int
 ) -> None:
-    moves = KeptMoves(make_pools(1), STREAM)  # type: ignore[arg-type]
+    moves = KeptMoves(make_pools(1))
     call(moves, make_slot(), torch.arange(64), make_places(), None)
     places = make_places(num_layers=1, num_positions=positions, first=3)
     with pytest.raises(AssertionError):
@@ -167,13 +167,13 @@ def test_what_would_leave_the_memory_of_a_list_is_not_launched(
 @pytest.mark.parametrize("unpacks", [False, True])
 def test_with_and_without_digests_are_kept_apart(kernel: Kernel, unpacks: bool) -> None:
     """What is launched without them writes to no sums."""
-    moves = KeptMoves(make_pools(1), STREAM)  # type: ignore[arg-type]
+    moves = KeptMoves(make_pools(1))
     slot, ids, places = make_slot(), torch.arange(64), make_places()
     num_right = Verdict(is_pinned=False).num_right
     for sums in (Sums(64, DEVICE), None, None, Sums(64, DEVICE)):
         if unpacks:
-            moves.unpack(slot, ids, places, sums, num_right)
+            moves.unpack(STREAM, slot, ids, places, sums, num_right)
         else:
-            moves.pack(slot, ids, places, sums)
+            moves.pack(STREAM, slot, ids, places, sums)
     assert [named["DIGESTS"] for _, _, named in kernel.compiled] == [True, False]
     assert [given[4] for given in kernel.launched] == [1001, 1000]

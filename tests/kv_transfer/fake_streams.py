@@ -12,13 +12,14 @@ if TYPE_CHECKING:
 
 
 def streams_do_all_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    stream = SimpleNamespace(wait_event=lambda event: None)
+    stream = SimpleNamespace(wait_event=lambda event: None, wait_stream=lambda other: None)
     event = SimpleNamespace(record=lambda *_: None, synchronize=lambda: None, query=lambda: True)
     for name, value in {
         "Stream": lambda *_, **__: stream,
         "current_stream": lambda *_: stream,
         "set_stream": lambda _: None,
         "synchronize": lambda _: None,
+        "current_device": lambda: None,  # the index of a CPU
         "Event": lambda: event,
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
