@@ -28,6 +28,8 @@ _DTYPES = {
 # Ada and Hopper; earlier GPUs cannot multiply 8-bit floats.
 _FLOAT8_CAPABILITY = (8, 9)
 _GPU_BATCHED_TOKENS = 8192
+# Programs of a launch beside the first dimension of its grid.
+_MOST_GPU_TOKENS = 65535
 # A chunk of a small model takes about as long as a person notices; larger ones gain nothing.
 _CPU_BATCHED_TOKENS = 512
 # Below this size a step is so short that waking other threads costs more than they save.
@@ -99,9 +101,6 @@ def resolve(
         )
     is_small = model.num_parameters * dtype.itemsize < _SINGLE_THREAD_WEIGHT_BYTES
     max_model_len = _max_model_len(config, model)
-    asked_tokens = config.max_num_batched_tokens or (
-        _GPU_BATCHED_TOKENS if on_gpu else _CPU_BATCHED_TOKENS
-    )
     return EngineLimits(
         device=device,
         dtype=dtype,
@@ -111,8 +110,7 @@ def resolve(
         max_graph_rows=min(
             config.max_cudagraph_capture_size or config.max_num_seqs, config.max_num_seqs
         ),
-        # More never come together, and nothing is sized for steps that cannot be.
-        max_num_batched_tokens=min(asked_tokens, config.max_num_seqs * max_model_len),
+        max_num_batched_tokens=_max_num_batched_tokens(config, max_model_len, on_gpu=on_gpu),
         num_threads=config.num_threads or (1 if is_small and not on_gpu else None),
         attention_backend=_attention_backend(config, model, machine, dtype, on_gpu=on_gpu),
     )
@@ -191,3 +189,16 @@ def _max_model_len(config: EngineConfig, model: ModelConfig) -> int:
             param="max_model_len",
         )
     return asked
+
+
+def _max_num_batched_tokens(config: EngineConfig, max_model_len: int, *, on_gpu: bool) -> int:
+    asked = config.max_num_batched_tokens
+    if asked is None:
+        asked = _GPU_BATCHED_TOKENS if on_gpu else _CPU_BATCHED_TOKENS
+    if on_gpu and asked > _MOST_GPU_TOKENS:
+        raise ConfigError(
+            f"--max-num-batched-tokens {asked}: a step on a GPU has at most {_MOST_GPU_TOKENS}.",
+            param="max_num_batched_tokens",
+        )
+    # More never come together, and nothing is sized for steps that cannot be.
+    return min(asked, config.max_num_seqs * max_model_len)

@@ -131,6 +131,12 @@ def test_a_step_is_smaller_on_a_cpu_unless_told_otherwise(limits: ResolveLimits)
     assert limits(FAST_CPU, max_num_batched_tokens=64).max_num_batched_tokens == 64
 
 
+def test_a_step_that_no_launch_has_programs_for_is_refused(limits: ResolveLimits) -> None:
+    with pytest.raises(ConfigError, match="at most 65535"):
+        limits(TWO_GPUS, max_num_batched_tokens=65536)
+    assert limits(FAST_CPU, max_num_batched_tokens=65536).max_num_batched_tokens == 65536
+
+
 def test_a_step_is_no_larger_than_all_its_sequences_can_be(limits: ResolveLimits) -> None:
     few = limits(TWO_GPUS, max_num_seqs=2, max_model_len=100)
     assert few.max_num_batched_tokens == 200

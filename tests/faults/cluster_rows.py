@@ -34,7 +34,7 @@ from tests.faults.checker import FAULT_CODES, FREED_WITHIN_SECONDS, not_freed, v
 from tests.faults.client import load
 from tests.faults.cluster import FaultCluster
 from tests.faults.faulty_node import PLAIN_VARIABLE
-from tests.faults.history import ENDINGS, NO_REQUEST, Answer, History
+from tests.faults.history import ENDINGS, NO_REQUEST, Answer, History, save_for_row
 from tests.faults.kv_link import Order, shots_done, withdraw
 from tests.faults.leaks import await_quiescence, baseline
 from tests.faults.metrics import scrape
@@ -48,11 +48,10 @@ if TYPE_CHECKING:
     from tests.faults.spoiled_bytes import Spoil
 
 SEED = int(os.environ.get("BATON_FAULT_SEED", "1"))
-# A folder: every row leaves its history there, one JSON object a line.
-HISTORIES = os.environ.get("BATON_FAULT_HISTORIES")
 # More options of `baton serve`, for every row that does not say otherwise: `--device cuda`.
 OPTIONS = shlex.split(os.environ.get("BATON_FAULT_OPTIONS", ""))
-NUM_REQUESTS, NUM_TOKENS = 6, 48
+NUM_REQUESTS = 6
+NUM_TOKENS = int(os.environ.get("BATON_FAULT_TOKENS", "48"))  # of each: more where they come fast
 NUM_SHARED_TOKENS = 40  # two blocks, of two tenants, that prompts begin with
 HALF = NUM_REQUESTS * NUM_TOKENS // 2  # of all tokens
 PREFILL, DECODE = ("prefill-0", "prefill-1"), ("decode-0", "decode-1")
@@ -132,7 +131,7 @@ class Rows:
         with load(self.cluster.url_of, asked, at_once=len(asked), history=history):
             yield history
         self.evidence.take(history)
-        self._save(history)
+        save_for_row(history)
         self._accounts = history, account, self._gateways()
 
     # ---- faults ----------------------------------------------------------------------------
@@ -218,6 +217,7 @@ class Rows:
         """All nodes are back, nothing is held, and the same prompts get the same tokens."""
         self.heal()
         eventually(self.cluster.is_whole, seconds=RECOVERS_WITHIN_SECONDS)
+        self.check_nothing_is_held()  # a link that a transfer still drains on may be cut
         with self.load() as history:
             pass
         self.check(history)
@@ -250,13 +250,6 @@ class Rows:
 
     def _gateways(self) -> list[int | None]:
         return [self.cluster.pid_of(name) for name in self.cluster.gateway_ports]
-
-    def _save(self, history: History) -> None:
-        if HISTORIES:
-            row = os.environ.get("PYTEST_CURRENT_TEST", "row").split("::")[-1].split(" ")[0]
-            folder = Path(HISTORIES)
-            folder.mkdir(parents=True, exist_ok=True)
-            history.write(folder / f"{row}-{len(list(folder.iterdir()))}.jsonl")
 
 
 @contextmanager

@@ -14,14 +14,15 @@ node, `contradiction` for an invariant that was broken there.
 from __future__ import annotations
 
 import json
+import os
 import threading
 import time
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
-    from pathlib import Path
 
 ENDINGS = frozenset({"finished", "failed", "refused"})
 LAST = ENDINGS | {"left", "broken", "hung"}  # one of these follows each `sent`
@@ -134,6 +135,16 @@ class History:
     def write(self, path: Path) -> None:
         """One JSON object for each event."""
         path.write_text("".join(json.dumps(asdict(event)) + "\n" for event in self.events))
+
+
+def save_for_row(history: History) -> None:
+    """Where such a folder is named, every row leaves its histories there."""
+    named = os.environ.get("BATON_FAULT_HISTORIES")
+    if named:
+        row = os.environ.get("PYTEST_CURRENT_TEST", "row").split("::")[-1].split(" ")[0]
+        folder = Path(named)
+        folder.mkdir(parents=True, exist_ok=True)
+        history.write(folder / f"{row}-{len(list(folder.iterdir()))}.jsonl")
 
 
 def read_history(lines: Iterable[str]) -> History:
