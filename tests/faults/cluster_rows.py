@@ -21,7 +21,6 @@ import time
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -43,6 +42,7 @@ from tests.faults.witness import Evidence
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping, Sequence
+    from pathlib import Path
 
     from tests.faults.leaks import Held
     from tests.faults.spoiled_bytes import Spoil
