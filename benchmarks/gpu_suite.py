@@ -11,15 +11,28 @@
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
 # Each test on a line of its own: what a part that is cut short had found is not lost.
-_PYTEST = "-m pytest -v --tb=short -p no:cacheprovider -p no:benchmark -m gpu"
+_TESTS = "-m pytest -v --tb=short -p no:cacheprovider -p no:benchmark"
+_PYTEST = f"{_TESTS} -m gpu"
+_FAULTS = f"{_TESTS} -m faults --dist loadfile tests/faults --ignore tests/faults/test_rank_rows.py"
+# The bundled model's tokens come fast on a GPU: more of them, or a fault finds nothing to disturb.
+_FAULTS_ON_GPUS = {
+    "BATON_FAULT_OPTIONS": "--device cuda --num-gpu-blocks-override 2048 "
+    "--staging-slot-bytes 4194304",
+    "BATON_FAULT_TOKENS": "200",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +42,7 @@ class Part:
     seconds: int
     num_gpus: int = 1
     writes: bool = True  # has a `--write`
+    environment: Mapping[str, str] = field(default_factory=dict)
 
 
 PARTS = (
@@ -90,6 +104,24 @@ PARTS = (
         num_gpus=2,
         writes=False,
     ),
+    # Slots that are mapped, as between two GPUs of a machine; then every frame through UCX, where
+    # a test can spoil it.
+    Part(
+        "faults",
+        f"{_FAULTS} -n 4",
+        400,
+        num_gpus=2,
+        writes=False,
+        environment={**_FAULTS_ON_GPUS, "BATON_TEST_PLAIN_LINKS": "1"},
+    ),
+    Part(
+        "faults, UCX",
+        f"{_FAULTS} -n 2 -k link_rows",
+        200,
+        num_gpus=2,
+        writes=False,
+        environment=_FAULTS_ON_GPUS,
+    ),
 )
 
 
@@ -114,6 +146,7 @@ def run_part(part: Part, *, write: bool, num_lines: int) -> Outcome:
             stderr=subprocess.STDOUT,
             text=True,
             timeout=part.seconds,
+            env={**os.environ, **part.environment},
             check=False,
         )
         output, ending = done.stdout, f"exit code {done.returncode}"

@@ -1,7 +1,8 @@
 """Waiting, on the event loop, for what the device has done.
 
 Life of a question
-    1. `EventQueue.when(event, tell)`: events of one stream, in the order they were recorded there.
+    1. `EventQueue.when(event, tell)`: events in the order they were recorded, of one stream or of
+       two that take turns.
     2. The oldest is asked about: in every round of the event loop while it is urgent, which keeps
        this thread busy for microseconds and answers at once; every millisecond while it is not.
     3. `tell` is called, with the error if the device has one, and the next one is asked about.

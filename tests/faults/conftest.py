@@ -1,4 +1,7 @@
-"""One running cluster for the rows of a module."""
+"""One running cluster for the rows of a module.
+
+On GPUs: `python -m benchmarks.gpu_suite --parts faults "faults, UCX"`.
+"""
 
 from __future__ import annotations
 
