@@ -3,7 +3,8 @@
 Life of a frame
     1. `land`: its payload is received. Or `read`: it is there already, and its turn comes.
     2. If it is still wanted, it is placed into its blocks and its digests are compared.
-    3. It has ended, well or not: the intake hears of it, then its slot goes back.
+    3. It has ended, well or not: the intake hears of it, then its slot goes back. Or nobody can say
+       when it does, as a device does not answer: it never ends, and its session is given up.
 
 Frames are driven by callbacks: a task for each would take longer than the wire.
 """
@@ -21,7 +22,7 @@ from kv_transfer.failures import FailureReason, failure
 from kv_transfer.trace import TRACE
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine
+    from collections.abc import Callable, Coroutine
 
     from kv_transfer.agent import TransferAgent
     from kv_transfer.protocol import FrameHeader
@@ -55,19 +56,28 @@ class _Frame:
 
 class Landings:
     def __init__(
-        self, agent: TransferAgent, events: LandingEvents, reads: PacedReads, peer_name: str
+        self,
+        agent: TransferAgent,
+        events: LandingEvents,
+        reads: PacedReads,
+        peer_name: str,
+        give_up: Callable[[BaseException], None],
     ) -> None:
+        """`give_up` ends the session."""
         self._agent = agent
         self._events = events
         self._reads = reads
         self._peer_name = peer_name
+        self._give_up = give_up
         self.transport_name = ""
         self._frames: set[asyncio.Future[None]] = set()
+        self._may_write_on = False  # something of a frame, and nobody can say until when
 
-    async def ended(self) -> None:
-        """Wait for all that has begun."""
+    async def ended(self) -> bool:
+        """Wait for all that has begun. False when some of it may still write."""
         if self._frames:
             await asyncio.wait(self._frames)
+        return not self._may_write_on
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> None:
         """Something else that is to be waited for."""
@@ -153,7 +163,13 @@ class Landings:
         error = broken if isinstance(broken, ServingError) else failure(FailureReason.UNKNOWN)
         if broken is not error:
             logger.error("a frame of %s could not be placed", self._peer_name, exc_info=broken)
-        await self._agent.pool.settle()
+        try:
+            await self._agent.pool.settle()
+        except Exception as unsettled:  # the device's: it has not ended, for all that is known
+            self._may_write_on = True
+            self._forget(frame)
+            self._give_up(unsettled)
+            return
         self._end(frame, error)
 
     def _end(self, frame: _Frame, error: ServingError | None) -> None:
@@ -162,10 +178,14 @@ class Landings:
         try:
             self._events.frame_ended(header.transfer_id, error, header if error is None else None)
         finally:  # or its session could never end
-            self._frames.discard(frame.ended)
-            frame.ended.set_result(None)
+            self._forget(frame)
             frame.arrival.finish()
         if error is None:
             spent = time.perf_counter() - frame.began
             kv_bytes = header.num_units * self._agent.limits.unit_bytes
             self._agent.stats.moved(self.transport_name, kv_bytes, spent)
+
+    def _forget(self, frame: _Frame) -> None:
+        """Nobody waits for it any more."""
+        self._frames.discard(frame.ended)
+        frame.ended.set_result(None)

@@ -87,7 +87,7 @@ class ReceiverSession:
         self._serving_task: asyncio.Task[object] | None = asyncio.current_task()
         self._receiving: asyncio.Task[None] | None = None
         self._num_draining = 0
-        self._landings = Landings(agent, events, reads, peer.name)
+        self._landings = Landings(agent, events, reads, peer.name, self._break)
 
     @property
     def is_connected(self) -> bool:
@@ -150,7 +150,8 @@ class ReceiverSession:
             await asyncio.wait([self._receiving])
         if self._endpoint is not None and not await self._endpoint.close():
             return False
-        await self._landings.ended()
+        if not await self._landings.ended():
+            return False
         await self._agent.pool.settle()
         self.sender_slots.clear()  # unmapped, whoever else still knows the list
         return True

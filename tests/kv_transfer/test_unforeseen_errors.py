@@ -265,6 +265,26 @@ def test_what_a_connection_that_cannot_be_cut_may_still_touch_is_counted(
     with_pair(scenario)
 
 
+def test_blocks_that_a_broken_device_may_still_write_are_counted_with_their_session(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Nobody can say when that ends. It was waited for, and who waited was never told."""
+
+    async def scenario(peer: HandDriven, decode: DecodeSide) -> None:
+        request = make_request(2 * BLOCK_SIZE)
+        _, frames = await two_frames(peer, request)
+        agent = decode.receiver.agent
+        monkeypatch.setattr(agent.pool, "begin_scatter", broken)
+        monkeypatch.setattr(agent.pool, "settle", broken)
+        peer.post(*frames[0])
+        await until(lambda: agent.quarantine.num_kept_blocks > 0)
+        assert (agent.quarantine.num_kept_blocks, agent.quarantine.num_kept_slots) == (2, 1)
+        assert decode.source.of(request.sequence_id) == ["reserved", "failed"]
+        assert len(decode.source.free) == NUM_BLOCKS - 2
+
+    with_peer(scenario, gives_all_back=False)
+
+
 @pytest.mark.parametrize("role", ["prefill", "decode"])
 def test_a_timer_outlives_an_error_of_what_it_calls(
     role: str, monkeypatch: pytest.MonkeyPatch

@@ -28,8 +28,8 @@ FAILURE_ROWS = (
         (
             Mutation(
                 LANDINGS,
-                "        await self._agent.pool.settle()\n        self._end(frame, error)\n",
-                "        await self._agent.pool.settle()\n        self._end(frame, None)\n",
+                "            return\n        self._end(frame, error)\n",
+                "            return\n        self._end(frame, None)\n",
                 CATALOGUE + "a_receive_that_fails_starts_nothing",
             ),
             Mutation(
