@@ -127,6 +127,15 @@ class TransferAgent:
             return endpoint
         return None
 
+    async def settle(self) -> None:
+        """Wait until every device operation of this process on slots and blocks has ended. A device
+        that is lost raises here: where nothing is computed, no step finds out."""
+        try:
+            await self.pool.settle()
+        except Exception:
+            self.quarantine.lost_device()
+            raise
+
     def map_slots(self, description: bytes) -> Sequence[torch.Tensor]:
         """The slots of a sender, for our device; none where they cannot be mapped. Any thread."""
         return map_slots(description, self.pool.device) if self.pool.device.type == "cuda" else ()

@@ -4,8 +4,8 @@ Life of what is kept
     1. A connection was cut, but an operation posted on it did not end in time: nobody knows what
        it may still read or write.
     2. `keep`: its blocks and slots are out of use as long as this process lives, and counted.
-    3. Past the share that the operator allows, of blocks or of slots, `on_full` is called, once.
-       Only a new process has that memory back for sure.
+    3. Past the share that the operator allows, of blocks or of slots, or when the device itself is
+       lost, `on_full` is called, once. Only a new process has that memory back for sure.
 """
 
 from __future__ import annotations
@@ -42,7 +42,15 @@ class Quarantine:
             peer, num_blocks, num_slots,
         )  # fmt: skip
         is_full = self.num_kept_blocks >= self._max_blocks or self.num_kept_slots >= self._max_slots
-        if is_full and not self._is_full:
+        if is_full:
+            self._start_afresh("too much KV memory is out of use")
+
+    def lost_device(self) -> None:
+        """It raises where it is waited for. Nothing runs there any more, so all memory is lost."""
+        self._start_afresh("the device does nothing any more but raise")
+
+    def _start_afresh(self, why: str) -> None:
+        if not self._is_full:
             self._is_full = True
-            logger.error("too much KV memory is out of use: this node must start afresh")
+            logger.error("%s: this node must start afresh", why)
             self._on_full()

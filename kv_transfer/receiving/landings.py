@@ -164,7 +164,7 @@ class Landings:
         if broken is not error:
             logger.error("a frame of %s could not be placed", self._peer_name, exc_info=broken)
         try:
-            await self._agent.pool.settle()
+            await self._agent.settle()
         except Exception as unsettled:  # the device's: it has not ended, for all that is known
             self._may_write_on = True
             self._forget(frame)

@@ -152,7 +152,7 @@ class ReceiverSession:
             return False
         if not await self._landings.ended():
             return False
-        await self._agent.pool.settle()
+        await self._agent.settle()
         self.sender_slots.clear()  # unmapped, whoever else still knows the list
         return True
 

@@ -285,6 +285,21 @@ def test_blocks_that_a_broken_device_may_still_write_are_counted_with_their_sess
     with_peer(scenario, gives_all_back=False)
 
 
+def test_a_node_whose_device_fails_while_nothing_is_computed_starts_afresh(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """No step would find out: no sequence that is handed to it ever starts."""
+
+    async def scenario(peer: HandDriven, decode: DecodeSide) -> None:
+        agent, told = decode.receiver.agent, asyncio.Event()
+        agent.quarantine.watch(told.set)
+        monkeypatch.setattr(agent.pool, "settle", broken)
+        await peer.stream.close()
+        await until(told.is_set)
+
+    with_peer(scenario)
+
+
 @pytest.mark.parametrize("role", ["prefill", "decode"])
 def test_a_timer_outlives_an_error_of_what_it_calls(
     role: str, monkeypatch: pytest.MonkeyPatch
