@@ -11,7 +11,8 @@ KV           kv_cache (tensors), block_manager over counted_blocks, prefix_cache
              reservation (numbers only); cache_journal (what others are told), steps_in_flight,
              held_prefix, block_audit
 host memory  host_blocks (what moves when, as block_copies) over host_tier (slots, by block_names);
-             host_copier moves the bytes, restores brings back what another node is given
+             host_copier moves the bytes to and from host_memory, restores brings back what another
+             node is given
 sequences    sequence, waiting_queue
 weights      checkpoint_files -> weights -> stored_matrices (layouts) -> weight_views (memory to
              fill); quantized_tensors (arithmetic), kv_scales, offload

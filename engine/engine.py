@@ -30,7 +30,6 @@ from engine.host_copier import HostCopier
 from engine.kept_products import bound_kept_products
 from engine.kv_allocation import allocate_kv, layout_of
 from engine.limits import EngineLimits, Machine, resolve
-from engine.loop_errors import unawaited
 from engine.model_runner import ModelRunner
 from engine.models.loading import load_decoder, read_model
 from engine.out_of_memory import run_within_memory
@@ -47,9 +46,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from cluster.startup import StartupReport
-    from engine.block_copies import BlockCopy
     from engine.config import EngineConfig
-    from engine.host_blocks import HostBlocks
     from engine.kv_cache import KVCache, KVLayout
     from engine.models.config import ModelConfig
     from engine.schedule import ScheduleDecision
@@ -138,15 +135,15 @@ class Engine:
         """Start the copies to and from host memory that the block manager asks for. `call` gets,
         on any thread, what is to be run on the engine's when one has ended."""
         host = self.block_manager.host
-        if self.copier is None or host is None:
-            return
-        for copy in host.take_copies():
-            self.copier.start(copy, partial(_report_copy, call, host, copy))
+        if self.copier is not None and host is not None:
+            self.copier.start_wanted(host, call)
 
     def watch(self, on_lost: Callable[[BaseException], None]) -> None:
-        """Call `on_lost`, from any thread, when a rank of this engine dies between steps."""
-        if self._crew is not None:
-            self._crew.watch(on_lost)
+        """Call `on_lost`, from any thread, when a rank of this engine dies between steps, or its
+        device is lost in a copy."""
+        for part in (self._crew, self.copier):
+            if part is not None:
+                part.watch(on_lost)
 
     @property
     def worker_pids(self) -> list[int]:
@@ -263,15 +260,6 @@ class Engine:
     def _together(self) -> AbstractContextManager[None]:
         """A step of several ranks is watched: one that is lost would leave it waiting."""
         return nullcontext() if self._crew is None else self._crew.stepping()
-
-
-def _report_copy(
-    call: Callable[[Callable[[], None]], Future[None]],
-    host: HostBlocks,
-    copy: BlockCopy,
-    digests: list[int] | None,
-) -> None:
-    unawaited(call(partial(host.end, copy, digests)))
 
 
 def _enter_thread(limits: EngineLimits) -> None:

@@ -11,7 +11,9 @@ Life of a copy
        into the lane's buffer, another takes their digests, and each run of slots that lie side
        by side is one copy. Two lanes take turns, so the bus never waits for a kernel. A load goes
        the other way; what it writes belongs to it alone until its digests are judged.
-    3. `done` gets the digests, or None when anything went wrong, on the thread of the copy.
+    3. `done` gets the digests, or None when anything went wrong, on the thread of the copy. If not
+       even what was begun can be waited for, the device is lost: who watches ends the node, and the
+       blocks and slots stay with the copy, whatever still writes there.
 
 Nothing here orders a copy behind a step: what is saved was collected before, what is loaded is
 used by steps that are launched later, and all of these blocks are held meanwhile.
@@ -22,6 +24,7 @@ from __future__ import annotations
 import logging
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from time import perf_counter
 from typing import TYPE_CHECKING
@@ -29,16 +32,21 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from cluster.errors import ConfigError
+from cluster.errors import InternalError
 from engine.block_copies import CopyKind
+from engine.host_memory import HostMemory
+from engine.loop_errors import unawaited
 from kernels.block_digest import block_digests
 from kernels.copy_blocks import pack_whole_blocks, unpack_whole_blocks
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from concurrent.futures import Future
 
     from engine.block_copies import BlockCopy
+    from engine.host_blocks import HostBlocks
 
+    Call = Callable[[Callable[[], None]], Future[None]]
     Done = Callable[[list[int] | None], None]
 
 logger = logging.getLogger(__name__)
@@ -85,6 +93,7 @@ class HostCopier:
         self._threads = {kind: ThreadPoolExecutor(1, f"kv-{kind.value}") for kind in CopyKind}
         self._lanes: dict[CopyKind, tuple[_Lane, ...]] = {}
         self._notes: dict[CopyKind, _Notes] = {}
+        self._on_lost: Callable[[BaseException], None] = lambda error: None
         if self.device.type == "cuda":
             self._lanes = {kind: self._make_lanes() for kind in CopyKind}
             self._notes = {kind: _Notes(1024) for kind in CopyKind}
@@ -95,8 +104,17 @@ class HostCopier:
         """uint8 `[num_slots, block_bytes]` in host memory."""
         return self._memory.slots
 
+    def watch(self, on_lost: Callable[[BaseException], None]) -> None:
+        """Call `on_lost`, on another thread, when a copy finds that the device is lost."""
+        self._on_lost = on_lost
+
+    def start_wanted(self, host: HostBlocks, call: Call) -> None:
+        """Begin the copies that `host` asks for; by `call` it hears of their ends."""
+        for copy in host.take_copies():
+            self.start(copy, partial(_report, call, host, copy))
+
     def start(self, copy: BlockCopy, done: Done) -> None:
-        """Begin a copy. `done` is called once, on another thread."""
+        """Begin a copy. `done` is called once, on another thread, unless the device is lost."""
         self._threads[copy.kind].submit(self._run, copy, done)
 
     def load_seconds(self, num_blocks: int) -> float:
@@ -118,11 +136,22 @@ class HostCopier:
             digests = moves(copy.kind, copy.slots, copy.block_ids)
         except Exception:  # its blocks are computed again
             logger.exception("a copy of KV blocks failed")
-            for lane in self._lanes.get(copy.kind, ()):
-                lane.stream.synchronize()  # if not even that ends well, the blocks stay with it
+            if not self._has_settled(copy.kind):
+                return
         num_bytes = len(copy.block_ids) * self.block_bytes
         self.stats[copy.kind].count(num_bytes, perf_counter() - began)
         done(digests)
+
+    def _has_settled(self, kind: CopyKind) -> bool:
+        """Wait until nothing of a copy that failed writes any more. False: nobody can say that."""
+        try:
+            for lane in self._lanes.get(kind, ()):
+                lane.stream.synchronize()
+        except Exception:
+            logger.exception("a copy of KV blocks cannot be waited for")
+            self._on_lost(InternalError("The device of this node is lost."))
+            return False
+        return True
 
     # ---- where the pool is host memory itself -----------------------------------------------
 
@@ -227,34 +256,6 @@ class HostCopier:
             unpack_whole_blocks(blocks, pool, ids, part=part, num_parts=len(self._pools))
 
 
-class HostMemory:
-    """`slots`: uint8 `[num_slots, block_bytes]`. On behalf of a GPU it is pinned: registered in
-    place, as torch's own pinned memory is rounded up to a power of two."""
-
-    def __init__(self, num_slots: int, block_bytes: int, device: torch.device) -> None:
-        try:
-            # The system's zero pages: without a GPU a slot takes memory when it is first written.
-            memory = np.zeros((num_slots, block_bytes), dtype=np.uint8)
-        except MemoryError:
-            raise _no_room(num_slots * block_bytes) from None
-        self.slots = torch.from_numpy(memory)
-        self._is_pinned = False
-        if device.type == "cuda":
-            with torch.cuda.device(device):
-                error = torch.cuda.cudart().cudaHostRegister(  # type: ignore[no-untyped-call]
-                    self.slots.data_ptr(), memory.nbytes, 0
-                )
-            if int(error) != 0:
-                raise _no_room(memory.nbytes)
-            self._is_pinned = True
-
-    def free(self) -> None:
-        """Idempotent. Nothing copies any more."""
-        if self._is_pinned:
-            self._is_pinned = False
-            torch.cuda.cudart().cudaHostUnregister(self.slots.data_ptr())  # type: ignore[no-untyped-call]
-
-
 class _Notes:
     """Pinned memory for what one copy tells the device and hears from it, used again by the
     next: int64 `[size]` each."""
@@ -288,9 +289,5 @@ def runs(slots: Sequence[int]) -> list[tuple[int, int]]:
     return list(pairwise([0, *ends, len(slots)]))
 
 
-def _no_room(num_bytes: int) -> ConfigError:
-    return ConfigError(
-        f"--kv-offloading-size asks for {num_bytes / (1 << 30):.1f} GiB of host memory, which "
-        f"cannot be had{'' if not torch.cuda.is_available() else ' and pinned'}.",
-        param="kv_offloading_size",
-    )
+def _report(call: Call, host: HostBlocks, copy: BlockCopy, digests: list[int] | None) -> None:
+    unawaited(call(partial(host.end, copy, digests)))

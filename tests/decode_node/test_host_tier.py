@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import threading
 from functools import partial
+from queue import SimpleQueue
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from cluster.errors import InternalError
 from cluster.prefix_hash import root_hash
 from cluster.request import SamplingParams, SequenceRequest
 from decode_node.scheduler import DecodeScheduler
+from engine.block_copies import CopyKind
 from engine.loop import EngineLoop
 from engine.sequence import Sequence
 
@@ -217,6 +221,30 @@ def test_a_copy_that_fails_costs_time_and_no_token(
     assert tokens_of(served.run([first], 4, temperature=0.8)) == wanted
     assert served.host.stats.num_failed_copies == 1
     served.close()
+
+
+def test_a_device_that_is_lost_in_a_copy_ends_the_node(
+    small: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No step finds out: the one sequence here waits for that copy."""
+    first, other = prompt(1, 200), prompt(2, 220)
+    served, lost = Served(small), SimpleQueue[BaseException]()
+    small.watch(lost.put)
+    served.run([first], 4)
+    served.run([other], 4)
+
+    def fail(*arguments: object) -> None:
+        raise RuntimeError("the device does nothing any more but raise")
+
+    assert small.copier is not None
+    lane = SimpleNamespace(stream=SimpleNamespace(synchronize=fail))
+    monkeypatch.setattr(small.copier, "_unpack", fail)
+    monkeypatch.setitem(small.copier._lanes, CopyKind.LOAD, (lane,))
+    waiting = start(small, "waiting", first, 0, 4, {})
+    served.loop.call(partial(served.scheduler.add, waiting))
+    assert isinstance(lost.get(timeout=60), InternalError)
+    served.loop.stop()
+    assert served.host.num_copies == 1, "what it may still write was taken back"
 
 
 def test_preempted_sequences_come_back_from_host_memory_with_the_same_tokens(
