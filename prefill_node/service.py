@@ -112,7 +112,8 @@ class PrefillHandler:
 
     @property
     def num_prompts(self) -> int:
-        return len(self._prompts)
+        """Those that have not ended. Sends may still read the blocks of others."""
+        return sum(not prompt.is_done for prompt in self._prompts.values())
 
     # ---- frames of gateways -----------------------------------------------------------
 

@@ -287,7 +287,7 @@ async def prefill_side(
     finally:
         await sender.close()
         await agent.close()
-        assert sender.num_transfers == 0
+        assert sender.leases() == [], "source blocks are held for ever"
         agent.staging.check_integrity()
         assert agent.staging.num_free == agent.staging.num_slots
         assert all(count == 1 for count in Counter(owner.log).values())

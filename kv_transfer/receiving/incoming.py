@@ -140,6 +140,7 @@ class IncomingTransfer:
     drain_deadline: float | None = None
     forget_at: float | None = None
     is_cut: bool = False  # its connection was revoked: nothing posted on it is left
+    is_stuck: bool = False  # its connection was cut, but what was posted on it does not end
     is_waiting_for: set[bytes] = field(default_factory=set)  # older attempts not yet freed
 
     @classmethod

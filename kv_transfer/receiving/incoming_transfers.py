@@ -34,7 +34,8 @@ class IncomingTransfers:
 
     @property
     def num_active(self) -> int:
-        return len(self._active)
+        """Under way, and not stuck: nobody waits for the ends of those."""
+        return sum(not transfer.is_stuck for transfer in self)
 
     @property
     def num_remembered(self) -> int:

@@ -80,7 +80,6 @@ class Intake:
         self.transfers = IncomingTransfers()
         self._endings = Endings(self.transfers, self._leases, drain_seconds=drain_seconds)
         self._open_sessions: set[int] = set()
-        self._stuck_sessions: set[int] = set()  # cut, but what was posted does not end
         self._epoch = 0
 
     def remaining_seconds(self, transfer_id: bytes, now: float) -> float:
@@ -109,10 +108,10 @@ class Intake:
     def revocation_failed(self, session_id: int, now: float) -> list[Instruction]:
         """The connection is cut, but something posted on it does not end. Its blocks stay in
         quarantine for good: newer attempts, or the node itself, have waited for them in vain."""
-        self._stuck_sessions.add(session_id)
         lost = failure(FailureReason.LINK_LOST)
         instructions: list[Instruction] = []
         for transfer in self.transfers.of_session(session_id):
+            transfer.is_stuck = not transfer.is_starting
             if transfer.is_taken_over:
                 instructions.append(ReportStranded(transfer.sequence, lost))
             for newer in self.transfers.waiting_for(transfer.transfer_id):
@@ -138,7 +137,7 @@ class Intake:
         if refused is not None:
             return [SendRefused(session_id, sequence.transfer_id, failure(refused))]
         older = self.transfers.of_sequence(sequence.sequence_id)
-        if any(each.session_id in self._stuck_sessions for each in older):
+        if any(each.is_stuck for each in older):
             lost = failure(FailureReason.LINK_LOST)
             return [SendRefused(session_id, sequence.transfer_id, lost)]
         transfer = IncomingTransfer.begin(

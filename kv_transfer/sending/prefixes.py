@@ -58,6 +58,11 @@ class PrefixSender:
         self._sender = sender
 
     @property
+    def num_asked(self) -> int:
+        """Prefixes whose blocks are about to be held, and then handed off."""
+        return self._num_asked
+
+    @property
     def num_given_away(self) -> int:
         """Prefixes whose blocks are held, or about to be."""
         return len(self._held) + self._num_asked

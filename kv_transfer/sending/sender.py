@@ -109,14 +109,14 @@ class KVSender:
 
     @property
     def num_transfers(self) -> int:
-        """Those whose source blocks are still held."""
-        return len(self._sendings)
+        """Those whose source blocks are still held, and will come back."""
+        return sum(not sending.is_stuck for sending in self._sendings)
 
     @property
     def num_quarantined_blocks(self) -> int:
         """Source blocks of transfers that have ended, but that a send may still read."""
-        draining = (each for each in self._sendings if each.machine.is_draining)
-        return sum(sending.machine.num_blocks for sending in draining)
+        kept = (each for each in self._sendings if each.machine.is_draining or each.is_stuck)
+        return sum(sending.machine.num_blocks for sending in kept)
 
     async def start(self) -> None:
         self._sweeping = asyncio.create_task(sweep_forever(self, self.agent.config.lease_seconds))
@@ -257,7 +257,10 @@ class KVSender:
 
     def stuck(self, peer: Peer) -> int:
         """Its sends did not end with the connection: how many source blocks stay held."""
-        return sum(sending.machine.num_blocks for sending in self._sendings.of_peer(peer))
+        stuck = self._sendings.of_peer(peer)
+        for sending in stuck:
+            sending.is_stuck = True
+        return sum(sending.machine.num_blocks for sending in stuck)
 
     def next_shipment(self, peer: Peer) -> Sending | None:
         """The oldest hand-off to this peer that has something to ship."""

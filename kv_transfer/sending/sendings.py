@@ -29,6 +29,7 @@ class Sending:
     digest_seed: int
     peer: Peer
     progress_at: float  # when its machine last moved, by the sender's clock
+    is_stuck: bool = False  # its connection was cut, but what reads its sources does not end
     began_at: float = field(default_factory=time.monotonic)
     computing: ComputingLayers = field(init=False)
 

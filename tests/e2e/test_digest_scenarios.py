@@ -15,8 +15,11 @@ from cluster.request import SamplingParams
 from cluster.startup import StartupReport
 from engine.config import EngineConfig
 from engine.engine import Engine
+from kv_transfer.transports.loopback import LoopbackTransport
 from tests.checkpoints import POCKET_MODEL, REPOSITORY
 from tests.e2e.split_pair import SplitPair, make_request, split_pair
+from tests.kv_transfer.catalogue_worlds import StuckTransport
+from tests.kv_twins import until
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
@@ -142,6 +145,32 @@ def test_a_node_that_cannot_have_its_memory_back_ends_itself(role: str) -> None:
         [fatal] = pair.failures
         assert isinstance(fatal, InternalError)
         pair.failures.clear()
+
+    run(scenario)
+
+
+def test_a_node_drains_though_some_of_its_blocks_never_come_back() -> None:
+    """Nobody waits for them: they are counted in quarantine, and the process has to end."""
+
+    async def scenario(pair: SplitPair) -> None:
+        agent = pair.prefill.agent
+        assert isinstance(agent.transport, LoopbackTransport)
+        agent.transport = link = StuckTransport(agent.transport._network)
+        [request] = greedy(unique_prompts(1, 200))
+        await pair.submit_split(request)
+        await until(lambda: agent.staging.num_free < agent.staging.num_slots)
+        await cancel(pair, request, random.Random(0))
+        sender = pair.prefill.node.parts.sender
+        await until(lambda: sender.num_quarantined_blocks > 0)
+        assert not pair.prefill.is_idle(), "sends that may end still read its blocks"
+        [peer] = sender._peers.values()
+        peer.cut()
+        await until(lambda: agent.quarantine.num_kept_blocks > 0)
+        await until(pair.prefill.is_idle)
+        assert pair.prefill.node.parts.engine.block_manager.num_held_blocks > 0
+        pair.failures.clear()  # at a quarter of its slots it ends by itself
+        link.let_go()
+        await until(lambda: agent.staging.num_free == agent.staging.num_slots)
 
     run(scenario)
 

@@ -301,6 +301,7 @@ def test_what_a_broken_connection_does_not_give_back_stays_out_of_use_and_is_cou
         assert (agent.quarantine.num_kept_blocks, agent.quarantine.num_kept_slots) == (2, 1)
         assert request.sequence_id in decode.source.owned
         assert decode.receiver.num_quarantined_blocks == 2
+        assert decode.receiver.num_transfers == 0, "a drain waits in vain"
         assert full.is_set()  # a quarter of four slots
         await cut()
 
@@ -325,6 +326,7 @@ def test_sources_of_sends_that_do_not_end_with_their_connection_stay_held_and_ar
         assert kept == (len(TABLE), 1)
         assert prefill.owner.of(name) == []
         assert prefill.sender.num_quarantined_blocks == len(TABLE)
+        assert prefill.sender.num_transfers == 0, "a drain waits in vain"
         assert agent.staging.num_free == agent.staging.num_slots - 1
         assert isinstance(agent.transport, StuckTransport)
         agent.transport.let_go()

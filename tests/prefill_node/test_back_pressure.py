@@ -87,7 +87,7 @@ def test_a_peer_that_takes_nothing_holds_prompts_back_until_it_takes_frames_agai
             assert staging.num_free == NUM_SLOTS - SHARE
             assert len(link.waiting) == SHARE * MESSAGES_EACH
             link.open()
-            await until(lambda: world.handler.num_prompts == 0)
+            await until(lambda: sender.num_transfers == 0)
             deltas = await world.gateway.published()
             handed_off = {delta.sequence_id for delta in deltas if delta.handed_off}
             assert handed_off == {f"prompt-{number}" for number in range(NUM_PROMPTS)}

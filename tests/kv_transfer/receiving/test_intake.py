@@ -406,7 +406,7 @@ def test_who_waits_for_blocks_that_never_come_back_is_refused() -> None:
     assert intake.reserve_asked(2, newer, 1.0) == []
     refused = intake.revocation_failed(1, 2.0)
     assert [type(each) for each in refused] == [ReportFailed, SendRefused]
-    assert intake.transfers.num_active == 1
+    assert intake.transfers.num_active == 0
     [at_once] = intake.reserve_asked(2, newest, 3.0)
     assert isinstance(at_once, SendRefused)
     assert intake.num_blocks_of(1) == 2
