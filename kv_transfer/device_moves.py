@@ -4,8 +4,9 @@ Life of a move
     1. Queued on a side stream, ahead of the model's kernels: one kernel that copies, takes digests,
        and seals them behind the units of a slot or compares them with what is there, and an event.
        Frames are read on two streams in turn: while the last programs of one compare, those of the
-       next fetch. The ids of the same blocks are sent to the device once: layers of a prompt differ
-       in nothing else.
+       next fetch. Where something is decoded meanwhile it is one stream: two frames at once would
+       take twice the room from the model's kernels. The ids of the same blocks are sent to the
+       device once: layers of a prompt differ in nothing else.
     2. The event loop asks for the event (`polling.py`). No thread waits, none is woken. Of the
        digests the host sees the verdict.
     3. The notes, which hold all memory of a move, serve the next one.
@@ -79,9 +80,11 @@ class DeviceMoves:
         notes.done.record(self._stream)
         return self._end(notes, lambda: None)
 
-    def scatter(self, slot: torch.Tensor, frame: FramePlace) -> asyncio.Future[bool]:
+    def scatter(
+        self, slot: torch.Tensor, frame: FramePlace, *, is_decoding: bool = False
+    ) -> asyncio.Future[bool]:
         """Whether the digests of what was put into blocks are those behind it."""
-        notes, stream = self._take_notes(), next(self._reading)
+        notes, stream = self._take_notes(), self._stream if is_decoding else next(self._reading)
         notes.verdict.reset()
         num_right, sums = notes.verdict.num_right, self._sums_of(notes)
         self._kernels.unpack(stream, slot, *self._blocks_of(frame), sums, num_right)

@@ -58,6 +58,7 @@ class TransferPool:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="kv-pool")
         self._computing = EventQueue(self.rehearse_departure)
         self.rehearsal: Rehearsal | None = None
+        self.is_decoding: Callable[[], bool] = lambda: False  # on this device, in this process
 
     @property
     def device(self) -> torch.device:
@@ -130,7 +131,7 @@ class TransferPool:
         """
         moves = self._moves
         if isinstance(moves, DeviceMoves):
-            return moves.scatter(slot, frame)
+            return moves.scatter(slot, frame, is_decoding=self.is_decoding())
         work = functools.partial(moves.scatter, slot, frame, digest)
         return self._begin(work, frame.num_units * self.unit_bytes)
 

@@ -102,11 +102,10 @@ class KVReceiver:
         self.pace = ReadPace(
             config.receive_bytes_per_second, patience_seconds=config.patience_seconds
         )
-        self._lookout = (
-            None
-            if is_decoding is None
-            else Lookout(is_decoding, agent.pool.rehearse_arrival, rehearse_start)
-        )
+        self._lookout: Lookout | None = None
+        if is_decoding is not None:
+            self._lookout = Lookout(is_decoding, agent.pool.rehearse_arrival, rehearse_start)
+            agent.pool.is_decoding = is_decoding
         self._reads = PacedReads(
             self.pace,
             is_wanted=self.may_scatter,

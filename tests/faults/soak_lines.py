@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 SHOWN_CHARS = 160
+# Torch, as a node ends in order whose slots another has mapped, which is well.
+LIBRARIES_SAY = ("Producer process has been terminated before all shared CUDA tensors released",)
 FAULTS_CAUSE = (
     "has sent corrupt KV again and again",  # spoiled on its way
     "has registered; this one ends",  # stood still for too long
@@ -34,7 +36,7 @@ def _error_of(said: str) -> str | None:
     try:
         line = json.loads(said)
     except ValueError:
-        return said.strip() or None
+        return None if any(words in said for words in LIBRARIES_SAY) else said.strip() or None
     is_error = line["level"] in ("error", "critical") or "exception" in line
     if not is_error or any(words in line["event"] for words in FAULTS_CAUSE):
         return None

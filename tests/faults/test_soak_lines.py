@@ -31,6 +31,8 @@ def test_what_is_no_line_of_a_program_counts_and_what_the_supervisor_notes_does_
     lines = [
         "decode-0: Fatal Python error: Segmentation fault",
         "decode-0: ",
+        "prefill-0: [W1201 CudaIPCTypes.cpp:16] Producer process has been terminated before all "
+        "shared CUDA tensors released. See Note [Sharing CUDA tensors]",
         "decode-0: {'event': 'died', 'exit_code': -9}",
     ]
     assert errors_said(lines) == {"decode: Fatal Python error: Segmentation fault": 1}

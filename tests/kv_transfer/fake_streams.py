@@ -12,11 +12,13 @@ if TYPE_CHECKING:
 
 
 def streams_do_all_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    stream = SimpleNamespace(wait_event=lambda event: None, wait_stream=lambda other: None)
+    def stream(*_: object, **__: object) -> SimpleNamespace:
+        return SimpleNamespace(wait_event=lambda event: None, wait_stream=lambda other: None)
+
     event = SimpleNamespace(record=lambda *_: None, synchronize=lambda: None, query=lambda: True)
     for name, value in {
-        "Stream": lambda *_, **__: stream,
-        "current_stream": lambda *_: stream,
+        "Stream": stream,
+        "current_stream": stream,
         "set_stream": lambda _: None,
         "synchronize": lambda _: None,
         "current_device": lambda: None,  # the index of a CPU

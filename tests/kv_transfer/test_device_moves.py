@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import nullcontext
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -94,5 +94,26 @@ def test_blocks_are_those_of_the_table_at_the_positions(
             moves.prepare(table)
         assert await moves.scatter(slot, FramePlace(seal, ids, table))
         assert torch.equal(moves._kernels._pools[0], expected)
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("is_decoding", [True, False])
+def test_two_frames_are_read_at_once_where_nothing_is_decoded(
+    moves: DeviceMoves, monkeypatch: pytest.MonkeyPatch, is_decoding: bool
+) -> None:
+    async def scenario() -> None:
+        slot, streams = await gathered(moves), []
+        unpack = moves._kernels.unpack
+
+        def watched(stream: torch.cuda.Stream, *rest: Any) -> None:
+            streams.append(stream)
+            unpack(stream, *rest)
+
+        monkeypatch.setattr(moves._kernels, "unpack", watched)
+        for _ in range(3):
+            assert await moves.scatter(slot, FRAME, is_decoding=is_decoding)
+        assert streams[0] is streams[2]
+        assert (streams[0] is streams[1]) is is_decoding
 
     asyncio.run(scenario())

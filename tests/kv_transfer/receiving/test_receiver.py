@@ -412,3 +412,15 @@ def test_a_link_that_flips_bits_fails_that_hand_off_typed_on_both_sides() -> Non
             assert error.reason == "digest_mismatch"
 
     asyncio.run(main())
+
+
+def test_moves_know_whether_anything_is_decoded_beside_them() -> None:
+    async def scenario() -> None:
+        is_decoding = False
+        transport = LoopbackTransport(LoopbackNetwork())
+        async with decode_side(transport, is_decoding=lambda: is_decoding) as decode:
+            assert not decode.receiver.agent.pool.is_decoding()
+            is_decoding = True
+            assert decode.receiver.agent.pool.is_decoding()
+
+    asyncio.run(scenario())
