@@ -14,7 +14,7 @@ Life of a launch here
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -46,8 +46,7 @@ class KeptMoves:
         self._addresses = [pool.data_ptr() for pool in pools]
         num_words = len(pools) * pools[0].shape[2] // 4
         self._multipliers = multipliers_of(num_words, pools[0].device)
-        # One for each part, by whether it unpacks and whether it takes digests.
-        self._kept: dict[tuple[bool, bool], list[KeptLaunch]] = {}
+        self._kept: dict[tuple[bool, bool], list[KeptLaunch]] = {}  # of a kind; one for each part
 
     def pack(
         self,
@@ -57,7 +56,7 @@ class KeptMoves:
         places: Places,
         sums: Sums | None,
     ) -> None:
-        self._move(stream, slot, block_ids, places, sums, None)
+        self._move(stream, _Move(slot, block_ids, places, sums, None))
 
     def unpack(
         self,
@@ -68,38 +67,20 @@ class KeptMoves:
         sums: Sums | None,
         num_right: torch.Tensor,
     ) -> None:
-        self._move(stream, slot, block_ids, places, sums, num_right)
+        self._move(stream, _Move(slot, block_ids, places, sums, num_right))
 
-    def _move(
-        self,
-        stream: torch.cuda.Stream,
-        slot: torch.Tensor,
-        block_ids: torch.Tensor,
-        places: Places,
-        sums: Sums | None,
-        num_right: torch.Tensor | None,
-    ) -> None:
-        is_usual = _is_usual(slot, block_ids, places)
-        is_usual = is_usual and torch.cuda.current_device() == self._device_index
-        kind = (num_right is not None, sums is not None)
-        if is_usual and self._kept.get(kind):
-            self._launch(self._kept[kind], stream, slot, block_ids, places, sums, num_right)
+    def _move(self, stream: torch.cuda.Stream, move: _Move) -> None:
+        is_usual = move.is_usual() and torch.cuda.current_device() == self._device_index
+        kept = self._kept.get(move.kind()) if is_usual else None
+        if kept:
+            self._launch(kept, stream, move)
             return
-        self._go_the_long_way(stream, slot, block_ids, places, sums, num_right)
+        self._go_the_long_way(stream, move)
         if is_usual:
-            calls = calls_of(slot, self._pools, block_ids, places, sums, num_right)
-            self._kept[kind] = _launches_of(calls)
+            self._kept[move.kind()] = _launches_of(calls_of(move.slot, self._pools, *move[1:]))
 
-    def _launch(
-        self,
-        kept: list[KeptLaunch],
-        stream: torch.cuda.Stream,
-        slot: torch.Tensor,
-        block_ids: torch.Tensor,
-        places: Places,
-        sums: Sums | None,
-        num_right: torch.Tensor | None,
-    ) -> None:
+    def _launch(self, kept: list[KeptLaunch], stream: torch.cuda.Stream, move: _Move) -> None:
+        slot, block_ids, places, sums, num_right = move
         check_extents(slot, self._pools, block_ids, places, sums)
         split = split_of(self._pools, places.num_units, unpacks=num_right is not None)
         address = slot.data_ptr()
@@ -114,15 +95,8 @@ class KeptMoves:
         for pool, launch in zip(self._addresses, kept, strict=True):
             launch(split.num_programs, handle, pool, *values)
 
-    def _go_the_long_way(
-        self,
-        stream: torch.cuda.Stream,
-        slot: torch.Tensor,
-        block_ids: torch.Tensor,
-        places: Places,
-        sums: Sums | None,
-        num_right: torch.Tensor | None,
-    ) -> None:
+    def _go_the_long_way(self, stream: torch.cuda.Stream, move: _Move) -> None:
+        slot, block_ids, places, sums, num_right = move
         others = torch.cuda.current_stream(slot.device)
         torch.cuda.set_stream(stream)
         try:
@@ -134,10 +108,24 @@ class KeptMoves:
             torch.cuda.set_stream(others)
 
 
-def _is_usual(slot: torch.Tensor, block_ids: torch.Tensor, places: Places) -> bool:
-    """Whether the kernel is compiled as for nearly all moves."""
-    addresses = slot.data_ptr() | block_ids.data_ptr() | places.positions.data_ptr()
-    return addresses % 16 == 0 and places.seed >= 1 << 31 and places.num_units > 0
+class _Move(NamedTuple):
+    """What `calls_of` wants beside the pools. `num_right`: None to pack."""
+
+    slot: torch.Tensor
+    block_ids: torch.Tensor
+    places: Places
+    sums: Sums | None
+    num_right: torch.Tensor | None
+
+    def kind(self) -> tuple[bool, bool]:
+        """Whether it unpacks, and whether it takes digests."""
+        return self.num_right is not None, self.sums is not None
+
+    def is_usual(self) -> bool:
+        """Whether the kernel is compiled as for nearly all moves."""
+        places = self.places
+        addresses = self.slot.data_ptr() | self.block_ids.data_ptr() | places.positions.data_ptr()
+        return addresses % 16 == 0 and places.seed >= 1 << 31 and places.num_units > 0
 
 
 def _launches_of(calls: Iterable[tuple[tuple[Any, ...], dict[str, Any]]]) -> list[KeptLaunch]:
