@@ -5,7 +5,7 @@ Life of what is kept
        it may still read or write.
     2. `keep`: its blocks and slots are out of use as long as this process lives, and counted.
     3. Past the share that the operator allows, of blocks or of slots, or when the device itself is
-       lost, `on_full` is called, once. Only a new process has that memory back for sure.
+       lost, who watches is told why, once. Only a new process has that memory back for sure.
 """
 
 from __future__ import annotations
@@ -27,11 +27,12 @@ class Quarantine:
         self.num_kept_slots = 0
         self._max_blocks = num_blocks * max_share
         self._max_slots = num_slots * max_share
-        self._is_full = False
-        self._on_full: Callable[[], None] = lambda: None
+        self._is_lost = False
+        self._on_lost: Callable[[str], None] = lambda why: None
 
-    def watch(self, on_full: Callable[[], None]) -> None:
-        self._on_full = on_full
+    def watch(self, on_lost: Callable[[str], None]) -> None:
+        """`on_lost`: this process must end, for this reason."""
+        self._on_lost = on_lost
 
     def keep(self, *, num_blocks: int, num_slots: int, peer: str) -> None:
         """These belong to a connection to `peer` that could not be revoked."""
@@ -43,14 +44,13 @@ class Quarantine:
         )  # fmt: skip
         is_full = self.num_kept_blocks >= self._max_blocks or self.num_kept_slots >= self._max_slots
         if is_full:
-            self._start_afresh("too much KV memory is out of use")
+            self._start_afresh("Too much KV memory is lost.")
 
     def lost_device(self) -> None:
         """It raises where it is waited for. Nothing runs there any more, so all memory is lost."""
-        self._start_afresh("the device does nothing any more but raise")
+        self._start_afresh("The device of this node is lost.")
 
     def _start_afresh(self, why: str) -> None:
-        if not self._is_full:
-            self._is_full = True
-            logger.error("%s: this node must start afresh", why)
-            self._on_full()
+        if not self._is_lost:
+            self._is_lost = True
+            self._on_lost(why)

@@ -103,7 +103,7 @@ class NodeParts:
         self._on_fatal = on_fatal
         self._member: Member
         engine.watch(on_fatal)
-        agent.quarantine.watch(lambda: on_fatal(InternalError("Too much KV memory is lost.")))
+        agent.quarantine.watch(lambda why: on_fatal(InternalError(why)))
 
     def run_engine(
         self,

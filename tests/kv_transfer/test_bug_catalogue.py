@@ -285,7 +285,7 @@ def test_what_a_broken_connection_does_not_give_back_stays_out_of_use_and_is_cou
     async def scenario(peer: HandDriven, decode: DecodeSide) -> None:
         request = make_request(2 * BLOCK_SIZE)
         agent, full = decode.receiver.agent, asyncio.Event()
-        agent.quarantine.watch(full.set)
+        agent.quarantine.watch(lambda _: full.set())
         _, frames = await two_frames(peer, request)
         await peer.post_header(frames[0][0])
         await until(lambda: agent.staging.num_free < agent.staging.num_slots)
@@ -314,7 +314,7 @@ def test_sources_of_sends_that_do_not_end_with_their_connection_stay_held_and_ar
     async def scenario(prefill: PrefillSide, decode: DecodeSide) -> None:
         request = make_request(30)
         name, agent, full = request.sequence_id, prefill.sender.agent, asyncio.Event()
-        agent.quarantine.watch(full.set)
+        agent.quarantine.watch(lambda _: full.set())
         prefill.hand_off(decode, request)
         prefill.compute(request, TABLE)
         [sending] = prefill.sender._sendings

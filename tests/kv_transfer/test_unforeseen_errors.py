@@ -291,11 +291,12 @@ def test_a_node_whose_device_fails_while_nothing_is_computed_starts_afresh(
     """No step would find out: no sequence that is handed to it ever starts."""
 
     async def scenario(peer: HandDriven, decode: DecodeSide) -> None:
-        agent, told = decode.receiver.agent, asyncio.Event()
-        agent.quarantine.watch(told.set)
+        told: list[str] = []
+        agent = decode.receiver.agent
+        agent.quarantine.watch(told.append)
         monkeypatch.setattr(agent.pool, "settle", broken)
         await peer.stream.close()
-        await until(told.is_set)
+        await until(lambda: told == ["The device of this node is lost."])
 
     with_peer(scenario)
 
