@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -115,5 +116,33 @@ def test_two_frames_are_read_at_once_where_nothing_is_decoded(
             assert await moves.scatter(slot, FRAME, is_decoding=is_decoding)
         assert streams[0] is streams[2]
         assert (streams[0] is streams[1]) is is_decoding
+
+    asyncio.run(scenario())
+
+
+def test_a_list_is_written_behind_readers_of_both_streams_and_before_the_next(
+    moves: DeviceMoves, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a frame would go to blocks of another, and its digests would still be right."""
+
+    async def scenario() -> None:
+        slot, happened = await gathered(moves), []
+        first, second = moves._stream, moves._second
+        get = moves._lists.get
+
+        def got(numbers: tuple[int, ...]) -> torch.Tensor:
+            happened.append("written")
+            return get(numbers)
+
+        monkeypatch.setattr(moves._lists, "get", got)
+        for stream, name in ((first, "first"), (second, "second")):
+            stream.wait_stream = partial(  # type: ignore[method-assign]
+                lambda name, other: happened.append(
+                    f"{name} waits for {'first' if other is first else 'second'}"
+                ),
+                name,
+            )
+        await moves.scatter(slot, FRAME._replace(block_ids=(1, 2, 4)))
+        assert happened == ["first waits for second", "written", "second waits for first"]
 
     asyncio.run(scenario())
