@@ -157,8 +157,9 @@ class DeviceMoves:
         slot = torch.empty(self._unit_bytes + 8, dtype=torch.uint8, device=self._device)
         frame = FramePlace(PlaceSeal(digest_seed(b"", b""), 0, 1, (0,)), (0,))
         notes, blocks = self._take_notes(), self._blocks_of(frame)
-        self._kernels.pack(self._stream, slot, *blocks, notes.sums)
-        self._kernels.unpack(self._stream, slot, *blocks, notes.sums, notes.verdict.num_right)
+        sums = self._sums_of(notes)
+        self._kernels.pack(self._stream, slot, *blocks, sums)
+        self._kernels.unpack(self._stream, slot, *blocks, sums, notes.verdict.num_right)
         torch.cuda.synchronize(self._device)
         self._notes.append(notes)
 

@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
+from kernels import kept_moves
 from kernels.dispatch import interpreted
 from kv_transfer.device_moves import DeviceMoves
 from kv_transfer.digests import PlaceSeal, digest_seed
 from kv_transfer.frame_place import FramePlace
+from kv_transfer.pool import TransferPool
 from tests.kv_transfer.fake_streams import streams_do_all_at_once
 
 if TYPE_CHECKING:
@@ -99,11 +101,26 @@ def test_blocks_are_those_of_the_table_at_the_positions(
     asyncio.run(scenario())
 
 
+@pytest.mark.parametrize("takes_digests", [True, False])
+def test_the_kernels_that_frames_take_are_compiled_before_the_first(
+    monkeypatch: pytest.MonkeyPatch, takes_digests: bool
+) -> None:
+    """With digests and without they are compiled apart."""
+    streams_do_all_at_once(monkeypatch)
+    takes = []
+    for name in ("pack_and_seal", "unpack_and_check"):
+        monkeypatch.setattr(kept_moves, name, lambda *given: takes.append(given[4] is not None))
+    DeviceMoves([torch.zeros((1, 1, UNIT_BYTES), dtype=torch.uint8)], takes_digests=takes_digests)
+    assert takes == [takes_digests, takes_digests]
+
+
 @pytest.mark.parametrize("is_decoding", [True, False])
 def test_two_frames_are_read_at_once_where_nothing_is_decoded(
     moves: DeviceMoves, monkeypatch: pytest.MonkeyPatch, is_decoding: bool
 ) -> None:
     async def scenario() -> None:
+        pool = TransferPool(torch.zeros((2, 10, UNIT_BYTES), dtype=torch.uint8))
+        pool._moves, pool.is_decoding = moves, lambda: is_decoding
         slot, streams = await gathered(moves), []
         unpack = moves._kernels.unpack
 
@@ -113,7 +130,7 @@ def test_two_frames_are_read_at_once_where_nothing_is_decoded(
 
         monkeypatch.setattr(moves._kernels, "unpack", watched)
         for _ in range(3):
-            assert await moves.scatter(slot, FRAME, is_decoding=is_decoding)
+            assert await pool.begin_scatter(slot, FRAME)
         assert streams[0] is streams[2]
         assert (streams[0] is streams[1]) is is_decoding
 
