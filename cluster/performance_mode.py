@@ -136,9 +136,9 @@ DECODE = (
         32,
         16,
         0,
-        "KV that arrives takes memory and multiprocessors from those who decode: 32 GB/s three "
-        "hundredths of their rate on an H200, 234 GB/s a fifth. One prefill GPU computes 6 GB/s "
-        "of an 8B model's; of many at once, some wait.",
+        "KV that arrives takes memory and multiprocessors from those who decode: 32 GB/s two "
+        "hundredths of their rate on an H200, 254 GB/s more than a fifth. One prefill GPU computes "
+        "6 GB/s of an 8B model's; of many at once, some wait.",
         "GPU",
     ),
 )
