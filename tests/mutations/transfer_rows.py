@@ -243,7 +243,7 @@ TRANSFER_ROWS = (
             ),
             Mutation(
                 SENDER,
-                "sum(sending.machine.num_blocks for sending in self._sendings.of_peer(peer))",
+                "sum(sending.machine.num_blocks for sending in stuck)",
                 "0",
                 CATALOGUE + STUCK_SENDS,
             ),
