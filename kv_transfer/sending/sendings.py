@@ -64,9 +64,6 @@ class Sendings:
     def __iter__(self) -> Iterator[Sending]:
         return iter(self._by_sequence.values())
 
-    def __len__(self) -> int:
-        return len(self._by_sequence)
-
     def __getitem__(self, transfer_id: bytes) -> Sending:
         return self._by_transfer[transfer_id]
 
