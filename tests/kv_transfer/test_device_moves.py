@@ -12,6 +12,7 @@ import torch
 
 from kernels import kept_moves
 from kernels.dispatch import interpreted
+from kv_transfer import device_moves
 from kv_transfer.device_moves import DeviceMoves
 from kv_transfer.digests import PlaceSeal, digest_seed
 from kv_transfer.frame_place import FramePlace
@@ -137,10 +138,11 @@ def test_two_frames_are_read_at_once_where_nothing_is_decoded(
     asyncio.run(scenario())
 
 
-def test_a_list_is_written_behind_readers_of_both_streams_and_before_the_next(
+def test_lists_and_sums_are_written_behind_readers_of_both_streams_and_before_the_next(
     moves: DeviceMoves, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Else a frame would go to blocks of another, and its digests would still be right."""
+    """Else a frame would go to blocks of another, and its digests would still be right; or it would
+    add to digests that are not zero yet."""
 
     async def scenario() -> None:
         slot, happened = await gathered(moves), []
@@ -150,6 +152,10 @@ def test_a_list_is_written_behind_readers_of_both_streams_and_before_the_next(
         def got(numbers: tuple[int, ...]) -> torch.Tensor:
             happened.append("written")
             return get(numbers)
+
+        def made(notes: Any, device: torch.device) -> Any:
+            happened.append("made")
+            return notes(device)
 
         monkeypatch.setattr(moves._lists, "get", got)
         for stream, name in ((first, "first"), (second, "second")):
@@ -161,5 +167,10 @@ def test_a_list_is_written_behind_readers_of_both_streams_and_before_the_next(
             )
         await moves.scatter(slot, FRAME._replace(block_ids=(1, 2, 4)))
         assert happened == ["first waits for second", "written", "second waits for first"]
+        happened.clear()
+        monkeypatch.setattr(device_moves, "_Notes", partial(made, device_moves._Notes))
+        moves._notes.clear()
+        await moves.scatter(slot, FRAME)
+        assert happened == ["first waits for second", "made", "second waits for first"]
 
     asyncio.run(scenario())
