@@ -190,9 +190,10 @@ class SpoiledEndpoint:
                 self._post(*messages)
             else:
                 await self._pass_frame(*messages)
-            if held is not None:  # a last frame has no other behind it: it follows its commit
-                self._post(*held)
-                self._held = None if self._held is held else self._held
+            if held is None or self._held is None:  # nothing is, or it has ended with the link
+                continue
+            self._post(*held)  # a last frame has no other behind it: it follows its commit
+            self._held = None if self._held is held else self._held
 
     async def _pass_frame(self, header: Message, payload: Message) -> None:
         order = self._orders.next()

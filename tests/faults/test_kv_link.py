@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import os
 import secrets
 from typing import TYPE_CHECKING
 
@@ -24,6 +26,7 @@ from kv_transfer.protocol import (
 from kv_transfer.transports.loopback import LoopbackNetwork, LoopbackTransport
 from tests.faults.kv_link import Order, SpoiledTransport, shots_done, withdraw
 from tests.faults.spoiled_bytes import Spoil, swap_ends
+from tests.kv_twins import until
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -251,6 +254,27 @@ def test_a_last_frame_changes_places_with_its_commit(folder: Path) -> None:
         assert seq_of((await link.receive())[0]) == 0
         assert list(await held) == [None, None]
         await link.close()
+
+    asyncio.run(scenario())
+
+
+def test_a_frame_that_is_held_back_ends_with_its_link_and_nobody_complains(folder: Path) -> None:
+    async def scenario() -> None:
+        complaints = []
+        asyncio.get_running_loop().set_exception_handler(lambda _, told: complaints.append(told))
+        link = Link(folder)
+        await link.open()
+        Order(spoil=Spoil.REORDER).write(folder)
+        held = link.post(0)
+        await until(lambda: shots_done(folder) > 0)
+        Order(spoil=Spoil.CUT_BEFORE_HEADER).write(folder)
+        os.utime(folder / "order", ns=(1, 1))  # another one, however coarse the clock of files
+        for result in (*await link.post(1), *await held):
+            assert isinstance(result, ServingError)
+        await link.close()
+        del held
+        gc.collect()
+        assert not complaints
 
     asyncio.run(scenario())
 
