@@ -195,10 +195,11 @@ def _max_num_batched_tokens(config: EngineConfig, max_model_len: int, *, on_gpu:
     asked = config.max_num_batched_tokens
     if asked is None:
         asked = _GPU_BATCHED_TOKENS if on_gpu else _CPU_BATCHED_TOKENS
-    if on_gpu and asked > _MOST_GPU_TOKENS:
+    # More never come together, and nothing is sized for steps that cannot be.
+    most = min(asked, config.max_num_seqs * max_model_len)
+    if on_gpu and most > _MOST_GPU_TOKENS:
         raise ConfigError(
             f"--max-num-batched-tokens {asked}: a step on a GPU has at most {_MOST_GPU_TOKENS}.",
             param="max_num_batched_tokens",
         )
-    # More never come together, and nothing is sized for steps that cannot be.
-    return min(asked, config.max_num_seqs * max_model_len)
+    return most

@@ -138,8 +138,9 @@ def test_a_step_that_no_launch_has_programs_for_is_refused(limits: ResolveLimits
 
 
 def test_a_step_is_no_larger_than_all_its_sequences_can_be(limits: ResolveLimits) -> None:
-    few = limits(TWO_GPUS, max_num_seqs=2, max_model_len=100)
-    assert few.max_num_batched_tokens == 200
+    for asked in (None, 65536):
+        few = limits(TWO_GPUS, max_num_seqs=2, max_model_len=100, max_num_batched_tokens=asked)
+        assert few.max_num_batched_tokens == 200
 
 
 def test_a_small_model_on_a_cpu_runs_on_one_thread_unless_told_otherwise(
