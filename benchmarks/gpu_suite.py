@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -116,7 +117,7 @@ PARTS = (
     ),
     Part(
         "faults, UCX",
-        f"{_FAULTS} -n 2 -k link_rows",
+        f"{_FAULTS} -n 2 -k 'link_rows or p4 or p7'",
         200,
         num_gpus=2,
         writes=False,
@@ -134,7 +135,7 @@ class Outcome:
 
 
 def run_part(part: Part, *, write: bool, num_lines: int) -> Outcome:
-    words = [sys.executable, *part.command.split()]
+    words = [sys.executable, *shlex.split(part.command)]
     if write and part.writes:
         words.append("--write")
     print(f"== {part.name}: {' '.join(words[1:])}", flush=True)

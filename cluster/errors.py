@@ -230,6 +230,11 @@ class InternalError(ServingError):
     code = "internal"
 
 
+def device_lost() -> InternalError:
+    """It raises where it is waited for: nothing runs there any more, and this process must end."""
+    return InternalError("The device of this node is lost.")
+
+
 def error_classes() -> list[type[ServingError]]:
     """Every class of the tree, parents before children."""
     found: list[type[ServingError]] = []

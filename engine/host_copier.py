@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from cluster.errors import InternalError
+from cluster.errors import device_lost
 from engine.block_copies import CopyKind
 from engine.host_memory import HostMemory
 from engine.loop_errors import unawaited
@@ -149,7 +149,7 @@ class HostCopier:
                 lane.stream.synchronize()
         except Exception:
             logger.exception("a copy of KV blocks cannot be waited for")
-            self._on_lost(InternalError("The device of this node is lost."))
+            self._on_lost(device_lost())
             return False
         return True
 

@@ -5,7 +5,7 @@ Life of what is kept
        it may still read or write.
     2. `keep`: its blocks and slots are out of use as long as this process lives, and counted.
     3. Past the share that the operator allows, of blocks or of slots, or when the device itself is
-       lost, who watches is told why, once. Only a new process has that memory back for sure.
+       lost, who watches is told, once. Only a new process has that memory back for sure.
 """
 
 from __future__ import annotations
@@ -13,8 +13,12 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
+from cluster.errors import InternalError, device_lost
+
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from cluster.errors import ServingError
 
 logger = logging.getLogger(__name__)
 
@@ -28,10 +32,10 @@ class Quarantine:
         self._max_blocks = num_blocks * max_share
         self._max_slots = num_slots * max_share
         self._is_lost = False
-        self._on_lost: Callable[[str], None] = lambda why: None
+        self._on_lost: Callable[[ServingError], None] = lambda error: None
 
-    def watch(self, on_lost: Callable[[str], None]) -> None:
-        """`on_lost`: this process must end, for this reason."""
+    def watch(self, on_lost: Callable[[ServingError], None]) -> None:
+        """`on_lost`: this process must end, with this error."""
         self._on_lost = on_lost
 
     def keep(self, *, num_blocks: int, num_slots: int, peer: str) -> None:
@@ -44,13 +48,13 @@ class Quarantine:
         )  # fmt: skip
         is_full = self.num_kept_blocks >= self._max_blocks or self.num_kept_slots >= self._max_slots
         if is_full:
-            self._start_afresh("Too much KV memory is lost.")
+            self._start_afresh(InternalError("Too much KV memory is lost."))
 
     def lost_device(self) -> None:
-        """It raises where it is waited for. Nothing runs there any more, so all memory is lost."""
-        self._start_afresh("The device of this node is lost.")
+        """And with it all memory."""
+        self._start_afresh(device_lost())
 
-    def _start_afresh(self, why: str) -> None:
+    def _start_afresh(self, error: ServingError) -> None:
         if not self._is_lost:
             self._is_lost = True
-            self._on_lost(why)
+            self._on_lost(error)

@@ -11,7 +11,6 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from cluster.codec import PROTOCOL_VERSION
-from cluster.errors import InternalError
 from cluster.member import MemberSources
 from cluster.member_config import MemberConfig
 from cluster.message_size import message_limit
@@ -103,7 +102,7 @@ class NodeParts:
         self._on_fatal = on_fatal
         self._member: Member
         engine.watch(on_fatal)
-        agent.quarantine.watch(lambda why: on_fatal(InternalError(why)))
+        agent.quarantine.watch(on_fatal)
 
     def run_engine(
         self,

@@ -6,8 +6,6 @@ import random
 import socket
 
 HERE, PROXIED = "127.0.0.1", "127.0.0.2"  # where a program listens, and where its proxy does
-
-
 # Below those of outgoing connections, which would take one before its program does.
 FIRST, LAST = 15000, 30000
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
+from cluster.errors import device_lost
 from kv_transfer.receiving.arrivals import SlotArrival
 from kv_transfer.receiving.receiver import KVReceiver
 from kv_transfer.sending.outgoing import OutgoingTransfer
@@ -29,6 +30,8 @@ from tests.kv_twins import (
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from cluster.errors import ServingError
 
 
 def broken(*_: Any, **__: Any) -> Any:
@@ -291,12 +294,12 @@ def test_a_node_whose_device_fails_while_nothing_is_computed_starts_afresh(
     """No step would find out: no sequence that is handed to it ever starts."""
 
     async def scenario(peer: HandDriven, decode: DecodeSide) -> None:
-        told: list[str] = []
+        told: list[ServingError] = []
         agent = decode.receiver.agent
         agent.quarantine.watch(told.append)
         monkeypatch.setattr(agent.pool, "settle", broken)
         await peer.stream.close()
-        await until(lambda: told == ["The device of this node is lost."])
+        await until(lambda: [error.message for error in told] == [device_lost().message])
 
     with_peer(scenario)
 

@@ -223,7 +223,7 @@ TRANSFER_ROWS = (
             ),
             Mutation(
                 "kv_transfer/quarantine.py",
-                "            self._on_lost(why)\n",
+                "            self._on_lost(error)\n",
                 "            pass\n",
                 CATALOGUE
                 + "what_a_broken_connection_does_not_give_back_stays_out_of_use_and_is_counted",
