@@ -242,11 +242,13 @@ class OutgoingTransfer:
         self._num_in_flight += 1
         return seq, self._commit_if_sent()
 
-    def dropped(self, error: ServingError | None = None) -> list[Instruction]:
-        """A planned frame will not go out: the transfer ended meanwhile, or packing failed."""
+    def failed(self, error: ServingError) -> list[Instruction]:
+        """A planned frame could not be packed. It is `dropped` when nothing of it reads blocks."""
+        return self._end(error, tells_node=True, tells_peer=True)
+
+    def dropped(self) -> list[Instruction]:
+        """A planned frame will not go out: the transfer has ended meanwhile."""
         self._num_packing -= 1
-        if error is not None:
-            return self._end(error, tells_node=True, tells_peer=True)
         return self._settle()
 
     def settled(self, error: ServingError | None = None) -> list[Instruction]:

@@ -188,13 +188,13 @@ class Peer:
         """Tell first, so that no frame is posted any more; then end what was."""
         self._is_lost = True
         self._events.lost(self, error)
-        if self._shipping is not None:
-            await self._shipping.stop()
+        has_packed = self._shipping is None or await self._shipping.stop()
         if self._stream is not None:
             await self._stream.close()
         if self._messages is not None:
             self._messages.close()
-        if self._endpoint is not None and not await _is_closed(self._endpoint):
+        is_cut = self._endpoint is None or await _is_closed(self._endpoint)
+        if not (has_packed and is_cut):
             self._agent.quarantine.keep(
                 num_blocks=self._events.stuck(self),
                 num_slots=self._agent.staging.num_owned_by(self),

@@ -6,6 +6,9 @@ Life of a frame
     3. If its transfer may still post: header and payload go out. Else it is dropped.
     4. Nobody reads header, slot or blocks any more, for good reasons or bad: the slot is free, the
        transfer is told.
+    A frame that cannot be packed fails its transfer at once, and is dropped when the device has
+    ended what was begun of it. Or the device does not answer: then it never ends, and the
+    connection is given up.
 
 Frames are driven by callbacks of the moves and sends themselves: a task for each would take longer
 than the wire does.
@@ -89,6 +92,8 @@ class Shipping:
         self._num_on_their_way = 0  # frames, from their packing on
         self._size = 0  # of the next one, in units
         self._packing: set[asyncio.Future[Any]] = set()
+        self._failing: set[asyncio.Task[None]] = set()  # what could not be packed, until it is over
+        self._may_pack_on = False  # something of it, and nobody can say until when
         self._messages = link.messages or SmallMessages(
             link.endpoint, link.session_id, COMMIT_BYTES
         )
@@ -114,11 +119,15 @@ class Shipping:
         if TRACE.is_on:
             TRACE.mark("s.commit")
 
-    async def stop(self) -> None:
-        """Plan no more frames, and wait until those that are packed were dropped or posted."""
+    async def stop(self) -> bool:
+        """Plan no more frames, and wait until those that are packed were dropped or posted. False
+        when some of them may still touch slots and blocks."""
         self._is_stopped = True
         self._pumping.cancel()
         await asyncio.gather(self._pumping, *self._packing, return_exceptions=True)
+        if self._failing:
+            await asyncio.wait(self._failing)
+        return not self._may_pack_on
 
     async def _pump(self) -> None:
         while True:
@@ -168,9 +177,8 @@ class Shipping:
         self._num_on_their_way += 1
         try:
             payload = self._begin(shipment, plan, slot)
-        except Exception:
-            logger.exception("blocks could not be packed")
-            self._drop(shipment, slot, failure(FailureReason.INTERNAL))
+        except Exception as error:
+            self._fail(shipment, slot, error)
             return
         frame = _Frame(shipment, plan, slot, payload)
         if TRACE.is_on:
@@ -194,17 +202,35 @@ class Shipping:
             frame.mark("s.gathered")
         error = packing.exception()
         if error is not None:
-            logger.error("blocks could not be packed", exc_info=error)
-            self._drop(frame.shipment, frame.slot, failure(FailureReason.INTERNAL))
+            self._fail(frame.shipment, frame.slot, error)
         elif not self._shipper.may_post(frame.shipment):
             self._drop(frame.shipment, frame.slot)
         else:
             self._post(frame)
 
-    def _drop(self, shipment: Any, slot: StagingSlot, error: ServingError | None = None) -> None:
+    def _drop(self, shipment: Any, slot: StagingSlot) -> None:
         self._num_on_their_way -= 1
         self._agent.staging.release(slot)
-        self._shipper.did(shipment, shipment.machine.dropped(error))
+        self._shipper.did(shipment, shipment.machine.dropped())
+
+    def _fail(self, shipment: Any, slot: StagingSlot, error: BaseException) -> None:
+        logger.error("blocks could not be packed", exc_info=error)
+        told = failure(FailureReason.INTERNAL)
+        failing = asyncio.create_task(self._drop_when_settled(shipment, slot))
+        self._failing.add(failing)
+        failing.add_done_callback(self._failing.discard)
+        self._shipper.did(shipment, shipment.machine.failed(told))
+
+    async def _drop_when_settled(self, shipment: Any, slot: StagingSlot) -> None:
+        """It may be packed in part: its blocks are still read, its slot is still written."""
+        try:
+            await self._agent.settle()
+        except Exception:  # the device's: it has not ended, for all that is known
+            logger.exception("a frame that could not be packed cannot be waited for")
+            self._may_pack_on = True
+            self._cut()
+            return
+        self._drop(shipment, slot)
 
     def _post(self, frame: _Frame) -> None:
         seq, instructions = frame.shipment.machine.posted()

@@ -304,6 +304,104 @@ def test_a_node_whose_device_fails_while_nothing_is_computed_starts_afresh(
     with_peer(scenario)
 
 
+def broken_later(*_: Any, **__: Any) -> asyncio.Future[None]:
+    """A move whose error the device says only when it is asked how far it is."""
+    move: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    move.set_exception(RuntimeError("nobody foresaw this"))
+    return move
+
+
+PACKINGS = pytest.mark.parametrize("gather", [broken, broken_later], ids=["at once", "later"])
+
+
+@PACKINGS
+def test_a_node_whose_device_fails_at_a_frame_starts_afresh(
+    gather: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that gives prefixes away computes nothing. What the device may still touch stays held,
+    and holds up nobody who waits for the node's end."""
+
+    async def scenario(prefill: PrefillSide, decode: DecodeSide) -> None:
+        told: list[ServingError] = []
+        sender, request = prefill.sender, make_request(32)
+        agent, quarantine = sender.agent, sender.agent.quarantine
+        quarantine.watch(told.append)
+        monkeypatch.setattr(agent.pool, "begin_gather", gather)
+        monkeypatch.setattr(agent.pool, "settle", broken)
+        prefill.hand_off(decode, request)
+        prefill.compute(request, TABLE)
+        await until(lambda: quarantine.num_kept_blocks > 0)
+        assert [error.message for error in told] == [device_lost().message]
+        assert prefill.owner.of(request.sequence_id) == ["failed"]
+        assert prefill.owner.errors[request.sequence_id].reason == "internal"
+        assert (quarantine.num_kept_blocks, quarantine.num_kept_slots) == (len(TABLE), 1)
+        assert agent.staging.num_free == agent.staging.num_slots - 1
+        assert sender.num_transfers == 0
+        await until(lambda: len(decode.source.free) == NUM_BLOCKS)
+
+    with_pair(scenario, gives_all_back=False)
+
+
+@PACKINGS
+def test_an_error_that_passes_fails_the_frame_s_transfer_alone(
+    gather: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At once; sources and slot come back when the device has ended what was begun."""
+
+    async def scenario(prefill: PrefillSide, decode: DecodeSide) -> None:
+        told: list[ServingError] = []
+        agent, settled = prefill.sender.agent, asyncio.Event()
+        agent.quarantine.watch(told.append)
+        bad, good = make_request(32), make_request(32)
+        prefill.hand_off(decode, bad)
+        prefill.hand_off(decode, good)
+        await until(lambda: len(decode.source.owned) == 2)
+        monkeypatch.setattr(agent.pool, "settle", settled.wait)
+        with monkeypatch.context() as while_it_fails:
+            while_it_fails.setattr(agent.pool, "begin_gather", gather)
+            prefill.compute(bad, TABLE)
+            await until(lambda: prefill.owner.of(bad.sequence_id) == ["failed"])
+        assert agent.staging.num_free == agent.staging.num_slots - 1
+        prefill.compute(good, TABLE)
+        prefill.sender.commit(good.sequence_id, 7)
+        await until(lambda: prefill.owner.of(good.sequence_id) == ["committed", "free"])
+        assert prefill.owner.of(bad.sequence_id) == ["failed"]
+        settled.set()
+        await until(lambda: prefill.owner.of(bad.sequence_id) == ["failed", "free"])
+        assert (told, agent.stats.pairings) == ([], 1)
+
+    with_pair(scenario)
+
+
+def test_a_connection_that_ends_waits_for_what_could_not_be_packed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Only then it is known whether slots and sources come back."""
+
+    async def scenario(prefill: PrefillSide, decode: DecodeSide) -> None:
+        agent, settling, settled = prefill.sender.agent, asyncio.Event(), asyncio.Event()
+
+        async def settle() -> None:
+            settling.set()
+            await settled.wait()
+            broken()
+
+        monkeypatch.setattr(agent.pool, "begin_gather", broken)
+        monkeypatch.setattr(agent.pool, "settle", settle)
+        request = make_request(32)
+        prefill.hand_off(decode, request)
+        prefill.compute(request, TABLE)
+        await settling.wait()
+        [peer] = prefill.sender._peers.values()
+        peer.cut()
+        await until(lambda: not prefill.sender._peers)
+        settled.set()
+        await asyncio.wait([peer.running])
+        assert agent.quarantine.num_kept_blocks == len(TABLE)
+
+    with_pair(scenario, gives_all_back=False)
+
+
 @pytest.mark.parametrize("role", ["prefill", "decode"])
 def test_a_timer_outlives_an_error_of_what_it_calls(
     role: str, monkeypatch: pytest.MonkeyPatch

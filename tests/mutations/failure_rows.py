@@ -58,8 +58,8 @@ FAILURE_ROWS = (
         (
             Mutation(
                 SHIPPING,
-                "self._shipper.did(shipment, shipment.machine.dropped(error))",
-                "self._shipper.did(shipment, shipment.machine.dropped())",
+                "self._shipper.did(shipment, shipment.machine.failed(told))",
+                "pass",
                 CATALOGUE + "blocks_that_cannot_be_packed_fail_the_transfer_at_both_ends",
             ),
             Mutation(

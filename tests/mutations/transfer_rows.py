@@ -7,6 +7,7 @@ from tests.mutations.row import Mutation, Row
 CATALOGUE = "tests/kv_transfer/test_bug_catalogue.py::test_"
 OWNERS = "tests/kv_transfer/test_bug_catalogue_owners.py::test_"
 TIME = "tests/kv_transfer/test_bug_catalogue_time.py::test_"
+UNFORESEEN = "tests/kv_transfer/test_unforeseen_errors.py::test_"
 GREEDY = "tests/kv_transfer/receiving/test_greedy_peer.py::test_"
 INCOMING = "kv_transfer/receiving/incoming.py"
 INTAKE = "kv_transfer/receiving/intake.py"
@@ -237,9 +238,27 @@ TRANSFER_ROWS = (
             ),
             Mutation(
                 "kv_transfer/sending/peer.py",
-                "if self._endpoint is not None and not await _is_closed(self._endpoint):",
-                "if self._endpoint is not None and await _is_closed(self._endpoint) is None:",
+                "if not (has_packed and is_cut):",
+                "if not has_packed:",
                 CATALOGUE + STUCK_SENDS,
+            ),
+            Mutation(
+                "kv_transfer/sending/peer.py",
+                "if not (has_packed and is_cut):",
+                "if not is_cut:",
+                UNFORESEEN + "a_node_whose_device_fails_at_a_frame_starts_afresh[at once]",
+            ),
+            Mutation(
+                "kv_transfer/sending/shipping.py",
+                "            await self._agent.settle()\n",
+                "            pass\n",
+                UNFORESEEN + "a_node_whose_device_fails_at_a_frame_starts_afresh[at once]",
+            ),
+            Mutation(
+                "kv_transfer/sending/shipping.py",
+                "        if self._failing:\n            await asyncio.wait(self._failing)\n",
+                "",
+                UNFORESEEN + "a_connection_that_ends_waits_for_what_could_not_be_packed",
             ),
             Mutation(
                 SENDER,

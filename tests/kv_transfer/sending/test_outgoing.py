@@ -75,6 +75,7 @@ class SenderWorld:
             steps[f"pack{machine.num_posted}"] = self.pack
         if self.num_packing:
             steps[f"post{machine.num_posted}"] = self.post
+            steps["unpackable"] = lambda: self.run(machine.failed(failure(FailureReason.INTERNAL)))
         if self.num_in_flight:
             steps[f"settle{self.num_in_flight}"] = self.settle
             steps["break"] = lambda: self.settle(failure(FailureReason.LINK_LOST))
@@ -140,7 +141,7 @@ HAPPY = (
     *("ticket", "chunk0", "chunk1", "commit", "committed"),
     *("pack0", "post0", "pack1", "post1", "settle1", "settle2"),
 )
-TROUBLE = ("refused", "withdraw", "abort", "lost", "expired", "break")
+TROUBLE = ("refused", "withdraw", "abort", "lost", "expired", "break", "unpackable")
 
 
 @pytest.mark.parametrize("trouble", list(itertools.combinations(TROUBLE, 2)), ids="+".join)
