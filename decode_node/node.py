@@ -103,7 +103,7 @@ class DecodeNode:
         await self.parts.close()
 
     def _is_idle(self) -> bool:
-        num_transfers = self._receiver.num_transfers + self.parts.sender.num_transfers
+        num_transfers = self._receiver.num_transfers + self.parts.num_to_send
         return self.handler.num_streams == 0 and num_transfers == 0
 
     def _load(self) -> NodeLoad:

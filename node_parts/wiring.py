@@ -136,6 +136,11 @@ class NodeParts:
         )
         self.prefixes.bind(self.sender)
 
+    @property
+    def num_to_send(self) -> int:
+        """Hand-offs whose blocks will come back, and prefixes that are about to be one."""
+        return self.prefixes.num_asked + self.sender.num_transfers
+
     def new_receiver(
         self,
         source: BlockSource,

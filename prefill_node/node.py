@@ -109,8 +109,7 @@ class PrefillNode:
     def _is_idle(self) -> bool:
         """Nothing is to be computed or sent. Of prompts and prefixes that have ended, blocks may be
         held, but no send gives these back."""
-        num_to_send = self.parts.prefixes.num_asked + self.parts.sender.num_transfers
-        return self.handler.num_prompts + num_to_send == 0
+        return self.handler.num_prompts + self.parts.num_to_send == 0
 
     def _load(self) -> NodeLoad:
         sender = self.parts.sender

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from cluster.request import SamplingParams
-from kv_transfer.sending.prefixes import PrefixSender
+from cluster.errors import NodeUnavailable
+from cluster.request import Handoff, SamplingParams
+from kv_transfer.sending.prefixes import HeldPrefix, PrefixSender
 from kv_transfer.sending.sender import KVSender
 from prefill_node.fetch_estimate import FetchEstimate
 from prefill_node.node import PrefillNode
@@ -237,5 +238,42 @@ def test_a_prompt_that_is_cancelled_while_it_is_fetched_leaves_nothing(
             await pair.check_nothing_held()
             asking.cancel()
             await asyncio.wait([asking])
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+def test_a_node_that_looks_for_a_prefix_to_give_away_is_not_idle(
+    pair_of: PairOf, role: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The hand-off that follows would begin on a node that ends."""
+    looking, found = asyncio.Event(), asyncio.Event()
+
+    async def hold(prefix: SequenceRequest, seconds_per_token: float) -> HeldPrefix:
+        looking.set()
+        await found.wait()
+        return HeldPrefix((), lambda: None)
+
+    async def run() -> None:
+        async with pair_of() as pair:
+            node, asks = pair.prefill, pair.decode
+            if role == "decode":
+                node, asks = asks, node
+            prefixes = node.node.parts.prefixes
+            monkeypatch.setattr(prefixes, "_hold", hold)
+            handoff = Handoff(
+                transfer_id=bytes(16),
+                attempt=1,
+                decode=asks.node.info.id,
+                decode_address=asks.address,
+                gateway_id="g",
+            )
+            asking = asyncio.create_task(prefixes.send(prompt_of(b"first"), handoff, 1.0))
+            await looking.wait()
+            assert not node.is_idle()
+            found.set()
+            with pytest.raises(NodeUnavailable):
+                await asking
+            assert node.is_idle()
 
     asyncio.run(run())

@@ -12,6 +12,7 @@ from tests.mutations.transfer_rows import (
     RECEIVER,
     SENDER,
     SESSION,
+    STUCK,
     TIME,
 )
 
@@ -191,8 +192,7 @@ FAILURE_ROWS = (
                 INTAKE,
                 "if transfer.is_taken_over:",
                 "if False:",
-                "tests/kv_transfer/receiving/test_intake.py::test_a_node_that_goes_on_with_a_sequence"
-                "_hears_that_its_blocks_never_come_back",
+                STUCK + "a_node_that_goes_on_with_a_sequence_hears_that_its_blocks_never_come_back",
             ),
             Mutation(
                 "decode_node/service.py",

@@ -8,6 +8,7 @@ CATALOGUE = "tests/kv_transfer/test_bug_catalogue.py::test_"
 OWNERS = "tests/kv_transfer/test_bug_catalogue_owners.py::test_"
 TIME = "tests/kv_transfer/test_bug_catalogue_time.py::test_"
 UNFORESEEN = "tests/kv_transfer/test_unforeseen_errors.py::test_"
+STUCK = "tests/kv_transfer/receiving/test_stuck_transfers.py::test_"
 GREEDY = "tests/kv_transfer/receiving/test_greedy_peer.py::test_"
 INCOMING = "kv_transfer/receiving/incoming.py"
 INTAKE = "kv_transfer/receiving/intake.py"
@@ -275,6 +276,36 @@ TRANSFER_ROWS = (
                     f"test_a_node_that_cannot_have_its_memory_back_ends_itself[{role}]",
                 )
                 for role in ("prefill", "decode")
+            ),
+        ),
+    ),
+    Row(
+        "A node that is told to go ends under those who read its memory, or are about to",
+        "dyn#7319, 9344, 4917",
+        (
+            *(
+                Mutation(
+                    "node_parts/wiring.py",
+                    "return self.prefixes.num_asked + self.sender.num_transfers",
+                    "return self.sender.num_transfers",
+                    "tests/e2e/test_prefix_fetch.py::"
+                    f"test_a_node_that_looks_for_a_prefix_to_give_away_is_not_idle[{role}]",
+                )
+                for role in ("prefill", "decode")
+            ),
+            Mutation(
+                "node_parts/wiring.py",
+                "return self.prefixes.num_asked + self.sender.num_transfers",
+                "return self.prefixes.num_asked",
+                "tests/e2e/test_digest_scenarios.py::"
+                "test_a_node_drains_though_some_of_its_blocks_never_come_back",
+            ),
+            Mutation(
+                INTAKE,
+                "transfer.is_stuck = not transfer.is_starting",
+                "transfer.is_stuck = True",
+                STUCK + "a_sequence_on_its_way_to_the_engine_is_waited_for_whatever_its_link_"
+                "still_touches[well]",
             ),
         ),
     ),
