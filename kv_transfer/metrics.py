@@ -112,6 +112,12 @@ class TransferCollector(Collector):
                 stats.reads_held_back,
             ),
             ("baton_kv_transfers_done", "Hand-offs that were committed.", stats.transfers_done),
+            (
+                "baton_kv_commits_unknown",
+                "Commits that a lost connection left unanswered, at their sender. What became of "
+                "them the receiver counts, if it lives: as done, or as a failure.",
+                stats.commits_unknown,
+            ),
             ("baton_kv_transfer_seconds", "Reserve to commit, summed.", stats.transfer_seconds),
             ("baton_kv_handshakes_refused", "Pairings refused.", stats.handshakes_refused),
             ("baton_kv_pairings", "Pairings made.", stats.pairings),

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from cluster.errors import Cancelled
-from kv_transfer.failures import failure_label
+from kv_transfer.failures import FailureReason, failure_label
 
 if TYPE_CHECKING:
     from cluster.errors import ServingError
@@ -28,6 +28,7 @@ class TransferStats:
     transfers_done: int = 0
     transfer_seconds: float = 0.0  # reserve to commit, summed over transfers done
     failures: Counter[tuple[str, str]] = field(default_factory=Counter)  # by reason and policy
+    commits_unknown: int = 0  # no failures yet: the receiver counts what became of them
     recomputes: Counter[str] = field(default_factory=Counter)  # by reason
     frames_dropped: Counter[str] = field(default_factory=Counter)  # by reason
     corrupt_frames_by_peer: Counter[str] = field(default_factory=Counter)
@@ -37,8 +38,11 @@ class TransferStats:
 
     def failed(self, error: ServingError, policy: KVLoadFailurePolicy) -> None:
         """A transfer came to no end. One that was cancelled, by its client or by who gave it up, is
-        no trouble of the nodes."""
-        if not isinstance(error, Cancelled):
+        no trouble of the nodes. Of one whose commit was not answered a sender never hears whether
+        it failed: its sequence may run."""
+        if error.reason == FailureReason.COMMIT_UNKNOWN:
+            self.commits_unknown += 1
+        elif not isinstance(error, Cancelled):
             self.failures[failure_label(error), policy.value] += 1
 
     def corrupt(self, peer: str) -> bool:

@@ -111,12 +111,14 @@ def test_transfers_are_counted_by_transport_and_failures_by_reason_and_policy() 
     stats.moved("shm", 100, 0.25)
     stats.moved("shm", 50, 0.25)
     stats.failures["link_lost", "fail"] += 1
+    stats.commits_unknown += 2
     labels = {"transport": "shm"}
     assert registry.get_sample_value("baton_kv_transfer_bytes_total", labels) == 150
     assert registry.get_sample_value("baton_kv_transfer_frame_seconds_total", labels) == 0.5
     assert registry.get_sample_value("baton_kv_transport_in_use", labels) == 1
     failed = {"reason": "link_lost", "policy": "fail"}
     assert registry.get_sample_value("baton_kv_load_failures_total", failed) == 1
+    assert registry.get_sample_value("baton_kv_commits_unknown_total") == 2
 
 
 def test_a_peer_that_corrupts_kv_three_times_becomes_a_suspect_once() -> None:
