@@ -55,7 +55,11 @@ def assemble(
     admission = Admission(_limits(config), chance=random.random)
     registry.register(
         GatewayCollector(
-            measures, nodes, config.model_names[0], lambda: admission.num_queued_tokens
+            measures,
+            nodes,
+            config.model_names[0],
+            tokens_queued=lambda: admission.num_queued_tokens,
+            retries_left=lambda: dispatcher.num_retries_left,
         )
     )
     return Gateway(

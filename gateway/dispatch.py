@@ -75,6 +75,10 @@ class Dispatcher:
     def active(self) -> Mapping[str, ActiveSequence]:
         return self._attempts.active
 
+    @property
+    def num_retries_left(self) -> float:
+        return self._budget.balance
+
     # ---- from requests -------------------------------------------------------------------
 
     def submit(

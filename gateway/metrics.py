@@ -62,11 +62,13 @@ class GatewayCollector(Collector):
         nodes: Nodes,
         model_name: str,
         tokens_queued: Callable[[], int],
+        retries_left: Callable[[], float],
     ) -> None:
         self._measures = measures
         self._nodes = nodes
         self._model_name = model_name
         self._tokens_queued = tokens_queued
+        self._retries_left = retries_left
 
     def collect(self) -> Iterator[Metric]:
         yield from self._requests()
@@ -131,6 +133,11 @@ class GatewayCollector(Collector):
             "baton_retries",
             "Attempts on other nodes, by kind and cause.",
             _sorted(measures.retries),
+        )
+        yield GaugeMetricFamily(
+            "baton_retries_left",
+            "Re-dispatches that the budget still allows; each request adds a tenth of one.",
+            value=self._retries_left(),
         )
 
     def _latencies(self) -> Iterator[Metric]:

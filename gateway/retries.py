@@ -54,22 +54,22 @@ class RetryBudget:
     """A tenth of the requests may be re-dispatched; what was not needed is saved, up to ten."""
 
     def __init__(self) -> None:
-        self._balance = MAX_SAVED_RETRIES
+        self.balance = MAX_SAVED_RETRIES
 
     def deposit(self) -> None:
         """One request was taken in."""
-        self._balance = min(MAX_SAVED_RETRIES, self._balance + RETRY_SHARE)
+        self.balance = min(MAX_SAVED_RETRIES, self.balance + RETRY_SHARE)
 
     def withdraw(self) -> bool:
         """False when it is used up."""
-        if self._balance < 1.0:
+        if self.balance < 1.0:
             return False
-        self._balance -= 1.0
+        self.balance -= 1.0
         return True
 
     def give_back(self) -> None:
         """Withdrawn, but there was no other node to try."""
-        self._balance += 1.0
+        self.balance += 1.0
 
 
 @dataclass(slots=True)

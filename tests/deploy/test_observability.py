@@ -76,7 +76,7 @@ class Exported:
         store.is_up.labels("registry").set(1)
         families: list[Metric] = list(registry.collect())
         nodes: Any = OneNode()
-        families += GatewayCollector(Measures(), nodes, "m", lambda: 0).collect()
+        families += GatewayCollector(Measures(), nodes, "m", lambda: 0, lambda: 0).collect()
         families += EngineCollector(NodeLoad, LoopStats()).collect()
         stats = TransferStats()
         families += TransferCollector(stats, transports=tuple).collect()

@@ -28,7 +28,7 @@ import pytest
 from cluster.failpoints import VARIABLE
 from tests.e2e.cluster_process import eventually
 from tests.faults.accounts import account_of, beyond_budget, disagreements
-from tests.faults.asks import Ask, draw_prompt
+from tests.faults.asks import Ask, draw_asks, draw_prompt
 from tests.faults.checker import FAULT_CODES, FREED_WITHIN_SECONDS, not_freed, violations
 from tests.faults.client import load
 from tests.faults.cluster import FaultCluster
@@ -133,6 +133,12 @@ class Rows:
         self.evidence.take(history)
         save_for_row(history)
         self._accounts = history, account, self._gateways()
+
+    def save_retries(self) -> None:
+        """Until all requests of a row may be tried again: earlier rows may have used them up."""
+        addresses = [self.cluster.metrics_address(name) for name in self.cluster.gateway_ports]
+        while min(scrape(at).value("baton_retries_left") for at in addresses) < NUM_REQUESTS:
+            self.undisturbed(draw_asks(SEED, count=20, prompt=(8, 16), num_tokens=1))
 
     # ---- faults ----------------------------------------------------------------------------
 
@@ -288,6 +294,7 @@ def running_rows(
 def row_of(rows: Rows, request: pytest.FixtureRequest) -> Iterator[Rows]:
     """One row: healed at its end, and what happened told where it fails."""
     print(f"seed {SEED}")
+    rows.save_retries()
     num_lines = len(rows.cluster.lines)
     del rows.nemesis.log[:]
     yield rows

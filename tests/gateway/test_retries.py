@@ -31,6 +31,7 @@ from gateway.retries import (
 from gateway.router import Candidate, Demand, Placement, choose_again
 from tests.gateway.running_gateway import RunningGateway
 from tests.gateway.test_failures import OpenStream, body, code_of, everything_is_given_back, post
+from tests.gateway.test_gateway_metrics import scrape
 
 NewGateway = Callable[..., RunningGateway]
 LOST = NodeLost("lost", reason="prefill_lost")
@@ -225,6 +226,7 @@ def test_a_prefill_node_killed_before_its_token_costs_only_time(
     assert response.status_code == 200
     assert response.json()["choices"][0]["text"] == expected
     assert running.gateway.measures.retries["redispatch", "prefill_lost"] == 1
+    assert scrape(running)["baton_retries_left", ()] == MAX_SAVED_RETRIES - 1
     everything_is_given_back(running)
 
 
