@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import socket
-
-import pytest
+from typing import TYPE_CHECKING
 
 from tests.faults import ports
+
+if TYPE_CHECKING:
+    import pytest
 
 
 def test_a_port_is_drawn_once(monkeypatch: pytest.MonkeyPatch) -> None:
