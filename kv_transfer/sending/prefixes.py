@@ -12,6 +12,7 @@ Failures need nobody here: who asked hears of them and computes.
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -21,11 +22,13 @@ from cluster.errors import NodeUnavailable, Overloaded
 
 if TYPE_CHECKING:
     from cluster.errors import ServingError
+    from cluster.node import NodeId
     from cluster.request import Handoff, SequenceRequest
     from kv_transfer.sending.sender import KVSender, SenderEvents
 
 logger = logging.getLogger(__name__)
 MAX_GIVEN_AWAY = 16
+MAX_TO_ONE_PEER = 8  # one that reads slowly keeps nobody else from his
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +37,12 @@ class HeldPrefix:
 
     block_ids: tuple[int, ...]
     release: Callable[[], object]
+
+
+@dataclass(frozen=True, slots=True)
+class _Given:
+    held: HeldPrefix
+    to: NodeId
 
 
 # Of a prompt, with the seconds that each token may take that is not in the pool yet.
@@ -50,8 +59,8 @@ class PrefixSender:
         self._hold = hold
         self._block_size = block_size
         self._others = others
-        self._held: dict[str, HeldPrefix] = {}
-        self._num_asked = 0
+        self._given: dict[str, _Given] = {}
+        self._asked: Counter[NodeId] = Counter()
         self._sender: KVSender
 
     def bind(self, sender: KVSender) -> None:
@@ -60,24 +69,33 @@ class PrefixSender:
     @property
     def num_asked(self) -> int:
         """Prefixes whose blocks are about to be held, and then handed off."""
-        return self._num_asked
+        return self._asked.total()
 
     @property
     def num_given_away(self) -> int:
-        """Prefixes whose blocks are held, or about to be."""
-        return len(self._held) + self._num_asked
+        """Prefixes whose blocks are held, or about to be, and will come back."""
+        return self._num_given_away().total()
+
+    def _num_given_away(self) -> Counter[NodeId]:
+        """The same by peers. What is stuck is held, too, and counted in quarantine: should others
+        wait for it, nobody would get a prefix from here any more."""
+        given = self._given.items()
+        return self._asked + Counter(
+            each.to for name, each in given if not self._sender.is_stuck(name)
+        )
 
     async def send(
         self, prefix: SequenceRequest, handoff: Handoff, restore_seconds_per_token: float
     ) -> int:
         """See `PrefixSource`."""
-        if self.num_given_away >= MAX_GIVEN_AWAY:
+        given, to = self._num_given_away(), handoff.decode
+        if given.total() >= MAX_GIVEN_AWAY or given[to] >= MAX_TO_ONE_PEER:
             raise Overloaded("This node gives as many prefixes away as it may.")
-        self._num_asked += 1
+        self._asked[to] += 1
         try:
             held = await self._hold(prefix, restore_seconds_per_token)
         finally:
-            self._num_asked -= 1
+            self._asked -= Counter((to,))  # without an entry of who asks for none
         num_tokens = len(held.block_ids) * self._block_size
         if num_tokens == 0:
             held.release()
@@ -91,7 +109,7 @@ class PrefixSender:
                 raise NodeUnavailable("This prefix is being sent.", reason="not_offered") from None
             undo.pop_all()
         sequence_id = prefix.sequence_id
-        self._held[sequence_id] = held
+        self._given[sequence_id] = _Given(held, to)
         self._sender.chunk_computed(sequence_id, num_tokens, held.block_ids, None)
         self._sender.commit(sequence_id, 0)
         return num_tokens
@@ -99,18 +117,18 @@ class PrefixSender:
     # ---- reports of the sender (`SenderEvents`) ------------------------------------------------
 
     def on_committed(self, sequence_id: str) -> None:
-        if sequence_id not in self._held and self._others is not None:
+        if sequence_id not in self._given and self._others is not None:
             self._others.on_committed(sequence_id)
 
     def on_failed(self, sequence_id: str, error: ServingError) -> None:
-        if sequence_id in self._held:
+        if sequence_id in self._given:
             logger.warning("a prefix was not fetched: %s", error.message)
         elif self._others is not None:
             self._others.on_failed(sequence_id, error)
 
     def on_sources_free(self, sequence_id: str) -> None:
-        held = self._held.pop(sequence_id, None)
-        if held is not None:
-            held.release()
+        given = self._given.pop(sequence_id, None)
+        if given is not None:
+            given.held.release()
         elif self._others is not None:
             self._others.on_sources_free(sequence_id)

@@ -118,6 +118,11 @@ class KVSender:
         kept = (each for each in self._sendings if each.machine.is_draining or each.is_stuck)
         return sum(sending.machine.num_blocks for sending in kept)
 
+    def is_stuck(self, sequence_id: str) -> bool:
+        """Its connection was cut, but nobody can say when its source blocks come back."""
+        sending = self._sendings.of_sequence(sequence_id)
+        return sending is not None and sending.is_stuck
+
     async def start(self) -> None:
         self._sweeping = asyncio.create_task(sweep_forever(self, self.agent.config.lease_seconds))
 

@@ -319,6 +319,7 @@ def test_sources_of_sends_that_do_not_end_with_their_connection_stay_held_and_ar
         prefill.compute(request, TABLE)
         [sending] = prefill.sender._sendings
         await until(lambda: sending.machine.num_posted == 1)
+        assert not prefill.sender.is_stuck(name)
         prefill.sender.abort(name)
         prefill.clock.advance(DRAIN_SECONDS)
         await until(full.is_set)  # a quarter of 32 blocks
@@ -327,6 +328,7 @@ def test_sources_of_sends_that_do_not_end_with_their_connection_stay_held_and_ar
         assert prefill.owner.of(name) == []
         assert prefill.sender.num_quarantined_blocks == len(TABLE)
         assert prefill.sender.num_transfers == 0, "a drain waits in vain"
+        assert prefill.sender.is_stuck(name)
         assert agent.staging.num_free == agent.staging.num_slots - 1
         assert isinstance(agent.transport, StuckTransport)
         agent.transport.let_go()

@@ -20,6 +20,8 @@ OVERDUE = "kv_transfer/receiving/overdue.py"
 ANSWERS = "kv_transfer/sending/answers.py"
 OUTGOING = "kv_transfer/sending/outgoing.py"
 SENDER = "kv_transfer/sending/sender.py"
+PREFIXES = "kv_transfer/sending/prefixes.py"
+PREFIX_TESTS = "tests/kv_transfer/sending/test_prefixes.py::test_"
 STUCK_SENDS = "sources_of_sends_that_do_not_end_with_their_connection_stay_held_and_are_counted"
 
 TRANSFER_ROWS = (
@@ -331,6 +333,18 @@ TRANSFER_ROWS = (
         "A peer that floods a node, or reads nothing, fills its memory",
         "CVE-2025-30202 (vLLM: a slow subscriber)",
         (
+            Mutation(
+                PREFIXES,
+                " or given[to] >= MAX_TO_ONE_PEER:",
+                ":",
+                PREFIX_TESTS + "a_peer_that_reads_slowly_leaves_prefixes_to_the_others",
+            ),
+            Mutation(
+                PREFIXES,
+                "            each.to for name, each in given if not self._sender.is_stuck(name)\n",
+                "            each.to for name, each in given\n",
+                PREFIX_TESTS + "what_is_stuck_stays_held_and_keeps_no_other_prefix_here",
+            ),
             Mutation(
                 SESSION,
                 "if self._num_draining == MAX_DRAINING:",

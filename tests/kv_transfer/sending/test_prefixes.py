@@ -11,7 +11,12 @@ import pytest
 from cluster.errors import NodeUnavailable, Overloaded, TransferFailed
 from cluster.node import Incarnation, NodeId, NodeName
 from cluster.request import Handoff
-from kv_transfer.sending.prefixes import MAX_GIVEN_AWAY, HeldPrefix, PrefixSender
+from kv_transfer.sending.prefixes import (
+    MAX_GIVEN_AWAY,
+    MAX_TO_ONE_PEER,
+    HeldPrefix,
+    PrefixSender,
+)
 from tests.sequences import BLOCK_SIZE, make_request
 
 if TYPE_CHECKING:
@@ -28,6 +33,10 @@ class Sender:
         self.opened: dict[str, SequenceRequest] = {}
         self.computed: dict[str, tuple[int, Sequence[int]]] = {}
         self.committed: list[str] = []
+        self.stuck: set[str] = set()
+
+    def is_stuck(self, sequence_id: str) -> bool:
+        return sequence_id in self.stuck
 
     def open(self, request: SequenceRequest, handoff: Handoff) -> None:
         if request.sequence_id in self.opened:
@@ -77,9 +86,25 @@ class Bench:
     def release(self) -> None:
         self.num_held -= 1
 
+    def give(self, *peers: str) -> list[str]:
+        """One prefix to each; the names of their sequences."""
+        names = []
+        for peer in peers:
+            prefix, handoff = asked(peer=peer)
+            asyncio.run(self.prefixes.send(prefix, handoff, 0.5))
+            names.append(prefix.sequence_id)
+        return names
 
-def asked(num_blocks: int = 5) -> tuple[SequenceRequest, Handoff]:
-    to = NodeId(NodeName("p0"), Incarnation(1))
+    def refuses(self, peer: str) -> bool:
+        try:
+            self.give(peer)
+        except Overloaded:
+            return True
+        return False
+
+
+def asked(num_blocks: int = 5, *, peer: str = "p0") -> tuple[SequenceRequest, Handoff]:
+    to = NodeId(NodeName(peer), Incarnation(1))
     handoff = Handoff(
         transfer_id=os.urandom(16), attempt=0, decode=to, decode_address="p:1", gateway_id="p0"
     )
@@ -134,11 +159,56 @@ def test_what_cannot_be_sent_for_a_reason_nobody_foresaw_is_not_held_for_ever(
 
 def test_no_more_are_given_away_at_once_than_is_allowed() -> None:
     bench = Bench()
-    for _ in range(MAX_GIVEN_AWAY):
-        asyncio.run(bench.prefixes.send(*asked(), 0.5))
-    with pytest.raises(Overloaded):
-        asyncio.run(bench.prefixes.send(*asked(), 0.5))
+    bench.give(*(f"p{number}" for number in range(MAX_GIVEN_AWAY)))
+    assert bench.refuses("another")
     assert bench.num_held == MAX_GIVEN_AWAY
+
+
+def test_a_peer_that_reads_slowly_leaves_prefixes_to_the_others() -> None:
+    bench = Bench()
+    first, *_ = bench.give(*["slow"] * MAX_TO_ONE_PEER)
+    assert bench.refuses("slow")
+    bench.give("another")
+    bench.prefixes.on_sources_free(first)
+    assert not bench.refuses("slow")
+
+
+def test_a_prefix_that_is_looked_for_counts_as_its_peers() -> None:
+    async def scenario() -> None:
+        bench = Bench()
+        found = asyncio.Event()
+
+        async def hold(prefix: SequenceRequest, seconds_per_token: float) -> HeldPrefix:
+            await found.wait()
+            return HeldPrefix((), lambda: None)
+
+        bench.prefixes = PrefixSender(hold, BLOCK_SIZE)
+        bench.prefixes.bind(cast("Any", bench.sender))
+        asking = [
+            asyncio.ensure_future(bench.prefixes.send(*asked(), 0.5))
+            for _ in range(MAX_TO_ONE_PEER + 1)
+        ]
+        await asyncio.sleep(0)
+        found.set()
+        errors = await asyncio.gather(*asking, return_exceptions=True)
+        assert [type(error) for error in errors[-2:]] == [NodeUnavailable, Overloaded]
+        assert bench.prefixes.num_given_away == 0
+
+    asyncio.run(scenario())
+
+
+def test_what_is_stuck_stays_held_and_keeps_no_other_prefix_here() -> None:
+    """Whatever still reads it may never end."""
+    bench = Bench()
+    stuck = bench.give(*["stuck"] * MAX_TO_ONE_PEER)
+    stuck += bench.give(*["stuck too"] * (MAX_GIVEN_AWAY - MAX_TO_ONE_PEER))
+    assert bench.refuses("another")
+    bench.sender.stuck.update(stuck)
+    bench.give("another", "stuck")
+    assert bench.num_held == MAX_GIVEN_AWAY + 2
+    for name in stuck:
+        bench.prefixes.on_sources_free(name)
+    assert bench.num_held == bench.prefixes.num_given_away == 2
 
 
 def test_hand_offs_of_others_are_reported_to_them() -> None:
