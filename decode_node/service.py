@@ -35,7 +35,7 @@ from cluster.errors import (
 from cluster.failpoints import failpoint
 from cluster.isolation import isolated
 from cluster.node import NodeState
-from decode_node.streams import LAUNCH_SECONDS, Remembered, Stream, Streams, orphan_error
+from decode_node.streams import Remembered, Stream, Streams, orphan_error
 from engine.loop_errors import refusal, unawaited
 from node_parts.requests import inspect_reply, runnable
 
@@ -59,6 +59,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 # A draining node still takes the hand-offs of prompts that were placed before the order.
 TAKES_HANDOFFS = (NodeState.READY, NodeState.CORDONED, NodeState.DRAINING)
+# The event loop sleeps no longer than this while the engine launches the first step of a sequence.
+LAUNCH_SECONDS = 0.002
 
 
 class DecodeHandler:
@@ -179,8 +181,6 @@ class DecodeHandler:
         await asyncio.wrap_future(starting)
         if not stream.is_started:
             raise Cancelled("The request was cancelled.")
-        await asyncio.sleep(LAUNCH_SECONDS)
-        self._streams.say_unsaid()
 
     def release(self, sequence_id: str) -> None:
         """The transfer ended without a start, and nothing writes into its blocks any more."""
@@ -235,7 +235,7 @@ class DecodeHandler:
             unawaited(self._loop.call(lambda: self._abort(sequence_id)))
             return
         stream.is_started = True
-        self._streams.say_started_soon(stream)
+        self._streams.say_started(stream)
 
     def on_step(self, deltas: SequenceOf[TokenDelta]) -> None:
         self._streams.deliver(deltas)

@@ -28,10 +28,6 @@ if TYPE_CHECKING:
     from decode_node.recompute import RecomputeBudget
 
 MAX_REMEMBERED = 4096
-# The engine launches the first step of a sequence that was just started. What runs on the event
-# loop meanwhile takes the interpreter from it, and a client waits for that step: so whoever else is
-# to hear of the start hears of it a little later, though never after the first token.
-LAUNCH_SECONDS = 0.002
 
 
 @dataclass(slots=True)
@@ -72,7 +68,6 @@ class Streams:
         self._hub = hub
         self._budget = budget
         self._streams: dict[str, Stream] = {}
-        self._unsaid: list[Stream] = []  # started, and the gateway not told
         self._event_loop = asyncio.get_running_loop()
 
     def __len__(self) -> int:
@@ -116,20 +111,8 @@ class Streams:
         )
         self._hub.publish(stream.gateway_id, [started])
 
-    def say_started_soon(self, stream: Stream) -> None:
-        """When the engine has launched its first step, or before the first token of any."""
-        self._unsaid.append(stream)
-        self._event_loop.call_later(LAUNCH_SECONDS, self.say_unsaid)
-
-    def say_unsaid(self) -> None:
-        unsaid, self._unsaid = self._unsaid, []
-        for stream in unsaid:
-            if self.is_open(stream):  # else its end was said
-                self.say_started(stream)
-
     def deliver(self, deltas: SequenceOf[TokenDelta]) -> None:
         """What a step has given. A last token or an error ends its sequence."""
-        self.say_unsaid()
         by_gateway: dict[str, list[TokenDelta]] = {}
         finished: list[tuple[Stream, FinishReason]] = []
         for delta in deltas:

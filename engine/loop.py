@@ -14,8 +14,8 @@ Life of the thread
        `InternalError` or `OutOfMemory`; the others go on. After `MAX_FAILED_STEPS` in a row, or
        when a rank of the model is lost, the engine is beyond help: `on_fatal` is called and the
        thread ends.
-    6. `call_and_stand_aside` leaves the interpreter to this thread until it has launched: a launch
-       lets go of its lock in every call of the driver, and to get it back from a thread that
+    6. `call_and_stand_aside` leaves the interpreter to this thread until it waits for the device: a
+       launch lets go of its lock in every call of the driver, and to get it back from a thread that
        computes takes longer than the call. With nothing in front of it on the device that shows.
     7. `stop()` ends it after the steps that run. However the thread ends, commands still
        queued are cancelled, and so are those given later: nobody waits for an answer in vain.
@@ -126,8 +126,8 @@ class EngineLoop:
         return self._commands.call(run)
 
     def call_and_stand_aside(self, run: Callable[[], T], seconds: float) -> Future[T]:
-        """As `call`. If the thread is idle, the caller sleeps until it has launched a step, or has
-        none to launch, for so many seconds at the most. One thread at a time."""
+        """As `call`. If the thread is idle, the caller sleeps until it waits for a step to end, or
+        for work, but no longer than so many seconds. One thread at a time."""
         if self.is_busy:
             return self.call(run)
         self._has_launched.clear()
@@ -223,7 +223,6 @@ class EngineLoop:
         self._observer.before_step(decision)
         on_layer = None if self._layer_hook is None else self._layer_hook(decision)
         step = self._engine.launch(decision, on_layer=on_layer)
-        self._has_launched.set()
         return Flight(decision, step, began)
 
     def _launched(self, decision: ScheduleDecision, launch: Flight | Exception) -> Flight | None:
@@ -235,6 +234,7 @@ class EngineLoop:
 
     def _settle(self, flight: Flight, behind: ScheduleDecision | None = None) -> bool:
         """Collect a step and tell everybody. False if it failed, and with it the one behind."""
+        self._has_launched.set()  # from here this thread waits for the device
         output = _tried(lambda: self._engine.collect(flight.step))
         if isinstance(output, Exception):
             chunks = flight.decision.chunks + (() if behind is None else behind.chunks)
