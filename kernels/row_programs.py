@@ -108,15 +108,14 @@ def _multiply_all(
     if SIZE > 1:
         epoch += 1
         gl.store(epochs_ptr + gl.program_id(0), epoch)
+    inbox = (inboxes_ptr, epoch)
     place = plain_phase(
-        place, factor, down_scale_ptr, None, x_ptr, stream_ptr, walk, (inboxes_ptr, epoch), HIDDEN,
+        place, factor, down_scale_ptr, None, x_ptr, stream_ptr, walk, inbox, HIDDEN,
         units_of(INTER, BITS), STAGES, BITS, RANK, SIZE, CAPACITY,
     )  # fmt: skip
     if LAST > 0:
         weights = load_units(norms[1], unit, HIDDEN)
-        units = _joined(
-            stream_ptr, counters_ptr + 2, unit, (inboxes_ptr, epoch), HIDDEN, RANK, SIZE, CAPACITY
-        )
+        units = _joined(stream_ptr, counters_ptr + 2, unit, inbox, HIDDEN, RANK, SIZE, CAPACITY)
         factor = share_row(units, weights, x, eps, HIDDEN, True, BITS)
         if HALF > 0:
             turning_phase(
