@@ -168,7 +168,7 @@ def render_rows(
 
 def remarks_on(rows: Sequence[Entry]) -> Iterator[str]:
     """What no column tells: ready, and yet without work for ever; or without work, and yet not
-    drained."""
+    drained; or a pair of nodes that take work, but not from each other."""
     roles = {row.get("role") for row in rows}
     for row in rows:
         if row.get("awaited_gateways"):
@@ -181,6 +181,17 @@ def remarks_on(rows: Sequence[Entry]) -> Iterator[str]:
                 f"{shown(row.get('name'))} can exchange KV with no node of the other role: model, "
                 "KV layout, block size or version differ."
             )
+        if row.get("role") == "prefill":  # a pair is told by both of its nodes
+            yield from map(_remark_on_pair, row.get("pairs_held_back") or ())
+
+
+def _remark_on_pair(pair: Entry) -> str:
+    seconds = float(pair.get("tried_again_in_seconds") or 0.0)
+    return (
+        f"{shown(pair.get('prefill_node'))} > {shown(pair.get('decode_node'))} is held back: "
+        f"hand-offs between them fail ({shown(pair.get('reason'))}). It is tried again "
+        f"{f'in {seconds:.0f} s' if seconds else 'with the next request'}."
+    )
 
 
 def columns_that_fit(

@@ -3,7 +3,8 @@
 a request    http_server (unread_body) -> edge (id, key) -> app -> routes/ -> body ->
              schemas (types) -> validation by request_rules, chat_messages, chat_template, budget ->
              request; gateway.begin
-its way      admission -> prefix_lookup -> router (a pure choice, by policy) -> dispatch
+its way      admission -> prefix_lookup -> router (a pure choice, by policy) -> dispatch; pairs by
+             pair_breaker (pure): between which nodes do hand-offs fail?
 a sequence   sequence_machine (pure; says sequence_instructions) inside dispatch; active, attempts:
              what is in flight; retries: whether it is tried again; request_book: how it ended
 nodes        nodes (known) -> node_client (a session each, by node_frames; node_calls beside it);

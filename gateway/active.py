@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from cluster.node import NodeId
     from cluster.request import SequenceRequest, TokenDelta
     from gateway.nodes import NodeEntry
+    from gateway.pair_breaker import Pair
     from gateway.retries import Stream
     from gateway.router import Placement
     from gateway.sequence_machine import SequenceMachine, SequenceState
@@ -56,6 +57,11 @@ class ActiveSequence:
         return self.decode if self.prefill is None else self.prefill
 
     @property
+    def pair(self) -> Pair | None:
+        """None: nothing is handed over."""
+        return None if self.prefill is None else (self.prefill.info.id, self.decode.info.id)
+
+    @property
     def nodes(self) -> str:
         """As a log names them: `prefill-0 > decode-0`, or `decode-0` alone."""
         names = [entry.info.id.name for entry in (self.prefill, self.decode) if entry is not None]
@@ -64,6 +70,11 @@ class ActiveSequence:
     @property
     def state(self) -> SequenceState:
         return self.machine.state
+
+    @property
+    def is_connected(self) -> bool:
+        """With both of its nodes."""
+        return self.decode.client.is_connected and self.prefilling.client.is_connected
 
     @property
     def leaving(self) -> frozenset[NodeId]:

@@ -22,6 +22,7 @@ from cluster.request import KVLoadFailurePolicy, SequenceRequest, TokenDelta
 from gateway.active import ActiveSequence, Listener, demand_of
 from gateway.attempts import Attempts
 from gateway.node_frames import cancel_frame, orphaned_frame, submit_frame
+from gateway.pairs import Pairs
 from gateway.retries import RetryBudget, RetryKind, Stream, is_in_order, who_failed
 from gateway.router import Placement, choose, choose_again
 from gateway.sequence_instructions import (
@@ -69,6 +70,7 @@ class Dispatcher:
         self._observe = observe
         self._attempts = Attempts(measures)
         self._budget = RetryBudget()
+        self.pairs = Pairs(measures)
         self.nodes: Nodes  # set once by who wires both: clients need the dispatcher first
 
     @property
@@ -96,6 +98,7 @@ class Dispatcher:
             self.nodes.candidates(num_cached_tokens),
             demand_of(request),
             local_prefill_tokens=policy.local_prefill_tokens,
+            held_back=self.pairs.held_back(now),
         )
         self._measures.routing_decision.observe(self._clock() - now)
         seconds = request.deadline_seconds
@@ -121,6 +124,7 @@ class Dispatcher:
         such a frame; nothing has happened then."""
         active = self._new_attempt(stream, request, placement, listener, now)
         self._attempts.begin(active, num_cached_tokens)
+        self.pairs.begin(active, now)
         with contextlib.ExitStack() as undo:
             undo.callback(self._forget, active)
             if not active.prefilling.client.send(submit_frame(active, self.gateway_id)):
@@ -164,6 +168,7 @@ class Dispatcher:
             if active.decode.client is client:
                 instructions = active.machine.decode_delta(delta, now)
                 if active.is_on_its_way and active.machine.is_started:
+                    self.pairs.started(active, now)
                     self._attempts.has_come(active)
             elif active.prefill is not None and active.prefill.client is client:
                 instructions = active.machine.prefill_delta(delta, now)
@@ -211,6 +216,7 @@ class Dispatcher:
             instructions = active.machine.tick(now)
             if instructions:
                 self._carry_out(active, instructions, now)
+        self.pairs.keep({entry.info.id for entry in self.nodes})
 
     # ---- carrying out --------------------------------------------------------------------
 
@@ -238,7 +244,7 @@ class Dispatcher:
                 case AskDecode():
                     active.decode.client.send(orphaned_frame(active.request.sequence_id))
         if active.machine.is_finished:
-            self._forget(active)
+            self._forget(active, None if ending is None else ending.error)
         if ending is not None and not (is_retried and self._has_retried(active, ending, now)):
             active.listener.deliver(ending, now)
 
@@ -260,6 +266,7 @@ class Dispatcher:
                 demand_of(request),
                 suspects=stream.suspects,
                 avoided=stream.avoided,
+                held_back=self.pairs.held_back(now),
             )
             self._start(stream, request, placement, {}, active.listener, now)
         except (NodeUnavailable, RequestTooLarge) as unavailable:
@@ -318,7 +325,9 @@ class Dispatcher:
             raise NodeUnavailable("The chosen node went away.", retry_after_seconds=1.0)
         return entry
 
-    def _forget(self, active: ActiveSequence) -> None:
+    def _forget(self, active: ActiveSequence, error: ServingError | None = None) -> None:
+        if active.is_on_its_way:
+            self.pairs.ended(active, error, self._clock())
         if self._attempts.end(active):
             active.decode.client.settle()
             self.nodes.close_if_idle(active.decode)

@@ -60,6 +60,8 @@ class Measures:
         self.endings: Counter[str] = Counter()  # sequences by finish reason
         self.rejections: Counter[str] = Counter()  # by admission's reason
         self.retries: Counter[tuple[str, str]] = Counter()  # by kind and the error's reason
+        self.pair_holds: Counter[str] = Counter()  # by the last failure's reason
+        self.num_pairs_held_back = 0  # or tried again, and not known to work
         self.num_disconnected = 0
         self.num_prompt_tokens = 0
         self.num_cached_tokens = 0

@@ -139,6 +139,21 @@ class GatewayCollector(Collector):
             "Re-dispatches that the budget still allows; each request adds a tenth of one.",
             value=self._retries_left(),
         )
+        yield from self._pairs()
+
+    def _pairs(self) -> Iterator[Metric]:
+        measures = self._measures
+        yield GaugeMetricFamily(
+            "baton_pairs_held_back",
+            "Pairs of nodes between which hand-offs failed, and none has succeeded since.",
+            value=measures.num_pairs_held_back,
+        )
+        yield counter_by(
+            ["reason"],
+            "baton_pair_holds",
+            "Times that a pair of nodes was held back, by cause.",
+            _sorted(measures.pair_holds),
+        )
 
     def _latencies(self) -> Iterator[Metric]:
         measures = self._measures

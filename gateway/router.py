@@ -8,6 +8,8 @@
 3. The cheapest pair wins. The costs do not depend on each other, so it is the cheapest node of
    either role within one compatibility hash.
 4. A prompt with few uncached tokens at its decode node is prefilled there, without a hand-off.
+5. Where hand-offs between the two nodes of that pair fail (`pair_breaker.py`), the cheapest of the
+   others wins, if there is any: no request is refused because of what is held back.
 
 Prefix affinity needs no rule of its own: a cached prefix makes a node cheaper until its queue
 costs more than computing the prefix elsewhere.
@@ -19,17 +21,20 @@ H200 and need not be exact for the order of candidates to be right.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from operator import itemgetter
+from typing import TYPE_CHECKING, NamedTuple
 
 from cluster.errors import NodeUnavailable
 from cluster.node import NodeInfo, NodeRole, NodeState
 from cluster.request import PrefixHolder
+from gateway.pair_breaker import NO_PAIRS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
     from collections.abc import Set as AbstractSet
 
     from cluster.node import NodeId
+    from gateway.pair_breaker import Pair
 
 PREFILL_MS_PER_TOKEN = 1 / 37
 DECODE_MS_PER_SEQUENCE = 0.5
@@ -82,39 +87,100 @@ class CandidateCost:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Placement:
     """`prefill` None: the decode node does all of it. `holder`: has more of the prompt cached than
-    the prefill node, which may fetch it from there."""
+    the prefill node, which may fetch it from there. `instead_of`: the cheapest pair, held back, as
+    a log names it."""
 
     prefill: NodeInfo | None
     decode: NodeInfo
     costs: tuple[CandidateCost, ...] = ()
     holder: PrefixHolder | None = None
+    instead_of: str | None = None
+
+
+# A candidate for one demand: cost, sequences, name, itself. Equal costs go to the node with fewer
+# sequences, then by name, so that ties are stable. A plain tuple: one is made of each node.
+_Ranked = tuple[float, int, str, Candidate]
+_order = itemgetter(0, 1, 2)
+_cost_of = itemgetter(0)
+
+
+class _RankedPair(NamedTuple):
+    cost: float
+    prefill: Candidate
+    decode: Candidate
+    pool: _Pool
+
+    @property
+    def ids(self) -> Pair:
+        return self.prefill.node.id, self.decode.node.id
+
+    @property
+    def names(self) -> str:
+        return f"{self.prefill.node.id.name} > {self.decode.node.id.name}"
+
+
+class _Pool(NamedTuple):
+    """Nodes of one compatibility hash, some of either role."""
+
+    prefill: list[_Ranked]
+    decode: list[_Ranked]
+
+    def cheapest(self) -> _RankedPair:
+        prefill, decode = min(self.prefill, key=_order), min(self.decode, key=_order)
+        return self._pair(prefill, decode)
+
+    def cheapest_but(self, held_back: AbstractSet[Pair]) -> _RankedPair | None:
+        """None when all pairs are held back."""
+        best: _RankedPair | None = None
+        decode_nodes = sorted(self.decode, key=_order)
+        for prefill in sorted(self.prefill, key=_order):
+            if best is not None and prefill[0] + decode_nodes[0][0] >= best.cost:
+                break
+            pairs = (self._pair(prefill, decode) for decode in decode_nodes)
+            pair = next((pair for pair in pairs if pair.ids not in held_back), None)
+            if pair is not None and (best is None or pair.cost < best.cost):
+                best = pair
+        return best
+
+    def _pair(self, prefill: _Ranked, decode: _Ranked) -> _RankedPair:
+        return _RankedPair(prefill[0] + decode[0], prefill[3], decode[3], self)
 
 
 def choose(
-    candidates: Iterable[Candidate], demand: Demand, *, local_prefill_tokens: int = 0
+    candidates: Iterable[Candidate],
+    demand: Demand,
+    *,
+    local_prefill_tokens: int = 0,
+    held_back: AbstractSet[Pair] = NO_PAIRS,
 ) -> Placement:
-    """The cheapest pair; `NodeUnavailable` when there is none."""
-    pairs: list[tuple[float, Candidate, Candidate, PrefixHolder | None]] = []
+    """The cheapest pair that is not held back; else the cheapest. `NodeUnavailable` when there is
+    none."""
     costs: list[CandidateCost] = []
-    for prefill_nodes, decode_nodes in _pools(candidates, demand):
-        prefill_cost, prefill = _cheapest(prefill_nodes, demand, costs)
-        decode_cost, decode = _cheapest(decode_nodes, demand, costs)
-        holder = _holder([*prefill_nodes, *decode_nodes], prefill)
-        pairs.append((prefill_cost + decode_cost, prefill, decode, holder))
-    if not pairs:
+    pools = [
+        _Pool(_ranked(prefill, demand, costs), _ranked(decode, demand, costs))
+        for prefill, decode in _pools(candidates, demand)
+    ]
+    if not pools:
         raise NodeUnavailable(
             "No pair of prefill and decode nodes is ready.",
             reason="no_pair",
             retry_after_seconds=_RETRY_SECONDS,
         )
-    _, prefill, decode, holder = min(pairs, key=lambda pair: pair[0])
-    num_uncached = demand.num_prompt_tokens - decode.num_cached_tokens
-    is_local = num_uncached <= local_prefill_tokens
+
+    def is_local(pair: _RankedPair) -> bool:
+        return demand.num_prompt_tokens - pair.decode.num_cached_tokens <= local_prefill_tokens
+
+    cheapest = taken = min((pool.cheapest() for pool in pools), key=_cost_of)
+    if held_back and cheapest.ids in held_back and not is_local(cheapest):
+        others = [pool.cheapest_but(held_back) for pool in pools]
+        taken = min((each for each in others if each is not None), key=_cost_of, default=cheapest)
+    nodes = (each[3] for role in taken.pool for each in role)
     return Placement(
-        prefill=None if is_local else prefill.node,
-        decode=decode.node,
+        prefill=None if is_local(taken) else taken.prefill.node,
+        decode=taken.decode.node,
         costs=tuple(costs),
-        holder=holder,
+        holder=_holder(nodes, taken.prefill),
+        instead_of=None if taken is cheapest else cheapest.names,
     )
 
 
@@ -124,13 +190,29 @@ def choose_again(
     *,
     suspects: AbstractSet[NodeId],
     avoided: AbstractSet[NodeId],
+    held_back: AbstractSet[Pair] = NO_PAIRS,
 ) -> Placement:
     """A pair for what failed elsewhere: without `avoided` nodes if that is possible, else without
-    `suspects`. `NodeUnavailable` when there is none."""
+    `suspects`; one that is held back only if either way there is no other. `NodeUnavailable` when
+    there is none."""
     fresh = [candidate for candidate in candidates if candidate.node.id not in avoided]
-    if _pools(fresh, demand):
-        return choose(fresh, demand)
-    return choose((c for c in candidates if c.node.id not in suspects), demand)
+    others = [candidate for candidate in candidates if candidate.node.id not in suspects]
+    for allowed in (fresh, others):
+        if _has_pair(allowed, demand, held_back):
+            return choose(allowed, demand, held_back=held_back)
+    return choose(fresh if _pools(fresh, demand) else others, demand)
+
+
+def _has_pair(
+    candidates: Iterable[Candidate], demand: Demand, held_back: AbstractSet[Pair]
+) -> bool:
+    """One that is not held back."""
+    return any(
+        (prefill.node.id, decode.node.id) not in held_back
+        for prefill_nodes, decode_nodes in _pools(candidates, demand)
+        for prefill in prefill_nodes
+        for decode in decode_nodes
+    )
 
 
 def _pools(
@@ -158,18 +240,16 @@ def _holder(nodes: Iterable[Candidate], prefill: Candidate) -> PrefixHolder | No
     return PrefixHolder(best.node.id, best.node.grpc_address, best.num_cached_tokens, num_more)
 
 
-def _cheapest(
+def _ranked(
     nodes: Sequence[Candidate], demand: Demand, costs: list[CandidateCost]
-) -> tuple[float, Candidate]:
-    """Equal costs go to the node with fewer sequences, then by name, so that ties are stable."""
-    ranked: list[tuple[float, int, str, Candidate]] = []
+) -> list[_Ranked]:
+    ranked: list[_Ranked] = []
     for candidate in nodes:
         cost = _cost(candidate, demand)
         name = candidate.node.id.name
         ranked.append((cost, candidate.num_sequences, name, candidate))
         costs.append(CandidateCost(name, candidate.node.role, cost, candidate.num_cached_tokens))
-    best = min(ranked, key=lambda entry: entry[:3])
-    return best[0], best[3]
+    return ranked
 
 
 def _cost(candidate: Candidate, demand: Demand) -> float:

@@ -125,6 +125,11 @@ class SequenceMachine:
         return self._is_started
 
     @property
+    def is_recomputed(self) -> bool:
+        """The hand-off failed, and the decode node goes on without."""
+        return self._is_recomputed
+
+    @property
     def is_finished(self) -> bool:
         return self._is_finished
 

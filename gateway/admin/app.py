@@ -93,6 +93,7 @@ def _views(gateway: Gateway) -> APIRouter:
         entries = list(gateway.nodes)
         said = await asyncio.gather(*(_said_now(entry) for entry in entries))
         now = gateway.clock()
+        holds = gateway.dispatcher.pairs.holds(now)
         return {
             "gateway": gateway.dispatcher.gateway_id,
             "nodes": [
@@ -103,6 +104,7 @@ def _views(gateway: Gateway) -> APIRouter:
                     model=gateway.model_names[0],
                     num_partners=gateway.nodes.num_partners(entry),
                     awaited_gateways=awaited,
+                    holds=holds,
                 )
                 for entry, (load, awaited) in zip(entries, said, strict=True)
             ],

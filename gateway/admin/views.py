@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from gateway.active import ActiveSequence
     from gateway.generation import Generation
     from gateway.nodes import NodeEntry
+    from gateway.pair_breaker import Hold
     from gateway.request_book import RequestBook
 
 Json = dict[str, Any]
@@ -39,9 +40,11 @@ def node_view(
     model: str,
     num_partners: int,
     awaited_gateways: list[str],
+    holds: Iterable[Hold],
 ) -> Json:
     """`load`: as it is now, or as new as it is known. `model`: as clients name it.
-    `awaited_gateways`: that have not answered what the node said last of its state."""
+    `awaited_gateways`: that have not answered what the node said last of its state. `holds`: of the
+    pairs that this gateway holds back, whichever nodes they are of."""
     info = entry.info
     return {
         "name": info.id.name,
@@ -52,6 +55,7 @@ def node_view(
         "checkpoint": info.model_name,
         "compatibility_hash": info.compatibility_hash,
         "num_partners": num_partners,
+        "pairs_held_back": [_hold_view(hold) for hold in holds if info.id in hold.pair],
         "awaited_gateways": awaited_gateways if info.state is NodeState.DRAINING else [],
         "block_size": info.block_size,
         "max_model_len": info.max_model_len,
@@ -65,6 +69,16 @@ def node_view(
             "num_sequences": entry.tally.num_sequences,
             "queued_tokens": entry.tally.queued_tokens,
         },
+    }
+
+
+def _hold_view(hold: Hold) -> Json:
+    prefill, decode = hold.pair
+    return {
+        "prefill_node": prefill.name,
+        "decode_node": decode.name,
+        "reason": hold.reason,
+        "tried_again_in_seconds": hold.seconds,
     }
 
 
@@ -143,6 +157,7 @@ def _sequence_view(sequence: ActiveSequence, now: float) -> Json:
             }
             for cost in sequence.placement.costs
         ],
+        "instead_of": sequence.placement.instead_of,
     }
 
 

@@ -212,6 +212,23 @@ def test_a_node_without_a_partner_is_told_below_the_table(
     assert "baton admin: p " not in told
 
 
+def test_a_pair_that_is_held_back_is_told_once_below_the_table(
+    server: AdminServer, admin: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    held = {"prefill_node": "p", "decode_node": "decode-0", "reason": "link_lost"}
+    pairs = [held | {"tried_again_in_seconds": 3.8}]
+    nodes = [NODE | {"name": "p", "role": "prefill"}, dict(NODE)]
+    for seconds, told in ((3.8, "in 4 s"), (0.0, "with the next request")):
+        pairs[0]["tried_again_in_seconds"] = seconds
+        answer = {"nodes": [node | {"pairs_held_back": pairs} for node in nodes]}
+        server.answers["GET", "/admin/v1/nodes"] = 200, answer
+        assert admin("nodes") == 0
+        assert capsys.readouterr().err == (
+            "baton admin: p > decode-0 is held back: hand-offs between them fail (link_lost). "
+            f"It is tried again {told}.\n"
+        )
+
+
 def test_nodes_that_did_not_answer_are_named(
     server: AdminServer, admin: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,4 +1,4 @@
-"""Rows K1 to K4 and K7 of the fault matrix: what a bad link does to KV on its way. K5 is in
+"""Rows K1 to K4, K7 and K8 of the fault matrix: what a bad link does to KV on its way. K5 is in
 `test_redis_rows`, K6 in `test_rank_rows`."""
 
 from __future__ import annotations
@@ -147,4 +147,27 @@ def test_k7_and_g6_a_decode_node_that_nobody_can_hear_is_left(
     rows.check(history)
     assert policy == "fail" or not history.codes()
     proxy.heal()
+    rows.check_recovered()
+
+
+def test_k8_prompts_leave_a_pair_whose_link_breaks_each_time_and_come_back(rows: Rows) -> None:
+    """One by one they would all go there: its nodes are idle, and otherwise well."""
+    one = rows.asks[:1]
+
+    def is_cut() -> bool:
+        before = rows.num_spoiled()
+        with rows.load(one) as history:
+            pass
+        rows.check(history)
+        return rows.num_spoiled() > before
+
+    def is_held_back() -> bool:
+        held = rows.cluster.nodes()["prefill-0"]["pairs_held_back"]
+        return "decode-0" in {pair["decode_node"] for pair in held}
+
+    rows.spoil(Order(spoil=Spoil.CUT_BEFORE_HEADER, shots=1000), PREFILL[:1])
+    verify(lambda: is_cut() and is_held_back(), "no pair was held back")
+    verify(lambda: not is_cut(), "all prompts go where the link breaks")
+    rows.heal()
+    verify(lambda: not is_cut() and not is_held_back(), "no prompt has come back")
     rows.check_recovered()

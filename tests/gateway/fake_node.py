@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from cluster.codec import encode_description, encode_load
-from cluster.errors import NodeUnavailable
+from cluster.errors import NodeUnavailable, TransferFailed
 from cluster.message_size import message_limit
 from cluster.node import (
     NodeId,
@@ -26,7 +26,14 @@ from cluster.node import (
 from cluster.node_service import NodeService
 from cluster.proto import node_pb2 as pb
 from cluster.proto import node_pb2_grpc
-from cluster.request import FinishReason, Handoff, SequenceRequest, TokenDelta, TokenLogprobs
+from cluster.request import (
+    FinishReason,
+    Handoff,
+    KVLoadFailurePolicy,
+    SequenceRequest,
+    TokenDelta,
+    TokenLogprobs,
+)
 from cluster.rpc import bind, create_server
 from cluster.session_hub import SessionHub
 
@@ -72,6 +79,7 @@ class FakeNode:
         self.gates = Gates()
         self.step_seconds = step_seconds
         self.error: ServingError | None = None  # ends every sequence here instead of tokens
+        self.unreachable: set[str] = set()  # decode nodes that no KV reaches from here
         self.submitted: dict[str, SequenceRequest] = {}
         self.refused: list[str] = []
         self.handoffs: list[Handoff] = []
@@ -185,6 +193,9 @@ class FakeNode:
         if self.error is not None:
             self._say(gateway_id, TokenDelta(sequence_id=sequence.sequence_id, error=self.error))
             return
+        if handoff.decode.name in self.unreachable:
+            self._link_failed(gateway_id, sequence, handoff)
+            return
         first = echo(sequence, 0)._replace(num_cached_tokens=min(16, _num_prompt(sequence) - 1))
         self._say(gateway_id, first)
         if first.finish_reason is not None:
@@ -194,9 +205,23 @@ class FakeNode:
         decode.take_over(handoff.gateway_id, sequence)
         self._say(gateway_id, TokenDelta(sequence_id=sequence.sequence_id, handed_off=True))
 
+    def _link_failed(self, gateway_id: str, sequence: SequenceRequest, handoff: Handoff) -> None:
+        """The decode node computes it all, where that is the policy."""
+        if handoff.kv_load_failure_policy is KVLoadFailurePolicy.RECOMPUTE:
+            self._peers[handoff.decode.name].recompute(handoff.gateway_id, sequence)
+        lost = TransferFailed("The data connection broke.", reason="link_lost")
+        self._say(gateway_id, TokenDelta(sequence_id=sequence.sequence_id, error=lost))
+
     def take_over(self, gateway_id: str, sequence: SequenceRequest) -> None:
         self.submitted[sequence.sequence_id] = sequence
         self._spawn(sequence, self._decode(gateway_id, sequence, position=1))
+
+    def recompute(self, gateway_id: str, sequence: SequenceRequest) -> None:
+        """Its gateway hears at once that this node goes on with it."""
+        self.submitted[sequence.sequence_id] = sequence
+        started = TokenDelta(sequence_id=sequence.sequence_id, started=True, recomputed=True)
+        self._say(gateway_id, started)
+        self._spawn(sequence, self._decode(gateway_id, sequence, position=0))
 
     async def _decode(self, gateway_id: str, sequence: SequenceRequest, position: int) -> None:
         await self.gates.start.wait()

@@ -6,13 +6,17 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from cluster.errors import NodeUnavailable
 from cluster.node import Incarnation, NodeId, NodeInfo, NodeLoad, NodeName, NodeRole, NodeState
-from gateway.router import Candidate, Demand, Placement, choose
+from gateway.router import Candidate, Demand, Placement, choose, choose_again
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+    from gateway.pair_breaker import Pair
 
 DEMAND = Demand(num_prompt_tokens=1000, num_tokens=1500)
 
@@ -155,3 +159,91 @@ def test_whoever_has_most_of_the_prompt_cached_is_named_to_the_prefill_node() ->
     assert choose(nodes, DEMAND).holder is None, "nobody has more"
     nodes[0] = candidate("p1", num_cached_tokens=100)
     assert choose(nodes, DEMAND).holder is None, "it does not fetch"
+
+
+# ---- pairs that are held back -----------------------------------------------------------------
+
+
+def held(*pairs: str) -> set[Pair]:
+    """As "p1 d1"."""
+    names = (pair.split() for pair in pairs)
+    return {(node(prefill).id, node(decode).id) for prefill, decode in names}
+
+
+def cost_of(placement: Placement) -> float:
+    costs = {cost.name: cost.cost for cost in placement.costs}
+    return sum(costs[str(name)] for name in names(placement))
+
+
+def test_the_cheapest_pair_that_is_not_held_back_is_taken_and_why_is_kept() -> None:
+    nodes = [candidate("p1"), candidate("p2", queued_tokens=100)]
+    nodes += [candidate("d1"), candidate("d2", num_sequences=40)]
+    placement = choose(nodes, DEMAND, held_back=held("p1 d1"))
+    assert names(placement) == ("p2", "d1")
+    assert placement.instead_of == "p1 > d1"
+    placement = choose(nodes, DEMAND, held_back=held("p1 d2"))
+    assert names(placement) == ("p1", "d1")
+    assert placement.instead_of is None
+
+
+def test_a_pair_that_is_held_back_is_taken_where_there_is_no_other() -> None:
+    nodes = [candidate("p1"), candidate("p2", queued_tokens=100), candidate("d1")]
+    placement = choose(nodes, DEMAND, held_back=held("p1 d1", "p2 d1"))
+    assert names(placement) == ("p1", "d1")
+    assert placement.instead_of is None
+    unlike = candidate("d2", node_changes={"compatibility_hash": "other"})
+    assert names(choose([*nodes, unlike], DEMAND, held_back=held("p1 d1", "p2 d1")))[1] == "d1"
+    too_small = candidate("d2", node_changes={"max_model_len": 10})
+    demand = replace(DEMAND, max_num_tokens=100)
+    assert names(choose([*nodes, too_small], demand, held_back=held("p1 d1", "p2 d1")))[1] == "d1"
+
+
+def test_nodes_of_another_layout_take_over_from_pairs_that_are_held_back() -> None:
+    other = {"compatibility_hash": "other"}
+    nodes = [candidate("p1"), candidate("d1")]
+    nodes += [candidate(n, num_sequences=90, node_changes=other) for n in ("p2", "d2")]
+    assert names(choose(nodes, DEMAND, held_back=held("p1 d1"))) == ("p2", "d2")
+
+
+def test_what_is_prefilled_on_its_decode_node_needs_no_pair() -> None:
+    nodes = [candidate("p1"), candidate("p2"), candidate("d1", num_cached_tokens=900)]
+    nodes += [candidate("d2")]
+    placement = choose(nodes, DEMAND, local_prefill_tokens=100, held_back=held("p1 d1"))
+    assert names(placement) == (None, "d1")
+    assert placement.instead_of is None
+
+
+def test_a_second_attempt_takes_a_partner_again_before_a_pair_that_is_held_back() -> None:
+    nodes = [candidate(name) for name in ("p1", "p2", "d1", "d2")]
+    failed = node("p1").id, node("d1").id
+    for held_back, taken in (
+        (held(), ("p2", "d2")),
+        (held("p2 d2"), ("p2", "d1")),
+        (held("p2 d2", "p2 d1"), ("p2", "d2")),
+    ):
+        placement = choose_again(
+            nodes, DEMAND, suspects={failed[0]}, avoided=set(failed), held_back=held_back
+        )
+        assert names(placement) == taken
+
+
+ROLES = st.lists(st.integers(0, 3), min_size=1, max_size=4)
+
+
+@given(queues=ROLES, batches=ROLES, data=st.data())
+def test_of_the_pairs_that_are_left_none_is_cheaper(
+    queues: list[int], batches: list[int], data: st.DataObject
+) -> None:
+    prefill = [candidate(f"p{i}", queued_tokens=n * 100) for i, n in enumerate(queues)]
+    decode = [candidate(f"d{i}", num_sequences=n) for i, n in enumerate(batches)]
+    pairs = [(p.node.id, d.node.id) for p in prefill for d in decode]
+    held_back = data.draw(st.sets(st.sampled_from(pairs)))
+    placement = choose([*prefill, *decode], DEMAND, held_back=held_back)
+    assert placement.prefill is not None
+    taken = placement.prefill.id, placement.decode.id
+    free = set(pairs) - held_back or set(pairs)
+    assert taken in free
+    costs = {cost.name: cost.cost for cost in placement.costs}
+    assert cost_of(placement) == min(costs[p.name] + costs[d.name] for p, d in free)
+    best = choose([*prefill, *decode], DEMAND)
+    assert (placement.instead_of is None) == (names(placement) == names(best))

@@ -18,6 +18,7 @@ from tests.mutations.transfer_rows import (
 
 CATALOGUE = "tests/kv_transfer/test_bug_catalogue_failures.py::test_"
 MACHINE = "gateway/sequence_machine.py"
+PAIRS = "tests/gateway/test_pairs.py::test_"
 MACHINE_TESTS = "tests/gateway/test_sequence_machine.py::test_"
 LANDINGS = "kv_transfer/receiving/landings.py"
 SHIPPING = "kv_transfer/sending/shipping.py"
@@ -300,6 +301,61 @@ FAILURE_ROWS = (
                 "usual = self._timeout",
                 "tests/cluster/test_pulse.py::"
                 "test_a_peer_that_answers_late_is_never_silent_and_gets_more_time",
+            ),
+        ),
+    ),
+    Row(
+        "The router's breaker opens for what clients gave up and never closes; without one, a pair"
+        " that cannot exchange KV fails a request each time",
+        "sgl#31206",
+        (
+            Mutation(
+                "gateway/pair_breaker.py",
+                "return not self.is_closed and (now < self.until or self.probe is not None)",
+                "return not self.is_closed",
+                PAIRS + "after_three_failures_requests_go_elsewhere_until_a_probe_succeeds",
+            ),
+            Mutation(
+                "gateway/router.py",
+                "key=_cost_of, default=cheapest)",
+                "key=_cost_of)",
+                PAIRS + "the_only_pair_is_asked_on_and_on_and_is_free_with_its_first_success",
+            ),
+            Mutation(
+                "gateway/pairs.py",
+                "if not active.is_connected or active.leaving:",
+                "if False:",
+                PAIRS + "what_is_missed_of_a_node_that_leaves_tells_nothing_of_the_pair",
+            ),
+            Mutation(
+                "gateway/dispatch.py",
+                "            self.pairs.ended(active, error, self._clock())\n",
+                "            pass\n",
+                PAIRS + "a_probe_whose_client_leaves_gives_its_turn_to_the_next",
+            ),
+            Mutation(
+                "gateway/pairs.py",
+                "if isinstance(error, TransferError):",
+                "if error is not None:",
+                PAIRS + "an_ending_that_is_not_the_hand_offs_tells_nothing_of_the_pair",
+            ),
+            Mutation(
+                "gateway/router.py",
+                "if held_back and cheapest.ids in held_back and not is_local(cheapest):",
+                "if False:",
+                PAIRS + "after_three_failures_requests_go_elsewhere_until_a_probe_succeeds",
+            ),
+            Mutation(
+                "gateway/pairs.py",
+                "if active.machine.is_recomputed:",
+                "if False:",
+                PAIRS + "what_the_decode_node_has_to_compute_has_failed_though_no_client_notices",
+            ),
+            Mutation(
+                "gateway/dispatch.py",
+                "avoided=stream.avoided,\n                held_back=self.pairs.held_back(now),",
+                "avoided=stream.avoided,",
+                PAIRS + "another_attempt_keeps_away_from_pairs_that_are_held_back",
             ),
         ),
     ),
