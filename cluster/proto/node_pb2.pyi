@@ -587,9 +587,11 @@ class ReceiverAbort(_message.Message):
     def __init__(self, transfer_id: _Optional[bytes] = ..., epoch: _Optional[int] = ..., error: _Optional[_Union[Error, _Mapping]] = ...) -> None: ...
 
 class Renew(_message.Message):
-    __slots__ = ("transfer_id", "extend_seconds")
+    __slots__ = ("transfer_id", "extend_seconds", "num_posted")
     TRANSFER_ID_FIELD_NUMBER: _ClassVar[int]
     EXTEND_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    NUM_POSTED_FIELD_NUMBER: _ClassVar[int]
     transfer_id: bytes
     extend_seconds: float
-    def __init__(self, transfer_id: _Optional[bytes] = ..., extend_seconds: _Optional[float] = ...) -> None: ...
+    num_posted: int
+    def __init__(self, transfer_id: _Optional[bytes] = ..., extend_seconds: _Optional[float] = ..., num_posted: _Optional[int] = ...) -> None: ...

@@ -73,6 +73,11 @@ class Landings:
         self._frames: set[asyncio.Future[None]] = set()
         self._may_write_on = False  # something of a frame, and nobody can say until when
 
+    @property
+    def is_busy(self) -> bool:
+        """Something has begun, and not ended."""
+        return bool(self._frames)
+
     async def ended(self) -> bool:
         """Wait for all that has begun. False when some of it may still write."""
         if self._frames:

@@ -182,7 +182,11 @@ class KVReceiver:
 
     def sweep(self) -> None:
         """Act on what time alone has changed. Runs on a timer; tests call it."""
-        self._execute(self._intake.ticked(self._clock()))
+        now = self._clock()
+        self._execute(self._intake.ticked(now))
+        for session in self._sessions:
+            if session.is_silent(now):
+                self.link_lost(session.id, FailureReason.LINK_LOST)
 
     # ---- what a peer says (through the gRPC service) ----------------------------------------
 
@@ -220,6 +224,7 @@ class KVReceiver:
         )
 
     def renewed(self, session: ReceiverSession, renew: pb.Renew) -> None:
+        session.told_posted(renew.num_posted)
         self._intake.renewed(session.id, renew.transfer_id, renew.extend_seconds, self._clock())
 
     # ---- what a session's frames say ----------------------------------------------------------

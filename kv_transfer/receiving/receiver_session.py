@@ -28,6 +28,7 @@ from kv_transfer.protocol import CommitMessage, FrameHeader, FrameMalformed, par
 from kv_transfer.receiving.arrivals import PiecesArrival, ReadArrival, SlotArrival
 from kv_transfer.receiving.intake_instructions import Dropping, Landing
 from kv_transfer.receiving.landings import Landings
+from kv_transfer.receiving.silence import Silence
 from kv_transfer.receiving.slot_reader import SlotReader
 from kv_transfer.trace import TRACE
 
@@ -87,6 +88,8 @@ class ReceiverSession:
         self._serving_task: asyncio.Task[object] | None = asyncio.current_task()
         self._receiving: asyncio.Task[None] | None = None
         self._num_draining = 0
+        self._silence = Silence()
+        self._is_taking = False  # a payload; the next header waits for us
         self._landings = Landings(agent, events, reads, peer.name, self._break)
 
     @property
@@ -101,6 +104,18 @@ class ReceiverSession:
     @property
     def has_messages(self) -> bool:
         return self._messages is not None
+
+    def told_posted(self, num_posted: int) -> None:
+        """By the control stream: the peer has posted so many headers and commits."""
+        self._silence.told(num_posted)
+
+    def is_silent(self, now: float) -> bool:
+        """Its data link swallows what is posted, by now for sure."""
+        is_busy = self._is_taking or self._landings.is_busy
+        if not self._silence.lasts(now, is_busy=is_busy):
+            return False
+        logger.warning("what prefill node %s posts does not arrive", self.peer.name)
+        return True
 
     def send(self, instruction: Instruction) -> None:
         """Queue a control message; nothing once the session is closed. For a peer that reads none,
@@ -168,12 +183,15 @@ class ReceiverSession:
         while True:
             buffer, received = posted.popleft()
             await received
+            self._silence.heard()
             message = parse_message(buffer.numpy().data, limits)
             posted.append(self._post_header(endpoint, buffer))
             if isinstance(message, CommitMessage):
                 self._events.commit_arrived(self.id, message)
             else:
+                self._is_taking = True
                 await self._take(endpoint, message)
+                self._is_taking = False
                 await asyncio.sleep(0)  # what has landed meanwhile goes before what comes
 
     def _received(self, receiving: asyncio.Task[None]) -> None:
@@ -182,6 +200,7 @@ class ReceiverSession:
 
     def _heard(self, data: memoryview, reader: SlotReader) -> None:
         """A message over the local connection."""
+        self._silence.heard()
         try:
             message = parse_message(data, self._agent.limits)
             if isinstance(message, CommitMessage):

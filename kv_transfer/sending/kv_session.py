@@ -146,8 +146,10 @@ def reserve_frame(request: SequenceRequest, handoff: Handoff) -> pb.SenderFrame:
     )
 
 
-def renew_frame(transfer_id: bytes, extend_seconds: float) -> pb.SenderFrame:
-    return pb.SenderFrame(renew=pb.Renew(transfer_id=transfer_id, extend_seconds=extend_seconds))
+def renew_frame(transfer_id: bytes, extend_seconds: float, num_posted: int) -> pb.SenderFrame:
+    """`num_posted`: headers and commits that the data link of the pair has been given."""
+    renew = pb.Renew(transfer_id=transfer_id, extend_seconds=extend_seconds, num_posted=num_posted)
+    return pb.SenderFrame(renew=renew)
 
 
 def encode_instruction(instruction: SendAbort | SendAbortAck, transfer_id: bytes) -> pb.SenderFrame:

@@ -80,6 +80,11 @@ class Peer:
         self._is_lost = False
         self.running = asyncio.create_task(self._run())  # until nothing of it is left
 
+    @property
+    def num_posted(self) -> int:
+        """Headers and commits that went out on the data link."""
+        return 0 if self._shipping is None else self._shipping.num_posted
+
     def send(self, frame: pb.SenderFrame) -> None:
         """Queue a control message; nothing before the pairing or after the loss. Raises
         `RequestTooLarge` for one that the peer does not take: it would end the pairing."""

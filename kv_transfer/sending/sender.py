@@ -239,8 +239,8 @@ class KVSender:
         for sending in list(self._sendings):
             self._check_progress(sending, now)
         for transfer_id in self._leases.due_renewals(now):
-            sending = self._sendings[transfer_id]
-            sending.peer.send(renew_frame(transfer_id, self._leases.extension_seconds))
+            peer, extension = self._sendings[transfer_id].peer, self._leases.extension_seconds
+            peer.send(renew_frame(transfer_id, extension, peer.num_posted))
         self._sendings.forget_until(now)
 
     # ---- what a peer says (`PeerEvents`) ------------------------------------------------------

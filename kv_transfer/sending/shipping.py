@@ -89,6 +89,7 @@ class Shipping:
         self._cut = cut
         self._has_work = asyncio.Event()
         self._is_stopped = False
+        self.num_posted = 0  # headers and commits
         self._num_on_their_way = 0  # frames, from their packing on
         self._size = 0  # of the next one, in units
         self._packing: set[asyncio.Future[Any]] = set()
@@ -115,6 +116,7 @@ class Shipping:
 
     def commit(self, commit: CommitMessage) -> None:
         """Behind the headers of all its frames. Should it not arrive, the link is lost."""
+        self.num_posted += 1
         self._messages.send(pack_commit(commit))
         if TRACE.is_on:
             TRACE.mark("s.commit")
@@ -263,6 +265,7 @@ class Shipping:
             else:
                 header_bytes = write_header(header, buffer.numpy().data)
                 sends.append(link.endpoint.send(buffer[:header_bytes], link.session_id))
+            self.num_posted += 1
             sends.append(frame.payload.send(header.payload_bytes, header.nonce))
         except Exception:
             logger.exception("a frame could not be posted")

@@ -3,7 +3,8 @@
 Life of an order
     1. The test writes `FOLDER/order`: what to do to how many frames (`Order`).
     2. The sender's link reads it with its next frame, and takes one shot for each frame that it
-       spoils; a frame is a header message and the payload message that follows it. Commits pass.
+       spoils; a frame is a header message and the payload message that follows it. Commits pass,
+       unless the link swallows all.
     3. Each shot adds a line to `FOLDER/done`: how the test verifies that it took place.
     4. The order ends when its shots are used up or its file is gone.
 
@@ -143,6 +144,7 @@ class SpoiledEndpoint:
         self._at_hand: list[Message] = []  # while it is being spoiled
         self._held: tuple[Message, Message] | None = None
         self._unsent: list[Message] = []
+        self._is_swallowing = False
         self._late: set[asyncio.Task[None]] = set()
         self._pump: asyncio.Task[None] | None = None
         inner.on_close(self._on_close)
@@ -209,6 +211,9 @@ class SpoiledEndpoint:
 
     def _post(self, *messages: Message) -> None:
         for message in messages:
+            if self._is_swallowing:
+                message.ended.set_result(None)
+                continue
             _settle_as(self._inner.send(message.buffer, message.tag), message.ended)
 
     async def _spoil(self, order: Order, header: Message, payload: Message) -> None:
@@ -221,6 +226,9 @@ class SpoiledEndpoint:
                 self._post(header, payload)
             case Spoil.BLACKHOLE:
                 self._unsent += [header, payload]
+            case Spoil.SWALLOW:
+                self._is_swallowing = True
+                self._post(header, payload)
             case Spoil.REORDER:
                 self._held = (header, payload)
             case Spoil.DUPLICATE | Spoil.LATE:

@@ -40,6 +40,7 @@ class Spoil(StrEnum):
     DELAY = "delay"  # hold this and what follows for `seconds`
     RATE = "rate"  # `bytes_per_second`
     BLACKHOLE = "blackhole"  # never post it
+    SWALLOW = "swallow"  # say of it, and of all that follows on this link, that it was sent
     DUPLICATE = "duplicate"  # post it again at once
     LATE = "late"  # post it again after `seconds`
     REORDER = "reorder"  # after the next one

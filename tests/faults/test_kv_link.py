@@ -310,6 +310,23 @@ def test_what_is_never_posted_ends_with_the_connection(folder: Path) -> None:
     assert shots_done(folder) == 1
 
 
+def test_a_link_that_swallows_says_of_all_that_it_was_sent(folder: Path) -> None:
+    async def scenario() -> None:
+        link = Link(folder)
+        await link.open()
+        assert await asyncio.gather(link.post(0), link.receive())
+        Order(spoil=Spoil.SWALLOW).write(folder)
+        receiving = asyncio.create_task(link.receive())
+        assert list(await link.post(1)) == list(await link.post(2)) == [None, None]
+        assert not receiving.done()
+        await link.close()
+        await asyncio.wait([receiving])
+        assert isinstance(receiving.exception(), ServingError)
+
+    asyncio.run(scenario())
+    assert shots_done(folder) == 1
+
+
 def test_an_order_that_was_taken_back_does_nothing(folder: Path) -> None:
     async def scenario() -> None:
         link = Link(folder)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.faults.cluster_rows import DECODE, LEASE_SECONDS, PREFILL
+from tests.faults.cluster_rows import DECODE, LEASE_SECONDS, POLICIES, PREFILL, running_rows
 from tests.faults.kv_link import Order
 from tests.faults.leaks import held_by
 from tests.faults.nemesis import verify
@@ -15,6 +15,8 @@ from tests.faults.proxy import Faults
 from tests.faults.spoiled_bytes import Spoil
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from tests.faults.cluster_rows import Rows
 
 pytestmark = pytest.mark.faults
@@ -127,6 +129,25 @@ def test_k7_frames_that_never_come_are_given_up_in_time(rows: Rows, policy: str)
     assert rows.counted(nodes=DECODE, **timeouts) > before
     assert policy == "fail" or not history.codes()
     rows.check_recovered()
+
+
+def test_k7_a_link_that_swallows_everything_is_left_before_its_transfers_are_overdue(
+    tmp_path: Path,
+) -> None:
+    """Their sender knows that all of it has left, the control stream works."""
+    options = ("--no-enable-prefix-caching", "--max-num-batched-tokens", "128")
+    with running_rows(*options, "--stall-seconds", "120", folder=tmp_path) as rows:
+        for policy in POLICIES:
+            rows.set_policy(policy)
+            lost = rows.counted("baton_kv_load_failures_total", reason="link_lost")
+            rows.spoil(Order(spoil=Spoil.SWALLOW))
+            with rows.load() as history:
+                rows.verify_spoiled(Spoil.SWALLOW)
+            rows.check(history)
+            assert policy == "fail" or not history.codes()
+            assert rows.counted("baton_kv_load_failures_total", reason="link_lost") > lost
+            assert not rows.counted("baton_kv_load_failures_total", reason="transfer_timeout")
+            rows.check_recovered()
 
 
 @pytest.mark.parametrize("way", ["up", "down", "both"])
