@@ -123,15 +123,19 @@ class Reservations:
 
     def start_partly(self, sequence_id: str, num_good_blocks: int) -> Sequence | None:
         """The sequence with its blocks, of which the first `num_good_blocks` hold the KV of its
-        prompt: the rest is to be computed here. None when it is gone."""
+        prompt: the rest is to be computed here. Without any if its whole prompt was cached: its
+        last token is computed all the same, and not in a block that others read. None when it is
+        gone."""
         reserved = self._reserved.pop(sequence_id, None)
         if reserved is None:
             return None
-        sequence = reserved.sequence
-        num_tokens = num_good_blocks * self._block_manager.block_size
-        reserved.reservation.attach(
-            sequence, num_computed_tokens=min(num_tokens, sequence.num_tokens - 1)
-        )
+        sequence, reservation = reserved.sequence, reserved.reservation
+        block_size = self._block_manager.block_size
+        if reservation.num_held_blocks * block_size == sequence.num_tokens:
+            reservation.cancel()
+            return sequence
+        num_tokens = num_good_blocks * block_size
+        reservation.attach(sequence, num_computed_tokens=min(num_tokens, sequence.num_tokens - 1))
         return sequence
 
     def cancel(self, sequence_id: str) -> None:

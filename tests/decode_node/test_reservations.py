@@ -8,8 +8,10 @@ from cluster.errors import Cancelled, ContextLengthExceeded, TransferFailed
 from cluster.prefix_hash import root_hash
 from cluster.request import SamplingParams, SequenceRequest
 from decode_node.reservations import Reservations
+from decode_node.scheduler import DecodeScheduler
 from engine.block_manager import BlockManager
 from engine.sequence import Sequence
+from tests.sequences import compute
 
 BLOCK = 4
 
@@ -143,3 +145,28 @@ def test_a_sharer_of_a_bad_block_does_not_hit_it_before_its_owner_has_computed_i
     sharer = reservations.ask(make_sequence("b", 12)).result(0)
     assert sharer.num_held_blocks == 1
     assert not set(sharer.block_ids[1:]) & set(owner.block_table)
+
+
+@pytest.mark.parametrize("num_cached_blocks", [0, 1, 2])
+def test_what_is_computed_again_is_written_to_no_block_that_others_read(
+    num_cached_blocks: int,
+) -> None:
+    manager, reservations = make(8)
+    other = make_sequence("other", 8)
+    if num_cached_blocks:
+        assert compute(manager, other, num_cached_blocks * BLOCK)
+    reserved = reservations.ask(make_sequence("a", 8)).result(0)
+    assert reserved.num_held_blocks == num_cached_blocks
+    sequence = reservations.start_partly("a", num_good_blocks=2)
+    assert sequence is not None
+    scheduler = DecodeScheduler(manager, 64, 8)
+    scheduler.add(sequence)
+    (chunk,) = scheduler.schedule().chunks
+    assert chunk.samples
+    written = sequence.block_table[chunk.begin // BLOCK :]
+    assert written
+    assert not set(written) & set(other.block_table)
+    scheduler.abort("a")
+    manager.free(other)
+    assert manager.num_free_blocks == 8
+    manager.check_integrity()

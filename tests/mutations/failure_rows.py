@@ -184,6 +184,13 @@ FAILURE_ROWS = (
                 "_does_not_hit_it_before_its_owner_has_computed_it",
             ),
             Mutation(
+                "decode_node/reservations.py",
+                "if reservation.num_held_blocks * block_size == sequence.num_tokens:",
+                "if block_size == 0:",
+                "tests/decode_node/test_reservations.py::"
+                "test_what_is_computed_again_is_written_to_no_block_that_others_read",
+            ),
+            Mutation(
                 INCOMING,
                 "return (lacking & -lacking).bit_length() - 1 if lacking else num_blocks",
                 "return num_blocks - lacking.bit_count()",
