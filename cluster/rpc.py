@@ -7,6 +7,7 @@ the same class back. Anything else a handler raises becomes an `InternalError` w
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 from typing import TYPE_CHECKING, Any
@@ -215,6 +216,13 @@ def error_from_rpc(error: grpc.aio.AioRpcError) -> ServingError:
             return NodeUnavailable("The node cannot do this; is it older?", reason="not_offered")
         case _:
             return InternalError("The node failed to answer.", reason=error.code().name.lower())
+
+
+def is_cancelled() -> bool:
+    """True when the running task itself was asked to end: grpc.aio raises `CancelledError` also for
+    a call that was cut off with its channel, or cancelled by another task."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
 
 
 def _carried_error(metadata: Sequence[tuple[str, str | bytes]]) -> ServingError | None:

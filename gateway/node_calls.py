@@ -10,7 +10,7 @@ import grpc
 from cluster.errors import NodeLost
 from cluster.proto import node_pb2 as pb
 from cluster.proto import node_pb2_grpc
-from cluster.rpc import error_from_rpc
+from cluster.rpc import error_from_rpc, is_cancelled
 
 if TYPE_CHECKING:
     from cluster.node import NodeInfo
@@ -56,10 +56,3 @@ async def _answer(call: Any) -> Any:
         if is_cancelled():
             raise
         raise NodeLost("The node has left.") from None
-
-
-def is_cancelled() -> bool:
-    """True when the running task itself was asked to end: grpc.aio raises `CancelledError` also for
-    a call that was cut off with its channel, or cancelled by another task."""
-    task = asyncio.current_task()
-    return task is not None and task.cancelling() > 0

@@ -35,9 +35,9 @@ from cluster.node import NodeState
 from cluster.proto import node_pb2 as pb
 from cluster.proto import node_pb2_grpc
 from cluster.request import TokenDelta
-from cluster.rpc import open_channel
+from cluster.rpc import is_cancelled, open_channel
 from gateway.departure import Departure
-from gateway.node_calls import NodeCalls, is_cancelled
+from gateway.node_calls import NodeCalls
 from gateway.pulse_watch import PulseWatch
 
 if TYPE_CHECKING:

@@ -31,7 +31,7 @@ from cluster.errors import Overloaded, ServingError
 from cluster.proto import node_pb2 as pb
 from cluster.proto import node_pb2_grpc as rpc
 from cluster.request import Handoff
-from cluster.rpc import error_from_rpc
+from cluster.rpc import error_from_rpc, is_cancelled
 from prefill_node.fetch_estimate import Lacking
 from prefill_node.holder_channels import HolderChannels
 from prefill_node.incoming_prefixes import IncomingPrefix, IncomingPrefixes
@@ -181,6 +181,10 @@ class PrefixFetches:
             self._failed(wanted, error_from_rpc(error))
         except (ServingError, TimeoutError) as error:
             self._failed(wanted, error)
+        except asyncio.CancelledError:
+            if is_cancelled():
+                raise
+            self._failed(wanted, Overloaded("So many others were asked that the call was cut off."))
         except Exception as error:  # the top of the task: the prefix is computed here
             logger.exception("a prefix could not be fetched from %s", name, extra=told)
             self._failed(wanted, error)

@@ -303,6 +303,13 @@ FAILURE_ROWS = (
                 "tests/cluster/test_pulse.py::test_a_pinger_that_was_stopped_blames_nobody",
             ),
             Mutation(
+                "prefill_node/prefix_fetches.py",
+                "            if is_cancelled():\n                raise\n",
+                "            raise\n",
+                "tests/prefill_node/test_prefix_fetches.py::"
+                "test_a_prompt_whose_fetch_is_cut_off_with_its_channel_is_not_given_up",
+            ),
+            Mutation(
                 "cluster/pulse.py",
                 "usual = max(self._timeout, LATE_FACTOR * self._worst_seconds)",
                 "usual = self._timeout",

@@ -330,6 +330,39 @@ def test_a_holder_that_has_lost_it_is_asked_for_the_next_prompt() -> None:
     assert bench.estimate.is_avoided(HOLDER, monotonic())
 
 
+def test_a_prompt_whose_fetch_is_cut_off_with_its_channel_is_not_given_up() -> None:
+    """So many other holders were asked meanwhile that this one's channel was closed."""
+    bench = Bench()
+
+    async def cut_off(prefix: SequenceRequest) -> None:
+        raise asyncio.CancelledError
+
+    asyncio.run(bench.fetch(cut_off))
+    assert bench.fetches.stats.num_failed == 1
+    assert not bench.estimate.is_avoided(HOLDER, monotonic())
+
+
+def test_a_prompt_that_ends_ends_its_fetch() -> None:
+    bench = Bench()
+
+    async def scenario() -> None:
+        is_asked = asyncio.Event()
+
+        async def never(prefix: SequenceRequest) -> None:
+            is_asked.set()
+            await asyncio.Event().wait()
+
+        fetching = asyncio.create_task(bench.fetch(never))
+        await is_asked.wait()
+        fetching.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await fetching
+
+    asyncio.run(scenario())
+    assert bench.fetches.stats.num_failed == 0
+    assert len(bench.receiver.cancelled) == 1
+
+
 def test_what_did_not_come_in_time_is_not_waited_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
     bench = Bench(is_known=False)
     clock = ManualClock()
