@@ -12,7 +12,7 @@ nodes        nodes (known) -> node_client (a session each, by node_frames; node_
 the answer   generation of choices (detokenizer, stop_strings, thoughts, tools/; markers) ->
              streaming, as frames; or whole_answers, of a held_answer; in turns. As answers and
              logprob_answers have it, or dialects/: other APIs; http_errors
-text         tokenizer
+text         tokenizer; template_files: chat templates as they lie in a model folder
 the process  config -> assembly -> server
 for others   measures -> metrics; admin/ (the API of operators)
 """

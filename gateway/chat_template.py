@@ -1,7 +1,7 @@
 """Messages to prompt text, by the template that came with the model.
 
-1. `ChatTemplate.from_folder` finds and compiles the template at start: `chat_template.jinja`,
-   or `chat_template` of `tokenizer_config.json` (one, or the one named "default" of several).
+1. `ChatTemplate.from_folder` finds and compiles the template at start, and the one for
+   conversations with tools where the model has one of its own for them (`template_files.py`).
 2. `render` applies it to one conversation.
 
 The environment is Hugging Face's: trimmed blocks, loop controls, `tojson`, `strftime_now`,
@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import jinja2
 import jinja2.ext
-from jinja2 import meta, nodes
+from jinja2 import nodes
 from jinja2.exceptions import SecurityError, TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from cluster.errors import ConfigError, InvalidRequest, Unsupported
+from gateway.template_files import DEFAULT, TOOL_USE, template_sources
 from gateway.thoughts import thinks
-from gateway.tokenizer import read_json
 from gateway.tools.formats import format_of
 
 if TYPE_CHECKING:
@@ -56,27 +56,27 @@ class GenerationBlock(jinja2.ext.Extension):
 
 
 class ChatTemplate:
-    def __init__(self, source: str, special_tokens: Mapping[str, Any]) -> None:
-        environment = _environment()
+    def __init__(
+        self, source: str, special_tokens: Mapping[str, Any], *, tool_use: str | None = None
+    ) -> None:
+        """`tool_use`: the source of the template that is taken when tools are offered."""
         try:
-            self._template = environment.from_string(source)
-            syntax = environment.parse(source)
+            self._template = _environment().from_string(source)
         except TemplateError as error:
             raise ConfigError(f"The chat template is not valid: {error}", param="model") from error
         self._special_tokens = dict(special_tokens)
-        self.variables = frozenset(meta.find_undeclared_variables(syntax))
         self._knows_developer = "developer" in source
-        self.tool_format = format_of(source)
+        self._with_tools = None if tool_use is None else ChatTemplate(tool_use, special_tokens)
+        self.tool_format = format_of(source if tool_use is None else tool_use)
         self.thinks = thinks(source)
 
     @classmethod
     def from_folder(cls, folder: Path, special_tokens: Mapping[str, Any]) -> ChatTemplate | None:
         """None when the model has no template."""
-        path = folder / "chat_template.jinja"
-        if path.is_file():
-            return cls(path.read_text(encoding="utf-8"), special_tokens)
-        source = _pick(read_json(folder / "tokenizer_config.json").get("chat_template"))
-        return None if source is None else cls(source, special_tokens)
+        sources = template_sources(folder)
+        if DEFAULT not in sources:
+            return None
+        return cls(sources[DEFAULT], special_tokens, tool_use=sources.get(TOOL_USE))
 
     def render(
         self,
@@ -91,6 +91,14 @@ class ChatTemplate:
 
         Raises `InvalidRequest` when the messages do not fit the template.
         """
+        if tools and self._with_tools is not None:
+            return self._with_tools.render(
+                messages,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                variables=variables,
+                tools=tools,
+            )
         if continue_final_message and add_generation_prompt:
             raise InvalidRequest(
                 "continue_final_message and add_generation_prompt exclude each other.",
@@ -176,13 +184,3 @@ def _raise_exception(message: object) -> NoReturn:
 
 def _strftime_now(format: str) -> str:
     return datetime.now().strftime(format)
-
-
-def _pick(value: object) -> str | None:
-    if isinstance(value, str):
-        return value
-    if isinstance(value, list):
-        named = {entry.get("name"): entry.get("template") for entry in value}
-        chosen = named.get("default")
-        return chosen if isinstance(chosen, str) else None
-    return None

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING
 
 import pytest
 
 from cluster.errors import ConfigError, InvalidRequest, Unsupported
 from gateway.chat_template import ChatTemplate, Message
+from gateway.tools.formats import HERMES
 from tests.gateway.model_folder import CHAT_TEMPLATE, write_model_folder
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
 TALK: list[Message] = [
@@ -100,6 +103,36 @@ def test_the_jinja_file_comes_before_the_tokenizer_settings(tmp_path: Path) -> N
     found = ChatTemplate.from_folder(folder, {})
     assert found is not None
     assert found.render(TALK) == "from the file"
+
+
+def _several(folder: Path, templates: dict[str, str]) -> None:
+    """In the list of the tokenizer's settings, as Hermes 2 Pro and Hermes 3 come."""
+    path = folder / "tokenizer_config.json"
+    listed = [{"name": name, "template": source} for name, source in templates.items()]
+    path.write_text(json.dumps({**json.loads(path.read_text()), "chat_template": listed}))
+
+
+def _in_files(folder: Path, templates: dict[str, str]) -> None:
+    """As newer tools save several."""
+    (folder / "additional_chat_templates").mkdir()
+    for name, source in templates.items():
+        place = folder if name == "default" else folder / "additional_chat_templates"
+        file = "chat_template" if name == "default" else name
+        (place / f"{file}.jinja").write_text(source)
+
+
+@pytest.mark.parametrize("write", [_several, _in_files])
+def test_a_template_for_tools_is_taken_when_tools_are_offered(
+    tmp_path: Path, write: Callable[[Path, dict[str, str]], None]
+) -> None:
+    folder = write_model_folder(tmp_path)
+    for_tools = "{{ tools[0].name }} in <tool_call>{{ bos_token }}{{ messages[0].content }}"
+    write(folder, {"default": CHAT_TEMPLATE, "tool_use": for_tools, "rag": "{{ documents }}"})
+    found = ChatTemplate.from_folder(folder, {"bos_token": "<bos>"})
+    assert found is not None
+    assert found.tool_format is HERMES
+    assert found.render(TALK, tools=[{"name": "sum"}]) == "sum in <tool_call><bos>Be brief."
+    assert found.render(TALK) == template().render(TALK)
 
 
 def test_a_model_without_template_has_none(tmp_path: Path) -> None:
