@@ -31,6 +31,7 @@ class ToolParser:
         self._held = ""
         self._is_open = False
         self._may_open = True
+        self._blanks: str | None = None  # behind a call, until it is known whose they are
         self.num_calls = 0
 
     def push(self, text: str) -> Parsed:
@@ -96,12 +97,15 @@ class ToolParser:
         if calls:
             self.num_calls += len(calls)
             parsed.calls += calls
+            self._blanks = ""
             return
         opening = "" if self._form.leads else self._form.opening
         self._say(opening + body + self._form.closing, parsed)
 
     def _say(self, text: str, parsed: Parsed) -> None:
-        """Blanks between calls are nobody's words."""
-        if self.num_calls and not text.strip():
-            return
-        parsed.content += text
+        """Blanks between calls, and behind the last, are nobody's words."""
+        if self._blanks is not None:
+            text = self._blanks + text
+            self._blanks = None if text.strip() else text
+        if self._blanks is None:
+            parsed.content += text

@@ -49,6 +49,7 @@ def parsed(form: ToolFormat, pieces: list[str]) -> tuple[str, list[tuple[str, st
     [
         (HERMES, f"Let me see. {CALL}", "Let me see. ", ["sum"]),
         (HERMES, f"{CALL}\n{CALL}", "", ["sum", "sum"]),
+        (HERMES, f"1 {CALL} 2 \n3 {CALL}\n{CALL}\n", "1  2 \n3 ", ["sum", "sum", "sum"]),
         (HERMES, "1 < 2, <tool> and <tool_ca", "1 < 2, <tool> and <tool_ca", []),
         (HERMES, "<tool_call>{no json}</tool_call>", "<tool_call>{no json}</tool_call>", []),
         (HERMES, '<tool_call>{"name": "cut', '<tool_call>{"name": "cut', []),
