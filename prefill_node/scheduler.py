@@ -111,7 +111,7 @@ class PrefillScheduler:
             if left > 0:  # else its last chunk is in flight
                 chunks.append(ScheduledChunk(sequence, min(budget, left)))
                 budget -= chunks[-1].num_scheduled_tokens
-            if budget == 0:
+            if budget == 0 or len(chunks) == self._max_num_seqs:
                 return ScheduleDecision(tuple(chunks))
         return None
 

@@ -115,6 +115,20 @@ def test_a_step_has_at_most_max_num_seqs_sequences() -> None:
     assert scheduler.num_waiting == 1
 
 
+def test_a_step_behind_another_has_at_most_max_num_seqs_sequences() -> None:
+    manager, scheduler = make(budget=8, max_num_seqs=2)
+    halfway = [make_sequence(prompt(11, name), priority=-name) for name in range(2)]
+    for sequence in halfway:  # the second overtakes the first, which has begun
+        scheduler.add(sequence)
+        scheduler.update(run_step(scheduler.schedule(), manager))
+    urgent = make_sequence(prompt(12, 2), priority=-2)
+    scheduler.add(urgent)
+    launch_step(scheduler.schedule(), manager)
+    ahead = scheduler.schedule_ahead()
+    assert ahead is not None
+    assert chunks_of(ahead) == [(urgent, 4), (halfway[1], 3)]
+
+
 def test_the_urgent_overtake_even_one_that_is_halfway() -> None:
     manager, scheduler = make(budget=8)
     slow = make_sequence(prompt(20, 1))
