@@ -1,21 +1,24 @@
 """How models write calls of tools, by the chat template that taught them.
 
 hermes     <tool_call>{"name": ..., "arguments": {...}}</tool_call>, any number (Qwen, Hermes)
-mistral    [TOOL_CALLS][{"name": ..., "arguments": {...}}, ...] to the end of the message
-llama      {"name": ..., "parameters": {...}} as the whole message; several with ; between
+mistral    [TOOL_CALLS][{"name": ..., "arguments": {...}}, ...], or, since its tokenizer v11, for
+           each call [TOOL_CALLS]name[ARGS]{...}, maybe with [CALL_ID]... before [ARGS]
+llama      {"name": ..., "parameters": {...}} at the beginning; several with ; between
 """
 
 from __future__ import annotations
 
 import json
+import re
 import secrets
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from gateway.body import MAX_DEPTH, depth_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 _ID_ALPHABET = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
 
@@ -29,18 +32,22 @@ class ToolCall:
     arguments: str
 
 
+Found = tuple[list[ToolCall], str]
+
+
 @dataclass(frozen=True, slots=True)
 class ToolFormat:
     """`opening` begins what is to be read as calls, `closing` ends it; "": the end of the message.
 
-    `parse` gives the calls between them, none when they are not what they should be. `leads`: only
-    a message that begins with `opening` has calls, and `opening` is part of them.
+    `parse` gives the calls that lead what is between them, and the text that follows these; no
+    calls when they are not what they should be. `leads`: only a message that begins with `opening`
+    has calls, and `opening` is part of them.
     """
 
     name: str
     opening: str
     closing: str
-    parse: Callable[[str], list[ToolCall]]
+    parse: Callable[[str], Found]
     leads: bool = False
     is_special: bool = False  # `opening` is a special token, which clients else do not see
 
@@ -49,30 +56,55 @@ def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"JSON has no {name}.")
 
 
-def _objects_of(text: str) -> list[Any]:
-    """JSON values with nothing, blanks or semicolons between; none when something else is there."""
-    decoder, found, position = json.JSONDecoder(parse_constant=_refuse_constant), [], 0
-    text = text.strip()
-    while position < len(text):
-        value, position = decoder.raw_decode(text, position)
-        found.append(value)
-        while position < len(text) and text[position] in "; \n\t\r":
-            position += 1
-    return found
+_DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
+_SEPARATORS = re.compile(r"[; \n\t\r]*")
+_NAMED = re.compile(r"\s*\[TOOL_CALLS\]\s*([^\s\[\]{}]+)(?:\[CALL_ID\]\w*)?(?:\[ARGS\]\s*)?(?={)")
 
 
-def _parser_of(key: str) -> Callable[[str], list[ToolCall]]:
-    def parse(text: str) -> list[ToolCall]:
+def _values(text: str, position: int = 0) -> Iterator[tuple[Any, int]]:
+    """The JSON values that lead it from there, each with where it ends."""
+    while separators := _SEPARATORS.match(text, position):
         try:
-            values = _objects_of(text)
-            if len(values) == 1 and isinstance(values[0], list):
-                values = values[0]
-            calls = [_call_of(value, key) for value in values]
+            value, position = _DECODER.raw_decode(text, separators.end())
         except (ValueError, RecursionError):  # whatever a model has been made to write
-            return []
-        return [] if None in calls else [call for call in calls if call is not None]
+            return
+        yield value, position
 
-    return parse
+
+def _objects(key: str, text: str) -> Found:
+    """One object or several, or a list of them, each with its arguments under `key`."""
+    calls, end = list[ToolCall](), 0
+    for value, after in _values(text):
+        values = value if isinstance(value, list) else [value]
+        made = [_call_of(each, key) for each in values]
+        if None in made:
+            break
+        calls += [call for call in made if call is not None]
+        end = after
+    return calls, "" if _SEPARATORS.fullmatch(text, end) else text[end:]
+
+
+def _only_objects(text: str) -> Found:
+    calls, rest = _objects("arguments", text)
+    return ([], text) if rest.strip() else (calls, "")
+
+
+def _objects_or_named(text: str) -> Found:
+    """Older models of Mistral write the one, newer ones the other."""
+    calls, rest = _objects("arguments", text)
+    return (calls, rest) if calls else _named(MISTRAL.opening + text)
+
+
+def _named(text: str) -> Found:
+    calls, end = list[ToolCall](), 0
+    while head := _NAMED.match(text, end):
+        arguments, after = next(_values(text, head.end()), (None, 0))
+        call = _call_of({"name": head[1], "arguments": arguments}, "arguments")
+        if call is None:
+            break
+        calls.append(call)
+        end = after
+    return calls, text[end:]
 
 
 def _call_of(value: object, key: str) -> ToolCall | None:
@@ -89,9 +121,9 @@ def new_call_id() -> str:
     return "".join(secrets.choice(_ID_ALPHABET) for _ in range(9))
 
 
-HERMES = ToolFormat("hermes", "<tool_call>", "</tool_call>", _parser_of("arguments"))
-MISTRAL = ToolFormat("mistral", "[TOOL_CALLS]", "", _parser_of("arguments"), is_special=True)
-LLAMA = ToolFormat("llama", "{", "", _parser_of("parameters"), leads=True)
+HERMES = ToolFormat("hermes", "<tool_call>", "</tool_call>", _only_objects)
+MISTRAL = ToolFormat("mistral", "[TOOL_CALLS]", "", _objects_or_named, is_special=True)
+LLAMA = ToolFormat("llama", "{", "", partial(_objects, "parameters"), leads=True)
 
 
 def format_of(template_source: str) -> ToolFormat | None:

@@ -93,11 +93,12 @@ class ToolParser:
         return True
 
     def _read(self, body: str, parsed: Parsed) -> None:
-        calls = self._form.parse(body)
+        calls, rest = self._form.parse(body)
         if calls:
             self.num_calls += len(calls)
             parsed.calls += calls
             self._blanks = ""
+            self._say(rest, parsed)
             return
         opening = "" if self._form.leads else self._form.opening
         self._say(opening + body + self._form.closing, parsed)

@@ -56,7 +56,16 @@ def parsed(form: ToolFormat, pieces: list[str]) -> tuple[str, list[tuple[str, st
         (HERMES, '<tool_call>{"name": 5}</tool_call>!', '<tool_call>{"name": 5}</tool_call>!', []),
         (MISTRAL, 'A[TOOL_CALLS] [{"name": "f", "arguments": {}}]', "A", ["f"]),
         (MISTRAL, "[TOOL_CALLS] none", "[TOOL_CALLS] none", []),
+        (MISTRAL, '[TOOL_CALLS][{"name": "f", "arguments": {}}]\nSo', "\nSo", ["f"]),
+        (MISTRAL, "A[TOOL_CALLS]f[ARGS]{}[TOOL_CALLS]g[ARGS]{}", "A", ["f", "g"]),
+        (MISTRAL, '[TOOL_CALLS]f[CALL_ID]a1b2c3d4e[ARGS]{"a": "[TOOL_CALLS]g{}"}', "", ["f"]),
+        (MISTRAL, '[TOOL_CALLS]f{} and g{"a": 1}', ' and g{"a": 1}', ["f"]),
+        (MISTRAL, '[TOOL_CALLS]f[ARGS]{"a', '[TOOL_CALLS]f[ARGS]{"a', []),
+        (MISTRAL, '[TOOL_CALLS]see {"a": 1}', '[TOOL_CALLS]see {"a": 1}', []),
         (LLAMA, '{"name": "f", "parameters": {}}; {"name": "g"}', "", ["f", "g"]),
+        (LLAMA, '{"name": "f", "parameters": {}} I used {f}', " I used {f}", ["f"]),
+        (LLAMA, '{"name": "f"}; ', "", ["f"]),
+        (LLAMA, '{"name": "f"}; {"name": "cut', '; {"name": "cut', ["f"]),
         (LLAMA, 'See {"name": "f"}', 'See {"name": "f"}', []),
         (LLAMA, '{"a": 1}', '{"a": 1}', []),
         (LLAMA, "  plain", "  plain", []),
@@ -91,6 +100,11 @@ def test_what_no_client_could_read_as_a_call_is_content(body: str) -> None:
 def test_arguments_are_json_with_their_letters() -> None:
     text = '<tool_call>{"name": "f", "arguments": {"city": "Köln", "n": [1, 2]}}</tool_call>'
     assert json.loads(parsed(HERMES, [text])[1][0][1]) == {"city": "Köln", "n": [1, 2]}
+
+
+def test_calls_by_name_bring_their_arguments() -> None:
+    text = '[TOOL_CALLS]f[ARGS]{"city": "Köln"}[TOOL_CALLS]g[CALL_ID]000000001[ARGS]{"n": [1]}'
+    assert parsed(MISTRAL, [text])[1] == [("f", '{"city": "Köln"}'), ("g", '{"n": [1]}')]
 
 
 def test_a_template_tells_the_form_that_it_teaches() -> None:
