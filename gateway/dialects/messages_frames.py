@@ -7,8 +7,9 @@ text as it comes, a call of a tool at once; `message_delta` with the reason of t
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Any
+
+import orjson
 
 from cluster.request import FinishReason
 from gateway.dialects.events import event
@@ -30,7 +31,7 @@ def message_object(generation: Generation, piece: Piece) -> Json:
     if piece.calls and not piece.text:
         blocks = []
     for call in piece.calls:
-        blocks.append({**_tool_use(call), "input": json.loads(call.arguments)})
+        blocks.append({**_tool_use(call), "input": orjson.Fragment(call.arguments)})
     return {
         **_head(generation),
         "content": blocks,

@@ -108,12 +108,18 @@ def _named(text: str) -> Found:
 
 
 def _call_of(value: object, key: str) -> ToolCall | None:
+    """None: not a call, or one that its client could not read."""
     if not isinstance(value, dict) or not isinstance(value.get("name"), str):
         return None
     arguments = value.get(key, {})
     if not isinstance(arguments, dict) or depth_of(arguments) > MAX_DEPTH:
         return None
-    return ToolCall(new_call_id(), value["name"], json.dumps(arguments, ensure_ascii=False))
+    try:
+        written = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
+        f"{value['name']}{written}".encode()  # half a character has no bytes
+    except ValueError:
+        return None
+    return ToolCall(new_call_id(), value["name"], written)
 
 
 def new_call_id() -> str:

@@ -56,6 +56,12 @@ def test_a_message_holds_its_call_as_a_block(http: httpx.Client) -> None:
     assert answer["stop_reason"] == "tool_use"
 
 
+def test_a_message_holds_numbers_of_any_length_as_they_were_written(http: httpx.Client) -> None:
+    talk = [{"role": "user", "content": CALL.replace('"a": 1', f'"a": {2**80}')}]
+    answer = http.post("/v1/messages", json=message_body(messages=talk)).json()
+    assert answer["content"][-1]["input"] == {"a": 2**80}
+
+
 def test_a_streamed_message_opens_and_closes_one_block_at_a_time(http: httpx.Client) -> None:
     body = message_body(messages=[{"role": "user", "content": CALL + CALL}])
     events = events_of(http, "/v1/messages", body)

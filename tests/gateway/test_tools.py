@@ -88,8 +88,11 @@ def test_text_becomes_calls_wherever_it_is_cut(
         '{"name": "f", "arguments": {"a": ' + "[" * 100 + "]" * 100 + "}}",
         '{"name": "f", "arguments": {"a": NaN}}',
         '{"name": "f", "arguments": {"a": ' + "9" * 5000 + "}}",
+        '{"name": "f", "arguments": {"a": 1e999}}',
+        '{"name": "f", "arguments": {"a": "\\ud83d"}}',
+        '{"name": "f\\ud83d", "arguments": {}}',
     ],
-    ids=["deep noise", "deep", "no number", "no number either"],
+    ids=["noise", "deep", "no number", "nor this", "no end", "half a character", "half a name"],
 )
 def test_what_no_client_could_read_as_a_call_is_content(body: str) -> None:
     """A prompt can make a model write anything."""
