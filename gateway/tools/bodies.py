@@ -62,6 +62,7 @@ def _earlier_call(call: object, path: str) -> dict[str, Any]:
         arguments = json.loads(function.get("arguments") or "{}")
         if isinstance(arguments, dict | list) and depth_of(arguments) > MAX_DEPTH:
             raise ValueError("too deep for a template")
+        json.dumps(arguments, ensure_ascii=False).encode()  # half a character has no bytes
     except (ValueError, TypeError, RecursionError) as error:
         raise InvalidRequest(
             f"{path}.function.arguments must be JSON.", param=f"{path}.function.arguments"

@@ -240,8 +240,10 @@ def test_a_template_without_tools_refuses_them(http: httpx.Client, changes: dict
     assert (refused.status_code, error_of(refused)["code"]) == (400, "unsupported")
 
 
-@pytest.mark.parametrize("arguments", ["[" * 100_000, "[" * 100 + "]" * 100])
-def test_an_earlier_call_whose_arguments_are_too_deep_is_refused(arguments: str) -> None:
+@pytest.mark.parametrize(
+    "arguments", ["[" * 100_000, "[" * 100 + "]" * 100, '{"a": "\\ud83d"}', '{"\\ud83d": 1}']
+)
+def test_an_earlier_call_whose_arguments_fit_no_prompt_is_refused(arguments: str) -> None:
     call = {"id": "1", "function": {"name": "f", "arguments": arguments}}
     message = MessageBody(role="assistant", tool_calls=[call])
     with pytest.raises(InvalidRequest, match="JSON"):
