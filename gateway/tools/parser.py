@@ -2,7 +2,8 @@
 
 Life of a parser
     1. Text goes through as content. What may be the beginning of `opening` is held back.
-    2. After `opening`, text is gathered to `closing`, or to the end, and read as calls.
+    2. After `opening`, text is gathered to `closing`, or to the end, and read as calls: a model
+       that has said all of a call may end without `closing`.
     3. What cannot be read as calls is content after all, to the letter: nothing is swallowed.
 """
 
@@ -44,10 +45,10 @@ class ToolParser:
     def flush(self) -> Parsed:
         """The message is over."""
         parsed = Parsed()
-        if self._is_open and not self._form.closing:
+        if self._is_open:
             self._read(self._held, parsed)
         else:
-            self._say((self._form.opening if self._is_open else "") + self._held, parsed)
+            self._say(self._held, parsed)
         self._held, self._is_open = "", False
         return parsed
 
@@ -89,10 +90,10 @@ class ToolParser:
         if not closing:
             return False
         self._held, self._is_open = after, False
-        self._read(body, parsed)
+        self._read(body, parsed, closing)
         return True
 
-    def _read(self, body: str, parsed: Parsed) -> None:
+    def _read(self, body: str, parsed: Parsed, closing: str = "") -> None:
         calls, rest = self._form.parse(body)
         if calls:
             self.num_calls += len(calls)
@@ -101,7 +102,7 @@ class ToolParser:
             self._say(rest, parsed)
             return
         opening = "" if self._form.leads else self._form.opening
-        self._say(opening + body + self._form.closing, parsed)
+        self._say(opening + body + closing, parsed)
 
     def _say(self, text: str, parsed: Parsed) -> None:
         """Blanks between calls, and behind the last, are nobody's words."""

@@ -53,6 +53,7 @@ def parsed(form: ToolFormat, pieces: list[str]) -> tuple[str, list[tuple[str, st
         (HERMES, "1 < 2, <tool> and <tool_ca", "1 < 2, <tool> and <tool_ca", []),
         (HERMES, "<tool_call>{no json}</tool_call>", "<tool_call>{no json}</tool_call>", []),
         (HERMES, '<tool_call>{"name": "cut', '<tool_call>{"name": "cut', []),
+        (HERMES, CALL.removesuffix("</tool_call>"), "", ["sum"]),
         (HERMES, '<tool_call>{"name": 5}</tool_call>!', '<tool_call>{"name": 5}</tool_call>!', []),
         (MISTRAL, 'A[TOOL_CALLS] [{"name": "f", "arguments": {}}]', "A", ["f"]),
         (MISTRAL, "[TOOL_CALLS] none", "[TOOL_CALLS] none", []),
