@@ -56,7 +56,8 @@ def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"JSON has no {name}.")
 
 
-_DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
+# Models write line breaks into texts as they are, too.
+_DECODER = json.JSONDecoder(parse_constant=_refuse_constant, strict=False)
 _SEPARATORS = re.compile(r"[; \n\t\r]*")
 _NAMED = re.compile(r"\s*\[TOOL_CALLS\]\s*([^\s\[\]{}]+)(?:\[CALL_ID\]\w*)?(?:\[ARGS\]\s*)?(?={)")
 
@@ -71,12 +72,13 @@ def _values(text: str, position: int = 0) -> Iterator[tuple[Any, int]]:
         yield value, position
 
 
-def _objects(key: str, text: str) -> Found:
-    """One object or several, or a list of them, each with its arguments under `key`."""
+def _objects(text: str, *, is_marked: bool = True) -> Found:
+    """One object or several, or a list of them. `is_marked`: the model said that these are calls.
+    Else an object that has a name alone may be anyone."""
     calls, end = list[ToolCall](), 0
     for value, after in _values(text):
         values = value if isinstance(value, list) else [value]
-        made = [_call_of(each, key) for each in values]
+        made = [_call_of(each, {} if is_marked else None) for each in values]
         if None in made:
             break
         calls += [call for call in made if call is not None]
@@ -85,13 +87,13 @@ def _objects(key: str, text: str) -> Found:
 
 
 def _only_objects(text: str) -> Found:
-    calls, rest = _objects("arguments", text)
+    calls, rest = _objects(text)
     return ([], text) if rest.strip() else (calls, "")
 
 
 def _objects_or_named(text: str) -> Found:
     """Older models of Mistral write the one, newer ones the other."""
-    calls, rest = _objects("arguments", text)
+    calls, rest = _objects(text)
     return (calls, rest) if calls else _named(MISTRAL.opening + text)
 
 
@@ -99,7 +101,7 @@ def _named(text: str) -> Found:
     calls, end = list[ToolCall](), 0
     while head := _NAMED.match(text, end):
         arguments, after = next(_values(text, head.end()), (None, 0))
-        call = _call_of({"name": head[1], "arguments": arguments}, "arguments")
+        call = _call_of({"name": head[1], "arguments": arguments})
         if call is None:
             break
         calls.append(call)
@@ -107,17 +109,21 @@ def _named(text: str) -> Found:
     return calls, text[end:]
 
 
-def _call_of(value: object, key: str) -> ToolCall | None:
-    """None: not a call, or one that its client could not read."""
+def _call_of(value: object, no_arguments: object = None) -> ToolCall | None:
+    """None: not a call, or one that its client could not read. Models take one word for the other,
+    and some write the arguments as a text that holds the object. `no_arguments` stand for what is
+    not there."""
     if not isinstance(value, dict) or not isinstance(value.get("name"), str):
         return None
-    arguments = value.get(key, {})
-    if not isinstance(arguments, dict) or depth_of(arguments) > MAX_DEPTH:
-        return None
+    arguments = value.get("arguments", value.get("parameters", no_arguments))
     try:
+        if isinstance(arguments, str):
+            arguments = _DECODER.decode(arguments)
+        if not isinstance(arguments, dict) or depth_of(arguments) > MAX_DEPTH:
+            return None
         written = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
         f"{value['name']}{written}".encode()  # half a character has no bytes
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return ToolCall(new_call_id(), value["name"], written)
 
@@ -129,7 +135,7 @@ def new_call_id() -> str:
 
 HERMES = ToolFormat("hermes", "<tool_call>", "</tool_call>", _only_objects)
 MISTRAL = ToolFormat("mistral", "[TOOL_CALLS]", "", _objects_or_named, is_special=True)
-LLAMA = ToolFormat("llama", "{", "", partial(_objects, "parameters"), leads=True)
+LLAMA = ToolFormat("llama", "{", "", partial(_objects, is_marked=False), leads=True)
 
 
 def format_of(template_source: str) -> ToolFormat | None:

@@ -25,6 +25,7 @@ TOOLS: list[Any] = [
     {"type": "function", "function": {"name": "sum", "parameters": {"type": "object"}}}
 ]
 CALL = '<tool_call>\n{"name": "sum", "arguments": {"a": 1}}\n</tool_call>'
+LLAMA_CALL = '{"name": "f", "parameters": {}}'
 # The node echoes the prompt, so that a user can write what the model is to say.
 TEMPLATE = (
     "{# <tool_call> #}{% if tools %}{{ 'T' * tools | length }}{% endif %}"
@@ -53,6 +54,7 @@ def parsed(form: ToolFormat, pieces: list[str]) -> tuple[str, list[tuple[str, st
         (HERMES, "1 < 2, <tool> and <tool_ca", "1 < 2, <tool> and <tool_ca", []),
         (HERMES, "<tool_call>{no json}</tool_call>", "<tool_call>{no json}</tool_call>", []),
         (HERMES, '<tool_call>{"name": "cut', '<tool_call>{"name": "cut', []),
+        (HERMES, '<tool_call>{"name": "f"}</tool_call>', "", ["f"]),
         (HERMES, CALL.removesuffix("</tool_call>"), "", ["sum"]),
         (HERMES, '<tool_call>{"name": 5}</tool_call>!', '<tool_call>{"name": 5}</tool_call>!', []),
         (MISTRAL, 'A[TOOL_CALLS] [{"name": "f", "arguments": {}}]', "A", ["f"]),
@@ -63,11 +65,12 @@ def parsed(form: ToolFormat, pieces: list[str]) -> tuple[str, list[tuple[str, st
         (MISTRAL, '[TOOL_CALLS]f{} and g{"a": 1}', ' and g{"a": 1}', ["f"]),
         (MISTRAL, '[TOOL_CALLS]f[ARGS]{"a', '[TOOL_CALLS]f[ARGS]{"a', []),
         (MISTRAL, '[TOOL_CALLS]see {"a": 1}', '[TOOL_CALLS]see {"a": 1}', []),
-        (LLAMA, '{"name": "f", "parameters": {}}; {"name": "g"}', "", ["f", "g"]),
+        (LLAMA, '{"name": "f", "parameters": {}}; {"name": "g", "arguments": {}}', "", ["f", "g"]),
         (LLAMA, '{"name": "f", "parameters": {}} I used {f}', " I used {f}", ["f"]),
-        (LLAMA, '{"name": "f"}; ', "", ["f"]),
-        (LLAMA, '{"name": "f"}; {"name": "cut', '; {"name": "cut', ["f"]),
-        (LLAMA, 'See {"name": "f"}', 'See {"name": "f"}', []),
+        (LLAMA, f"{LLAMA_CALL}; ", "", ["f"]),
+        (LLAMA, f'{LLAMA_CALL}; {{"name": "cut', '; {"name": "cut', ["f"]),
+        (LLAMA, f"See {LLAMA_CALL}", f"See {LLAMA_CALL}", []),
+        (LLAMA, '{"name": "Ada", "born": 1815}', '{"name": "Ada", "born": 1815}', []),
         (LLAMA, '{"a": 1}', '{"a": 1}', []),
         (LLAMA, "  plain", "  plain", []),
     ],
@@ -90,10 +93,20 @@ def test_text_becomes_calls_wherever_it_is_cut(
         '{"name": "f", "arguments": {"a": NaN}}',
         '{"name": "f", "arguments": {"a": ' + "9" * 5000 + "}}",
         '{"name": "f", "arguments": {"a": 1e999}}',
+        '{"name": "f", "arguments": "text"}',
         '{"name": "f", "arguments": {"a": "\\ud83d"}}',
         '{"name": "f\\ud83d", "arguments": {}}',
     ],
-    ids=["noise", "deep", "no number", "nor this", "no end", "half a character", "half a name"],
+    ids=[
+        "noise",
+        "deep",
+        "no number",
+        "nor this",
+        "no end",
+        "no object",
+        "half a character",
+        "half a name",
+    ],
 )
 def test_what_no_client_could_read_as_a_call_is_content(body: str) -> None:
     """A prompt can make a model write anything."""
@@ -104,6 +117,19 @@ def test_what_no_client_could_read_as_a_call_is_content(body: str) -> None:
 def test_arguments_are_json_with_their_letters() -> None:
     text = '<tool_call>{"name": "f", "arguments": {"city": "Köln", "n": [1, 2]}}</tool_call>'
     assert json.loads(parsed(HERMES, [text])[1][0][1]) == {"city": "Köln", "n": [1, 2]}
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        '{"name": "f", "parameters": {"a": "x\\ny"}}',
+        '{"name": "f", "arguments": {"a": "x\ny"}}',
+        '{"name": "f", "arguments": "{\\"a\\": \\"x\\\\ny\\"}"}',
+    ],
+    ids=["the other word", "a line break as it is", "an object in a text"],
+)
+def test_arguments_are_read_as_models_happen_to_write_them(body: str) -> None:
+    assert parsed(HERMES, [f"<tool_call>{body}</tool_call>"]) == ("", [("f", '{"a": "x\\ny"}')])
 
 
 def test_calls_by_name_bring_their_arguments() -> None:
