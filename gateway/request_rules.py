@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING
 from cluster.errors import InvalidRequest
 from cluster.request import MAX_LOGPROBS
 from gateway.request import MAX_SEQUENCES, StreamRules, TextRules, Thoughts
-from gateway.thoughts import has_begun
+from gateway.thoughts import CLOSING, OPENING, has_begun
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from gateway.schemas import ChatBody, CompletionBody, GenerationBody
     from gateway.tools.formats import ToolFormat
 
@@ -75,11 +77,18 @@ def completion_logprobs(body: CompletionBody) -> int | None:
 
 
 def text_rules(
-    body: GenerationBody, tool_format: ToolFormat | None, thinking_prompt: str | None
+    body: GenerationBody,
+    tool_format: ToolFormat | None,
+    thinking_prompt: str | None,
+    is_special: Callable[[str], bool],
 ) -> TextRules:
-    """`thinking_prompt`: the prompt of a model that thinks, None when it does not."""
-    shows_special = tool_format is not None and tool_format.is_special
-    skips = not shows_special if body.skip_special_tokens is None else body.skip_special_tokens
+    """`thinking_prompt`: the prompt of a model that thinks, None when it does not. Some tokenizers
+    have marks of calls and thoughts as special tokens, in which case all of these are shown."""
+    marks = [] if tool_format is None else [tool_format.opening]
+    marks += [] if thinking_prompt is None else [OPENING, CLOSING]
+    skips = body.skip_special_tokens
+    if skips is None:
+        skips = not any(map(is_special, marks))
     return TextRules(
         stops=_checked_stops(body.stop),
         stop_token_ids=tuple(body.stop_token_ids or ()),

@@ -111,6 +111,10 @@ class Tokenizer:
         piece: str | None = self._backend.id_to_token(token_id)
         return piece
 
+    def is_special(self, text: str) -> bool:
+        """True when it is a special token, which a client does not see unless it asks for it."""
+        return self._backend.token_to_id(text) in self._special_ids
+
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
 

@@ -191,7 +191,9 @@ class Validator:
             prompts=shape.prompts,
             sampling=self._sampling(body, self._bounded(body, shape)),
             n=shape.n,
-            text=text_rules(body, shape.tool_format, shape.thinking_prompt),
+            text=text_rules(
+                body, shape.tool_format, shape.thinking_prompt, self._tokenizer.is_special
+            ),
             stream=stream_rules(body),
             echo=shape.echo,
             return_token_ids=bool(body.return_token_ids),

@@ -49,7 +49,6 @@ class ToolFormat:
     closing: str
     parse: Callable[[str], Found]
     leads: bool = False
-    is_special: bool = False  # `opening` is a special token, which clients else do not see
 
 
 def _refuse_constant(name: str) -> NoReturn:
@@ -134,7 +133,7 @@ def new_call_id() -> str:
 
 
 HERMES = ToolFormat("hermes", "<tool_call>", "</tool_call>", _only_objects)
-MISTRAL = ToolFormat("mistral", "[TOOL_CALLS]", "", _objects_or_named, is_special=True)
+MISTRAL = ToolFormat("mistral", "[TOOL_CALLS]", "", _objects_or_named)
 LLAMA = ToolFormat("llama", "{", "", partial(_objects, is_marked=False), leads=True)
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
 CORPUS = [
@@ -71,9 +72,13 @@ def sentencepiece_backend() -> Tokenizer:
     return backend
 
 
-def write_model_folder(folder: Path, *, chat_template: str | None = CHAT_TEMPLATE) -> Path:
+def write_model_folder(
+    folder: Path, *, chat_template: str | None = CHAT_TEMPLATE, special: Sequence[str] = ()
+) -> Path:
+    """`special`: tokens beside those that are always there."""
     folder.mkdir(parents=True, exist_ok=True)
     backend = byte_level_backend()
+    backend.add_special_tokens(list(special))
     backend.save(str(folder / "tokenizer.json"))
     settings: dict[str, object] = {
         "bos_token": "<bos>",

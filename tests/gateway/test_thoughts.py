@@ -14,6 +14,7 @@ from tests.gateway.test_http_edge import MODEL
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
 # The node echoes the prompt, so that a user can write what the model is to say.
 TEMPLATE = (
@@ -67,6 +68,16 @@ def http(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
     with httpx.Client(base_url=running.url, timeout=20) as client:
         yield client
     running.close()
+
+
+def test_marks_of_thoughts_that_are_special_tokens_are_seen(tmp_path: Path) -> None:
+    folder = write_model_folder(tmp_path, special=["<think>", "</think>"])
+    (folder / "chat_template.jinja").write_text(TEMPLATE.replace("<|end|>", ""))
+    running = RunningGateway(folder)
+    answer = httpx.post(f"{running.url}/v1/chat/completions", json=body(), timeout=20).json()
+    running.close()
+    message = answer["choices"][0]["message"]
+    assert (message["reasoning"], message["content"]) == ("\nhm, so\n", "Hello")
 
 
 def body(**changes: Any) -> dict[str, Any]:

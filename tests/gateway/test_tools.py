@@ -20,6 +20,7 @@ from tests.gateway.test_http_edge import MODEL, error_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
 TOOLS: list[Any] = [
     {"type": "function", "function": {"name": "sum", "parameters": {"type": "object"}}}
@@ -154,6 +155,25 @@ def tool_client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[openai.Ope
     with openai.OpenAI(base_url=f"{running.url}/v1", api_key="x", max_retries=0) as client:
         yield client
     running.close()
+
+
+@pytest.mark.parametrize(
+    ("marks", "said"),
+    [
+        (["<tool_call>", "</tool_call>"], CALL),
+        (["[TOOL_CALLS]", "[ARGS]"], '[TOOL_CALLS]sum[ARGS]{"a": 1}'),
+    ],
+)
+def test_marks_that_are_special_tokens_are_seen(
+    tmp_path: Path, marks: list[str], said: str
+) -> None:
+    folder = write_model_folder(tmp_path, special=marks)
+    (folder / "chat_template.jinja").write_text(TEMPLATE.replace("<tool_call>", marks[0]))
+    running = RunningGateway(folder)
+    with openai.OpenAI(base_url=f"{running.url}/v1", api_key="x", max_retries=0) as client:
+        (choice,) = ask(client, said).choices
+    running.close()
+    assert [call.function.arguments for call in choice.message.tool_calls] == ['{"a": 1}']
 
 
 def ask(client: openai.OpenAI, content: str = CALL, **changes: Any) -> Any:
