@@ -138,7 +138,10 @@ class Validator:
     def _tool_format(self, param: str) -> ToolFormat:
         form = None if self._template is None else self._template.tool_format
         if form is None:
-            raise Unsupported("This model's chat template takes no tools.", param=param)
+            raise Unsupported(
+                "This model's chat template takes no tools, or in a form that is not known here.",
+                param=param,
+            )
         return form
 
     async def _chat_prompt(self, body: ChatBody | TokenizeBody, tools: list[dict[str, Any]]) -> str:

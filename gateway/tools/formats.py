@@ -136,13 +136,17 @@ HERMES = ToolFormat("hermes", "<tool_call>", "</tool_call>", _only_objects)
 MISTRAL = ToolFormat("mistral", "[TOOL_CALLS]", "", _objects_or_named)
 LLAMA = ToolFormat("llama", "{", "", partial(_objects, is_marked=False), leads=True)
 
+# What other families write between the marks of HERMES.
+_OTHER_CALLS = ("<function=", "<arg_key>")
+
 
 def format_of(template_source: str) -> ToolFormat | None:
     """None when the template takes no tools, or teaches a form that is not known here."""
     if "tools" not in template_source:
         return None
     if HERMES.opening in template_source:
-        return HERMES
+        is_other = any(mark in template_source for mark in _OTHER_CALLS)
+        return None if is_other else HERMES
     if MISTRAL.opening in template_source:
         return MISTRAL
     return LLAMA if '"parameters"' in template_source else None

@@ -142,6 +142,8 @@ def test_a_template_tells_the_form_that_it_teaches() -> None:
     assert format_of("{% if tools %}<tool_call>{% endif %}") is HERMES
     assert format_of("{{ tools }}[TOOL_CALLS]") is MISTRAL
     assert format_of("""{{ tools }}'{"name": ..., "parameters": ...}'""") is LLAMA
+    assert format_of("{{ tools }}<tool_call><function=f>") is None
+    assert format_of("{{ tools }}<tool_call>f<arg_key>a</arg_key>") is None
     assert format_of("{{ tools }}") is None
     assert format_of("<tool_call>") is None
     assert format_of(CHAT_TEMPLATE) is None
