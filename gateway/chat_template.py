@@ -25,6 +25,7 @@ from cluster.errors import ConfigError, InvalidRequest, Unsupported
 from gateway.template_files import DEFAULT, TOOL_USE, template_sources
 from gateway.thoughts import thinks
 from gateway.tools.formats import format_of
+from gateway.tools.one_call import one_call_each, takes_one_call
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -69,6 +70,8 @@ class ChatTemplate:
         self._with_tools = None if tool_use is None else ChatTemplate(tool_use, special_tokens)
         self.tool_format = format_of(source if tool_use is None else tool_use)
         self.thinks = thinks(source)
+        self._takes_one_call = False
+        self._takes_one_call = takes_one_call(self.render)
 
     @classmethod
     def from_folder(cls, folder: Path, special_tokens: Mapping[str, Any]) -> ChatTemplate | None:
@@ -105,6 +108,8 @@ class ChatTemplate:
                 param="continue_final_message",
             )
         known = self._with_known_roles(messages)
+        if self._takes_one_call:
+            known = list(one_call_each(known))
         if continue_final_message:
             known[-1] = {**known[-1], "content": known[-1]["content"] + _TAG}
         context: dict[str, Any] = {

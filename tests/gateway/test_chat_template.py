@@ -135,6 +135,37 @@ def test_a_template_for_tools_is_taken_when_tools_are_offered(
     assert found.render(TALK) == template().render(TALK)
 
 
+# As Llama 3's: a refusal of more than one call, in words of its own.
+ONE_CALL = (
+    "{% for m in messages %}{% if m.tool_calls %}"
+    "{% if m.tool_calls | length != 1 %}{{ raise_exception('one at once') }}{% endif %}"
+    "{{ m.content }}({{ m.tool_calls[0].id }})"
+    "{% else %}{{ m.role }}:{{ m.content }} {% endif %}{% endfor %}"
+)
+
+
+def _calling(*ids: str, content: str = "") -> Message:
+    function = {"name": "f", "arguments": {}}
+    calls = [{"id": one, "type": "function", "function": function} for one in ids]
+    return {"role": "assistant", "content": content, "tool_calls": calls}
+
+
+def _result(call_id: str) -> Message:
+    return {"role": "tool", "tool_call_id": call_id, "content": f"of {call_id}"}
+
+
+def test_several_calls_become_messages_of_one_where_the_template_takes_no_more() -> None:
+    talk = [_calling("a", "b", content="So "), _result("b"), _result("x"), _result("a"), *TALK[1:]]
+    text = template(ONE_CALL).render(talk)
+    assert text == "So (a)tool:of a (b)tool:of b tool:of x user:Hi there "
+    assert template(ONE_CALL).render([_calling("a"), _result("a")]) == "(a)tool:of a "
+
+
+def test_several_calls_stay_one_message_where_the_template_takes_them() -> None:
+    source = "{% for m in messages %}{{ m.tool_calls | length if m.tool_calls }}{% endfor %}"
+    assert template(source).render([_calling("a", "b"), _result("a"), _result("b")]) == "2"
+
+
 def test_a_model_without_template_has_none(tmp_path: Path) -> None:
     assert ChatTemplate.from_folder(write_model_folder(tmp_path, chat_template=None), {}) is None
 
