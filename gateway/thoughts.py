@@ -2,7 +2,7 @@
 
 Life of a splitter
     1. UNDECIDED  until the first letters are there: only an answer that begins with the mark has
-                  thoughts. A prompt that ends with it has decided already.
+                  thoughts, or one whose prompt ends with it. Some models write it again even so.
     2. THINKING   until the closing mark, or the end: thoughts that are cut short are thoughts.
     3. ANSWERING  to the end, marks included.
 """
@@ -27,13 +27,14 @@ class ThoughtSplitter:
     """One per choice. Text in, (thought, answer) out."""
 
     def __init__(self, *, has_begun: bool) -> None:
-        self._state = State.THINKING if has_begun else State.UNDECIDED
+        self._state = State.UNDECIDED
+        self._has_begun = has_begun
         self._held = ""
         self._is_first = True  # of the answer: blank lines behind the thoughts are nobody's
 
     @property
     def is_thinking(self) -> bool:
-        return self._state is State.THINKING
+        return self._state is State.THINKING or (self._state is State.UNDECIDED and self._has_begun)
 
     def push(self, text: str) -> tuple[str, str]:
         self._held += text
@@ -52,7 +53,8 @@ class ThoughtSplitter:
         if begun.startswith(OPENING):
             self._state, self._held = State.THINKING, begun.removeprefix(OPENING)
         elif begun and not OPENING.startswith(begun):
-            self._state, self._is_first = State.ANSWERING, False
+            self._state = State.THINKING if self._has_begun else State.ANSWERING
+            self._is_first = self._has_begun
 
     def _think(self) -> str:
         thought, closing, rest = self._held.partition(CLOSING)

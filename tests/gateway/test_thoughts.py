@@ -35,6 +35,10 @@ def split(pieces: list[str], *, begun: bool = False) -> tuple[str, str]:
     [
         (SAID, False, ("\nhm, so\n", "Hello")),
         ("hm</think>Hello", True, ("hm", "Hello")),
+        ("\nhm</think>Hello", True, ("\nhm", "Hello")),
+        (SAID, True, ("\nhm, so\n", "Hello")),
+        ("</think>Hello", True, ("", "Hello")),
+        ("<thi", True, ("<thi", "")),
         ("  <think>a < b</think>c", False, ("a < b", "c")),
         ("<think>cut sho", False, ("cut sho", "")),
         ("<think>cut at </thi", False, ("cut at </thi", "")),
