@@ -70,7 +70,7 @@ class ChatTemplate:
         self._with_tools = None if tool_use is None else ChatTemplate(tool_use, special_tokens)
         self.tool_format = format_of(source if tool_use is None else tool_use)
         self.thinks = thinks(source)
-        self._takes_one_call = False
+        self._takes_one_call = False  # until it is tried
         self._takes_one_call = takes_one_call(self.render)
 
     @classmethod

@@ -3,7 +3,8 @@
 hermes     <tool_call>{"name": ..., "arguments": {...}}</tool_call>, any number (Qwen, Hermes)
 mistral    [TOOL_CALLS][{"name": ..., "arguments": {...}}, ...], or, since its tokenizer v11, for
            each call [TOOL_CALLS]name[ARGS]{...}, maybe with [CALL_ID]... before [ARGS]
-llama      {"name": ..., "parameters": {...}} at the beginning; several with ; between
+llama      {"name": ..., "parameters": {...}} at the beginning, maybe behind <|python_tag|>; several
+           with ; between
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import json
 import re
 import secrets
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from gateway.body import MAX_DEPTH, depth_of
@@ -40,8 +40,8 @@ class ToolFormat:
     """`opening` begins what is to be read as calls, `closing` ends it; "": the end of the message.
 
     `parse` gives the calls that lead what is between them, and the text that follows these; no
-    calls when they are not what they should be. `leads`: only a message that begins with `opening`
-    has calls, and `opening` is part of them.
+    calls when they are not what they should be. `leads`: only a message that begins with `opening`,
+    or with `prefix` and it, has calls, and `opening` is part of them.
     """
 
     name: str
@@ -49,6 +49,7 @@ class ToolFormat:
     closing: str
     parse: Callable[[str], Found]
     leads: bool = False
+    prefix: str = ""
 
 
 def _refuse_constant(name: str) -> NoReturn:
@@ -71,13 +72,12 @@ def _values(text: str, position: int = 0) -> Iterator[tuple[Any, int]]:
         yield value, position
 
 
-def _objects(text: str, *, is_marked: bool = True) -> Found:
-    """One object or several, or a list of them. `is_marked`: the model said that these are calls.
-    Else an object that has a name alone may be anyone."""
+def _objects(text: str, no_arguments: object = None) -> Found:
+    """One object or several, or a list of them. `no_arguments` stand for what is not there."""
     calls, end = list[ToolCall](), 0
     for value, after in _values(text):
         values = value if isinstance(value, list) else [value]
-        made = [_call_of(each, {} if is_marked else None) for each in values]
+        made = [_call_of(each, no_arguments) for each in values]
         if None in made:
             break
         calls += [call for call in made if call is not None]
@@ -86,13 +86,13 @@ def _objects(text: str, *, is_marked: bool = True) -> Found:
 
 
 def _only_objects(text: str) -> Found:
-    calls, rest = _objects(text)
+    calls, rest = _objects(text, no_arguments={})
     return ([], text) if rest.strip() else (calls, "")
 
 
 def _objects_or_named(text: str) -> Found:
     """Older models of Mistral write the one, newer ones the other."""
-    calls, rest = _objects(text)
+    calls, rest = _objects(text, no_arguments={})
     return (calls, rest) if calls else _named(MISTRAL.opening + text)
 
 
@@ -108,10 +108,14 @@ def _named(text: str) -> Found:
     return calls, text[end:]
 
 
+def _leading_objects(text: str) -> Found:
+    """Without a mark that these are calls, one with a name alone may be anyone."""
+    return _objects(text.lstrip().removeprefix(LLAMA.prefix))
+
+
 def _call_of(value: object, no_arguments: object = None) -> ToolCall | None:
     """None: not a call, or one that its client could not read. Models take one word for the other,
-    and some write the arguments as a text that holds the object. `no_arguments` stand for what is
-    not there."""
+    and some write the arguments as a text that holds the object."""
     if not isinstance(value, dict) or not isinstance(value.get("name"), str):
         return None
     arguments = value.get("arguments", value.get("parameters", no_arguments))
@@ -134,7 +138,7 @@ def new_call_id() -> str:
 
 HERMES = ToolFormat("hermes", "<tool_call>", "</tool_call>", _only_objects)
 MISTRAL = ToolFormat("mistral", "[TOOL_CALLS]", "", _objects_or_named)
-LLAMA = ToolFormat("llama", "{", "", partial(_objects, is_marked=False), leads=True)
+LLAMA = ToolFormat("llama", "{", "", _leading_objects, leads=True, prefix="<|python_tag|>")
 
 # What other families write between the marks of HERMES.
 _OTHER_CALLS = ("<function=", "<arg_key>")

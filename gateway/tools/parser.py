@@ -76,10 +76,11 @@ class ToolParser:
         return False
 
     def _lead(self, parsed: Parsed) -> bool:
-        """Only the first character that is no blank decides."""
-        if not self._held.strip():
+        """The first character that is no blank decides, or the one behind `prefix`."""
+        head, prefix = self._held.lstrip(), self._form.prefix
+        if prefix.startswith(head.rstrip()):
             return False
-        self._may_open = self._held.lstrip().startswith(self._form.opening)
+        self._may_open = head.removeprefix(prefix).lstrip().startswith(self._form.opening)
         self._is_open = self._may_open
         return not self._is_open
 
