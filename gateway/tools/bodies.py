@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from gateway.schemas import MessageBody
 
 MAX_TOOLS = 128
+# A client may leave these out; Hermes' template writes them without asking.
+_UNSAID = {"description": "", "parameters": {"type": "object", "properties": {}}}
 
 
 def offered_tools(tools: Sequence[Any] | None, choice: object) -> list[dict[str, Any]]:
@@ -43,7 +45,9 @@ def _tool(tool: object, path: str) -> dict[str, Any]:
         raise Unsupported(
             "strict is not supported here; leave it out.", param=f"{path}.function.strict"
         )
-    return {"type": "function", "function": function}
+    given = {name: value for name, value in function.items() if value is not None}
+    missing = {name: value for name, value in _UNSAID.items() if name not in given}
+    return {"type": "function", "function": given | missing}
 
 
 def earlier_calls(message: MessageBody, path: str) -> list[dict[str, Any]]:

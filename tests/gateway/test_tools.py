@@ -11,7 +11,7 @@ import pytest
 
 from cluster.errors import InvalidRequest
 from gateway.schemas import MessageBody
-from gateway.tools.bodies import earlier_calls
+from gateway.tools.bodies import earlier_calls, offered_tools
 from gateway.tools.formats import HERMES, LLAMA, MISTRAL, ToolFormat, format_of
 from gateway.tools.parser import ToolParser
 from tests.gateway.model_folder import CHAT_TEMPLATE, write_model_folder
@@ -281,6 +281,17 @@ def test_what_tools_cannot_be_is_named(
     body = {"model": MODEL, "messages": [{"role": "user", "content": "x"}], **changes}
     refused = httpx.post(f"{tool_client.base_url}chat/completions", json=body, timeout=20)
     assert (refused.status_code, error_of(refused)["param"]) == (400, param)
+
+
+def test_a_template_finds_what_a_client_may_leave_out_of_a_tool() -> None:
+    empty = {"type": "object", "properties": {}}
+    for left_out in ({}, {"description": None, "parameters": None}):
+        tool = {"type": "function", "function": {"name": "f", **left_out}}
+        (offered,) = offered_tools([tool], "auto")
+        assert offered["function"] == {"name": "f", "description": "", "parameters": empty}
+    said = {"name": "f", "description": "d", "parameters": {"type": "object"}}
+    (offered,) = offered_tools([{"type": "function", "function": said}], "auto")
+    assert offered["function"] == said
 
 
 @pytest.mark.parametrize(
