@@ -8,8 +8,8 @@ Life of a choice
     3. Of that text, thoughts are told from the answer, and calls of tools from its words.
     4. A stop string, the nodes' own ending, or an error finishes it.
 
-Text, log-probabilities and counts end with the token that completed a stop string, also when
-more tokens came in the same delta.
+Text, log-probabilities and counts end with the token that completed a stop string, or the one call
+that a client takes, also when more tokens came in the same delta.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from gateway.request import TextRules
     from gateway.tokenizer import Tokenizer
     from gateway.tools.formats import ToolCall
+    from gateway.tools.parser import Parsed
 
 
 @dataclass(slots=True)
@@ -59,10 +60,10 @@ class Choice:
 
     __slots__ = (
         "_detokenizer",
-        "_is_plain",
         "_keeps_ids",
         "_matcher",
         "_min_tokens",
+        "_reads_by_token",
         "_thoughts",
         "_tools",
         "_unread",
@@ -96,7 +97,8 @@ class Choice:
         )
         self._thoughts = _splitter(rules)
         self._tools = None if rules.tool_format is None else ToolParser(rules.tool_format)
-        self._is_plain = self._thoughts is None and self._tools is None
+        ends_with_call = rules.one_call and self._tools is not None
+        self._reads_by_token = bool(self._matcher or self._thoughts or ends_with_call)
         self._min_tokens = rules.min_tokens
         self._keeps_ids = keeps_ids
         self._unread: list[TokenDelta] = []
@@ -129,42 +131,37 @@ class Choice:
             most -= len(delta.token_ids)
             num_tokens -= len(delta.token_ids)
             self._read(delta, piece)
-        if not self._is_plain:
-            self._sort(piece)
         return piece
-
-    def _sort(self, piece: Piece) -> None:
-        """Thoughts were told apart as they came; what is left of them, and calls, are told here."""
-        if self._thoughts is not None and self.finish_reason is not None:
-            self._keep(*self._thoughts.flush(), piece)
-        if self._tools is not None and (piece.text or self.finish_reason is not None):
-            self._find_calls(self._tools, piece)
 
     def _say(self, text: str, piece: Piece) -> None:
         if self._thoughts is None:
-            piece.text += text
+            self._show(text, piece)
         else:
             self._keep(*self._thoughts.push(text), piece)
 
     def _keep(self, thought: str, answer: str, piece: Piece) -> None:
-        piece.text += answer
+        self._show(answer, piece)
         if self.rules.thoughts is Thoughts.SHOWN:
             piece.thought += thought
+
+    def _show(self, answer: str, piece: Piece) -> None:
+        if self._tools is None:
+            piece.text += answer
+        else:
+            self._add(self._tools.push(answer), piece)
+
+    def _add(self, parsed: Parsed, piece: Piece) -> None:
+        """Words and calls. One call may be all that the client wants."""
+        piece.text += parsed.content
+        piece.calls += tuple(parsed.calls)
+        if piece.calls and self.rules.one_call:
+            piece.calls = piece.calls[:1]
+            self.finish_reason = FinishReason.STOP
 
     @property
     def num_calls(self) -> int:
         """Of tools, so far."""
         return 0 if self._tools is None else self._tools.num_calls
-
-    def _find_calls(self, tools: ToolParser, piece: Piece) -> None:
-        found = [tools.push(piece.text)]
-        if self.finish_reason is not None:
-            found.append(tools.flush())
-        piece.text = "".join(each.content for each in found)
-        piece.calls = tuple(call for each in found for call in each.calls)
-        if piece.calls and self.rules.one_call:
-            piece.calls = piece.calls[:1]
-            self.finish_reason = FinishReason.STOP
 
     def _read(self, delta: TokenDelta, piece: Piece) -> None:
         if delta.error is not None:
@@ -172,19 +169,20 @@ class Choice:
             return
         if self.num_cached_tokens is None:
             self.num_cached_tokens = delta.num_cached_tokens
-        if self._matcher is None and self._thoughts is None:
-            self._read_plain(delta, piece)
-        else:
+        if self._reads_by_token:
             self._read_by_token(delta, piece)
+        else:
+            self._read_plain(delta, piece)
         if delta.finish_reason is not None and not self.is_finished:
             self._finish(delta, piece)
 
     def _read_plain(self, delta: TokenDelta, piece: Piece) -> None:
-        piece.text += self._detokenizer.push(self._visible(delta))
+        self._show(self._detokenizer.push(self._visible(delta)), piece)
         self._count(delta.token_ids, delta.logprobs, piece)
 
     def _read_by_token(self, delta: TokenDelta, piece: Piece) -> None:
-        """So that nothing after a stop string is counted, and of thoughts each token."""
+        """So that nothing after a stop string, or the one call, is said or counted, and of thoughts
+        each token is."""
         visible = len(self._visible(delta))
         for position, token_id in enumerate(delta.token_ids):
             text = self._detokenizer.push((token_id,)) if position < visible else ""
@@ -193,9 +191,10 @@ class Choice:
             self._say(text if matcher is None else matcher.push(text), piece)
             if self._thoughts is not None and self._thoughts.is_thinking:
                 self.num_thought_tokens += 1
+            if self.is_finished:
+                return
             if matcher is not None and matcher.matched is not None:
-                self.finish_reason = FinishReason.STOP
-                self.stop_reason = matcher.matched
+                self._end(FinishReason.STOP, matcher.matched, piece)
                 return
 
     def _visible(self, delta: TokenDelta) -> tuple[int, ...]:
@@ -213,15 +212,23 @@ class Choice:
             piece.logprobs += logprobs
 
     def _finish(self, delta: TokenDelta, piece: Piece) -> None:
+        reason = delta.finish_reason or FinishReason.STOP
+        is_named = delta.stop_token_id in self.rules.stop_token_ids
+        stop: int | str | None = delta.stop_token_id if is_named else None
         rest = self._detokenizer.flush()
         if self._matcher is not None:
             self._say(self._matcher.push(rest), piece)
             if self._matcher.matched is not None:
-                self.finish_reason = FinishReason.STOP
-                self.stop_reason = self._matcher.matched
-                return
+                reason, stop = FinishReason.STOP, self._matcher.matched
             rest = self._matcher.flush()
         self._say(rest, piece)
-        self.finish_reason = delta.finish_reason
-        if delta.stop_token_id in self.rules.stop_token_ids:
-            self.stop_reason = delta.stop_token_id
+        if not self.is_finished:
+            self._end(reason, stop, piece)
+
+    def _end(self, reason: FinishReason, stop_reason: int | str | None, piece: Piece) -> None:
+        """What was held back, as it could have become a mark of thoughts or calls, is said."""
+        self.finish_reason, self.stop_reason = reason, stop_reason
+        if self._thoughts is not None:
+            self._keep(*self._thoughts.flush(), piece)
+        if self._tools is not None:
+            self._add(self._tools.flush(), piece)

@@ -7,6 +7,7 @@ from cluster.request import FinishReason, TokenDelta
 from gateway.choice import Choice
 from gateway.request import TextRules
 from gateway.tokenizer import Tokenizer
+from gateway.tools.formats import HERMES
 from tests.gateway.model_folder import byte_level_backend
 
 BACKEND = byte_level_backend()
@@ -59,6 +60,20 @@ def test_nothing_after_a_stop_string_is_counted_even_within_one_delta() -> None:
     assert subject.finish_reason is FinishReason.STOP
     assert subject.stop_reason == " two"
     assert subject.num_output_tokens == len(piece.token_ids) == len(ids("one two"))
+
+
+def test_nothing_after_the_one_call_that_a_client_takes_is_said_or_counted() -> None:
+    call = '<tool_call>{"name": "f", "arguments": {}}</tool_call>'
+    subject = choice(tool_format=HERMES, one_call=True, keeps_ids=True)
+    subject.deliver(delta(ids(call + "two" + call + "three")))
+    subject.deliver(delta((), error=NodeLost("x")))
+    piece = subject.take()
+    assert [each.name for each in piece.calls] == ["f"]
+    assert piece.text == ""
+    assert subject.finish_reason is FinishReason.STOP
+    assert subject.error is None
+    assert subject.num_output_tokens == len(piece.token_ids)
+    assert TOKENIZER.decode(piece.token_ids) == call
 
 
 def test_a_character_cut_by_the_end_is_shown_as_replaced() -> None:
