@@ -125,6 +125,11 @@ class ModelRunner:
             return self._launch_decode([each.sequence for each in chunks], follows, on_layer)
         return self._launch_prefill(chunks, on_layer)
 
+    def wait(self) -> None:
+        """Until the device has computed all that this thread has queued."""
+        if self._limits.on_gpu:
+            torch.cuda.current_stream(self._limits.device).synchronize()
+
     def follow(self, header: StepHeader, fill: Callable[[memoryview], None]) -> None:
         """Run what rank 0 announced, as it does; `fill` writes the packed inputs."""
         if not header.is_decode:

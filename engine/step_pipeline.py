@@ -18,6 +18,7 @@ Why two steps in flight are safe:
       that an earlier one still touches. Transfers run on other streams: blocks that are freed
       meanwhile go to nobody before the steps in flight are collected (`BlockManager.free`), and
       only collected KV is hit, held or sent.
+    - What a launch that fails has queued is waited for: its sequences end, and their blocks go.
     - Only a decision made with nothing in flight preempts, so whatever a step in flight computes
       of a living sequence stays.
 """
@@ -33,6 +34,7 @@ import torch
 from cluster.request import TokenDelta
 from engine.sampler import not_finite
 from engine.stopping import check_finished
+from engine.tensor_parallel.failures import RankLost
 from kernels.sample import NO_TOKEN
 
 if TYPE_CHECKING:
@@ -98,12 +100,7 @@ class StepPipeline:
         if len(self._in_flight) >= _MAX_IN_FLIGHT:
             raise RuntimeError("A step must be collected first.")
         with torch.inference_mode():
-            launched = self._runner.launch(
-                decision.chunks,
-                is_decode=decision.is_decode,
-                follows=bool(self._in_flight),
-                on_layer=on_layer,
-            )
+            launched = self._launched(decision, on_layer)
         for chunk in decision.chunks:
             chunk.sequence.num_launched_tokens += chunk.num_scheduled_tokens
         for sequence in launched.sampled:
@@ -139,6 +136,24 @@ class StepPipeline:
                 deltas.append(self._advance(sequence, token_id, logprobs.get(row)))
         finished = tuple([sequence for sequence in sampled if sequence.is_finished])
         return StepOutput(tuple(deltas), tuple(sampled), finished, chunks, step.launched.done)
+
+    def _launched(
+        self, decision: ScheduleDecision, on_layer: Callable[[int], None] | None
+    ) -> LaunchedStep:
+        """What of it was queued when it failed has ended before the error is told: who hears of
+        that gives its blocks to others."""
+        try:
+            return self._runner.launch(
+                decision.chunks,
+                is_decode=decision.is_decode,
+                follows=bool(self._in_flight),
+                on_layer=on_layer,
+            )
+        except RankLost:
+            raise  # the node ends, and the device may wait for that rank
+        except Exception:
+            self._runner.wait()
+            raise
 
     def _wait(self, step: InFlightStep) -> list[int]:
         """Until all of the step is computed. Returns its tokens."""

@@ -6,7 +6,9 @@ import json
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
 
+from cluster.errors import OutOfMemory
 from cluster.prefix_hash import root_hash
 from cluster.request import SamplingParams, SequenceRequest
 from cluster.startup import StartupReport
@@ -153,6 +155,23 @@ def test_padding_rows_do_not_touch_the_pool(graphs: Engine) -> None:
     assert set(written) == used
     for sequence in sequences:
         graphs.block_manager.free(sequence)
+
+
+def test_a_step_without_memory_writes_to_its_blocks_no_more_once_that_is_told(
+    graphs: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are given to hand-offs then, whose KV comes on other streams."""
+
+    def fails(hidden: torch.Tensor) -> torch.Tensor:
+        torch.cuda._sleep(1 << 30)  # type: ignore[no-untyped-call]
+        return torch.empty(1 << 50, device="cuda")
+
+    sequence = start(graphs, "s", prompt_of(20, 1))
+    monkeypatch.setattr(graphs._runner._decoder, "logits", fails)
+    with pytest.raises(OutOfMemory):
+        step(graphs, (sequence, 20))
+    assert torch.cuda.current_stream().query()
+    graphs.block_manager.free(sequence)
 
 
 def test_decode_gives_the_logprobs_of_a_prefill(graphs: Engine) -> None:

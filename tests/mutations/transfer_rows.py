@@ -114,6 +114,13 @@ TRANSFER_ROWS = (
                 "if self._num_packing:\n            return []",
                 CATALOGUE + "after_one_broken_send_the_sources_stay_until_its_sibling_has_ended",
             ),
+            Mutation(
+                "engine/step_pipeline.py",
+                "            self._runner.wait()\n",
+                "            pass\n",
+                "tests/engine/test_step_pipeline.py::test_"
+                "what_a_failed_launch_has_queued_does_not_run_on_under_who_gets_its_blocks",
+            ),
         ),
     ),
     Row(
