@@ -57,9 +57,10 @@ class _Pending:
     last: TokenDelta | None = None
 
     def accepts(self, delta: TokenDelta, num_bytes: int) -> bool:
-        """Only tokens after tokens: `started` and `handed_off` keep a delta of their own."""
+        """Only tokens after tokens: `started`, `handed_off` and errors keep a delta of their own.
+        Of one with an error the gateway takes no tokens."""
         return (
-            not (delta.started or delta.handed_off)
+            not (delta.started or delta.handed_off or delta.error)
             and delta.num_cached_tokens is None
             and bool(delta.logprobs) == bool(self.delta.logprobs)
             and self.num_bytes + num_bytes <= _MAX_MERGED_BYTES
@@ -82,7 +83,6 @@ class _Pending:
             finish_reason=last.finish_reason,
             stop_token_id=last.stop_token_id,
             num_cached_tokens=first.num_cached_tokens,
-            error=last.error,
         )
 
 

@@ -79,14 +79,16 @@ def test_merging_keeps_every_fact() -> None:
             ("a", ()),
             ("a", (1, 2)),
             ("b", (5,)),
+            ("b", ()),
             ("c", (6,)),
             ("c", ()),
         ]
         assert got[0].started
         assert got[1].logprobs == (one, two)
         assert got[1].num_cached_tokens == 4
-        assert isinstance(got[2].error, NodeLost)
-        assert got[4].handed_off
+        assert got[2].error is None, "the gateway would take no token of it"
+        assert isinstance(got[3].error, NodeLost)
+        assert got[5].handed_off
 
     run(scenario)
 
