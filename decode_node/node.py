@@ -47,11 +47,7 @@ class DecodeNode:
             engine.max_num_seqs,
             max_model_len=engine.max_model_len,
         )
-        reservations = Reservations(
-            manager,
-            num_running=lambda: scheduler.num_running,
-            num_preempted=lambda: scheduler.num_preempted,
-        )
+        reservations = Reservations(manager, scheduler)
         self._snapshot = LoadSnapshot(
             scheduler,
             manager,

@@ -8,7 +8,8 @@ Life of a reservation
 
 Room is kept for what runs: one block for each running sequence stays free, so that a new
 hand-off does not make the next step preempt. Who was preempted comes first: as long as one
-waits for its blocks, nobody else gets any.
+waits for its blocks, nobody else gets any. So does who came before to be computed here, from its
+beginning: hand-offs that never cease would take every block that comes back.
 """
 
 from __future__ import annotations
@@ -16,15 +17,13 @@ from __future__ import annotations
 from collections import OrderedDict
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from cluster.errors import Cancelled, ContextLengthExceeded, TransferFailed
 from engine.sequence import Sequence, SequenceStatus
 from kv_transfer.trace import TRACE
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from engine.block_manager import BlockManager
     from engine.reservation import Reservation
 
@@ -41,6 +40,7 @@ class ReservedBlocks:
 class _Waiting:
     sequence: Sequence
     future: Future[ReservedBlocks]
+    num_before: int  # sequences that the scheduler had taken
 
 
 @dataclass(slots=True)
@@ -49,17 +49,22 @@ class _Reserved:
     reservation: Reservation
 
 
+class Running(Protocol):
+    """What is needed to know of the others: a `DecodeScheduler`."""
+
+    @property
+    def num_running(self) -> int: ...
+    @property
+    def num_preempted(self) -> int: ...
+    @property
+    def num_taken(self) -> int: ...
+    def lacks_blocks(self, num_taken: int) -> bool: ...
+
+
 class Reservations:
-    def __init__(
-        self,
-        block_manager: BlockManager,
-        *,
-        num_running: Callable[[], int],
-        num_preempted: Callable[[], int],
-    ) -> None:
+    def __init__(self, block_manager: BlockManager, running: Running) -> None:
         self._block_manager = block_manager
-        self._num_running = num_running
-        self._num_preempted = num_preempted
+        self._running = running
         self._waiting: OrderedDict[str, _Waiting] = OrderedDict()
         self._reserved: dict[str, _Reserved] = {}
         self._started: list[Sequence] = []  # since the last step was decided on
@@ -86,7 +91,7 @@ class Reservations:
                 f"{self._block_manager.num_blocks}."
             )
         sequence.status = SequenceStatus.WAITING_FOR_KV
-        waiting = _Waiting(sequence, Future())
+        waiting = _Waiting(sequence, Future(), self._running.num_taken)
         # Running: from here only this thread ends it, so nobody cancels it between two looks.
         waiting.future.set_running_or_notify_cancel()
         self._waiting[sequence.sequence_id] = waiting
@@ -151,9 +156,10 @@ class Reservations:
 
     def _reserve(self, sequence_id: str, waiting: _Waiting) -> bool:
         sequence, manager = waiting.sequence, self._block_manager
-        if self._num_preempted():
+        running = self._running
+        if running.num_preempted or running.lacks_blocks(waiting.num_before):
             return False
-        num_running = self._num_running()
+        num_running = running.num_running
         spare = manager.num_free_blocks - num_running
         if num_running and self._num_blocks_for(sequence) > spare:
             return False

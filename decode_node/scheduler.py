@@ -87,6 +87,17 @@ class DecodeScheduler:
         return len(self._preempted)
 
     @property
+    def num_taken(self) -> int:
+        """Sequences, since the start."""
+        return self._num_arrivals
+
+    def lacks_blocks(self, num_taken: int) -> bool:
+        """Whether one of the first `num_taken` sequences has no blocks yet, though there is a place
+        for it: blocks given to newcomers are taken from it."""
+        first = self._waiting.peek()
+        return first is not None and first.arrival < num_taken and self._has_place()
+
+    @property
     def queued_tokens(self) -> int:
         """Tokens to be computed before the sequences they belong to can decode."""
         return sum(sequence.num_uncomputed_tokens - 1 for sequence in self._sequences.values())
@@ -171,26 +182,37 @@ class DecodeScheduler:
     # ---- who is active ------------------------------------------------------------------
 
     def _activate(self) -> None:
-        """Fill free places: preempted sequences first, then those that have their blocks,
-        then, if no preempted one waits, new ones."""
+        """Fill free places: preempted sequences first, then, in order, those that have their blocks
+        and, if no preempted one waits, new ones as long as there are blocks for them."""
         self._admit_from(self._preempted)
-        while self._has_place() and (sequence := self._ready.peek()) is not None:
-            self._make_active(self._ready, sequence)
-        if not self._preempted:
+        takes_new = not self._preempted
+        while self._has_place() and (ready := self._ready.peek()) is not None:
+            new = self._waiting.peek()
+            if takes_new and new is not None and order_key(new) < order_key(ready):
+                takes_new = self._admit(self._waiting, new)
+            else:
+                self._make_active(self._ready, ready)
+        if takes_new:
             self._admit_from(self._waiting)
 
     def _admit_from(self, queue: WaitingQueue) -> None:
-        """In order; none overtakes one that does not fit yet. Those admitted leave one block
-        for each active sequence to grow into, or they would be preempted again at once."""
+        """In order; none overtakes one that does not fit yet."""
         while self._has_place() and (sequence := queue.peek()) is not None:
-            if not self._can_ever_fit(sequence):
-                self._fail(sequence)
-                continue
-            share = self._block_manager.num_blocks // _MAX_HEADROOM_SHARE
-            headroom = min(len(self._active), share)
-            if not self._block_manager.allocate(sequence, sequence.num_tokens, headroom=headroom):
+            if not self._admit(queue, sequence):
                 return
-            self._make_active(queue, sequence)
+
+    def _admit(self, queue: WaitingQueue, sequence: Sequence) -> bool:
+        """False if it must wait for blocks. Those admitted leave one for each active sequence to
+        grow into, or they would be preempted again at once. One that can never fit fails."""
+        if not self._can_ever_fit(sequence):
+            self._fail(sequence)
+            return True
+        share = self._block_manager.num_blocks // _MAX_HEADROOM_SHARE
+        headroom = min(len(self._active), share)
+        if not self._block_manager.allocate(sequence, sequence.num_tokens, headroom=headroom):
+            return False
+        self._make_active(queue, sequence)
+        return True
 
     def _make_active(self, queue: WaitingQueue, sequence: Sequence) -> None:
         queue.remove(sequence)

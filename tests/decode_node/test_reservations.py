@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
 import pytest
 
 from cluster.errors import Cancelled, ContextLengthExceeded, TransferFailed
 from cluster.prefix_hash import root_hash
 from cluster.request import SamplingParams, SequenceRequest
-from decode_node.reservations import Reservations
+from decode_node.reservations import Reservations, ReservedBlocks
 from decode_node.scheduler import DecodeScheduler
 from engine.block_manager import BlockManager
 from engine.sequence import Sequence
-from tests.sequences import compute
+from tests.sequences import compute, run_step
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future
 
 BLOCK = 4
 
@@ -26,14 +32,47 @@ def make_sequence(name: str, num_tokens: int, first: int = 1) -> Sequence:
     return Sequence(request, block_size=BLOCK, root=root_hash("m", b""))
 
 
+@dataclass
+class Others:
+    num_running: int
+    num_preempted: int
+    num_taken: int = 0
+
+    def lacks_blocks(self, num_taken: int) -> bool:
+        return False
+
+
 def make(
     num_blocks: int, num_running: int = 0, num_preempted: int = 0
 ) -> tuple[BlockManager, Reservations]:
     manager = BlockManager(num_blocks, BLOCK)
-    reservations = Reservations(
-        manager, num_running=lambda: num_running, num_preempted=lambda: num_preempted
-    )
+    reservations = Reservations(manager, Others(num_running, num_preempted))
     return manager, reservations
+
+
+class Node:
+    """A scheduler beside them. Hand-offs come at once, as soon as they have blocks."""
+
+    def __init__(self, num_blocks: int, max_num_seqs: int) -> None:
+        self.manager = BlockManager(num_blocks, BLOCK)
+        self.scheduler = DecodeScheduler(self.manager, 64, max_num_seqs)
+        self.reservations = Reservations(self.manager, self.scheduler)
+        self.asked: dict[str, Future[ReservedBlocks]] = {}
+        self.num_asked = 0
+
+    def hand_off(self) -> None:
+        name = f"h{self.num_asked}"
+        self.num_asked += 1
+        sequence = make_sequence(name, 2 * BLOCK, first=1000 * self.num_asked)
+        self.asked[name] = self.reservations.ask(sequence)
+
+    def step(self) -> None:
+        for name, blocks in list(self.asked.items()):
+            if blocks.done():
+                del self.asked[name]
+                self.scheduler.add(self.reservations.start(name, first_token_id=7))
+        self.scheduler.update(run_step(self.scheduler.schedule(), self.manager))
+        self.reservations.retry()
 
 
 def test_a_prompt_gets_a_block_for_each_started_position() -> None:
@@ -70,6 +109,34 @@ def test_a_block_per_running_sequence_stays_free() -> None:
 def test_nobody_is_served_while_a_preempted_sequence_waits_for_its_blocks() -> None:
     _, reservations = make(8, num_preempted=1)
     assert not reservations.ask(make_sequence("a", 4)).done()
+
+
+@pytest.mark.parametrize(("num_blocks", "max_num_seqs"), [(8, 16), (64, 2)])
+def test_hand_offs_that_never_cease_leave_room_for_a_prompt_that_is_computed_here(
+    num_blocks: int, max_num_seqs: int
+) -> None:
+    node = Node(num_blocks, max_num_seqs)
+    for _ in range(8):
+        node.hand_off()
+    node.step()
+    prompt = make_sequence("here", 3 * BLOCK)
+    node.scheduler.add(prompt)
+    for _ in range(40):  # ten times as many steps as one of them takes
+        while len(node.asked) < 8:
+            node.hand_off()
+        node.step()
+    assert prompt.is_finished
+
+
+def test_who_comes_later_to_be_computed_here_keeps_no_hand_off_waiting() -> None:
+    node = Node(num_blocks=8, max_num_seqs=16)
+    for _ in range(6):
+        node.hand_off()
+    assert node.reservations.num_waiting == 2
+    node.scheduler.add(make_sequence("here", 6 * BLOCK))
+    while node.asked:
+        node.step()
+        assert node.scheduler.get("here") is not None
 
 
 def test_a_prompt_that_can_never_fit_is_refused_at_once() -> None:

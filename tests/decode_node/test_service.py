@@ -67,11 +67,7 @@ class World:
     def __init__(self, num_blocks: int = 32) -> None:
         self.engine = ScriptedEngine(num_blocks)
         self.scheduler = DecodeScheduler(self.engine.block_manager, 64, 8)
-        self.reservations = Reservations(
-            self.engine.block_manager,
-            num_running=lambda: self.scheduler.num_running,
-            num_preempted=lambda: self.scheduler.num_preempted,
-        )
+        self.reservations = Reservations(self.engine.block_manager, self.scheduler)
         self.hub = SessionHub()
         self.handler = DecodeHandler(
             cast("Any", self.engine),
