@@ -14,6 +14,7 @@ Life of a row
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import shlex
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from tests.faults.leaks import Held
+    from tests.faults.metrics import Scrape
     from tests.faults.spoiled_bytes import Spoil
 
 SEED = int(os.environ.get("BATON_FAULT_SEED", "1"))
@@ -134,11 +136,15 @@ class Rows:
         save_for_row(history)
         self._accounts = history, account, self._gateways()
 
-    def save_retries(self) -> None:
-        """Until all requests of a row may be tried again: earlier rows may have used them up."""
+    def forget_rows_before(self) -> None:
+        """Until all requests of a row may be tried again, and go through any pair of nodes."""
         addresses = [self.cluster.metrics_address(name) for name in self.cluster.gateway_ports]
-        while min(scrape(at).value("baton_retries_left") for at in addresses) < NUM_REQUESTS:
-            self.undisturbed(draw_asks(SEED, count=20, prompt=(8, 16), num_tokens=1))
+        for seed in itertools.count():
+            if not any(_remembers(scrape(address)) for address in addresses):
+                return
+            # Of many lengths, as what costs the same goes through the same pairs for ever; of two
+            # tokens, as the first needs no hand-off.
+            self.undisturbed(draw_asks(seed, count=20, prompt=(8, 200), num_tokens=2))
 
     # ---- faults ----------------------------------------------------------------------------
 
@@ -258,6 +264,14 @@ class Rows:
         return [self.cluster.pid_of(name) for name in self.cluster.gateway_ports]
 
 
+def _remembers(gateway: Scrape) -> bool:
+    """What was lost before: its budget is spent, or it holds pairs back."""
+    return (
+        gateway.value("baton_retries_left") < NUM_REQUESTS
+        or gateway.value("baton_pairs_held_back") > 0
+    )
+
+
 @contextmanager
 def running_rows(
     *options: str,
@@ -294,7 +308,7 @@ def running_rows(
 def row_of(rows: Rows, request: pytest.FixtureRequest) -> Iterator[Rows]:
     """One row: healed at its end, and what happened told where it fails."""
     print(f"seed {SEED}")
-    rows.save_retries()
+    rows.forget_rows_before()
     num_lines = len(rows.cluster.lines)
     del rows.nemesis.log[:]
     yield rows
