@@ -46,6 +46,7 @@ class DecodeNode:
             engine.max_num_batched_tokens,
             engine.max_num_seqs,
             max_model_len=engine.max_model_len,
+            first_handoff=lambda: reservations.first_place,
         )
         reservations = Reservations(manager, scheduler)
         self._snapshot = LoadSnapshot(

@@ -8,8 +8,9 @@ Life of a reservation
 
 Room is kept for what runs: one block for each running sequence stays free, so that a new
 hand-off does not make the next step preempt. Who was preempted comes first: as long as one
-waits for its blocks, nobody else gets any. So does who came before to be computed here, from its
-beginning: hand-offs that never cease would take every block that comes back.
+waits for its blocks, nobody else gets any. Prompts that are computed here from their beginning
+stand in one line with hand-offs: of either kind, those that never cease would take every block that
+comes back.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from engine.sequence import Sequence, SequenceStatus
 from kv_transfer.trace import TRACE
 
 if TYPE_CHECKING:
+    from decode_node.scheduler import Place
     from engine.block_manager import BlockManager
     from engine.reservation import Reservation
 
@@ -40,7 +42,7 @@ class ReservedBlocks:
 class _Waiting:
     sequence: Sequence
     future: Future[ReservedBlocks]
-    num_before: int  # sequences that the scheduler had taken
+    place: Place  # in the line for blocks
 
 
 @dataclass(slots=True)
@@ -56,9 +58,8 @@ class Running(Protocol):
     def num_running(self) -> int: ...
     @property
     def num_preempted(self) -> int: ...
-    @property
-    def num_taken(self) -> int: ...
-    def lacks_blocks(self, num_taken: int) -> bool: ...
+    def place_for(self, handoff: Sequence) -> Place: ...
+    def lacks_blocks(self, place: Place) -> bool: ...
 
 
 class Reservations:
@@ -73,6 +74,11 @@ class Reservations:
     @property
     def num_waiting(self) -> int:
         return len(self._waiting)
+
+    @property
+    def first_place(self) -> Place | None:
+        """That of the first who waits."""
+        return next((waiting.place for waiting in self._waiting.values()), None)
 
     @property
     def num_reserved(self) -> int:
@@ -91,7 +97,7 @@ class Reservations:
                 f"{self._block_manager.num_blocks}."
             )
         sequence.status = SequenceStatus.WAITING_FOR_KV
-        waiting = _Waiting(sequence, Future(), self._running.num_taken)
+        waiting = _Waiting(sequence, Future(), self._running.place_for(sequence))
         # Running: from here only this thread ends it, so nobody cancels it between two looks.
         waiting.future.set_running_or_notify_cancel()
         self._waiting[sequence.sequence_id] = waiting
@@ -157,7 +163,7 @@ class Reservations:
     def _reserve(self, sequence_id: str, waiting: _Waiting) -> bool:
         sequence, manager = waiting.sequence, self._block_manager
         running = self._running
-        if running.num_preempted or running.lacks_blocks(waiting.num_before):
+        if running.num_preempted or running.lacks_blocks(waiting.place):
             return False
         num_running = running.num_running
         spare = manager.num_free_blocks - num_running

@@ -37,10 +37,13 @@ from engine.stopping import is_full
 from engine.waiting_queue import WaitingQueue, order_key
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from engine.block_manager import BlockManager
     from engine.schedule import StepResult
     from engine.sequence import Sequence
 
+Place = tuple[int, int]  # in the line for blocks, as `order_key`
 _MAX_HEADROOM_SHARE = 8  # at most 1/8 of the pool is kept for active sequences to grow
 
 
@@ -55,13 +58,16 @@ class DecodeScheduler:
         max_num_seqs: int,
         *,
         max_model_len: int = sys.maxsize,
+        first_handoff: Callable[[], Place | None] = lambda: None,
     ) -> None:
+        """`first_handoff`: the place of the first hand-off that waits for blocks."""
         if max_num_batched_tokens < 1 or max_num_seqs < 1:
             raise ValueError("max_num_batched_tokens and max_num_seqs must be positive.")
         self._block_manager = block_manager
         self._max_num_batched_tokens = max_num_batched_tokens
         self._max_num_seqs = min(max_num_seqs, max_num_batched_tokens)
         self._max_model_len = max_model_len
+        self._first_handoff = first_handoff
         self._sequences: dict[str, Sequence] = {}
         self._active: list[Sequence] = []  # by order_key
         self._rows: dict[Sequence, ScheduledChunk] = {}  # of the active: one decode step each
@@ -86,16 +92,15 @@ class DecodeScheduler:
         """While it is not 0, blocks given to newcomers are taken from these."""
         return len(self._preempted)
 
-    @property
-    def num_taken(self) -> int:
-        """Sequences, since the start."""
-        return self._num_arrivals
+    def place_for(self, handoff: Sequence) -> Place:
+        """That of a hand-off that comes now: behind all that have come and are not less urgent."""
+        return handoff.request.priority, self._num_arrivals
 
-    def lacks_blocks(self, num_taken: int) -> bool:
-        """Whether one of the first `num_taken` sequences has no blocks yet, though there is a place
+    def lacks_blocks(self, place: Place) -> bool:
+        """Whether one before this place has no blocks yet, though there is a place among the active
         for it: blocks given to newcomers are taken from it."""
         first = self._waiting.peek()
-        return first is not None and first.arrival < num_taken and self._has_place()
+        return first is not None and order_key(first) < place and self._has_place()
 
     @property
     def queued_tokens(self) -> int:
@@ -203,16 +208,24 @@ class DecodeScheduler:
 
     def _admit(self, queue: WaitingQueue, sequence: Sequence) -> bool:
         """False if it must wait for blocks. Those admitted leave one for each active sequence to
-        grow into, or they would be preempted again at once. One that can never fit fails."""
+        grow into, or they would be preempted again at once. One that can never fit fails. New ones
+        do not overtake hand-offs: who needs few blocks would take all that one with many waits for.
+        """
         if not self._can_ever_fit(sequence):
             self._fail(sequence)
             return True
+        if queue is self._waiting and self._is_behind_handoff(sequence):
+            return False
         share = self._block_manager.num_blocks // _MAX_HEADROOM_SHARE
         headroom = min(len(self._active), share)
         if not self._block_manager.allocate(sequence, sequence.num_tokens, headroom=headroom):
             return False
         self._make_active(queue, sequence)
         return True
+
+    def _is_behind_handoff(self, sequence: Sequence) -> bool:
+        place = self._first_handoff()
+        return place is not None and place <= order_key(sequence)
 
     def _make_active(self, queue: WaitingQueue, sequence: Sequence) -> None:
         queue.remove(sequence)

@@ -19,15 +19,18 @@ from tests.sequences import compute, run_step
 if TYPE_CHECKING:
     from concurrent.futures import Future
 
+    from decode_node.scheduler import Place
+
 BLOCK = 4
 
 
-def make_sequence(name: str, num_tokens: int, first: int = 1) -> Sequence:
+def make_sequence(name: str, num_tokens: int, first: int = 1, *, priority: int = 0) -> Sequence:
     request = SequenceRequest(
         sequence_id=name,
         request_id=name,
         prompt_token_ids=tuple(range(first, first + num_tokens)),
         sampling=SamplingParams(max_tokens=4, seed=0),
+        priority=priority,
     )
     return Sequence(request, block_size=BLOCK, root=root_hash("m", b""))
 
@@ -36,9 +39,11 @@ def make_sequence(name: str, num_tokens: int, first: int = 1) -> Sequence:
 class Others:
     num_running: int
     num_preempted: int
-    num_taken: int = 0
 
-    def lacks_blocks(self, num_taken: int) -> bool:
+    def place_for(self, handoff: Sequence) -> Place:
+        return 0, 0
+
+    def lacks_blocks(self, place: Place) -> bool:
         return False
 
 
@@ -55,15 +60,20 @@ class Node:
 
     def __init__(self, num_blocks: int, max_num_seqs: int) -> None:
         self.manager = BlockManager(num_blocks, BLOCK)
-        self.scheduler = DecodeScheduler(self.manager, 64, max_num_seqs)
+        self.scheduler = DecodeScheduler(
+            self.manager,
+            64,
+            max_num_seqs,
+            first_handoff=lambda: self.reservations.first_place,
+        )
         self.reservations = Reservations(self.manager, self.scheduler)
         self.asked: dict[str, Future[ReservedBlocks]] = {}
         self.num_asked = 0
 
-    def hand_off(self) -> None:
+    def hand_off(self, num_tokens: int = 2 * BLOCK) -> None:
         name = f"h{self.num_asked}"
         self.num_asked += 1
-        sequence = make_sequence(name, 2 * BLOCK, first=1000 * self.num_asked)
+        sequence = make_sequence(name, num_tokens, first=1000 * self.num_asked)
         self.asked[name] = self.reservations.ask(sequence)
 
     def step(self) -> None:
@@ -126,6 +136,39 @@ def test_hand_offs_that_never_cease_leave_room_for_a_prompt_that_is_computed_her
             node.hand_off()
         node.step()
     assert prompt.is_finished
+
+
+def test_prompts_computed_here_that_never_cease_leave_room_for_a_hand_off() -> None:
+    node = Node(num_blocks=8, max_num_seqs=16)
+    first = 0
+    for step in range(40):
+        while node.scheduler.num_waiting < 4:
+            first += 1
+            node.scheduler.add(make_sequence(f"here{first}", BLOCK, first=10**6 * first))
+        if step == 2:
+            node.hand_off(6 * BLOCK)
+        node.step()
+    assert node.num_asked == 1
+    assert not node.asked
+
+
+@pytest.mark.parametrize("priority", [-1, 0, 1])
+def test_a_prompt_and_a_hand_off_never_wait_for_each_other(priority: int) -> None:
+    """Whoever of them is more urgent or, of the same urgency, came first."""
+    node = Node(num_blocks=8, max_num_seqs=16)
+    node.scheduler.add(make_sequence("running", BLOCK, first=10**6))
+    node.step()
+    prompt = make_sequence("here", 7 * BLOCK, priority=priority)
+    node.scheduler.add(prompt)
+    node.hand_off(6 * BLOCK)
+    served = []
+    for _ in range(20):
+        node.step()
+        if prompt.is_finished and "prompt" not in served:
+            served.append("prompt")
+        if not node.asked and "hand-off" not in served:
+            served.append("hand-off")
+    assert served == ["hand-off", "prompt"][:: 1 if priority > 0 else -1]
 
 
 def test_who_comes_later_to_be_computed_here_keeps_no_hand_off_waiting() -> None:

@@ -66,7 +66,12 @@ class World:
 
     def __init__(self, num_blocks: int = 32) -> None:
         self.engine = ScriptedEngine(num_blocks)
-        self.scheduler = DecodeScheduler(self.engine.block_manager, 64, 8)
+        self.scheduler = DecodeScheduler(
+            self.engine.block_manager,
+            64,
+            8,
+            first_handoff=lambda: self.reservations.first_place,
+        )
         self.reservations = Reservations(self.engine.block_manager, self.scheduler)
         self.hub = SessionHub()
         self.handler = DecodeHandler(
