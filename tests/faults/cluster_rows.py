@@ -138,6 +138,7 @@ class Rows:
 
     def forget_rows_before(self) -> None:
         """Until all requests of a row may be tried again, and go through any pair of nodes."""
+        eventually(self.cluster.is_whole, seconds=RECOVERS_WITHIN_SECONDS)
         addresses = [self.cluster.metrics_address(name) for name in self.cluster.gateway_ports]
         for seed in itertools.count():
             if not any(_remembers(scrape(address)) for address in addresses):

@@ -14,7 +14,7 @@ import pytest
 
 from cluster.registry import encode_entry
 from tests.e2e.cluster_process import eventually
-from tests.faults.cluster_rows import HALF
+from tests.faults.cluster_rows import NUM_REQUESTS
 from tests.faults.leaks import held_by
 from tests.faults.metrics import scrape
 from tests.faults.nemesis import verify
@@ -35,7 +35,7 @@ def odd(rows: Rows) -> set[int]:
 
 def test_g1_a_gateway_dies_and_its_streams_end_on_the_nodes(cached: Rows) -> None:
     with cached.load() as history:
-        history.wait_for_tokens(HALF)
+        history.wait_for_tokens(NUM_REQUESTS)  # early: none of its streams has ended yet
         cached.nemesis.kill(GATEWAY)
     assert "broken" in history.kinds()
     cached.check(history, may_break=odd(cached), may_err=odd(cached))
@@ -44,7 +44,7 @@ def test_g1_a_gateway_dies_and_its_streams_end_on_the_nodes(cached: Rows) -> Non
 
 def test_g2_a_gateway_stands_still_and_its_streams_go_on_when_it_wakes(cached: Rows) -> None:
     with cached.load() as history:
-        history.wait_for_tokens(HALF)
+        history.wait_for_tokens(NUM_REQUESTS)
         pid = cached.nemesis.stop(GATEWAY)
         address = urlsplit(cached.cluster.urls[1])
         check = http.client.HTTPConnection(address.hostname or "", address.port, timeout=1.0)
