@@ -106,7 +106,7 @@ class ModelConfig:
             vocab_size=vocab_size,
             max_position_embeddings=facts.positive_int("max_position_embeddings"),
             rms_norm_eps=facts.number("rms_norm_eps", 1e-6),
-            rope_theta=_rope_facts(facts).number("rope_theta", 10_000.0),
+            rope_theta=_rope_theta(facts),
             rope_scaling=_rope_scaling(facts),
             tie_word_embeddings=facts.boolean("tie_word_embeddings", False),
             attention_bias=qkv_bias,
@@ -155,7 +155,7 @@ def _refuse_what_is_not_computed(facts: JsonFacts) -> None:
     activation = facts.string("hidden_act", "silu")
     if activation != "silu":
         raise ConfigError(f"{CONFIG_FILE}: hidden_act {activation!r} is not supported.")
-    for holder in (facts, _rope_facts(facts)):
+    for holder in (facts, *_rope_children(facts)):
         if holder.number("partial_rotary_factor", 1.0) != 1.0:
             raise ConfigError(f"{CONFIG_FILE}: partial_rotary_factor is not supported.")
 
@@ -215,15 +215,31 @@ def _layer_windows(architecture: str, facts: JsonFacts, num_layers: int) -> tupl
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 
 
-def _rope_facts(facts: JsonFacts) -> JsonFacts:
-    """The object that holds `rope_theta`: newer checkpoints nest it in `rope_parameters`."""
-    return facts.child("rope_parameters") or facts
+def _rope_children(facts: JsonFacts) -> list[JsonFacts]:
+    """`rope_parameters` of newer checkpoints, `rope_scaling` of older ones; both where somebody has
+    stretched a newer one as it was done to older ones."""
+    children = (facts.child(name) for name in ("rope_parameters", "rope_scaling"))
+    return [child for child in children if child is not None]
+
+
+def _rope_theta(facts: JsonFacts) -> float:
+    """Newer checkpoints nest it, but not all that name a scaling do."""
+    holders = (*_rope_children(facts), facts)
+    bases = (each.number("rope_theta") for each in holders if each.has("rope_theta"))
+    return next(bases, 10_000.0)
 
 
 def _rope_scaling(facts: JsonFacts) -> RopeScaling | None:
-    scaling = facts.child("rope_parameters") or facts.child("rope_scaling")
-    if scaling is None:
-        return None
+    scalings = {_scaling(child, facts) for child in _rope_children(facts)}
+    if len(scalings) > 1:
+        raise ConfigError(
+            f"{CONFIG_FILE}: rope_parameters and rope_scaling differ; keep the one that is meant.",
+            param="model",
+        )
+    return next(iter(scalings), None)
+
+
+def _scaling(scaling: JsonFacts, facts: JsonFacts) -> RopeScaling | None:
     kind = scaling.string("rope_type", "") or scaling.string("type", "default")
     if kind == "default":
         return None

@@ -76,6 +76,24 @@ def test_older_and_newer_spelling_of_the_same_model_are_equal(read: Read) -> Non
     assert read(newer) == read(LLAMA)
 
 
+def test_a_base_beside_rope_parameters_counts_where_these_name_none(read: Read) -> None:
+    """As in an older checkpoint that was stretched in the newer way."""
+    scaling = LLAMA["rope_scaling"]
+    newer = LLAMA | {"rope_parameters": scaling, "rope_scaling": None}
+    assert read(newer).rope_theta == 500000.0
+    assert read(newer).rope_scaling == read(LLAMA).rope_scaling
+    nested = newer | {"rope_parameters": scaling | {"rope_theta": 1e6}}
+    assert read(nested).rope_theta == 1e6
+
+
+def test_a_scaling_in_the_older_place_is_not_overlooked_in_a_newer_checkpoint(read: Read) -> None:
+    plain = {"rope_type": "default", "rope_theta": 1e6}
+    with pytest.raises(ConfigError, match="rope_parameters and rope_scaling differ"):
+        read(LLAMA | {"rope_parameters": plain})
+    both = read(LLAMA | {"rope_parameters": LLAMA["rope_scaling"]})
+    assert both.rope_scaling == read(LLAMA).rope_scaling
+
+
 def test_qwen2_has_biases_on_q_k_v_only(read: Read) -> None:
     config = read(QWEN2)
     assert config.attention_bias
