@@ -73,6 +73,21 @@ class RowPass:
         on_layer: Callable[[int], None] | None = None,
     ) -> torch.Tensor:
         """The stream `[1, hidden_size]` behind all layers; arguments as in `Decoder.forward`."""
+        try:
+            return self._run(residual, batch, kv_layers, cos_sin, plan, on_layer)
+        except Exception:
+            self._counters.zero_()  # the next layer cleans those of the last, and did not come
+            raise
+
+    def _run(
+        self,
+        residual: torch.Tensor,
+        batch: Batch,
+        kv_layers: SequenceOf[torch.Tensor],
+        cos_sin: torch.Tensor,
+        plan: StepPlan,
+        on_layer: Callable[[int], None] | None,
+    ) -> torch.Tensor:
         first, last = self._layers[0], len(self._layers) - 1
         qkv = first.qkv.normed(residual, first.input_norm, first.eps)
         query = first.store(qkv, batch, kv_layers[0], cos_sin, plan)

@@ -20,6 +20,7 @@ from engine.models.quantized_linear import matrix_factory
 from engine.models.row_pass import RowPass, halves_of, row_matrix
 from engine.tensor_parallel.shard import Shard
 from engine.tensor_parallel.sharded import sharded_factory
+from kernels.row_layer import row_layer
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -74,8 +75,10 @@ def one_token(device: str) -> Batch:
     )
 
 
-def run(decoder: Decoder, device: str) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
-    """Logits, the pool afterwards, and the layers told of."""
+def run(
+    decoder: Decoder, device: str, *, fails_at: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
+    """Logits, the pool afterwards, and the layers told of. `fails_at`: a layer."""
     model = decoder.config
     shape = (model.num_layers, NUM_BLOCKS, 2, model.num_kv_heads, BLOCK_SIZE, model.head_size)
     values = torch.randn(shape, generator=torch.Generator().manual_seed(1))
@@ -83,8 +86,14 @@ def run(decoder: Decoder, device: str) -> tuple[torch.Tensor, torch.Tensor, list
     kv_dtype = decoder._norm.dtype if kv_scales is None else torch.float8_e4m3fn
     pool = values.to(device, kv_dtype)
     told: list[int] = []
+
+    def tell(layer: int) -> None:
+        if layer == fails_at:
+            raise MemoryError
+        told.append(layer)
+
     with torch.inference_mode():
-        hidden = decoder.forward(one_token(device), list(pool.unbind()), told.append)
+        hidden = decoder.forward(one_token(device), list(pool.unbind()), tell)
         assert hidden is not None
         return decoder.logits(hidden).float(), pool.float(), told
 
@@ -108,6 +117,27 @@ def test_the_same_logits_and_keys_on_a_cpu(
     assert distance(logits, expected[0]) < 1e-5
     assert distance(pool, expected[1]) < 1e-6
     assert told == expected[2] == [0, 1, 2]
+
+
+def test_a_layer_finds_its_counters_clean_after_a_pass_that_broke_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def counted(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        *_, counters, idle_counters, _ = arguments
+        assert not counters.any(), "its programs would not wait for each other"
+        counters += 1
+        idle_counters.zero_()
+        return row_layer(*arguments)
+
+    monkeypatch.setattr("engine.models.linear.can_pack", lambda *_: False)
+    monkeypatch.setattr("engine.models.row_pass.row_layer", counted)
+    decoder = build(tmp_path, FAMILIES[0], "cpu", torch.float32)
+    halves = [halves_of(layer) for layer in decoder._layers]
+    decoder._row_pass = RowPass(decoder._layers, [half for half in halves if half is not None])
+    for fails_at in (1, 2):
+        with pytest.raises(MemoryError):
+            run(decoder, "cpu", fails_at=fails_at)
+        run(decoder, "cpu")
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -135,6 +165,19 @@ def test_the_same_logits_and_keys_on_a_gpu(
     assert torch.equal(logits, again)
     assert distance(logits, expected[0]) < 0.03
     assert distance(pool, expected[1]) < 0.01
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("fails_at", [1, 2])
+def test_a_pass_that_broke_off_spoils_none_that_follows(fails_at: int, tmp_path: Path) -> None:
+    decoder = build(tmp_path, FAMILIES[0], "cuda", torch.bfloat16)
+    assert decoder._row_pass is not None
+    expected, _, _ = run(decoder, "cuda")
+    for _ in range(20):
+        with pytest.raises(MemoryError):
+            run(decoder, "cuda", fails_at=fails_at)
+        logits, _, _ = run(decoder, "cuda")
+        assert torch.equal(logits, expected)
 
 
 @pytest.mark.gpu
