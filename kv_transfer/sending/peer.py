@@ -108,7 +108,9 @@ class Peer:
             self._stream.cancel()
 
     async def close(self) -> None:
-        self.running.cancel()
+        await asyncio.sleep(0)  # it has begun, so it can be cancelled
+        if not self._is_lost:  # what ends it already must not be cut short
+            self.running.cancel()
         await asyncio.wait([self.running])
 
     # ---- pairing --------------------------------------------------------------------------

@@ -8,6 +8,7 @@ CATALOGUE = "tests/kv_transfer/test_bug_catalogue.py::test_"
 OWNERS = "tests/kv_transfer/test_bug_catalogue_owners.py::test_"
 TIME = "tests/kv_transfer/test_bug_catalogue_time.py::test_"
 UNFORESEEN = "tests/kv_transfer/test_unforeseen_errors.py::test_"
+CLOSING = "tests/kv_transfer/sending/test_sender.py::test_"
 STUCK = "tests/kv_transfer/receiving/test_stuck_transfers.py::test_"
 INCOMING = "kv_transfer/receiving/incoming.py"
 INTAKE = "kv_transfer/receiving/intake.py"
@@ -266,6 +267,18 @@ TRANSFER_ROWS = (
                 "        if self._failing:\n            await asyncio.wait(self._failing)\n",
                 "",
                 UNFORESEEN + "a_connection_that_ends_waits_for_what_could_not_be_packed",
+            ),
+            Mutation(
+                "kv_transfer/sending/peer.py",
+                "        if not self._is_lost:  # what ends it already must not be cut short\n    ",
+                "",
+                CLOSING + "a_pairing_that_is_lost_while_another_one_closes_ends_as_well",
+            ),
+            Mutation(
+                "kv_transfer/sending/peer.py",
+                "        await asyncio.sleep(0)  # it has begun, so it can be cancelled\n",
+                "",
+                CLOSING + "a_hand_off_that_was_opened_just_before_its_sender_closes_ends_as_well",
             ),
             Mutation(
                 SENDER,

@@ -351,3 +351,51 @@ def test_a_sender_that_closes_waits_for_a_pairing_that_was_lost_and_still_reads(
         assert prefill.owner.of(request.sequence_id) == ["failed", "free"]
 
     with_pair(scenario)
+
+
+def test_a_pairing_that_is_lost_while_another_one_closes_ends_as_well() -> None:
+    """What ends it already is not cut short: nobody else gives its sources and slots back."""
+
+    async def scenario(prefill: PrefillSide, nodes: tuple[DecodeSide, DecodeSide]) -> None:
+        pool, gates, names = prefill.sender.agent.pool, (Gate(), Gate()), []
+        begin_gather = pool.begin_gather
+        for decode, gate in zip(nodes, gates, strict=True):
+            pool.begin_gather = gate.around(begin_gather)  # type: ignore[method-assign]
+            request = make_request(8)
+            names.append(request.sequence_id)
+            prefill.hand_off(decode, request)
+            prefill.compute(request, TABLE)
+            await until(lambda: bool(gate.begun))  # noqa: B023 - waited for at once
+        lost = list(prefill.sender._peers.values())[1]
+        closing = asyncio.create_task(prefill.sender.close())
+        await until(lambda: prefill.owner.of(names[0]) == ["failed"])
+        lost.cut()
+        await until(lambda: prefill.owner.of(names[1]) == ["failed"])
+        gates[0].opened.set()
+        await until(lambda: prefill.owner.of(names[0]) == ["failed", "free"])
+        for _ in range(100):
+            await asyncio.sleep(0)
+        gates[1].opened.set()
+        await closing
+        assert prefill.owner.of(names[1]) == ["failed", "free"]
+
+    async def main() -> None:
+        network = LoopbackNetwork()
+        async with (
+            decode_side(LoopbackTransport(network)) as decode,
+            decode_side(LoopbackTransport(network), name="d1") as other,
+            prefill_side(LoopbackTransport(network)) as prefill,
+        ):
+            await scenario(prefill, (decode, other))
+
+    asyncio.run(main())
+
+
+def test_a_hand_off_that_was_opened_just_before_its_sender_closes_ends_as_well() -> None:
+    async def scenario(prefill: PrefillSide, decode: DecodeSide) -> None:
+        request = make_request(8)
+        prefill.hand_off(decode, request)
+        await prefill.sender.close()
+        assert prefill.owner.of(request.sequence_id) == ["failed", "free"]
+
+    with_pair(scenario)
