@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
-from cluster.node import Incarnation, NodeId, NodeName, NodeRole
+from cluster.node import HOST, NODE_NAME, Incarnation, NodeId, NodeName, NodeRole
 from cluster.options import option, refused
+
+_LONGEST_ID = (NodeRole.PREFILL, Incarnation(2**63 - 1))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +47,19 @@ class MemberConfig:
                 raise refused(name, "must be a port number")
         if self.shutdown_timeout < 0:
             raise refused("shutdown_timeout", "must not be negative")
+        self._check_names()
+
+    def _check_names(self) -> None:
+        """A node that the registry refuses would serve, and nobody know of it."""
+        if HOST.fullmatch(self.host) is None:
+            raise refused("host", "is no address or name of a host")
+        if self.advertise_host and HOST.fullmatch(self.advertise_host) is None:
+            raise refused("advertise_host", "is no address or name of a host")
+        if NODE_NAME.fullmatch(self.node_id(*_LONGEST_ID).name) is None:
+            problem = "must be 1 to 64 letters, digits, '.', '_' and '-', none of these three first"
+            if not self.node_name:
+                problem = "is needed: with a host of so long a name the default is too long"
+            raise refused("node_name", problem)
 
     @property
     def reachable_host(self) -> str:
@@ -53,8 +69,16 @@ class MemberConfig:
         """The name it has at every start; None when nothing tells it from others of its role."""
         if not self.node_name and not self.port:
             return None
-        return self.node_name or f"{role}-{self.reachable_host}-{self.port}"
+        return self.node_name or self._default_name(role, str(self.port))
 
     def node_id(self, role: NodeRole, incarnation: Incarnation) -> NodeId:
-        name = self.lasting_name(role) or f"{role}-{self.reachable_host}-{incarnation:x}"
+        name = self.lasting_name(role) or self._default_name(role, f"{incarnation:x}")
         return NodeId(NodeName(name), incarnation)
+
+    def _default_name(self, role: NodeRole, last: str) -> str:
+        return f"{role}-{re.sub(r'[^A-Za-z0-9._-]', '-', self.reachable_host)}-{last}"
+
+    def address(self, port: int) -> str:
+        """Where others reach it."""
+        host = self.reachable_host
+        return f"[{host}]:{port}" if ":" in host and "[" not in host else f"{host}:{port}"

@@ -6,6 +6,7 @@ message meant for the process that had this name before is recognised and refuse
 
 from __future__ import annotations
 
+import re
 import secrets
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -13,6 +14,10 @@ from typing import NewType
 
 NodeName = NewType("NodeName", str)
 Incarnation = NewType("Incarnation", int)
+
+# What the registry takes.
+NODE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+HOST = re.compile(r"[A-Za-z0-9._:\[\]%-]{1,255}")
 
 
 class NodeRole(StrEnum):

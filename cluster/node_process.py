@@ -98,8 +98,7 @@ class NodeProcess:
         port = bind(self.server, config.host, config.port)
         self._metrics = start_metrics_server(self._registry, config.host, config.metrics_port)
         await self.server.start()
-        address = f"{config.reachable_host}:{port}"
-        metrics_address = f"{config.reachable_host}:{self._metrics.port}"
+        address, metrics_address = config.address(port), config.address(self._metrics.port)
         member.start(address, metrics_address)
         gc.collect()
         gc.freeze()  # a later collection that looked at it all would hold up a step for 100 ms

@@ -22,7 +22,17 @@ from typing import TYPE_CHECKING, Any, cast
 
 from redis.exceptions import RedisError, WatchError
 
-from cluster.node import Incarnation, NodeId, NodeInfo, NodeLoad, NodeName, NodeRole, NodeState
+from cluster.node import (
+    HOST,
+    NODE_NAME,
+    Incarnation,
+    NodeId,
+    NodeInfo,
+    NodeLoad,
+    NodeName,
+    NodeRole,
+    NodeState,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -39,8 +49,7 @@ MAX_TRIES = 3  # of one heartbeat
 
 _FORMAT = 1
 _NAMES_KEY = "baton:nodes"
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-_ADDRESS = re.compile(r"[A-Za-z0-9._:\[\]%-]{1,255}:[0-9]{1,5}")
+_ADDRESS = re.compile(HOST.pattern + ":[0-9]{1,5}")
 _MAX_COUNT = 2**53
 _LOAD_FIELDS = tuple(NodeLoad.__dataclass_fields__)
 
@@ -216,7 +225,7 @@ def decode_entry(entry: bytes) -> NodeInfo:
         role, state = NodeRole(str(document.get("role"))), NodeState(str(document.get("state")))
     except ValueError as error:
         raise PoisonedEntry("role or state is unknown.") from error
-    name = NodeName(_matching(document, "name", _NAME))
+    name = NodeName(_matching(document, "name", NODE_NAME))
     return NodeInfo(
         id=NodeId(name, Incarnation(_integer(document, "incarnation", 1, 2**63 - 1))),
         role=role,

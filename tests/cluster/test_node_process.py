@@ -21,6 +21,7 @@ from cluster.metrics import new_registry
 from cluster.node import Incarnation, NodeLoad, NodeRole
 from cluster.node_process import EXIT_FAILED, NodeProcess, node_main, run_node
 from cluster.options import option
+from cluster.registry import decode_entry, encode_entry
 from cluster.session_hub import SessionHub
 from cluster.startup import PROGRESS_FD_VARIABLE, StartupReport
 
@@ -311,6 +312,38 @@ def test_a_node_without_a_name_is_told_from_others_in_logs_and_registry() -> Non
     assert portless.lasting_name(NodeRole.DECODE) is None
     names = {portless.node_id(NodeRole.DECODE, Incarnation(n)).name for n in (1, 2)}
     assert len(names) == 2, "one would end the other: a name belongs to one node"
+
+
+def test_by_default_a_node_on_an_ipv6_address_is_called_and_found_as_the_registry_takes_it(
+    make_node: Callable[..., NodeInfo],
+) -> None:
+    config = MemberConfig(host="fe80::1", port=9101)
+    address = config.address(9101)
+    assert address == "[fe80::1]:9101"
+    node_id = config.node_id(NodeRole.DECODE, Incarnation(1))
+    entry = encode_entry(replace(make_node(), id=node_id, grpc_address=address))
+    assert decode_entry(entry).id == node_id
+    assert MemberConfig(host="10.0.0.7").address(9101) == "10.0.0.7:9101"
+
+
+@pytest.mark.parametrize(
+    ("param", "options"),
+    [
+        ("node_name", {"node_name": "a b"}),
+        ("node_name", {"node_name": "-a"}),
+        ("node_name", {"node_name": "a" * 65}),
+        ("node_name", {"advertise_host": "a" * 60}),
+        ("host", {"host": "a b"}),
+        ("advertise_host", {"advertise_host": "http://a/"}),
+    ],
+)
+def test_a_node_that_the_registry_would_refuse_does_not_start(
+    param: str, options: dict[str, Any]
+) -> None:
+    """It would serve, and nobody know of it."""
+    with pytest.raises(ConfigError) as raised:
+        MemberConfig(**options)
+    assert raised.value.param == param
 
 
 def test_what_hangs_while_a_node_ends_does_not_keep_it(run: Any, last_resort: list[str]) -> None:
