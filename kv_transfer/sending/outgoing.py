@@ -255,7 +255,9 @@ class OutgoingTransfer:
         """A posted send has ended; its slot is free."""
         self._num_in_flight -= 1
         if error is not None and not self.state.is_final:
-            return self._end(error, tells_node=True, tells_peer=True)
+            is_lost = error.reason == FailureReason.LINK_LOST  # else it never went out
+            told = self._of_link(error) if is_lost else error
+            return self._end(error, tells_node=True, tells_peer=True, told=told)
         return self._settle()
 
     # ---- what the peer says -----------------------------------------------------------------
@@ -303,9 +305,7 @@ class OutgoingTransfer:
     def peer_lost(self, error: ServingError) -> list[Instruction]:
         """The session ended. In-flight sends end too, by `settled`."""
         self._ack_epoch = None
-        if self.state is TransferState.COMMITTING:
-            error = failure(FailureReason.COMMIT_UNKNOWN)
-        return self._end(error, tells_node=True, tells_peer=False)
+        return self._end(error, tells_node=True, tells_peer=False, told=self._of_link(error))
 
     def expired(self, error: ServingError) -> list[Instruction]:
         """Its lease or deadline passed."""
@@ -313,9 +313,21 @@ class OutgoingTransfer:
 
     # ---- endings --------------------------------------------------------------------------
 
+    def _of_link(self, error: ServingError) -> ServingError:
+        """What the node is told of a link that broke: a commit may have arrived, with all frames
+        before it, also those whose sends have not ended."""
+        is_committing = self.state is TransferState.COMMITTING
+        return failure(FailureReason.COMMIT_UNKNOWN) if is_committing else error
+
     def _end(
-        self, error: ServingError | None, *, tells_node: bool, tells_peer: bool
+        self,
+        error: ServingError | None,
+        *,
+        tells_node: bool,
+        tells_peer: bool,
+        told: ServingError | None = None,
     ) -> list[Instruction]:
+        """`told`: to the node, if something else than to the peer."""
         instructions: list[Instruction] = []
         if not self.state.is_final and self.state is not TransferState.QUARANTINED:
             self.state = TransferState.QUARANTINED
@@ -323,7 +335,7 @@ class OutgoingTransfer:
             if tells_peer:
                 instructions.append(SendAbort(self.num_posted, error))
             if tells_node and error is not None:
-                instructions.append(ReportFailed(error))
+                instructions.append(ReportFailed(told or error))
         return instructions + self._settle()
 
     def _settle(self) -> list[Instruction]:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING
 
 import pytest
 
 from cluster.errors import InternalError
-from tests.kv_transfer.catalogue_worlds import TABLE, with_pair
+from kv_transfer.failures import FailureReason, failure
+from kv_transfer.transports.loopback import LoopbackEndpoint, LoopbackTransport
+from tests.kv_transfer.catalogue_worlds import TABLE, with_hanging_link, with_pair
 from tests.kv_twins import DecodeSide, PrefillSide, make_request, until
 
 if TYPE_CHECKING:
+    import torch
+
     from cluster.errors import ServingError
 
 
@@ -44,3 +49,49 @@ def test_what_became_of_a_commit_that_was_not_answered_is_counted_by_who_knows(
         assert received.failures.total() == (0 if error is None else 1)
 
     with_pair(scenario)
+
+
+class UntoldTransport(LoopbackTransport):
+    """What it sends arrives, but its sends end with the connection only: as where a receiver reads
+    slots, and has not said yet that it has."""
+
+    async def connect(self, host: str, port: int, session_id: int) -> LoopbackEndpoint:
+        endpoint = await super().connect(host, port, session_id)
+        send = endpoint.send
+
+        def send_untold(buffer: torch.Tensor, tag: int) -> asyncio.Future[None]:
+            send(buffer.clone(), tag)
+            sent: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            endpoint.on_close(lambda: sent.set_exception(failure(FailureReason.LINK_LOST)))
+            return sent
+
+        endpoint.send = send_untold  # type: ignore[method-assign]
+        return endpoint
+
+
+def test_a_commit_behind_frames_that_were_not_given_back_is_no_failure_when_its_link_breaks() -> (
+    None
+):
+    """It shows at the frames first; the decode node has them, and runs the sequence."""
+
+    async def scenario(prefill: PrefillSide, decode: DecodeSide) -> None:
+        request = make_request(32)
+        name, start = request.sequence_id, decode.source.start
+
+        async def start_after_the_loss(sequence_id: str, first_token_id: int) -> None:
+            [peer] = prefill.sender._peers.values()
+            assert peer._endpoint is not None
+            await peer._endpoint.close()
+            await until(lambda: prefill.owner.of(name) == ["failed", "free"])
+            await start(sequence_id, first_token_id)
+
+        decode.source.start = start_after_the_loss  # type: ignore[method-assign]
+        prefill.hand_off(decode, request)
+        prefill.compute(request, TABLE)
+        prefill.sender.commit(name, 7)
+        await until(lambda: decode.receiver.agent.stats.transfers_done == 1)
+        assert prefill.owner.errors[name].reason == "commit_unknown"
+        sent = prefill.sender.agent.stats
+        assert (sent.commits_unknown, sent.failures.total()) == (1, 0)
+
+    with_hanging_link(scenario, UntoldTransport)

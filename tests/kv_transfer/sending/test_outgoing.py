@@ -228,6 +228,27 @@ def test_losing_the_peer_between_commit_and_its_answer_says_that_the_outcome_is_
     assert errors == [FailureReason.COMMIT_UNKNOWN.value]
 
 
+@pytest.mark.parametrize(
+    ("reason", "told"),
+    [
+        (FailureReason.LINK_LOST, FailureReason.COMMIT_UNKNOWN),
+        (FailureReason.INTERNAL, FailureReason.INTERNAL),
+    ],
+)
+def test_a_send_that_breaks_behind_its_commit_tells_each_end_what_it_can_know(
+    reason: FailureReason, told: FailureReason
+) -> None:
+    """What was on its way may have arrived; what never went out has not. The receiver counts it."""
+    machine = OutgoingTransfer(num_layers=NUM_LAYERS, num_blocks=1)
+    machine.ticketed(make_ticket(0))
+    machine.chunk_computed(1, [1], None)
+    ship_all(machine, max_units=NUM_LAYERS)
+    machine.commit_asked(9)
+    seen = machine.settled(failure(reason))
+    errors = [each.error for each in seen if isinstance(each, SendAbort | ReportFailed)]
+    assert [error and error.reason for error in errors] == [reason, told]
+
+
 def test_committing_before_all_missing_blocks_are_computed_fails() -> None:
     machine = OutgoingTransfer(num_layers=NUM_LAYERS, num_blocks=2)
     machine.ticketed(make_ticket(0, 1))
