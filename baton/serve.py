@@ -36,7 +36,6 @@ from cluster.errors import ConfigError
 from cluster.logging import redact
 from cluster.model_folder import check_model_folder
 from cluster.performance_mode import device_kind, node_choices, presets_of
-from cluster.redis_client import check_redis_url
 from engine.config import EngineConfig
 from gateway.admin.token_file import left_admin_token
 from gateway.config import GatewayConfig
@@ -158,7 +157,6 @@ async def keep_alive(server: EmbeddedRedis | None, console: Console) -> None:
 
 def check_redis_answers(url: str) -> None:
     """Raise `ConfigError` now: without its registry the cluster would wait for itself."""
-    check_redis_url(url)
     try:
         with contextlib.closing(
             redis.Redis.from_url(

@@ -41,7 +41,8 @@ _SECRET_KEY = re.compile(
 )
 _SECRET_TEXT = re.compile(
     # scheme://user:password@. Bounded: of a long "a.a.a." each "a" could begin a scheme.
-    r"(?P<before>\b[a-z][a-z0-9+.-]{0,30}://[^\s/:@]*:)[^\s/@]+(?=@)"
+    r"(?P<before>\b[a-z][a-z0-9+.-]{0,30}://[^\s/:@]*:)[^\s/]+(?=@)"
+    r"|(?P<query>[?&]password=)[^\s&\"',]+"  # of Redis, where a URL can say it so
     r"|(?P<bearer>\bbearer\s+)[^\s\"',]+"
     r"|\b(?P<kind>pk|sk)[_-][A-Za-z0-9][A-Za-z0-9_-]{15,}",  # API keys as we and others mint them
     re.IGNORECASE,
@@ -92,11 +93,7 @@ def redact(text: str) -> str:
 
 
 def _redact_match(match: re.Match[str]) -> str:
-    if match["before"] is not None:
-        return match["before"] + _REDACTED
-    if match["bearer"] is not None:
-        return match["bearer"] + _REDACTED
-    return _REDACTED
+    return (match["before"] or match["query"] or match["bearer"] or "") + _REDACTED
 
 
 def _formatter(

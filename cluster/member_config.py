@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from cluster.node import HOST, NODE_NAME, Incarnation, NodeId, NodeName, NodeRole
 from cluster.options import option, refused
+from cluster.redis_client import check_redis_url
 
 _LONGEST_ID = (NodeRole.PREFILL, Incarnation(2**63 - 1))
 
@@ -47,6 +48,7 @@ class MemberConfig:
                 raise refused(name, "must be a port number")
         if self.shutdown_timeout < 0:
             raise refused("shutdown_timeout", "must not be negative")
+        check_redis_url(self.redis_url)
         self._check_names()
 
     def _check_names(self) -> None:

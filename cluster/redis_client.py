@@ -19,7 +19,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from typing import TYPE_CHECKING, Any, TypeVar
-from urllib.parse import urlsplit
 
 import redis.asyncio as aioredis
 from redis.asyncio.retry import Retry
@@ -219,12 +218,21 @@ class Store:
 
 
 def check_redis_url(url: str) -> None:
-    """Raises `ConfigError` with param "redis_url" when the URL is of no known form."""
-    _connect_lazily(url)
+    """Raises `ConfigError` with param "redis_url" when no connection could be made of the URL."""
+    client = _connect_lazily(url)
+    try:
+        # It takes what the URL says of it, or does not.
+        client.connection_pool.make_connection()  # type: ignore[no-untyped-call]
+    except (ValueError, TypeError, RedisError) as error:
+        raise _not_a_redis_url() from error
+
+
+def _not_a_redis_url() -> ConfigError:
+    return ConfigError("is not a Redis URL", param="redis_url")
 
 
 def _connect_lazily(url: str) -> aioredis.Redis:
-    scheme = urlsplit(url).scheme
+    scheme = url.partition(":")[0]
     if scheme not in ("redis", "rediss", "unix"):
         raise ConfigError("must start with redis://, rediss:// or unix://", param="redis_url")
     network = {} if scheme == "unix" else {"socket_keepalive": True}
@@ -241,4 +249,4 @@ def _connect_lazily(url: str) -> aioredis.Redis:
             retry=Retry(NoBackoff(), 0),  # the breaker decides when to try again
         )
     except ValueError as error:
-        raise ConfigError("is not a Redis URL", param="redis_url") from error
+        raise _not_a_redis_url() from error

@@ -9,6 +9,7 @@ from typing import Literal
 from cluster.options import option, refused
 from cluster.performance_mode import HELP as PERFORMANCE_MODE_HELP
 from cluster.performance_mode import PerformanceMode
+from cluster.redis_client import check_redis_url
 from cluster.request import KVLoadFailurePolicy
 
 LogLevel = Literal["debug", "info", "warning", "error"]
@@ -214,8 +215,7 @@ class GatewayConfig:
             raise refused("api_key", "must be printable ASCII and not empty")
         if self.admin_token is not None and not self.admin_token.isascii():
             raise refused("admin_token", "must be printable ASCII")
-        if not self.redis_url.startswith(("redis://", "rediss://", "unix://")):
-            raise refused("redis_url", "must start with redis://, rediss:// or unix://")
+        check_redis_url(self.redis_url)
         if any(not name for name in self.served_model_name):
             raise refused("served_model_name", "must not be empty")
 

@@ -111,6 +111,7 @@ def test_secrets_never_reach_the_output(stream: io.StringIO) -> None:
     logger.info("header %s", "Authorization: Bearer canary4.x-y")
     logger.info("x", extra={"headers": {"authorization": "canary5"}, "urls": ["a://b:canary6@c"]})
     logger.info("key pk_abc_canary7canary7canary7")
+    logger.info("at unix:///redis.sock?db=0&password=canary8 and redis://:a@canary9@host/0")
     text = stream.getvalue()
     assert "canary" not in text
     assert "redis://user:" in text

@@ -200,8 +200,21 @@ def test_a_cancelled_probe_leaves_the_store_open_to_the_next(
     asyncio.run(scenario())
 
 
-@pytest.mark.parametrize("url", ["", "http://x", "localhost:6379", "redis://h:port/0"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        *("", "http://x", "localhost:6379", "redis://h:port/0", "redis://[::1"),
+        *("redis://h?no_such=1", "redis://h?socket_timeout=x", "rediss://h?ssl_cert_reqs=x"),
+    ],
+)
 def test_a_url_of_no_known_form_is_a_config_error(url: str) -> None:
     with pytest.raises(ConfigError) as raised:
         check_redis_url(url)
     assert raised.value.param == "redis_url"
+
+
+@pytest.mark.parametrize(
+    "url", ["redis://:a@h:1/0", "rediss://h", "unix:///redis.sock?db=0&password=a"]
+)
+def test_a_url_of_a_known_form_is_taken(url: str) -> None:
+    check_redis_url(url)
