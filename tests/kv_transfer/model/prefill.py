@@ -185,6 +185,11 @@ class ModelPrefill:
                 frame.end(None)
         return True
 
+    def fail_to_pack(self, sending: Sending) -> None:
+        """A frame turns out to be none. It is dropped when the device has ended, which is later."""
+        if self.pack(sending):
+            self.did(sending, sending.machine.failed(failure(FailureReason.INTERNAL)))
+
     def _may_post(self, sending: Sending, now: float) -> bool:
         if not sending.machine.may_post:
             return False

@@ -26,6 +26,7 @@ from hypothesis.stateful import (
 )
 
 from cluster.errors import Cancelled
+from kv_transfer.failures import FailureReason, failure
 from tests.kv_transfer.model.two_nodes import TwoNodes, chosen
 
 NUM_EXAMPLES, NUM_STEPS = 120, 60
@@ -33,8 +34,9 @@ FAMILIES = ((1, 2, 3, 4, 5), (1, 2, 3, 9), (6, 7))
 PICK = st.integers(0, 3)
 STEPS = ("work", "header", "land", "up", "down", "revoke", "engine")
 ENDS = ("cancel at prefill", "cancel at decode")
+BREAKS = ("pack", "send")
 SPOILS = ("twice", "late", "never", "stale", "payload", "header")
-FAULTS = ("spoil", "hurry", "trouble", "cancel", "refuse")
+FAULTS = ("spoil", "hurry", "trouble", "cancel", "refuse", "break")
 DEADLINES = st.sampled_from([None, None, None, 20.0])
 
 
@@ -161,6 +163,18 @@ class History(RuleBasedStateMachine):
                 header[byte % len(header)] ^= 1
                 frame.header = bytes(header)
 
+    @precondition(lambda self: "break" in self.faults and not self.nodes.prefill.is_stalled)
+    @rule(pick=PICK, what=st.sampled_from(BREAKS))
+    def break_a_frame(self, pick: int, what: str) -> None:
+        """It cannot be packed. Or its sender hears that the send has failed: it may arrive all the
+        same, and the commit behind it."""
+        link = self.nodes.prefill.link
+        if what == "pack":
+            for sending in self.nodes.sendings(pick):
+                self.nodes.prefill.fail_to_pack(sending)
+        elif link is not None and (frames := self.nodes.frames_of(link)):
+            chosen(frames, pick).end(failure(FailureReason.LINK_LOST))
+
     @rule(pick=PICK)
     def repeat_a_commit(self, pick: int) -> None:
         for sending in self.nodes.sendings(pick):
@@ -203,12 +217,15 @@ class History(RuleBasedStateMachine):
         """Evenly drawn steps: what Hypothesis draws itself repeats too much to get far."""
         draws = random.Random(seed)
         ends = ENDS if "cancel" in self.faults else ()
+        breaks = BREAKS if "break" in self.faults else ()
         for _ in range(num_steps):
             if self.nodes.prefill.is_stalled or self.nodes.decode.is_stalled:
                 return
-            step = draws.choice((*STEPS, *STEPS, *ends))
+            step = draws.choice((*STEPS, *STEPS, *ends, *breaks))
             if step in STEPS:
                 self.nodes.step(step)
+            elif step in BREAKS:
+                self.break_a_frame(draws.randrange(4), step)
             else:
                 self.cancel(draws.randrange(4), step.removeprefix("cancel at "))
 
