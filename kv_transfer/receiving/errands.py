@@ -119,7 +119,7 @@ class Errands:
         else:
             self._execute(self._intake.revocation_failed(session_id, self._clock()))
             self._agent.quarantine.keep(
-                num_blocks=self._intake.num_blocks_of(session_id),
+                num_blocks=self._intake.num_stuck_blocks(session_id),
                 num_slots=self._agent.staging.num_owned_by(session_id),
                 peer=session.peer.name,
             )

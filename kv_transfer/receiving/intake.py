@@ -102,8 +102,10 @@ class Intake:
             instructions += self._endings.abort(transfer, failure(reason), now)
         return [*instructions, Revoke(session_id)]
 
-    def num_blocks_of(self, session_id: int) -> int:
-        return sum(len(each.block_ids) for each in self.transfers.of_session(session_id))
+    def num_stuck_blocks(self, session_id: int) -> int:
+        """Those that do not come back. A sequence on its way to the engine has its own."""
+        stuck = (each for each in self.transfers.of_session(session_id) if each.is_stuck)
+        return sum(len(each.block_ids) for each in stuck)
 
     def revocation_failed(self, session_id: int, now: float) -> list[Instruction]:
         """The connection is cut, but something posted on it does not end. Its blocks stay in

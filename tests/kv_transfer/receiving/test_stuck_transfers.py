@@ -39,7 +39,7 @@ def test_a_node_that_goes_on_with_a_sequence_hears_that_its_blocks_never_come_ba
     assert isinstance(stranded, ReportStranded)
     assert stranded.sequence is sequences[0]
     assert stranded.error.reason == "link_lost"
-    assert intake.num_blocks_of(1) == 4
+    assert intake.num_stuck_blocks(1) == 4
 
 
 def test_who_waits_for_blocks_that_never_come_back_is_refused() -> None:
@@ -57,7 +57,7 @@ def test_who_waits_for_blocks_that_never_come_back_is_refused() -> None:
     assert intake.transfers.num_active == 0
     [at_once] = intake.reserve_asked(2, newest, 3.0)
     assert isinstance(at_once, SendRefused)
-    assert intake.num_blocks_of(1) == 2
+    assert intake.num_stuck_blocks(1) == 2
 
 
 @pytest.mark.parametrize("error", [None, InternalError("It could not.")], ids=["well", "badly"])
@@ -74,6 +74,7 @@ def test_a_sequence_on_its_way_to_the_engine_is_waited_for_whatever_its_link_sti
     world.commit(world.side)
     world.intake.session_lost(SESSION, 1.0)
     assert world.intake.revocation_failed(SESSION, 2.0) == []
+    assert world.intake.num_stuck_blocks(SESSION) == 0
     assert world.intake.transfers.num_active == 1
     world.started(world.side, error)
     assert world.intake.transfers.num_active == 0
