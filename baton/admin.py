@@ -143,7 +143,7 @@ def _requests(loaded: LoadedConfig) -> None:
 
 
 def _with_query(path: str, query: dict[str, str]) -> str:
-    return f"{path}?{urlencode(query)}" if query else path
+    return f"{path}?{urlencode(query, errors='surrogateescape')}" if query else path
 
 
 def _show_rows(

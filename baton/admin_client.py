@@ -6,12 +6,14 @@ redirects are not followed.
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import json
 import os
 import urllib.error
 import urllib.request
 from dataclasses import dataclass
+from http.client import HTTPException
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urlsplit
 
@@ -21,7 +23,6 @@ from gateway.admin.token_file import read_admin_token
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from email.message import Message
-    from http.client import HTTPResponse
 
 DEFAULT_URL = "http://127.0.0.1:8001"
 DEFAULT_PORT = 8001
@@ -60,7 +61,9 @@ class AdminClient:
 
     def act(self, collection: str, name: str, verb: str) -> dict[str, Any]:
         """POST `/admin/v1/{collection}/{name}:{verb}`."""
-        return self._call("POST", f"/{collection}/{quote(name, safe='')}:{verb}", {})
+        return self._call(
+            "POST", f"/{collection}/{quote(name, safe='', errors='surrogateescape')}:{verb}", {}
+        )
 
     def post(
         self, path: str, body: Mapping[str, object], timeout_seconds: float = TIMEOUT_SECONDS
@@ -85,26 +88,33 @@ class AdminClient:
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), _NoRedirects())
         try:
             with opener.open(request, timeout=timeout_seconds) as response:
-                return self._document(response)
+                return self._document(response.read())
         except urllib.error.HTTPError as error:
             raise self._refusal(error, path) from error
-        except (urllib.error.URLError, OSError) as error:
+        except HTTPException as error:
+            raise self._no_admin_api() from error
+        except (urllib.error.URLError, OSError, UnicodeError) as error:
             reason = getattr(error, "reason", error)
             detail = getattr(reason, "strerror", None) or reason
             raise AdminUnreachable(f"No admin API answers at {self.url}: {detail}.") from error
 
-    def _document(self, response: HTTPResponse) -> dict[str, Any]:
-        text = response.read()
+    def _document(self, text: bytes) -> dict[str, Any]:
         try:
             document = json.loads(text) if text else {}
-        except ValueError:
+        except (ValueError, RecursionError):
             document = None
         if not isinstance(document, dict):
-            raise AdminUnreachable(f"{self.url} answers, but not as a Baton admin API.")
+            raise self._no_admin_api()
         return document
 
+    def _no_admin_api(self) -> AdminUnreachable:
+        return AdminUnreachable(f"{self.url} answers, but not as a Baton admin API.")
+
     def _refusal(self, error: urllib.error.HTTPError, path: str) -> AdminRefused:
-        told, param = _told_by(error.read())
+        body = b""
+        with contextlib.suppress(HTTPException, OSError):
+            body = error.read()
+        told, param = _told_by(body)
         if error.code == 401:
             hint = (
                 "pass --admin-token or set BATON_ADMIN_TOKEN to what its gateway was given. One "
@@ -123,11 +133,23 @@ class AdminClient:
 
 
 def admin_client(url: str, token: str | None) -> AdminClient:
-    """`token` None: what was left on this machine. Raises `ConfigError` for what is no URL."""
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ConfigError("--admin-url must be an http:// or https:// URL.", param="admin_url")
-    return AdminClient(url, token or local_token(parts.hostname, parts.port or DEFAULT_PORT))
+    """`token` None: what was left on this machine. Raises `ConfigError` for what is no URL, or no
+    token."""
+    if token is not None and not (token.isascii() and token.isprintable()):
+        raise ConfigError("--admin-token must be printable ASCII.", param="admin_token")
+    host, port = _host_and_port(url)
+    return AdminClient(url, token or local_token(host, port or DEFAULT_PORT))
+
+
+def _host_and_port(url: str) -> tuple[str, int | None]:
+    """Raises `ConfigError` for what is no URL, and for one with a user: it would be looked up as a
+    part of the host's name."""
+    with contextlib.suppress(ValueError):
+        parts = urlsplit(url)
+        is_plain = url.isprintable() and " " not in url and "@" not in parts.netloc
+        if parts.scheme in ("http", "https") and parts.hostname and is_plain:
+            return parts.hostname, parts.port
+    raise ConfigError("--admin-url must be an http:// or https:// URL.", param="admin_url")
 
 
 def local_token(host: str, port: int) -> str | None:

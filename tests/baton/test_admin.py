@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import stat
 import threading
 from dataclasses import dataclass, field
@@ -526,9 +527,72 @@ def test_another_server_at_that_address_is_recognised(
     assert "not as a Baton admin API" in capsys.readouterr().err
 
 
-def test_a_url_that_is_none_is_a_usage_error() -> None:
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"\0\0\x12\x04\0\0\0\0\0",  # as the gRPC port of a node does
+        b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n{",
+        b"HTTP/1.1 200 OK\r\n\r\n" + b"[" * 100_000,
+    ],
+)
+def test_who_does_not_speak_http_or_breaks_off_is_no_admin_api(
+    answer: bytes, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _nodes_of_who_says(answer) == EXIT_NOT_READY
+    assert "not as a Baton admin API" in capsys.readouterr().err
+
+
+def test_a_refusal_that_breaks_off_is_one(capsys: pytest.CaptureFixture[str]) -> None:
+    answer = b"HTTP/1.1 500 Broken\r\nContent-Length: 1000\r\n\r\nabc"
+    assert _nodes_of_who_says(answer) == EXIT_REFUSED
+    assert "Broken (HTTP 500)" in capsys.readouterr().err
+
+
+def _nodes_of_who_says(answer: bytes) -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def say() -> None:
+            connection, _ = listener.accept()
+            with connection:
+                connection.recv(65536)
+                connection.sendall(answer)
+
+        thread = threading.Thread(target=say)
+        thread.start()
+        code = main(["nodes", "--admin-url", f"http://127.0.0.1:{listener.getsockname()[1]}"])
+        thread.join()
+        return code
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        *("127.0.0.1:8001", "http://127.0.0.1:abc", "http://127.0.0.1:99999", "http://[::1"),
+        *("http://a b:1", "http://127.0.0.1:1/a\nb", "http://user:secret@127.0.0.1:1"),
+    ],
+)
+def test_a_url_that_is_none_is_a_usage_error(url: str) -> None:
     with pytest.raises(UsageError, match="--admin-url must be"):
-        main(["nodes", "--admin-url", "127.0.0.1:8001"])
+        main(["nodes", "--admin-url", url])
+
+
+def test_a_host_that_cannot_be_one_is_not_ready() -> None:
+    assert main(["nodes", "--admin-url", "http://a..b:1"]) == EXIT_NOT_READY
+
+
+@pytest.mark.parametrize("token", ["a\nb", "t\u20ac"])
+def test_a_token_that_no_header_can_carry_is_a_usage_error(
+    server: AdminServer, admin: Callable[..., int], token: str
+) -> None:
+    with pytest.raises(UsageError, match="--admin-token must be"):
+        admin("nodes", "--admin-token", token)
+
+
+def test_a_name_that_is_no_text_is_passed_on_as_it_is(
+    server: AdminServer, admin: Callable[..., int]
+) -> None:
+    assert admin("drain", "a\udcff") == EXIT_REFUSED
+    assert server.seen[-1][:2] == ("POST", "/admin/v1/nodes/a%FF:drain")
 
 
 def test_the_token_of_a_local_cluster_is_found_by_its_address(
