@@ -116,6 +116,11 @@ class OutgoingTransfer:
         return self._num_blocks
 
     @property
+    def num_source_blocks(self) -> int:
+        """Those that something was computed of: no send reads another."""
+        return len(self._block_ids)
+
+    @property
     def may_post(self) -> bool:
         return self.state in (TransferState.ACTIVE, TransferState.COMMITTING)
 

@@ -116,7 +116,7 @@ class KVSender:
     def num_quarantined_blocks(self) -> int:
         """Source blocks of transfers that have ended, but that a send may still read."""
         kept = (each for each in self._sendings if each.machine.is_draining or each.is_stuck)
-        return sum(sending.machine.num_blocks for sending in kept)
+        return sum(sending.machine.num_source_blocks for sending in kept)
 
     def is_stuck(self, sequence_id: str) -> bool:
         """Its connection was cut, but nobody can say when its source blocks come back."""
@@ -265,7 +265,7 @@ class KVSender:
         stuck = self._sendings.of_peer(peer)
         for sending in stuck:
             sending.is_stuck = True
-        return sum(sending.machine.num_blocks for sending in stuck)
+        return sum(sending.machine.num_source_blocks for sending in stuck)
 
     def next_shipment(self, peer: Peer) -> Sending | None:
         """The oldest hand-off to this peer that has something to ship."""

@@ -308,25 +308,29 @@ def test_what_a_broken_connection_does_not_give_back_stays_out_of_use_and_is_cou
     with_peer(scenario, gives_all_back=False)
 
 
-def test_sources_of_sends_that_do_not_end_with_their_connection_stay_held_and_are_counted() -> None:
-    """pegaflow#403, at the sender: whoever gets such a block next would be sent in its place."""
+@pytest.mark.parametrize(("num_computed_tokens", "num_sources"), [(30, len(TABLE)), (13, 3)])
+def test_sources_of_sends_that_do_not_end_with_their_connection_stay_held_and_are_counted(
+    num_computed_tokens: int, num_sources: int
+) -> None:
+    """pegaflow#403, at the sender: whoever gets such a block next would be sent in its place. What
+    was never computed has no source."""
 
     async def scenario(prefill: PrefillSide, decode: DecodeSide) -> None:
         request = make_request(30)
         name, agent, full = request.sequence_id, prefill.sender.agent, asyncio.Event()
         agent.quarantine.watch(lambda _: full.set())
         prefill.hand_off(decode, request)
-        prefill.compute(request, TABLE)
+        prefill.sender.chunk_computed(name, num_computed_tokens, TABLE, None)
         [sending] = prefill.sender._sendings
         await until(lambda: sending.machine.num_posted == 1)
         assert not prefill.sender.is_stuck(name)
         prefill.sender.abort(name)
         prefill.clock.advance(DRAIN_SECONDS)
-        await until(full.is_set)  # a quarter of 32 blocks
+        await until(full.is_set)  # a quarter of four slots
         kept = agent.quarantine.num_kept_blocks, agent.quarantine.num_kept_slots
-        assert kept == (len(TABLE), 1)
+        assert kept == (num_sources, 1)
         assert prefill.owner.of(name) == []
-        assert prefill.sender.num_quarantined_blocks == len(TABLE)
+        assert prefill.sender.num_quarantined_blocks == num_sources
         assert prefill.sender.num_transfers == 0, "a drain waits in vain"
         assert prefill.sender.is_stuck(name)
         assert agent.staging.num_free == agent.staging.num_slots - 1

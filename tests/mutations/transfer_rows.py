@@ -282,7 +282,7 @@ TRANSFER_ROWS = (
             ),
             Mutation(
                 SENDER,
-                "sum(sending.machine.num_blocks for sending in stuck)",
+                "sum(sending.machine.num_source_blocks for sending in stuck)",
                 "0",
                 CATALOGUE + STUCK_SENDS,
             ),
