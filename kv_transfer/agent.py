@@ -67,6 +67,7 @@ class TransferAgent:
         self._sends_pieces = in_pieces and isinstance(transport, TcpTransport)
         slot_bytes = config.slot_bytes_for(self.pool.device.type, stays_empty=self._sends_pieces)
         self.limits = FrameLimits(self.pool.num_layers, self.pool.unit_bytes, slot_bytes)
+        self.stagings: list[Staging] = []  # of all agents beside each other
         self.staging = self._make_staging(config.num_staging_slots)
         self.quarantine = Quarantine(
             num_blocks=pools[0].shape[1],
@@ -141,13 +142,15 @@ class TransferAgent:
         return map_slots(description, self.pool.device) if self.pool.device.type == "cuda" else ()
 
     def _make_staging(self, num_slots: int) -> Staging:
-        return Staging(
+        staging = Staging(
             slot_bytes=self.limits.slot_bytes,
             num_slots=num_slots,
             limits=self.limits,
             device=self.pool.device,
             max_share=_PIECES_ON_THEIR_WAY if self._sends_pieces else None,
         )
+        self.stagings.append(staging)
+        return staging
 
     def _forget(self, endpoint: Endpoint) -> None:
         self._in_use.pop(endpoint, None)

@@ -28,7 +28,7 @@ class TransferCollector(Collector):
         transports: Callable[[], Sequence[str]],
         agent: TransferAgent | None = None,
     ) -> None:
-        """`agent`: whose staging slots to count."""
+        """`agent`: whose staging slots to count, and of those beside it."""
         self._stats = stats
         self._transports = transports
         self._agent = agent
@@ -88,11 +88,13 @@ class TransferCollector(Collector):
         )
 
     def _memory(self, agent: TransferAgent) -> Iterator[Metric]:
-        staging, quarantine = agent.staging, agent.quarantine
-        num_free, num_kept = staging.num_free, quarantine.num_kept_slots
+        quarantine = agent.quarantine
+        num_slots = sum(staging.num_slots for staging in agent.stagings)
+        num_free = sum(staging.num_free for staging in agent.stagings)
+        num_kept = quarantine.num_kept_slots
         states = {
             "free": num_free,
-            "taken": staging.num_slots - num_free - num_kept,
+            "taken": num_slots - num_free - num_kept,
             "lost": num_kept,
         }
         yield gauge_by(["state"], "baton_kv_staging_slots", "Staging slots by state.", states)

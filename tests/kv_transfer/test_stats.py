@@ -8,10 +8,19 @@ from typing import TYPE_CHECKING
 import pytest
 
 from cluster.errors import InternalError
+from kv_transfer.agent import TransferAgent
 from kv_transfer.failures import FailureReason, failure
-from kv_transfer.transports.loopback import LoopbackEndpoint, LoopbackTransport
+from kv_transfer.metrics import TransferCollector
+from kv_transfer.transports.loopback import LoopbackEndpoint, LoopbackNetwork, LoopbackTransport
 from tests.kv_transfer.catalogue_worlds import TABLE, with_hanging_link, with_pair
-from tests.kv_twins import DecodeSide, PrefillSide, make_request, until
+from tests.kv_twins import (
+    DecodeSide,
+    PrefillSide,
+    make_config,
+    make_pool,
+    make_request,
+    until,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -95,3 +104,16 @@ def test_a_commit_behind_frames_that_were_not_given_back_is_no_failure_when_its_
         assert (sent.commits_unknown, sent.failures.total()) == (1, 0)
 
     with_hanging_link(scenario, UntoldTransport)
+
+
+def test_slots_of_who_receives_beside_who_sends_are_counted_too() -> None:
+    """A leak among them must show; what is lost of them is not taken from the others."""
+    agent = TransferAgent((make_pool(1),), make_config(), LoopbackTransport(LoopbackNetwork()))
+    staging = agent.beside(2).staging
+    assert [staging.take(name) is not None for name in ("taken", "lost")] == [True, True]
+    agent.quarantine.keep(num_blocks=0, num_slots=1, peer="lost")
+    collector = TransferCollector(agent.stats, transports=tuple, agent=agent)
+    [slots] = [each for each in collector.collect() if each.name == "baton_kv_staging_slots"]
+    by_state = {sample.labels["state"]: sample.value for sample in slots.samples}
+    assert by_state == {"free": 4, "taken": 1, "lost": 1}
+    agent.pool.close()
