@@ -89,6 +89,7 @@ class Member:
         self._changed = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
         self._drain_task: asyncio.Task[None] | None = None
+        self._is_leaving = False
         self._needs_all = False
         self._published_all_at = time.monotonic()
 
@@ -132,7 +133,8 @@ class Member:
         ]
 
     def control(self, action: pb.ControlRequest.Action) -> str:
-        """Carry out an operator's order; the state after it. Raises `InvalidRequest`."""
+        """Carry out an operator's order; the state after it. Raises `InvalidRequest`, and
+        `NodeUnavailable` for one that comes too late."""
         match action:
             case pb.ControlRequest.CORDON:
                 self.cordon()
@@ -156,7 +158,9 @@ class Member:
             self._drain_task = asyncio.create_task(self._until_idle(), name="drain")
 
     async def drained(self, timeout_seconds: float) -> bool:
-        """Wait for DRAINED. False when the time ran out before."""
+        """Wait for DRAINED. False when the time ran out before. The process is to end: an order to
+        take work again is refused from now on, as it would cut what still runs."""
+        self._is_leaving = True
         self.drain()
         if self._drain_task is not None:
             await asyncio.wait({self._drain_task}, timeout=timeout_seconds)
@@ -172,6 +176,8 @@ class Member:
             await self._registry.withdraw(self._info.id)
 
     def _uncordon(self) -> None:
+        if self._is_leaving:
+            raise NodeUnavailable("The node was told to end.", reason="leaving")
         if self.state not in (NodeState.READY, NodeState.STARTING):
             if self._drain_task is not None:
                 self._drain_task.cancel()

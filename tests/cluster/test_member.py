@@ -323,16 +323,31 @@ def test_a_cordon_does_not_take_a_drain_back(run: Any) -> None:
     run(body)
 
 
-def test_an_uncordon_takes_a_drain_back_and_who_waits_for_it_hears_so(run: Any) -> None:
+def test_an_uncordon_takes_a_drain_back(run: Any) -> None:
     async def body(world: World) -> None:
         world.member.start("a:1", "")
         world.is_idle = False
-        waiting = asyncio.create_task(world.member.drained(20))
-        await asyncio.sleep(0)
+        world.member.drain()
         assert world.member.control(Action.UNCORDON) == "ready"
-        assert not await waiting
         world.is_idle = True
         assert await world.member.drained(20), "a later drain works"
+
+    run(body)
+
+
+def test_no_uncordon_takes_back_the_drain_of_a_process_that_ends(run: Any) -> None:
+    """It would end at once then, and what still ran be cut."""
+
+    async def body(world: World) -> None:
+        world.member.start("a:1", "")
+        world.is_idle = False
+        leaving = asyncio.create_task(world.member.drained(20))
+        await asyncio.sleep(0)
+        with pytest.raises(NodeUnavailable):
+            world.member.control(Action.UNCORDON)
+        assert (world.member.state, leaving.done()) == (NodeState.DRAINING, False)
+        world.is_idle = True
+        assert await leaving
 
     run(body)
 
