@@ -103,7 +103,10 @@ def _describe(fact: Facts) -> str:
             return str(fact["event"])
 
 
-def _death(exit_code: int) -> str:
+def _death(exit_code: int | None) -> str:
+    """None: of one that could not even be spawned, as on a machine without memory."""
+    if exit_code is None:
+        return "did not start"
     if exit_code < 0:
         return f"was ended by {signal.Signals(-exit_code).name}"
     return f"died with exit code {exit_code}"

@@ -65,6 +65,10 @@ def test_a_death_is_said_with_its_reason_and_what_comes_next() -> None:
     assert line == "decode-0 | was ended by SIGKILL; starting again in 0.5 s"
     (line,) = lines_of(DIED | {"message": None, "exit_code": 1})
     assert line == "decode-0 | died with exit code 1; starting again in 0.5 s"
+    (line,) = lines_of(DIED | {"message": "it cannot be started: no memory", "exit_code": None})
+    assert line == (
+        "decode-0 | did not start (it cannot be started: no memory); starting again in 0.5 s"
+    )
 
 
 def test_on_a_terminal_a_row_shows_the_phase_of_each_process() -> None:
