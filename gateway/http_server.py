@@ -1,8 +1,9 @@
 """One HTTP listener: uvicorn inside our own event loop, with bounds on what comes before a request.
 
 Life of a server
-    1. `bind` takes the port, so that a busy one stops the start and port 0 becomes a number.
-    2. `serve` runs until `stop`.
+    1. It is made and has its port, so that a busy one stops the start and port 0 becomes a number.
+       Until it listens, another that does not listen yet may have it, too.
+    2. `start`: it listens, and serves until `stop`.
     3. `stop` closes the listener and idle connections; those with a request finish it first.
        `abort` does not wait for them.
 """
@@ -93,15 +94,7 @@ def _without_upgrade(data: bytes) -> bytes:
 
 
 class _Uvicorn(uvicorn.Server):
-    """Signals are the process's affair. `listens` is set once it does."""
-
-    def __init__(self, config: uvicorn.Config) -> None:
-        super().__init__(config)
-        self.listens = asyncio.Event()
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets=sockets)
-        self.listens.set()
+    """Signals are the process's affair."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -113,6 +106,7 @@ class HttpServer:
         """`param` names the option that is to blame when the port is taken."""
         self._socket = _listen(host, port, param)
         self.host = host
+        self._param = param
         self.port: int = self._socket.getsockname()[1]
         self._server = _Uvicorn(
             uvicorn.Config(
@@ -144,16 +138,15 @@ class HttpServer:
         return self._server.should_exit
 
     def start(self) -> None:
+        """Raises `ConfigError` when another listens there by now; uvloop would tell nobody."""
+        try:
+            self._socket.listen(BACKLOG)
+        except OSError as error:
+            where = f"{self.host}:{self.port}"
+            raise cannot_listen(where, error, param=self._param) from error
         self._task = asyncio.create_task(
             self._server.serve(sockets=[self._socket]), name=f"http {self.port}"
         )
-
-    async def until_it_listens(self) -> None:
-        """Or has ended, which `wait` tells of."""
-        listening = asyncio.create_task(self._server.listens.wait())
-        ending = {listening} if self._task is None else {listening, self._task}
-        await asyncio.wait(ending, return_when=asyncio.FIRST_COMPLETED)
-        listening.cancel()
 
     def stop(self) -> None:
         """Accept nobody; requests in flight go on."""

@@ -102,7 +102,6 @@ async def run(
     try:
         public, admin = parts.servers
         admin.start()
-        await admin.until_it_listens()
         stack.enter_context(drawn_token_told(parts.drawn_token, admin.host, admin.port))
         with report.phase("wait for nodes") as phase:
             await _first_pair(parts.gateway, stop)

@@ -91,3 +91,18 @@ def test_a_busy_port_is_one_clear_line(
     assert last.startswith("baton gateway: cannot listen on")
     assert last.endswith("--port takes another port, 0 any free one.")
     assert "Traceback" not in errors
+
+
+def test_a_port_that_both_have_bound_is_one_clear_line_of_who_listens_last(
+    start: Callable[..., tuple[subprocess.Popen[str], str]],
+) -> None:
+    """Of two gateways that are started together, or of one that is told one port twice."""
+    port = str(free_port())
+    process, _ = start("--port", port, "--admin-port", port)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 3
+    assert errors.strip().splitlines()[-1] == (
+        f"baton gateway: cannot listen on 127.0.0.1:{port}: Address already in use. "
+        "--port takes another port, 0 any free one."
+    )
+    assert "Traceback" not in errors
