@@ -196,5 +196,5 @@ def _parse_yaml(path: str) -> Any:
         mark = error.problem_mark
         line = f" line {mark.line + 1}" if mark is not None else ""
         raise ConfigError(f"{path}{line}: not valid YAML: {error.problem}.") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # of a date that is none, say
         raise ConfigError(f"{path}: not valid YAML.") from error

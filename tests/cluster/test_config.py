@@ -178,6 +178,8 @@ def test_mistakes_on_the_command_line_are_one_usage_line(argv: list[str], messag
         ("eager: 1", "--eager: must be true or false"),
         ("block_size: 0", "--block-size: must be at least 1"),
         ("block_size: [1", "not valid YAML"),
+        ("block_size: 2001-99-01", "not valid YAML"),
+        pytest.param("block_size: " + "[" * 5000, "not valid YAML", id="deep"),
         ("block_size: 1\nblock_size: 2", "line 2: .*written twice"),
         ("block_size: 1\nengine: {block_size: 2}", "'block_size' is set in two places"),
         ("- a", "must be a mapping"),

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -138,6 +139,20 @@ def test_end_tokens_beyond_the_vocabulary_are_left_out(read: Read) -> None:
 def test_a_missing_folder_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"no model folder at .*nowhere"):
         ModelConfig.from_folder(tmp_path / "nowhere")
+
+
+def test_a_folder_that_cannot_be_looked_into_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ConfigError, match="cannot be read: File name too long"):
+        ModelConfig.from_folder(tmp_path / ("a" * 300))
+
+    def refuse(path: Path) -> bool:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "exists", refuse)
+    with pytest.raises(ConfigError, match="cannot be read: Permission denied"):
+        ModelConfig.from_folder(tmp_path)
 
 
 def test_a_name_of_the_hub_is_told_how_to_become_a_folder() -> None:
