@@ -168,8 +168,7 @@ class BenchConfig:
         return fields
 
     def _check_target(self) -> None:
-        parts = urlsplit(self.base_url)
-        if parts.scheme not in ("http", "https") or not parts.netloc:
+        if not _is_http_url(self.base_url):
             raise ConfigError("must be an http:// or https:// URL", param="base_url")
         _ = self.extra_fields
 
@@ -199,3 +198,12 @@ class BenchConfig:
         if not number > 0.0:
             raise ConfigError(f"{value!r} is not a positive number", param=param)
         return number
+
+
+def _is_http_url(text: str) -> bool:
+    try:
+        parts = urlsplit(text)
+        _ = parts.port
+    except ValueError:  # of a port that is none, or a bracket without its other
+        return False
+    return parts.scheme in ("http", "https") and bool(parts.netloc)

@@ -103,12 +103,16 @@ class TokenizerVocabulary:
 def load_tokenizer(path: str) -> TokenizerVocabulary:
     """From tokenizer.json or the folder that holds it. Raises `ConfigError`."""
     file = Path(path)
-    file = file / "tokenizer.json" if file.is_dir() else file
-    if not file.is_file():
-        raise ConfigError(f"{file} does not exist", param="tokenizer")
     # The gateway's library; a load tester who sends token ids does without it.
     tokenizers = importlib.import_module("tokenizers")
-    return TokenizerVocabulary(tokenizers.Tokenizer.from_file(str(file)))
+    try:
+        file = file / "tokenizer.json" if file.is_dir() else file
+        tokenizer = tokenizers.Tokenizer.from_file(str(file)) if file.is_file() else None
+    except Exception as error:  # the library raises bare Exception
+        raise ConfigError(f"{file} cannot be read: {error}", param="tokenizer") from error
+    if tokenizer is None:
+        raise ConfigError(f"{file} does not exist", param="tokenizer")
+    return TokenizerVocabulary(tokenizer)
 
 
 def plan_requests(

@@ -264,6 +264,8 @@ def test_an_unknown_command_is_a_usage_error() -> None:
         ({"goodput": ("ttft",)}, "goodput"),
         ({"extra_body": "[1]"}, "extra_body"),
         ({"base_url": "localhost:8000"}, "base_url"),
+        ({"base_url": "http://localhost:80a0"}, "base_url"),
+        ({"base_url": "http://[::1"}, "base_url"),
         ({"max_concurrency": 0}, "max_concurrency"),
         ({"random_range_ratio": 1.0}, "random_range_ratio"),
         ({"num_prompts": 0}, "num_prompts"),

@@ -106,6 +106,14 @@ def test_a_tokenizer_gives_text_of_the_asked_length_without_special_tokens(
     assert 0 not in vocabulary.allowed
 
 
+def test_a_file_that_is_no_tokenizer_is_said(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"tokenizer\.json cannot be read: EOF"):
+        load_tokenizer(str(tmp_path))
+    with pytest.raises(ConfigError, match=r"cannot be read: .*File name too long"):
+        load_tokenizer("a" * 300)
+
+
 def test_a_tokenizer_that_is_not_there_is_said(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="does not exist"):
         load_tokenizer(str(tmp_path))
