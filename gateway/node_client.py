@@ -168,6 +168,8 @@ class NodeClient:
                     name = self.node.id.name
                     logger.info("no session with node %s, tried on and on: %s", name, reason)
                     told = reason
+            except Exception:  # a bug of ours: it cost the session, and must not cost the next
+                logger.exception("the session with node %s broke", self.node.id.name)
             if self._clock() - began > MAX_PAUSE_SECONDS:
                 pause, told = FIRST_PAUSE_SECONDS, None
             await asyncio.sleep(pause * random.uniform(0.5, 1.0))

@@ -323,6 +323,23 @@ def test_a_node_that_returns_serves_again(running: RunningGateway) -> None:
     assert post(running).status_code == 200
 
 
+def test_an_error_of_ours_costs_a_session_and_not_the_next(
+    running: RunningGateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dispatcher = running.gateway.dispatcher
+    on_deltas = dispatcher.on_deltas
+
+    def break_once(*_: object) -> None:
+        monkeypatch.setattr(dispatcher, "on_deltas", on_deltas)
+        raise KeyError("nobody foresaw it")
+
+    monkeypatch.setattr(dispatcher, "on_deltas", break_once)
+    assert code_of(post(running)) == (503, "node_lost")
+    running.until(lambda: running.gateway.is_ready)
+    assert post(running).status_code == 200
+    everything_is_given_back(running)
+
+
 def test_another_process_at_a_known_address_is_not_taken_for_the_node(
     running: RunningGateway,
 ) -> None:
