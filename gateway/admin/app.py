@@ -17,7 +17,7 @@ from fastapi import APIRouter, FastAPI, Query, Request
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from cluster.codec import decode_load
-from cluster.errors import ConfigError, InvalidRequest, RouteNotFound, ServingError
+from cluster.errors import ConfigError, InvalidRequest, NodeLost, RouteNotFound, ServingError
 from cluster.membership_events import Event, StateObserved
 from cluster.node import NodeState
 from cluster.proto import node_pb2 as pb
@@ -183,8 +183,14 @@ def _levers(gateway: Gateway, observe: Callable[[Event], None]) -> APIRouter:
     @router.post("/prefix-cache:reset", summary="Forget cached blocks on every node")
     async def reset_prefix_cache() -> Json:
         names = [entry.info.id.name for entry in gateway.nodes if entry.client.is_connected]
+        failed = []
         for name in names:
-            await order(name, pb.ControlRequest.RESET_PREFIX_CACHE)
+            try:
+                await order(name, pb.ControlRequest.RESET_PREFIX_CACHE)
+            except ServingError as error:
+                failed.append(f"{name} ({error.code})")
+        if failed:
+            raise NodeLost(f"Not reset: {', '.join(failed)}. All other nodes are.")
         return {"nodes": names}
 
     return router

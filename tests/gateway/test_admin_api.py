@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import pytest
 
-from cluster.errors import ConfigError
+from cluster.errors import ConfigError, InternalError
 from gateway.admin.app import admin_app
 from tests.gateway.running_gateway import ADMIN_TOKEN, RunningGateway
 
@@ -208,6 +208,20 @@ def test_a_cordoned_node_gets_no_work_until_uncordoned(
     assert admin.post("/nodes/nobody:cordon").status_code == 404
     assert admin.post("/prefix-cache:reset").json() == {"nodes": ["decode-0", "prefill-0"]}
     assert [node.num_cache_resets for node in gateway.nodes.values()] == [1, 1]
+
+
+def test_a_node_that_does_not_reset_its_cache_keeps_no_other_from_it(
+    admin: httpx.Client, gateway: RunningGateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse() -> None:
+        raise InternalError("not now")
+
+    before = gateway.prefill.num_cache_resets
+    monkeypatch.setattr(gateway.decode, "reset_prefix_cache", refuse)
+    answer = admin.post("/prefix-cache:reset")
+    assert answer.status_code == 503
+    assert "Not reset: decode-0 (internal)." in answer.json()["error"]["message"]
+    assert gateway.prefill.num_cache_resets == before + 1
 
 
 def test_the_policy_changes_at_once_or_not_at_all(
