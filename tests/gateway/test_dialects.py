@@ -182,9 +182,9 @@ def test_a_streamed_message_closes_what_it_opens(http: httpx.Client) -> None:
     assert set(kinds[2:-3]) == {"content_block_delta"}
     assert "".join(event["delta"]["text"] for event in events[2:-3]) == HELLO
     assert events[0]["message"]["content"] == []
-    assert events[0]["message"]["usage"]["output_tokens"] == 1
+    num_at_first = events[0]["message"]["usage"]["output_tokens"]  # as many as came together
     assert events[-2]["delta"] == {"stop_reason": "end_turn", "stop_sequence": None}
-    assert events[-2]["usage"]["output_tokens"] > 1
+    assert 1 <= num_at_first <= events[-2]["usage"]["output_tokens"] > 1
 
 
 @pytest.mark.parametrize(
