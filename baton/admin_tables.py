@@ -190,7 +190,7 @@ def _remark_on_pair(pair: Entry) -> str:
     return (
         f"{shown(pair.get('prefill_node'))} > {shown(pair.get('decode_node'))} is held back: "
         f"hand-offs between them fail ({shown(pair.get('reason'))}). It is tried again "
-        f"{f'in {seconds:.0f} s' if seconds else 'with the next request'}."
+        f"{f'in {seconds:.0f} s' if seconds else 'with the next request that would go there'}."
     )
 
 

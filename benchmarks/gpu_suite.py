@@ -47,7 +47,7 @@ class Part:
 
 
 PARTS = (
-    Part("kernel tests", f"{_PYTEST} -n 8 tests/kernels", 120, writes=False),
+    Part("kernel tests", f"{_PYTEST} -n 8 tests/kernels", 240, writes=False),
     Part("engine", "-m benchmarks.engine --steps 100 --repeats 3", 110),
     Part("kernels", "-m benchmarks.kernels decode_attention prefill_attention", 60),
     Part(
@@ -58,7 +58,7 @@ PARTS = (
     Part(
         "engine tests",
         f"{_PYTEST} tests/engine tests/decode_node tests/prefill_node",
-        120,
+        300,
         writes=False,
     ),
     Part("first wave", "-m benchmarks.first_wave", 60),
@@ -117,7 +117,7 @@ PARTS = (
     Part(
         "faults, UCX",
         f"{_FAULTS} -n 2 -k 'link_rows or p4 or p7'",
-        200,
+        300,
         writes=False,
         environment=_FAULTS_ON_GPUS,
     ),

@@ -219,7 +219,7 @@ def test_a_pair_that_is_held_back_is_told_once_below_the_table(
     held = {"prefill_node": "p", "decode_node": "decode-0", "reason": "link_lost"}
     pairs = [held | {"tried_again_in_seconds": 3.8}]
     nodes = [NODE | {"name": "p", "role": "prefill"}, dict(NODE)]
-    for seconds, told in ((3.8, "in 4 s"), (0.0, "with the next request")):
+    for seconds, told in ((3.8, "in 4 s"), (0.0, "with the next request that would go there")):
         pairs[0]["tried_again_in_seconds"] = seconds
         answer = {"nodes": [node | {"pairs_held_back": pairs} for node in nodes]}
         server.answers["GET", "/admin/v1/nodes"] = 200, answer
