@@ -193,11 +193,14 @@ class PrefixFetches:
     def _failed(self, wanted: _Wanted, error: Exception) -> None:
         node = wanted.holder.node
         told = _ids_of(wanted.sequence)
-        logger.warning("a prefix on %s is computed here: %r", node.name, error, extra=told)
         self.stats.num_failed += 1
         # A refusal cost a call, and says nothing of the next prompt.
-        if not isinstance(error, Overloaded) and getattr(error, "reason", None) != _HAS_NONE:
+        is_refusal = isinstance(error, Overloaded) or getattr(error, "reason", None) == _HAS_NONE
+        if not is_refusal:
             self._estimate.failed(node, self._clock())
+        why = "it did not come in time" if isinstance(error, TimeoutError) else error
+        level = logging.INFO if is_refusal else logging.WARNING
+        logger.log(level, "a prefix cached on %s is computed here: %s", node.name, why, extra=told)
 
     # ---- steps --------------------------------------------------------------------------------
 
