@@ -23,7 +23,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from cluster.errors import ConfigError, InvalidRequest, Unsupported
 from gateway.template_files import DEFAULT, TOOL_USE, template_sources
-from gateway.thoughts import thinks
+from gateway.thoughts import thought_marks_of
 from gateway.tools.formats import format_of
 from gateway.tools.one_call import one_call_each, takes_one_call
 
@@ -69,7 +69,7 @@ class ChatTemplate:
         self._knows_developer = "developer" in source
         self._with_tools = None if tool_use is None else ChatTemplate(tool_use, special_tokens)
         self.tool_format = format_of(source if tool_use is None else tool_use)
-        self.thinks = thinks(source)
+        self.thought_marks = thought_marks_of(source)
         self._takes_one_call = False  # until it is tried
         self._takes_one_call = takes_one_call(self.render)
 

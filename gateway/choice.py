@@ -18,7 +18,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from cluster.request import FinishReason, TokenDelta, TokenLogprobs
-from gateway.request import Thoughts
 from gateway.stop_strings import StopMatcher
 from gateway.thoughts import ThoughtSplitter
 from gateway.tools.parser import ToolParser
@@ -50,9 +49,9 @@ class Piece:
 
 
 def _splitter(rules: TextRules) -> ThoughtSplitter | None:
-    if rules.thoughts is Thoughts.NONE:
+    if rules.thought_marks is None:
         return None
-    return ThoughtSplitter(has_begun=rules.begins_thinking)
+    return ThoughtSplitter(rules.thought_marks, has_begun=rules.begins_thinking)
 
 
 class Choice:
@@ -141,7 +140,7 @@ class Choice:
 
     def _keep(self, thought: str, answer: str, piece: Piece) -> None:
         self._show(answer, piece)
-        if self.rules.thoughts is Thoughts.SHOWN:
+        if self.rules.shows_thoughts:
             piece.thought += thought
 
     def _show(self, answer: str, piece: Piece) -> None:

@@ -24,7 +24,7 @@ from gateway.answers import (
 from gateway.choice import Piece
 from gateway.http_errors import error_body
 from gateway.logprob_answers import chat_logprobs, text_logprobs
-from gateway.request import Route, Thoughts
+from gateway.request import Route
 
 if TYPE_CHECKING:
     from cluster.errors import ServingError
@@ -71,7 +71,7 @@ class Frames:
             or request.return_token_ids
             or request.stream.continuous_usage
             or request.text.tool_format
-            or request.text.thoughts is not Thoughts.NONE
+            or request.text.thought_marks
         )
         self._begun = [False] * len(generation.choices)
         self._has_content = [False] * len(generation.choices)

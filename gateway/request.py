@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from cluster.request import MAX_SEED, KVLoadFailurePolicy, SamplingParams, SequenceRequest
 
 if TYPE_CHECKING:
+    from gateway.thoughts import ThoughtMarks
     from gateway.tools.formats import ToolFormat
 
 MAX_SEQUENCES = 64
@@ -37,14 +38,6 @@ class Prompt:
     text: str | None = None
 
 
-class Thoughts(StrEnum):
-    """Whether an answer may begin with thoughts, and what the client gets of them."""
-
-    NONE = "none"
-    HIDDEN = "hidden"
-    SHOWN = "shown"
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TextRules:
     """How ids become the text a client sees."""
@@ -56,7 +49,8 @@ class TextRules:
     min_tokens: int = 0  # before them no stop string counts
     tool_format: ToolFormat | None = None  # None: no tool was offered, all text is content
     one_call: bool = False  # the first call of a tool ends the answer
-    thoughts: Thoughts = Thoughts.NONE
+    thought_marks: ThoughtMarks | None = None  # None: the model has no thoughts
+    shows_thoughts: bool = True
     begins_thinking: bool = False  # the prompt has opened the thoughts
 
 

@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING
 
 from cluster.errors import InvalidRequest
 from cluster.request import MAX_LOGPROBS
-from gateway.request import MAX_SEQUENCES, StreamRules, TextRules, Thoughts
-from gateway.thoughts import CLOSING, OPENING, has_begun
+from gateway.request import MAX_SEQUENCES, StreamRules, TextRules
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from gateway.schemas import ChatBody, CompletionBody, GenerationBody
+    from gateway.thoughts import ThoughtMarks
     from gateway.tools.formats import ToolFormat
 
 
@@ -79,13 +79,14 @@ def completion_logprobs(body: CompletionBody) -> int | None:
 def text_rules(
     body: GenerationBody,
     tool_format: ToolFormat | None,
-    thinking_prompt: str | None,
+    thought_marks: ThoughtMarks | None,
+    prompt: str,
     is_special: Callable[[str], bool],
 ) -> TextRules:
-    """`thinking_prompt`: the prompt of a model that thinks, None when it does not. Some tokenizers
-    have marks of calls and thoughts as special tokens, in which case all of these are shown."""
+    """`prompt`: of a chat, as its template wrote it. Some tokenizers have marks of calls and
+    thoughts as special tokens, in which case all of these are shown."""
     marks = [] if tool_format is None else [tool_format.opening]
-    marks += [] if thinking_prompt is None else [OPENING, CLOSING]
+    marks += [] if thought_marks is None else [thought_marks.opening, thought_marks.closing]
     skips = body.skip_special_tokens
     if skips is None:
         skips = not any(map(is_special, marks))
@@ -96,14 +97,11 @@ def text_rules(
         skip_special_tokens=skips,
         tool_format=tool_format,
         one_call=body.parallel_tool_calls is False,
-        thoughts=_thoughts(body) if thinking_prompt is not None else Thoughts.NONE,
-        begins_thinking=thinking_prompt is not None and has_begun(thinking_prompt),
+        thought_marks=thought_marks,
+        shows_thoughts=body.include_reasoning is not False,
+        begins_thinking=thought_marks is not None and thought_marks.have_begun(prompt),
         min_tokens=body.min_tokens or 0,
     )
-
-
-def _thoughts(body: GenerationBody) -> Thoughts:
-    return Thoughts.HIDDEN if body.include_reasoning is False else Thoughts.SHOWN
 
 
 def _checked_stops(value: object) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""What a model thinks before it answers, told from the answer: `<think>` ... `</think>`.
+"""What a model thinks before it answers, told from the answer by marks around it.
 
 Life of a splitter
     1. UNDECIDED  until the first letters are there: only an answer that begins with the mark has
@@ -9,12 +9,24 @@ Life of a splitter
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from enum import Enum, auto
 
 from gateway.markers import overlap
 
-OPENING = "<think>"
-CLOSING = "</think>"
+
+@dataclass(frozen=True, slots=True)
+class ThoughtMarks:
+    opening: str
+    closing: str
+
+    def have_begun(self, prompt: str) -> bool:
+        """True when the template has opened the thoughts for the model."""
+        return prompt.rstrip().endswith(self.opening)
+
+
+TAGS = ThoughtMarks("<think>", "</think>")
+MISTRAL = ThoughtMarks("[THINK]", "[/THINK]")  # since Magistral's second tokenizer
 
 
 class State(Enum):
@@ -26,7 +38,8 @@ class State(Enum):
 class ThoughtSplitter:
     """One per choice. Text in, (thought, answer) out."""
 
-    def __init__(self, *, has_begun: bool) -> None:
+    def __init__(self, marks: ThoughtMarks, *, has_begun: bool) -> None:
+        self._marks = marks
         self._state = State.UNDECIDED
         self._has_begun = has_begun
         self._held = ""
@@ -49,19 +62,19 @@ class ThoughtSplitter:
         return (rest, "") if self.is_thinking else ("", rest)
 
     def _decide(self) -> None:
-        begun = self._held.lstrip()
-        if begun.startswith(OPENING):
-            self._state, self._held = State.THINKING, begun.removeprefix(OPENING)
-        elif begun and not OPENING.startswith(begun):
+        begun, opening = self._held.lstrip(), self._marks.opening
+        if begun.startswith(opening):
+            self._state, self._held = State.THINKING, begun.removeprefix(opening)
+        elif begun and not opening.startswith(begun):
             self._state = State.THINKING if self._has_begun else State.ANSWERING
             self._is_first = self._has_begun
 
     def _think(self) -> str:
-        thought, closing, rest = self._held.partition(CLOSING)
+        thought, closing, rest = self._held.partition(self._marks.closing)
         if closing:
             self._state, self._held = State.ANSWERING, rest
             return thought
-        end = len(self._held) - overlap(self._held, CLOSING)
+        end = len(self._held) - overlap(self._held, self._marks.closing)
         thought, self._held = self._held[:end], self._held[end:]
         return thought
 
@@ -73,11 +86,6 @@ class ThoughtSplitter:
         return text
 
 
-def thinks(template_source: str) -> bool:
-    """True when the chat template knows of thoughts, so that the model writes some."""
-    return CLOSING in template_source
-
-
-def has_begun(prompt: str) -> bool:
-    """True when the template has opened the thoughts for the model."""
-    return prompt.rstrip().endswith(OPENING)
+def thought_marks_of(template_source: str) -> ThoughtMarks | None:
+    """Those that the chat template knows, so that the model writes them; None: of no thoughts."""
+    return next((marks for marks in (TAGS, MISTRAL) if marks.closing in template_source), None)

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
     from gateway.chat_template import ChatTemplate
     from gateway.schemas import ChatBody, CompletionBody, GenerationBody, TokenizeBody
+    from gateway.thoughts import ThoughtMarks
     from gateway.tokenizer import Tokenizer
     from gateway.tools.formats import ToolFormat
 
@@ -108,7 +109,6 @@ class Validator:
         tools = self._tools(body)
         prompt = await self._chat_prompt(body, tools)
         token_ids = await self._encode_chat(prompt, body)
-        thinks = self._template is not None and self._template.thinks
         shape = _Shape(
             route=route,
             prompts=(Prompt(token_ids=token_ids),),
@@ -117,7 +117,8 @@ class Validator:
             num_logprobs=chat_logprobs(body),
             echo=False,
             tool_format=self._tool_format("tools") if tools else None,
-            thinking_prompt=prompt if thinks else None,
+            thought_marks=None if self._template is None else self._template.thought_marks,
+            prompt=prompt,
         )
         return self._request(body, asked, shape)
 
@@ -195,7 +196,11 @@ class Validator:
             sampling=self._sampling(body, self._bounded(body, shape)),
             n=shape.n,
             text=text_rules(
-                body, shape.tool_format, shape.thinking_prompt, self._tokenizer.is_special
+                body,
+                shape.tool_format,
+                shape.thought_marks,
+                shape.prompt,
+                self._tokenizer.is_special,
             ),
             stream=stream_rules(body),
             echo=shape.echo,
@@ -265,4 +270,5 @@ class _Shape:
     num_logprobs: int | None
     echo: bool
     tool_format: ToolFormat | None = None
-    thinking_prompt: str | None = None
+    thought_marks: ThoughtMarks | None = None
+    prompt: str = ""  # of a chat

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
 
-from gateway.thoughts import ThoughtSplitter, has_begun, thinks
+from gateway.thoughts import MISTRAL, TAGS, ThoughtMarks, ThoughtSplitter, thought_marks_of
 from tests.gateway.model_folder import CHAT_TEMPLATE, write_model_folder
 from tests.gateway.running_gateway import RunningGateway
 from tests.gateway.test_http_edge import MODEL
@@ -24,8 +25,8 @@ TEMPLATE = (
 SAID = "<think>\nhm, so\n</think>\n\nHello"
 
 
-def split(pieces: list[str], *, begun: bool = False) -> tuple[str, str]:
-    splitter = ThoughtSplitter(has_begun=begun)
+def split(marks: ThoughtMarks, pieces: list[str], *, begun: bool) -> tuple[str, str]:
+    splitter = ThoughtSplitter(marks, has_begun=begun)
     parts = [*(splitter.push(piece) for piece in pieces), splitter.flush()]
     return "".join(thought for thought, _ in parts), "".join(answer for _, answer in parts)
 
@@ -52,16 +53,36 @@ def split(pieces: list[str], *, begun: bool = False) -> tuple[str, str]:
 def test_thoughts_end_at_their_mark_wherever_it_is_cut(
     text: str, begun: bool, expected: tuple[str, str]
 ) -> None:
+    check_cuts(TAGS, text, begun, expected)
+
+
+@pytest.mark.parametrize(
+    ("text", "begun", "expected"),
+    [
+        ("[THINK]hm, [so]\n[/THINK]\nHello", False, ("hm, [so]\n", "Hello")),
+        ("hm[/THINK]Hello", True, ("hm", "Hello")),
+        ("[THINK]cut at [/THI", False, ("cut at [/THI", "")),
+        ("[TH", False, ("", "[TH")),
+        ("<think>hm</think>Hello", False, ("", "<think>hm</think>Hello")),
+        ("Hello [THINK]x[/THINK]", False, ("", "Hello [THINK]x[/THINK]")),
+    ],
+)
+def test_mistral_has_marks_of_its_own(text: str, begun: bool, expected: tuple[str, str]) -> None:
+    check_cuts(MISTRAL, text, begun, expected)
+
+
+def check_cuts(marks: ThoughtMarks, text: str, begun: bool, expected: tuple[str, str]) -> None:
     for at in range(len(text) + 1):
-        assert split([text[:at], text[at:]], begun=begun) == expected
-    assert split(list(text), begun=begun) == expected
+        assert split(marks, [text[:at], text[at:]], begun=begun) == expected
+    assert split(marks, list(text), begun=begun) == expected
 
 
-def test_a_template_tells_whether_its_model_thinks() -> None:
-    assert thinks(TEMPLATE)
-    assert not thinks(CHAT_TEMPLATE)
-    assert has_begun("<|assistant|>\n<think>\n")
-    assert not has_begun("<think>\n\n</think>\n\n")
+def test_a_template_tells_how_its_model_thinks() -> None:
+    assert thought_marks_of(TEMPLATE) is TAGS
+    assert thought_marks_of("{{ '[THINK]' + block.thinking + '[/THINK]' }}") is MISTRAL
+    assert thought_marks_of(CHAT_TEMPLATE) is None
+    assert TAGS.have_begun("<|assistant|>\n<think>\n")
+    assert not TAGS.have_begun("<think>\n\n</think>\n\n")
 
 
 @pytest.fixture(scope="module")
@@ -74,14 +95,29 @@ def http(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
     running.close()
 
 
-def test_marks_of_thoughts_that_are_special_tokens_are_seen(tmp_path: Path) -> None:
-    folder = write_model_folder(tmp_path, special=["<think>", "</think>"])
-    (folder / "chat_template.jinja").write_text(TEMPLATE.replace("<|end|>", ""))
+@pytest.mark.parametrize("marks", [TAGS, MISTRAL], ids=["tags", "mistral"])
+def test_marks_of_thoughts_that_are_special_tokens_are_seen(
+    tmp_path: Path, marks: ThoughtMarks
+) -> None:
+    folder = write_model_folder(tmp_path, special=[marks.opening, marks.closing])
+    template = TEMPLATE.replace("<|end|>", "").replace("</think>", marks.closing)
+    (folder / "chat_template.jinja").write_text(template)
+    said = SAID.replace("<think>", marks.opening).replace("</think>", marks.closing)
     running = RunningGateway(folder)
-    answer = httpx.post(f"{running.url}/v1/chat/completions", json=body(), timeout=20).json()
+    asked = body(messages=[{"role": "user", "content": said}])
+    url = f"{running.url}/v1/chat/completions"
+    answer = httpx.post(url, json=asked, timeout=20).json()
+    streamed = httpx.post(url, json={**asked, "stream": True}, timeout=20).text
     running.close()
     message = answer["choices"][0]["message"]
     assert (message["reasoning"], message["content"]) == ("\nhm, so\n", "Hello")
+    deltas = [
+        json.loads(line.removeprefix("data: "))["choices"][0]["delta"]
+        for line in streamed.split("\n\n")
+        if line.startswith("data: {")
+    ]
+    assert "".join(delta.get("reasoning", "") for delta in deltas) == "\nhm, so\n"
+    assert "".join(delta.get("content", "") for delta in deltas) == "Hello"
 
 
 def body(**changes: Any) -> dict[str, Any]:
