@@ -3,8 +3,9 @@
 hermes     <tool_call>{"name": ..., "arguments": {...}}</tool_call>, any number (Qwen, Hermes)
 mistral    [TOOL_CALLS][{"name": ..., "arguments": {...}}, ...], or, since its tokenizer v11, for
            each call [TOOL_CALLS]name[ARGS]{...}, maybe with [CALL_ID]... before [ARGS]
-llama      {"name": ..., "parameters": {...}} at the beginning, maybe behind <|python_tag|>; several
-           with ; between
+llama      {"name": ..., "parameters": {...}} at the beginning of a message, or behind
+           <|python_tag|>; several with ; between. What looks like one behind words and without that
+           mark is content: it may be an example, and models are taught to write nothing else
 """
 
 from __future__ import annotations
@@ -40,16 +41,15 @@ class ToolFormat:
     """`opening` begins what is to be read as calls, `closing` ends it; "": the end of the message.
 
     `parse` gives the calls that lead what is between them, and the text that follows these; no
-    calls when they are not what they should be. `leads`: only a message that begins with `opening`,
-    or with `prefix` and it, has calls, and `opening` is part of them.
+    calls when they are not what they should be. `bare`: a message that begins with it is read as
+    calls, too, of which it is part.
     """
 
     name: str
     opening: str
     closing: str
     parse: Callable[[str], Found]
-    leads: bool = False
-    prefix: str = ""
+    bare: str = ""
 
 
 def _refuse_constant(name: str) -> NoReturn:
@@ -108,11 +108,6 @@ def _named(text: str) -> Found:
     return calls, text[end:]
 
 
-def _leading_objects(text: str) -> Found:
-    """Without a mark that these are calls, one with a name alone may be anyone."""
-    return _objects(text.lstrip().removeprefix(LLAMA.prefix))
-
-
 def _call_of(value: object, no_arguments: object = None) -> ToolCall | None:
     """None: not a call, or one that its client could not read. Models take one word for the other,
     and some write the arguments as a text that holds the object."""
@@ -138,7 +133,8 @@ def new_call_id() -> str:
 
 HERMES = ToolFormat("hermes", "<tool_call>", "</tool_call>", _only_objects)
 MISTRAL = ToolFormat("mistral", "[TOOL_CALLS]", "", _objects_or_named)
-LLAMA = ToolFormat("llama", "{", "", _leading_objects, leads=True, prefix="<|python_tag|>")
+# Where no mark says that these are calls, one with a name alone may be anyone.
+LLAMA = ToolFormat("llama", "<|python_tag|>", "", _objects, bare="{")
 
 # What other families write between the marks of HERMES.
 _OTHER_CALLS = ("<function=", "<arg_key>")

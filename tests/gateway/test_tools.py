@@ -26,6 +26,7 @@ TOOLS: list[Any] = [
     {"type": "function", "function": {"name": "sum", "parameters": {"type": "object"}}}
 ]
 CALL = '<tool_call>\n{"name": "sum", "arguments": {"a": 1}}\n</tool_call>'
+CUT = 'no "JSON'
 LLAMA_CALL = '{"name": "f", "parameters": {}}'
 # The node echoes the prompt, so that a user can write what the model is to say.
 TEMPLATE = (
@@ -36,6 +37,10 @@ TEMPLATE = (
     "<|{{ 'user' if message.role == 'tool' else message.role }}|>{{ message.content }}<|end|>"
     "{% endfor %}"
 )
+
+
+def call_with(text: str, num_calls: int = 1) -> str:
+    return f'<tool_call>{{"name": "f", "arguments": {{"a": "{text}"}}}}</tool_call>' * num_calls
 
 
 def parsed(form: ToolFormat, pieces: list[str]) -> tuple[str, list[tuple[str, str]]]:
@@ -58,6 +63,16 @@ def parsed(form: ToolFormat, pieces: list[str]) -> tuple[str, list[tuple[str, st
         (HERMES, '<tool_call>{"name": "f"}</tool_call>', "", ["f"]),
         (HERMES, CALL.removesuffix("</tool_call>"), "", ["sum"]),
         (HERMES, '<tool_call>{"name": 5}</tool_call>!', '<tool_call>{"name": 5}</tool_call>!', []),
+        (HERMES, f" {CALL}", "", ["sum"]),
+        (HERMES, " \n", " \n", []),
+        (HERMES, call_with("</tool_call>") + " So", " So", ["f"]),
+        (HERMES, call_with(r"\"</tool_call>") + CALL, "", ["f", "sum"]),
+        (HERMES, call_with(r"\\", 2) + CALL, "", ["f", "f", "sum"]),
+        (HERMES, call_with("<tool_call></tool_call>", 2), "", ["f", "f"]),
+        (HERMES, call_with("</tool_call>").removesuffix("</tool_call>"), "", ["f"]),
+        (HERMES, f'{call_with(CUT)} "so" {CALL}', f'{call_with(CUT)} "so" ', ["sum"]),
+        (HERMES, f"{call_with(CUT)} so {CALL}", f"{call_with(CUT)} so ", ["sum"]),
+        (HERMES, f"{call_with(CUT)} so", f"{call_with(CUT)} so", []),
         (MISTRAL, 'A[TOOL_CALLS] [{"name": "f", "arguments": {}}]', "A", ["f"]),
         (MISTRAL, "[TOOL_CALLS] none", "[TOOL_CALLS] none", []),
         (MISTRAL, '[TOOL_CALLS][{"name": "f", "arguments": {}}]\nSo', "\nSo", ["f"]),
@@ -75,6 +90,8 @@ def parsed(form: ToolFormat, pieces: list[str]) -> tuple[str, list[tuple[str, st
         (LLAMA, "<|python_", "<|python_", []),
         (LLAMA, '<|python_tag|>{"a": 1}', '<|python_tag|>{"a": 1}', []),
         (LLAMA, f"See {LLAMA_CALL}", f"See {LLAMA_CALL}", []),
+        (LLAMA, f"See <|python_tag|>{LLAMA_CALL}", "See ", ["f"]),
+        (LLAMA, "See <|python_tag|>print(1)", "See <|python_tag|>print(1)", []),
         (LLAMA, '{"name": "Ada", "born": 1815}', '{"name": "Ada", "born": 1815}', []),
         (LLAMA, '{"a": 1}', '{"a": 1}', []),
         (LLAMA, "  plain", "  plain", []),
@@ -164,17 +181,22 @@ def tool_client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[openai.Ope
 
 
 @pytest.mark.parametrize(
-    ("marks", "said"),
+    ("marks", "taught", "said"),
     [
-        (["<tool_call>", "</tool_call>"], CALL),
-        (["[TOOL_CALLS]", "[ARGS]"], '[TOOL_CALLS]sum[ARGS]{"a": 1}'),
+        (["<tool_call>", "</tool_call>"], "<tool_call>", CALL),
+        (["[TOOL_CALLS]", "[ARGS]"], "[TOOL_CALLS]", '[TOOL_CALLS]sum[ARGS]{"a": 1}'),
+        (
+            ["<|python_tag|>"],
+            '"parameters"',
+            'See <|python_tag|>{"name": "sum", "parameters": {"a": 1}}',
+        ),
     ],
 )
 def test_marks_that_are_special_tokens_are_seen(
-    tmp_path: Path, marks: list[str], said: str
+    tmp_path: Path, marks: list[str], taught: str, said: str
 ) -> None:
     folder = write_model_folder(tmp_path, special=marks)
-    (folder / "chat_template.jinja").write_text(TEMPLATE.replace("<tool_call>", marks[0]))
+    (folder / "chat_template.jinja").write_text(TEMPLATE.replace("<tool_call>", taught))
     running = RunningGateway(folder)
     with openai.OpenAI(base_url=f"{running.url}/v1", api_key="x", max_retries=0) as client:
         (choice,) = ask(client, said).choices
