@@ -67,13 +67,11 @@ class TransferAgent:
         self._sends_pieces = in_pieces and isinstance(transport, TcpTransport)
         slot_bytes = config.slot_bytes_for(self.pool.device.type, stays_empty=self._sends_pieces)
         self.limits = FrameLimits(self.pool.num_layers, self.pool.unit_bytes, slot_bytes)
+        self.quarantine = Quarantine(
+            num_blocks=pools[0].shape[1], max_share=config.max_quarantined_share
+        )
         self.stagings: list[Staging] = []  # of all agents beside each other
         self.staging = self._make_staging(config.num_staging_slots)
-        self.quarantine = Quarantine(
-            num_blocks=pools[0].shape[1],
-            num_slots=config.num_staging_slots,
-            max_share=config.max_quarantined_share,
-        )
         self._in_use: dict[Endpoint, str] = {}
 
     @classmethod
@@ -150,6 +148,7 @@ class TransferAgent:
             max_share=_PIECES_ON_THEIR_WAY if self._sends_pieces else None,
         )
         self.stagings.append(staging)
+        self.quarantine.num_slots += num_slots
         return staging
 
     def _forget(self, endpoint: Endpoint) -> None:

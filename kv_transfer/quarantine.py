@@ -24,13 +24,14 @@ logger = logging.getLogger(__name__)
 
 
 class Quarantine:
-    """Of one process. `max_share` in (0, 1]."""
+    """Of one process. `max_share` in (0, 1]. `num_slots`: of all that receives or sends here."""
 
-    def __init__(self, *, num_blocks: int, num_slots: int, max_share: float) -> None:
+    def __init__(self, *, num_blocks: int, max_share: float) -> None:
+        self.num_slots = 0
         self.num_kept_blocks = 0
         self.num_kept_slots = 0
-        self._max_blocks = num_blocks * max_share
-        self._max_slots = num_slots * max_share
+        self._num_blocks = num_blocks
+        self._max_share = max_share
         self._is_lost = False
         self._on_lost: Callable[[ServingError], None] = lambda error: None
 
@@ -46,8 +47,10 @@ class Quarantine:
             "operations with %s did not end: %d blocks and %d staging slots stay out of use",
             peer, num_blocks, num_slots,
         )  # fmt: skip
-        is_full = self.num_kept_blocks >= self._max_blocks or self.num_kept_slots >= self._max_slots
-        if is_full:
+        lost_share = max(
+            self.num_kept_blocks / self._num_blocks, self.num_kept_slots / self.num_slots
+        )
+        if lost_share >= self._max_share:
             self._start_afresh(InternalError("Too much KV memory is lost."))
 
     def lost_device(self) -> None:

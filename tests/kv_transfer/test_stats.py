@@ -117,3 +117,19 @@ def test_slots_of_who_receives_beside_who_sends_are_counted_too() -> None:
     by_state = {sample.labels["state"]: sample.value for sample in slots.samples}
     assert by_state == {"free": 4, "taken": 1, "lost": 1}
     agent.pool.close()
+
+
+def test_lost_slots_of_who_receives_beside_who_sends_are_a_share_of_all_slots() -> None:
+    agent = TransferAgent(
+        (make_pool(1),),
+        make_config(num_staging_slots=8, max_quarantined_share=0.25),
+        LoopbackTransport(LoopbackNetwork()),
+    )
+    ends: list[ServingError] = []
+    agent.quarantine.watch(ends.append)
+    beside = agent.beside(2)
+    beside.quarantine.keep(num_blocks=0, num_slots=2, peer="lost")
+    assert not ends, "two of ten"
+    agent.quarantine.keep(num_blocks=0, num_slots=1, peer="lost")
+    assert len(ends) == 1
+    agent.pool.close()
