@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from cluster.delta_codec import decode_error
-from cluster.errors import InternalError
+from cluster.errors import InvalidRequest
 from kv_transfer.sending.kv_session import decode_ticket, encode_instruction
 from kv_transfer.sending.outgoing_instructions import SendAbortAck
 
@@ -53,7 +53,7 @@ class Answers:
                 if self._sendings.find(renew.transfer_id, peer) is not None:
                     self._leases.renew(renew.transfer_id, renew.extend_seconds, self._clock())
             case other:
-                raise InternalError(f"The decode node sent {other} out of turn.")
+                raise InvalidRequest(f"A KV session does not answer with {other} here.")
 
     def _on_ticket(self, peer: Peer, message: pb.Ticket) -> None:
         ticket = decode_ticket(message)

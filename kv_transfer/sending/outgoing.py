@@ -121,6 +121,11 @@ class OutgoingTransfer:
         return len(self._block_ids)
 
     @property
+    def progress(self) -> tuple[TransferState, int, int, int]:
+        """Another one whenever it has moved. What a peer repeats moves nothing."""
+        return self.state, self.num_posted, self._num_packing, self._num_in_flight
+
+    @property
     def may_post(self) -> bool:
         return self.state in (TransferState.ACTIVE, TransferState.COMMITTING)
 

@@ -15,7 +15,7 @@ import asyncio
 import logging
 from typing import TYPE_CHECKING, Any, Protocol
 
-from cluster.errors import InternalError, ServingError, TransferFailed
+from cluster.errors import InvalidRequest, ServingError, TransferFailed
 from cluster.message_size import check_fits, limit_of
 from kv_transfer.digests import agreed_kind
 from kv_transfer.failures import FailureReason, failure
@@ -128,13 +128,15 @@ class Peer:
             self._events.paired(self)
             async for frame in stream.receive():
                 self._events.received(self, frame)
+        except InvalidRequest as problem:  # of the node's, not of a client's
+            logger.warning("decode node %s broke the protocol: %s", self.node_id.name, problem)
         except ServingError as problem:
             error = problem
         except TimeoutError:
             logger.warning("decode node %s did not answer in time", self.node_id.name)
         except Exception:  # the top of the task: its transfers end with the session
             logger.exception("the session with decode node %s broke", self.node_id.name)
-            error = InternalError("The KV session broke inside the prefill node.")
+            error = failure(FailureReason.INTERNAL)
         finally:
             await self._lose(error)
 

@@ -285,7 +285,7 @@ class KVSender:
 
     def did(self, shipment: Sending, instructions: list[Instruction]) -> None:
         """Carry out what the machine of a hand-off says."""
-        shipment.progress_at = self._clock()
+        shipment.note_progress(self._clock())
         for instruction in instructions:
             match instruction:
                 case SendCommit():

@@ -28,10 +28,11 @@ class Sending:
     machine: OutgoingTransfer
     digest_seed: int
     peer: Peer
-    progress_at: float  # when its machine last moved, by the sender's clock
+    progress_at: float  # when its machine was last seen to have moved, by the sender's clock
     is_stuck: bool = False  # its connection was cut, but what reads its sources does not end
     began_at: float = field(default_factory=time.monotonic)
     computing: ComputingLayers = field(init=False)
+    _progress: object = None
 
     def __post_init__(self) -> None:
         self.computing = ComputingLayers(self.machine)
@@ -43,6 +44,11 @@ class Sending:
     @property
     def sequence_id(self) -> str:
         return self.request.sequence_id
+
+    def note_progress(self, now: float) -> None:
+        """To be called when its machine may have moved."""
+        if self._progress != self.machine.progress:
+            self._progress, self.progress_at = self.machine.progress, now
 
 
 @dataclass(frozen=True, slots=True)
