@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from cluster.options import option, refused
+from kv_transfer.receiving.endings import DOUBT_SECONDS
 
 RequiredTransport = Literal["any", "nvlink", "rdma", "shm", "tcp"]
 
@@ -135,9 +136,9 @@ class KVTransferConfig:
 
     @property
     def patience_seconds(self) -> float:
-        """How long a read may wait for its turn at the most: too short to be taken for a stall, or
-        to hold up a drain."""
-        return min(self.drain_seconds, self.stall_seconds) / 4
+        """How long a read may wait for its turn at the most: too short to be taken for a stall, not
+        even of a sender that is doubted, or to hold up a drain."""
+        return min(self.drain_seconds / 4, self.stall_seconds / 4, DOUBT_SECONDS / 2)
 
     def slot_bytes_for(self, device_type: str, *, stays_empty: bool = False) -> int:
         """Bytes of a staging slot on a device of this type ("cpu", "cuda"). One in host memory fits

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from kv_transfer.config import KVTransferConfig
 from kv_transfer.receiving.endings import DOUBT_SECONDS
 from kv_transfer.receiving.intake_instructions import (
     Free,
@@ -65,6 +66,12 @@ def test_one_whose_sender_nobody_doubts_may_stand_still() -> None:
     world = reserved_world()
     world.tick(DOUBT_SECONDS)
     assert reasons(world) == []
+
+
+@pytest.mark.parametrize("drain_seconds", [0.5, 1.0, 60.0])
+def test_what_waits_here_for_its_turn_to_be_read_does_not_stand_still(drain_seconds: float) -> None:
+    config = KVTransferConfig(drain_seconds=drain_seconds)
+    assert config.patience_seconds <= DOUBT_SECONDS / 2
 
 
 def test_one_that_waits_for_room_asks_no_more() -> None:
