@@ -39,6 +39,7 @@ class DecodeRows:
 
     def __init__(self, num_rows: int) -> None:
         self.sequences: list[Sequence] = []
+        self._asked: list[Sequence] = []  # the same in the order in which they were given last
         self._filled_from: list[list[int]] = [[] for _ in range(num_rows)]
         self._num_filled = np.zeros(num_rows, dtype=np.int64)
 
@@ -48,18 +49,17 @@ class DecodeRows:
         self._num_filled[:num_rows] = 0
 
     def arrange(self, sequences: SequenceOf[Sequence]) -> bool:
-        """Give each of these a row, and nobody else. False if just these have them already."""
-        if self.sequences == sequences:
+        """Give each of these a row, and nobody else. False, and the same list, if just these were
+        asked for last time. Who decides keeps an order of its own, so that is what is compared."""
+        if self._asked == sequences:
             return False
+        self._asked = list(sequences)
         wanted = dict.fromkeys(sequences)
         rows: list[Sequence | None] = [None] * len(sequences)
         for row, sequence in enumerate(self.sequences[: len(sequences)]):
             if sequence in wanted:
                 rows[row] = sequence
                 del wanted[sequence]
-        if len(wanted) == len(sequences):
-            self.sequences = list(sequences)
-            return True
         newcomers = iter(wanted)
         self.sequences = [next(newcomers) if each is None else each for each in rows]
         return True

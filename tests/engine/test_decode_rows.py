@@ -49,7 +49,7 @@ def test_sequences_keep_their_rows_and_newcomers_fill_the_gaps() -> None:
     assert rows.arrange([e, a, c, d])
     assert rows.sequences == [a, d, c, e]
     same = rows.sequences
-    assert not rows.arrange([a, d, c, e])
+    assert not rows.arrange([e, a, c, d]), "asked in the scheduler's order, which is another"
     assert rows.sequences is same
 
 
@@ -114,6 +114,39 @@ def test_each_array_begins_where_kernels_take_it_without_another_compilation(
     first = rows.ends.data_ptr()
     assert all((array.data_ptr() - first) % 16 == 0 for array in rows)
     assert all(len(array) >= max_rows for array in rows)
+
+
+def rows_by_looking_at_each(rows: list[Sequence], asked: list[Sequence]) -> list[Sequence]:
+    """Who stays keeps a row below their number; the others take the free ones in order."""
+    kept = {row: each for row, each in enumerate(rows[: len(asked)]) if each in asked}
+    others = iter([each for each in asked if each not in kept.values()])
+    return [kept[row] if row in kept else next(others) for row in range(len(asked))]
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.integers(0, 2**32), st.integers(1, 7))
+def test_rows_of_any_arrivals_ends_and_preemptions_are_those_found_slowly(
+    seed: int, most: int
+) -> None:
+    """As a scheduler asks: in order of arrival, where preempted ones come back to their place."""
+    chance = random.Random(seed)
+    rows = DecodeRows(most)
+    in_order: list[Sequence] = []
+    absent: set[Sequence] = set()
+    last: list[Sequence] = []
+    for step in range(60):
+        if chance.random() < 0.2:
+            in_order.append(with_table(step))
+        if in_order and chance.random() < 0.15:
+            in_order.remove(chance.choice(in_order))
+        if in_order and chance.random() < 0.3:
+            absent ^= {chance.choice(in_order)}
+        asked = [each for each in in_order if each not in absent][:most]
+        expected, same = rows_by_looking_at_each(rows.sequences, asked), rows.sequences
+        assert rows.arrange(list(asked)) == (asked != last)
+        assert rows.sequences == expected
+        assert (rows.sequences is same) == (asked == last)
+        last = asked
 
 
 @settings(max_examples=60, deadline=None)
