@@ -11,6 +11,7 @@ The step's attention, and all it needs for it, is that of any other decode step.
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 import torch
@@ -73,42 +74,31 @@ class RowPass:
         on_layer: Callable[[int], None] | None = None,
     ) -> torch.Tensor:
         """The stream `[1, hidden_size]` behind all layers; arguments as in `Decoder.forward`."""
-        try:
-            return self._run(residual, batch, kv_layers, cos_sin, plan, on_layer)
-        except Exception:
-            self._counters.zero_()  # the next layer cleans those of the last, and did not come
-            raise
-
-    def _run(
-        self,
-        residual: torch.Tensor,
-        batch: Batch,
-        kv_layers: SequenceOf[torch.Tensor],
-        cos_sin: torch.Tensor,
-        plan: StepPlan,
-        on_layer: Callable[[int], None] | None,
-    ) -> torch.Tensor:
         first, last = self._layers[0], len(self._layers) - 1
-        qkv = first.qkv.normed(residual, first.input_norm, first.eps)
-        query = first.store(qkv, batch, kv_layers[0], cos_sin, plan)
-        for index, layer in enumerate(self._layers):
-            if on_layer is not None and self._ranks is None:
-                on_layer(index)
-            attended = layer.attention(query, batch, kv_layers[index], plan)
-            heads = None
-            if index < last:
-                heads = self._heads(index + 1, batch, kv_layers[index + 1], cos_sin)
-            residual, qkv = self._transform(index, attended, residual, heads)
-            if on_layer is not None and self._ranks is not None:
-                on_layer(index)  # behind a sum: the KV of the other ranks is written, too
-            if heads is None:
-                return residual
-            if heads.places is None:
-                kv_layer = kv_layers[index + 1]
-                query = self._layers[index + 1].store(qkv, batch, kv_layer, cos_sin, plan)
-            else:
-                query = qkv[:, : query.shape[1] * query.shape[2]].view(query.shape)
-        raise AssertionError("there is no layer")
+        with ExitStack() as when_broken_off:
+            # The next layer cleans the counters of the last, and would not come.
+            when_broken_off.callback(self._counters.zero_)
+            qkv = first.qkv.normed(residual, first.input_norm, first.eps)
+            query = first.store(qkv, batch, kv_layers[0], cos_sin, plan)
+            for index, layer in enumerate(self._layers):
+                if on_layer is not None and self._ranks is None:
+                    on_layer(index)
+                attended = layer.attention(query, batch, kv_layers[index], plan)
+                heads = None
+                if index < last:
+                    heads = self._heads(index + 1, batch, kv_layers[index + 1], cos_sin)
+                residual, qkv = self._transform(index, attended, residual, heads)
+                if on_layer is not None and self._ranks is not None:
+                    on_layer(index)  # behind a sum: the KV of the other ranks is written, too
+                if heads is None:
+                    break
+                if heads.places is None:
+                    kv_layer = kv_layers[index + 1]
+                    query = self._layers[index + 1].store(qkv, batch, kv_layer, cos_sin, plan)
+                else:
+                    query = qkv[:, : query.shape[1] * query.shape[2]].view(query.shape)
+            when_broken_off.pop_all()
+        return residual
 
     def _heads(
         self, index: int, batch: Batch, kv_layer: torch.Tensor, cos_sin: torch.Tensor
