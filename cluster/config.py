@@ -27,7 +27,7 @@ from cluster.config_sources import (
     read_environment,
     read_file,
 )
-from cluster.config_validation import REDACTED, raise_for, validate
+from cluster.config_validation import REDACTED, clipped, raise_for, validate
 from cluster.errors import ConfigError
 from cluster.options import Option, options_of, section_name
 
@@ -198,7 +198,7 @@ def _build(
         each = own.get(error.param or "")
         if each is None:
             raise
-        got = "" if each.secret else f", got {_shown(values[each.name])}"
+        got = "" if each.secret else f", got {clipped(_shown(values[each.name]))}"
         said = error.message.removeprefix(each.flag).strip(" :").rstrip(".")
         raise_for(each, said + got, origins[each.name])
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 
 REDACTED = "[redacted]"
+MAX_SHOWN = 80  # characters of a value
 
 
 def validate(
@@ -104,8 +105,13 @@ def _refuse_value(
         raise UsageError(f"{wanted} is required (also as {others}).", param=each.name)
     message = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
     message = message.partition(", unable to parse")[0].replace("valid integer", "whole number")
-    got = REDACTED if each.secret else repr(first["input"])
+    got = REDACTED if each.secret else clipped(repr(first["input"]))
     raise_for(each, f"{message}, got {got}", origins[each.name])
+
+
+def clipped(text: str) -> str:
+    """Of a value, as much as tells which it is: a message stays a line."""
+    return text if len(text) <= MAX_SHOWN else text[:MAX_SHOWN] + " …"
 
 
 def raise_for(each: Option, message: str, origin: str) -> NoReturn:

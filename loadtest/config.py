@@ -15,6 +15,8 @@ from cluster.errors import ConfigError
 from cluster.options import option
 
 Backend = Literal["openai", "openai-chat"]
+MAX_COUNT = 10_000_000  # all is planned before the first request: more would end in no memory
+MIN_RATE = 1e-6  # twelve days between two requests
 METRICS = ("ttft", "tpot", "itl", "e2el")
 SLO_METRICS = ("ttft", "tpot", "e2el")
 
@@ -72,8 +74,11 @@ class BenchConfig:
     request_rate: float | str = option(
         "inf", help="Arrivals per second; inf sends all at once.", group="Traffic", metavar="RPS"
     )
-    burstiness: float = option(
-        1.0, help="Shape of the gaps: 1 Poisson, below burstier, inf constant.", group="Traffic"
+    burstiness: float | str = option(
+        1.0,
+        help="Shape of the gaps: 1 Poisson, below burstier, inf constant.",
+        group="Traffic",
+        metavar="X",
     )
     max_concurrency: int | None = option(None, help="Requests in flight at most.", group="Traffic")
     num_warmups: int = option(0, help="Requests sent before measuring.", group="Traffic")
@@ -116,6 +121,11 @@ class BenchConfig:
     def requests_per_second(self) -> float:
         """Infinite when all requests are sent at once."""
         return float(self.request_rate)
+
+    @property
+    def gap_shape(self) -> float:
+        """`burstiness` as a number; infinite when all gaps are alike."""
+        return float(self.burstiness)
 
     @property
     def selected_metrics(self) -> tuple[str, ...]:
@@ -161,7 +171,7 @@ class BenchConfig:
             return {}
         try:
             fields = json.loads(self.extra_body)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):  # of a number or a depth that Python does not read
             fields = None
         if not isinstance(fields, dict):
             raise ConfigError("must be a JSON object", param="extra_body")
@@ -173,19 +183,20 @@ class BenchConfig:
         _ = self.extra_fields
 
     def _check_numbers(self) -> None:
-        self._positive_number(self.request_rate, "request_rate")
-        for name in ("num_prompts", "random_input_len", "random_output_len", "request_timeout"):
-            if getattr(self, name) <= 0:
-                raise ConfigError("must be positive", param=name)
-        for name in ("random_prefix_len", "num_warmups", "seed"):
-            if getattr(self, name) < 0:
-                raise ConfigError("must not be negative", param=name)
+        if self._positive_number(self.request_rate, "request_rate") < MIN_RATE:
+            raise ConfigError(f"must be at least {MIN_RATE:f}", param="request_rate")
+        self._positive_number(self.burstiness, "burstiness")
+        self._positive_number(self.request_timeout, "request_timeout")
+        for name, low in (
+            *(("num_prompts", 1), ("random_input_len", 1), ("random_output_len", 1)),
+            *(("num_warmups", 0), ("random_prefix_len", 0), ("random_vocab_size", 2)),
+        ):
+            if not low <= getattr(self, name) <= MAX_COUNT:
+                raise ConfigError(f"must be in [{low}, {MAX_COUNT}]", param=name)
+        if self.seed < 0:
+            raise ConfigError("must not be negative", param="seed")
         if not 0.0 <= self.random_range_ratio < 1.0:
             raise ConfigError("must be in [0, 1)", param="random_range_ratio")
-        if self.random_vocab_size < 2:
-            raise ConfigError("must be at least 2", param="random_vocab_size")
-        if self.burstiness <= 0.0:
-            raise ConfigError("must be positive", param="burstiness")
         if self.max_concurrency is not None and self.max_concurrency < 1:
             raise ConfigError("must be at least 1", param="max_concurrency")
 
@@ -196,7 +207,7 @@ class BenchConfig:
         except ValueError:
             number = math.nan
         if not number > 0.0:
-            raise ConfigError(f"{value!r} is not a positive number", param=param)
+            raise ConfigError("must be a positive number", param=param)
         return number
 
 

@@ -90,7 +90,6 @@ def save(result: BenchResult) -> Path:
 def to_json(result: BenchResult) -> dict[str, Any]:
     """JSON-ready. Keys that end in _ms are milliseconds; all other times are seconds."""
     config, summary = result.config, result.summary
-    rate = config.requests_per_second
     document: dict[str, Any] = {
         "date": result.started.strftime("%Y%m%d-%H%M%S"),
         "backend": config.backend,
@@ -98,8 +97,8 @@ def to_json(result: BenchResult) -> dict[str, Any]:
         "model_id": result.model,
         "tokenizer_id": config.tokenizer,
         "num_prompts": config.num_prompts,
-        "request_rate": rate if math.isfinite(rate) else "inf",
-        "burstiness": config.burstiness if math.isfinite(config.burstiness) else "inf",
+        "request_rate": _number(config.requests_per_second),
+        "burstiness": _number(config.gap_shape),
         "max_concurrency": config.max_concurrency,
         "duration": summary.duration,
         "completed": summary.completed,
@@ -121,6 +120,11 @@ def to_json(result: BenchResult) -> dict[str, Any]:
     return document
 
 
+def _number(value: float) -> float | str:
+    """JSON has no infinity."""
+    return value if math.isfinite(value) else "inf"
+
+
 def _latency_keys(name: str, distribution: Distribution) -> dict[str, float]:
     keys = {
         f"{part}_{name}_ms": getattr(distribution, part) * 1e3
@@ -138,8 +142,6 @@ def _own_keys(result: BenchResult) -> dict[str, Any]:
         for each in options_of(BenchConfig)
         if not each.secret
     }
-    if math.isinf(result.config.burstiness):
-        options["burstiness"] = "inf"
     options["base_url"] = redact(result.config.base_url)
     return {
         "schema_version": SCHEMA_VERSION,

@@ -58,7 +58,7 @@ async def measure(
         model = config.model or await client.first_model()
         requests, warmups = plan_requests(config, model, vocabulary)
         arrivals = plan_arrivals(
-            len(requests), config.requests_per_second, config.burstiness, config.seed
+            len(requests), config.requests_per_second, config.gap_shape, config.seed
         )
         await _Sending(client, warmups, config.max_concurrency).all([0.0] * len(warmups), clock)
         started = datetime.now().astimezone()

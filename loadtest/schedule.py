@@ -26,12 +26,12 @@ def plan_arrivals(num_requests: int, rate: float, burstiness: float, seed: int) 
         return [0.0] * num_requests
     rng = np.random.default_rng([seed, _ARRIVALS_STREAM])
     if math.isinf(burstiness):
-        gaps = np.full(num_requests, 1.0 / rate)
+        gaps = np.ones(num_requests)
     else:
-        gaps = rng.gamma(burstiness, 1.0 / (rate * burstiness), num_requests)
+        gaps = rng.standard_gamma(burstiness, num_requests) / burstiness
+        gaps = np.maximum(gaps, np.finfo(float).tiny)  # with a shape near 0 all round to 0
     times = np.cumsum(gaps)
-    stretch = (num_requests / rate) / float(times[-1])
-    return [float(time) for time in times * stretch]
+    return [float(time) for time in times / times[-1] * (num_requests / rate)]
 
 
 async def dispatch(

@@ -152,6 +152,7 @@ def test_help_is_grouped_and_hides_advanced_options(capsys: pytest.CaptureFixtur
         (["m", "n"], "unexpected argument 'n'"),
         (["m", "--block-size"], "expected one argument"),
         (["m", "--block-size", "x"], "--block-size: should be a whole number, got 'x'"),
+        (["m", "--block-size", "1" * 5_000], "--block-size: .*, got '1{79} …[.]$"),
         (["m", "--block-size", "0"], "--block-size: must be at least 1, got 0[.]$"),
         (["m", "--mode", "fast"], "--mode: must be one of balanced, throughput, got 'fast'"),
         (["m", "--dtype", "int3"], "--dtype: .*'auto' or 'float32'"),

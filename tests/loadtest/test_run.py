@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import socket
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -269,7 +270,17 @@ def test_an_unknown_command_is_a_usage_error() -> None:
         ({"max_concurrency": 0}, "max_concurrency"),
         ({"random_range_ratio": 1.0}, "random_range_ratio"),
         ({"num_prompts": 0}, "num_prompts"),
+        ({"num_prompts": 1 << 31}, "num_prompts"),
+        ({"random_input_len": 1 << 63}, "random_input_len"),
+        ({"random_output_len": 1 << 63}, "random_output_len"),
+        ({"random_prefix_len": 1 << 64}, "random_prefix_len"),
+        ({"random_vocab_size": 1 << 62}, "random_vocab_size"),
+        ({"num_warmups": 1 << 31}, "num_warmups"),
+        ({"request_rate": 5e-324}, "request_rate"),
         ({"burstiness": 0.0}, "burstiness"),
+        ({"burstiness": math.nan}, "burstiness"),
+        ({"extra_body": '{"a":' * 10_000 + "1" + "}" * 10_000}, "extra_body"),
+        ({"extra_body": '{"a":' + "1" * 5_000 + "}"}, "extra_body"),
     ],
 )
 def test_options_that_cannot_work_are_refused_by_name(
@@ -278,6 +289,11 @@ def test_options_that_cannot_work_are_refused_by_name(
     with pytest.raises(ConfigError) as caught:
         bench_config(**options)
     assert caught.value.param == param
+
+
+def test_gaps_may_all_be_alike(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "--burstiness", "inf", "--show-config"]) == 0
+    assert 'burstiness: "inf"' in capsys.readouterr().out
 
 
 def test_answers_without_usage_are_counted_by_the_tokenizer(

@@ -14,7 +14,7 @@ def test_the_same_seed_plans_the_same_arrivals_and_another_seed_others() -> None
     assert plan_arrivals(50, 4.0, 1.0, 7) != plan_arrivals(50, 4.0, 1.0, 8)
 
 
-@pytest.mark.parametrize("burstiness", [0.3, 1.0, 5.0, math.inf])
+@pytest.mark.parametrize("burstiness", [5e-324, 1e-300, 0.3, 1.0, 5.0, 1e308, math.inf])
 def test_arrivals_ascend_and_the_last_is_at_count_over_rate(burstiness: float) -> None:
     times = plan_arrivals(200, 8.0, burstiness, 1)
     assert times == sorted(times)
