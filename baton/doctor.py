@@ -185,6 +185,15 @@ def show(findings: Sequence[Finding], pairs: Sequence[MeasuredPair]) -> None:
     if pairs:
         console.print()
         console.print(pair_table(pairs))
-    worst = [finding for finding in findings if finding.verdict is Verdict.PROBLEM]
-    names = ", ".join(finding.subject for finding in worst)
-    console.print(f"\n{escape(names)}: mend this first." if worst else "\nBaton can run here.")
+    console.print(f"\n{escape(conclusion(findings, pairs))}")
+
+
+def conclusion(findings: Sequence[Finding], pairs: Sequence[MeasuredPair]) -> str:
+    """The last line, which agrees with the exit code."""
+    worst = [finding.subject for finding in findings if finding.verdict is Verdict.PROBLEM]
+    if worst:
+        return f"{', '.join(worst)}: mend this first."
+    unmeasured = [pair.label for pair in pairs if not pair.rate]
+    if unmeasured:
+        return f"Baton can run here, but this was not measured: {', '.join(unmeasured)}."
+    return "Baton can run here."

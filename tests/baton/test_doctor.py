@@ -47,8 +47,11 @@ def test_an_address_or_device_that_is_none_is_refused_by_name(arguments: tuple[s
 
 
 def test_a_pair_that_was_asked_for_and_not_measured_is_a_problem(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(doctor, "examine", lambda: [Finding("torch", Verdict.OK, "2.0")])
     assert doctor.main([]) == 0
+    capsys.readouterr()
     assert doctor.main(["--to", "127.0.0.1:1"]) == EXIT_NOT_READY
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == "Baton can run here, but this was not measured: this machine to 127.0.0.1:1."
