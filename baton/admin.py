@@ -112,7 +112,8 @@ def find(argv: Sequence[str]) -> tuple[Command, Sequence[str]]:
         print(usage())
         raise SystemExit(0)
     known = ", ".join(family or [command.name for command in COMMANDS])
-    raise UsageError(f"baton admin: there is no command {argv[0]!r}; there are: {known}.")
+    typed = " ".join(argv[:2] if family else argv[:1])
+    raise UsageError(f"baton admin: there is no command {typed!r}; there are: {known}.")
 
 
 # ---- what there is ---------------------------------------------------------------------------
@@ -251,7 +252,7 @@ def parse_setting(text: str) -> tuple[str, object]:
         raise UsageError(f"baton admin policy set: {text!r} is not KEY=VALUE.")
     try:
         return key, json.loads(value)
-    except ValueError:
+    except (ValueError, RecursionError):
         return key, value
 
 

@@ -61,6 +61,8 @@ class AdminClient:
 
     def act(self, collection: str, name: str, verb: str) -> dict[str, Any]:
         """POST `/admin/v1/{collection}/{name}:{verb}`."""
+        if not name or "/" in name:  # no name has one: the API would miss the path, not the name
+            raise AdminRefused(f"There is no {collection.removesuffix('s')} {name!r}.")
         return self._call(
             "POST", f"/{collection}/{quote(name, safe='', errors='surrogateescape')}:{verb}", {}
         )

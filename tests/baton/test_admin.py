@@ -350,7 +350,7 @@ def test_an_action_says_the_state_it_led_to(
     [
         (("cordon", "decode-0"), "/admin/v1/nodes/decode-0:cordon"),
         (("uncordon", "decode-0"), "/admin/v1/nodes/decode-0:uncordon"),
-        (("drain", "a/b"), "/admin/v1/nodes/a%2Fb:drain"),
+        (("drain", "a b"), "/admin/v1/nodes/a%20b:drain"),
         (("cancel", "chatcmpl-1"), "/admin/v1/requests/chatcmpl-1:cancel"),
     ],
 )
@@ -464,6 +464,19 @@ def test_policy_settings_are_typed_and_sent_together(
     changes = {"a": 5, "b": "recompute", "c_x": True, "d": None}
     assert server.seen == [("PATCH", "/admin/v1/policy", changes)]
     assert capsys.readouterr().out == "a = 5\nb = recompute\n"
+
+
+def test_a_setting_too_deep_for_json_is_text(
+    server: AdminServer, admin: Callable[..., int]
+) -> None:
+    deep = "[" * 10_000
+    admin("policy", "set", f"a={deep}")
+    assert server.seen == [("PATCH", "/admin/v1/policy", {"a": deep})]
+
+
+def test_a_command_of_two_words_is_named_as_it_was_typed(admin: Callable[..., int]) -> None:
+    with pytest.raises(UsageError, match="no command 'policy show'; there are: policy get, policy"):
+        admin("policy", "show")
 
 
 def test_a_setting_without_a_value_is_a_usage_error(
@@ -593,6 +606,15 @@ def test_a_name_that_is_no_text_is_passed_on_as_it_is(
 ) -> None:
     assert admin("drain", "a\udcff") == EXIT_REFUSED
     assert server.seen[-1][:2] == ("POST", "/admin/v1/nodes/a%FF:drain")
+
+
+@pytest.mark.parametrize("name", ["", "../../x"])
+def test_a_name_that_no_node_can_have_is_asked_for_nowhere(
+    server: AdminServer, admin: Callable[..., int], capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    assert admin("cordon", name) == EXIT_REFUSED
+    assert capsys.readouterr().err == f"baton admin: There is no node {name!r}.\n"
+    assert server.seen == []
 
 
 def test_the_token_of_a_local_cluster_is_found_by_its_address(
