@@ -41,9 +41,7 @@ def usage(generation: Generation) -> Json:
             "cached_tokens": num_cached,
             "cache_write_tokens": num_prompt - num_cached,
         },
-        "completion_tokens_details": {
-            "reasoning_tokens": sum(choice.num_thought_tokens for choice in generation.choices)
-        },
+        "completion_tokens_details": {"reasoning_tokens": generation.num_thought_tokens},
     }
 
 

@@ -89,6 +89,8 @@ def template_variables(body: ChatBody | TokenizeBody) -> dict[str, Any]:
     effort = getattr(body, "reasoning_effort", None)
     if effort is not None:
         variables["reasoning_effort"] = effort
+    if effort == "none":
+        variables["enable_thinking"] = False  # the other word that templates have for it
     given = body.chat_template_kwargs or {}
     if len(given) > MAX_TEMPLATE_VARIABLES:
         raise InvalidRequest("Too many chat_template_kwargs.", param="chat_template_kwargs")

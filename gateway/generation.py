@@ -226,6 +226,10 @@ class Generation:
         return sum(choice.num_output_tokens for choice in self.choices)
 
     @property
+    def num_thought_tokens(self) -> int:
+        return sum(choice.num_thought_tokens for choice in self.choices)
+
+    @property
     def num_cached_tokens(self) -> int:
         """Of the first choice of each prompt: its siblings find what it computed."""
         return sum(choice.num_cached_tokens or 0 for choice in self.choices[:: self.request.n])

@@ -1,7 +1,8 @@
 """`POST /v1/messages` and `/v1/messages/count_tokens`: Anthropic's bodies as a chat.
 
 A conversation that ends with the assistant's words is continued there, as Anthropic does. Blocks
-`tool_use` become calls of the assistant, blocks `tool_result` messages of tools.
+`tool_use` become calls of the assistant, blocks `tool_result` messages of tools, `thinking` what
+the assistant thought, of which its template takes what it wants.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, WithJsonSchema
 
-from cluster.errors import Unsupported
+from cluster.errors import InvalidRequest, Unsupported
 from gateway.dialects.contents import text_of
 from gateway.schemas import ChatBody, Ignored, Wire, refuse, valid
 
@@ -20,12 +21,14 @@ if TYPE_CHECKING:
 
 # What would change the answer, with the values that ask for nothing.
 _HARMLESS: dict[str, tuple[object, ...]] = {
-    "thinking": ({"type": "disabled"},),
-    "output_config": ({},),
     "mcp_servers": ([],),
     "container": (),
-    "context_management": (),
 }
+# Of old thoughts a chat template takes what it wants in any case.
+_HARMLESS_EDIT = "clear_thinking_20251015"
+# A line of Claude Code to its maker, another one each time: no prompt would begin like the last.
+_BILLING = "x-anthropic-billing-header:"
+MIN_THINKING_TOKENS = 1024
 _CONTENT_SCHEMA = {"type": ["string", "array"]}
 _SYSTEM_SCHEMA = {"type": ["string", "array", "null"]}
 _TEXTS = frozenset({"text"})
@@ -57,10 +60,36 @@ class ToolUse(Wire):
     input: Json
 
 
+class ThinkingBlock(Wire):
+    type: Literal["thinking"]
+    thinking: str
+
+
 class ToolResult(Wire):
     type: Literal["tool_result"]
     tool_use_id: str
     content: Any = ""
+
+
+class Thinking(Wire):
+    """`budget_tokens` is checked, and not enforced: nothing here ends thoughts."""
+
+    type: Literal["enabled", "disabled", "adaptive", "between_tools"]
+    budget_tokens: int | None = None
+    display: str | None = None
+
+
+class OutputConfig(Wire):
+    effort: Literal["low", "medium", "high", "xhigh", "max"] | None = None
+    format: Any = None
+
+
+class Edit(Wire):
+    type: str
+
+
+class ContextManagement(Wire):
+    edits: list[Edit] | None = None
 
 
 class CountTokensBody(Wire):
@@ -71,6 +100,9 @@ class CountTokensBody(Wire):
     system: Annotated[Any, WithJsonSchema(_SYSTEM_SCHEMA)] = None
     tools: list[Tool] | None = None
     tool_choice: ToolChoice | None = None
+    thinking: Thinking | None = None
+    output_config: OutputConfig | None = None
+    context_management: ContextManagement | None = None
 
 
 class MessagesBody(CountTokensBody):
@@ -89,6 +121,7 @@ class MessagesBody(CountTokensBody):
 def parse_messages(fields: Mapping[str, Any]) -> ChatBody:
     refuse(fields, _HARMLESS)
     body = valid(MessagesBody, fields)
+    _check_budget(body)
     sampling = {
         "max_tokens": body.max_tokens,
         "stop": body.stop_sequences,
@@ -105,10 +138,23 @@ def parse_count_tokens(fields: Mapping[str, Any]) -> ChatBody:
     return _as_chat(valid(CountTokensBody, fields), {})
 
 
+def _check_budget(body: MessagesBody) -> None:
+    if body.thinking is None or body.thinking.type != "enabled":
+        return
+    budget = body.thinking.budget_tokens or 0
+    if not MIN_THINKING_TOKENS <= budget < body.max_tokens:
+        raise InvalidRequest(
+            f"thinking.budget_tokens must be at least {MIN_THINKING_TOKENS} and less than "
+            "max_tokens.",
+            param="thinking.budget_tokens",
+        )
+
+
 def _as_chat(body: CountTokensBody, sampling: Json) -> ChatBody:
-    messages: list[Json] = []
-    if body.system is not None:
-        messages.append({"role": "system", "content": _text(body.system, "system")})
+    _refuse_parts(body)
+    thinking = body.thinking or Thinking(type="disabled")
+    thinks = thinking.type != "disabled"
+    messages = _system(body.system)
     for index, one in enumerate(body.messages):
         messages += _messages(one, f"messages[{index}].content")
     tools = [_tool(tool, f"tools[{index}]") for index, tool in enumerate(body.tools or [])]
@@ -119,13 +165,42 @@ def _as_chat(body: CountTokensBody, sampling: Json) -> ChatBody:
             "continue_final_message": body.messages[-1].role == "assistant",
             "tools": tools or None,
             "tool_choice": _choice(body.tool_choice),
-            "include_reasoning": False,  # as without `thinking` in Anthropic's API
+            # Who does not ask for thoughts wants none, not to wait for them.
+            "chat_template_kwargs": {"enable_thinking": thinks},
+            "include_reasoning": thinks and thinking.display != "omitted",
+            "reasoning_effort": body.output_config.effort if body.output_config else None,
             "parallel_tool_calls": not (
                 body.tool_choice and body.tool_choice.disable_parallel_tool_use
             ),
             **sampling,
         }
     )
+
+
+def _refuse_parts(body: CountTokensBody) -> None:
+    if body.output_config is not None and body.output_config.format is not None:
+        raise Unsupported(
+            "output_config.format is not supported here; leave it out.",
+            param="output_config.format",
+        )
+    for edit in (body.context_management and body.context_management.edits) or ():
+        if edit.type != _HARMLESS_EDIT:
+            raise Unsupported(
+                f"Of context_management only {_HARMLESS_EDIT} is supported here.",
+                param="context_management.edits",
+            )
+
+
+def _system(content: object) -> list[Json]:
+    if isinstance(content, list):
+        content = [block for block in content if not _is_billing(block)]
+    text = "" if content is None else _text(content, "system")
+    return [{"role": "system", "content": text}] if text else []
+
+
+def _is_billing(block: object) -> bool:
+    text = block.get("text") if isinstance(block, dict) else None
+    return isinstance(text, str) and text.startswith(_BILLING)
 
 
 def _messages(one: MessageOfConversation, path: str) -> list[Json]:
@@ -139,6 +214,9 @@ def _messages(one: MessageOfConversation, path: str) -> list[Json]:
     words: Json = {"role": one.role, "content": _text(one.content, path)}
     if uses:
         words["tool_calls"] = [_call(use) for use in uses]
+    thoughts = [valid(ThinkingBlock, block, at) for block, at in placed if _is(block, "thinking")]
+    if thoughts:
+        words["reasoning_content"] = "\n".join(thought.thinking for thought in thoughts)
     told = [
         {
             "role": "tool",
@@ -162,7 +240,8 @@ def _call(use: ToolUse) -> Json:
 def _tool(tool: Tool, path: str) -> Json:
     if tool.type not in (None, "custom"):
         raise Unsupported("Only tools of the client are supported.", param=f"{path}.type")
-    function: Json = {"name": tool.name, "parameters": tool.input_schema or {"type": "object"}}
+    schema = {"type": "object", **(tool.input_schema or {})}
+    function: Json = {"name": tool.name, "parameters": schema}
     if tool.description is not None:
         function["description"] = tool.description
     return {"type": "function", "function": function}

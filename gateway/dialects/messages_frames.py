@@ -1,8 +1,8 @@
 """A choice as a message of Anthropic's API, whole or as events.
 
 A stream: `message_start` comes with the first token; then blocks, each opened, filled and closed:
-text as it comes, a call of a tool at once; `message_delta` with the reason of the ending;
-`message_stop`.
+thoughts and text as they come, a call of a tool at once; `message_delta` with the reason of the
+ending; `message_stop`.
 """
 
 from __future__ import annotations
@@ -22,16 +22,21 @@ if TYPE_CHECKING:
     from gateway.tools.formats import ToolCall
 
 Json = dict[str, Any]
+# Thoughts have one, and clients drop those without. Whoever sends them back is believed.
+SIGNATURE = "unsigned"
 
 
 def message_object(generation: Generation, piece: Piece) -> Json:
     """The whole answer. Its content is never empty."""
     (choice,) = generation.choices
-    blocks: list[Json] = [{"type": "text", "text": piece.text}]
-    if piece.calls and not piece.text:
-        blocks = []
-    for call in piece.calls:
-        blocks.append({**_tool_use(call), "input": orjson.Fragment(call.arguments)})
+    blocks: list[Json] = []
+    if piece.thought:
+        blocks.append({"type": "thinking", "thinking": piece.thought, "signature": SIGNATURE})
+    if piece.text or not (piece.calls or piece.thought):
+        blocks.append({"type": "text", "text": piece.text})
+    blocks += [
+        {**_tool_use(call), "input": orjson.Fragment(call.arguments)} for call in piece.calls
+    ]
     return {
         **_head(generation),
         "content": blocks,
@@ -74,6 +79,7 @@ def _usage(generation: Generation) -> Json:
         "output_tokens": generation.num_output_tokens,
         "cache_creation_input_tokens": 0,
         "cache_read_input_tokens": num_cached,
+        "output_tokens_details": {"thinking_tokens": generation.num_thought_tokens},
     }
 
 
@@ -84,43 +90,48 @@ class MessagesFrames:
         self._generation = generation
         self._has_begun = False
         self._num_blocks = 0
-        self._is_text_open = False
+        self._open_kind = ""  # of the block that is open; "": none is
 
     def render(self, choice: Choice, piece: Piece) -> bytes:
         frames = b""
         if not self._has_begun and (choice.num_output_tokens > 0 or choice.is_finished):
             self._has_begun = True
             frames = event({"type": "message_start", "message": _head(self._generation)})
+        if piece.thought:
+            frames += self._say("thinking", piece.thought)
         if piece.text:
-            frames += self._text(piece.text)
+            frames += self._say("text", piece.text)
         for call in piece.calls:
-            frames += self._close_text()
+            frames += self._close_words()
             arguments = {"type": "input_json_delta", "partial_json": call.arguments}
             frames += self._open(_tool_use(call)) + self._delta(arguments) + self._close()
         return frames
 
     def last(self) -> bytes:
         (choice,) = self._generation.choices
-        nothing = self._text("") if self._num_blocks == 0 else b""
+        nothing = self._say("text", "") if self._num_blocks == 0 else b""
         usage = _usage(self._generation)
         ending = {"type": "message_delta", "delta": _ending(choice), "usage": usage}
-        return nothing + self._close_text() + event(ending) + event({"type": "message_stop"})
+        return nothing + self._close_words() + event(ending) + event({"type": "message_stop"})
 
     def error(self, error: ServingError) -> bytes:
         return event(message_error(error, self._generation.request.request_id))
 
-    def _text(self, text: str) -> bytes:
+    def _say(self, kind: str, words: str) -> bytes:
+        """In a block of this kind, `text` or `thinking`, whose words have the same name."""
         frames = b""
-        if not self._is_text_open:
-            self._is_text_open = True
-            frames = self._open({"type": "text", "text": ""})
-        return frames + (self._delta({"type": "text_delta", "text": text}) if text else b"")
+        if self._open_kind != kind:
+            unsigned = {"signature": ""} if kind == "thinking" else {}
+            frames = self._close_words() + self._open({"type": kind, kind: "", **unsigned})
+            self._open_kind = kind
+        return frames + (self._delta({"type": f"{kind}_delta", kind: words}) if words else b"")
 
-    def _close_text(self) -> bytes:
-        if not self._is_text_open:
+    def _close_words(self) -> bytes:
+        kind, self._open_kind = self._open_kind, ""
+        if not kind:
             return b""
-        self._is_text_open = False
-        return self._close()
+        signed = {"type": "signature_delta", "signature": SIGNATURE}
+        return (self._delta(signed) if kind == "thinking" else b"") + self._close()
 
     def _open(self, block: Json) -> bytes:
         self._num_blocks += 1

@@ -1,0 +1,166 @@
+"""Thoughts in Anthropic's Messages, and what else Claude Code asks with every message."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import httpx
+import pytest
+
+from tests.gateway.model_folder import write_model_folder
+from tests.gateway.running_gateway import RunningGateway
+from tests.gateway.test_dialects import events_of
+from tests.gateway.test_http_edge import MODEL
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+Json = dict[str, Any]
+# The node echoes the prompt, so that a user can write what the model is to say.
+TEMPLATE = (
+    "{# </think> #}{% for message in messages %}"
+    "{% if message.reasoning_content %}({{ message.reasoning_content }}){% endif %}"
+    "{{ message.content }}<|end|>{% endfor %}"
+    "{% if enable_thinking is false %}!{% endif %}{{ reasoning_effort }}"
+)
+SAID = "<think>\nhm, so\n</think>\n\nHello"
+ADAPTIVE = {"type": "adaptive"}
+
+
+@pytest.fixture(scope="module")
+def http(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
+    folder = write_model_folder(tmp_path_factory.mktemp("thinking"))
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    running = RunningGateway(folder)
+    with httpx.Client(base_url=running.url, timeout=20) as client:
+        yield client
+    running.close()
+
+
+def asking(**changes: Any) -> Json:
+    talk = [{"role": "user", "content": SAID}]
+    return {"model": MODEL, "max_tokens": 200, "messages": talk, **changes}
+
+
+def said_to(http: httpx.Client, **changes: Any) -> str:
+    """The words of an answer."""
+    answer = http.post("/v1/messages", json=asking(**changes))
+    assert answer.status_code == 200, answer.text
+    return "".join(block.get("text", "") for block in answer.json()["content"])
+
+
+@pytest.mark.parametrize(
+    "thinking", [ADAPTIVE, {"type": "between_tools"}, {"type": "adaptive", "display": "summarized"}]
+)
+def test_thoughts_are_a_block_before_the_answer(http: httpx.Client, thinking: Json) -> None:
+    answer = http.post("/v1/messages", json=asking(thinking=thinking)).json()
+    thought, text = answer["content"]
+    assert (thought["type"], thought["thinking"]) == ("thinking", "\nhm, so\n")
+    assert thought["signature"]
+    assert text == {"type": "text", "text": "Hello"}
+    counts = answer["usage"]
+    assert 0 < counts["output_tokens_details"]["thinking_tokens"] < counts["output_tokens"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"thinking": {"type": "disabled"}}, {"thinking": {**ADAPTIVE, "display": "omitted"}}],
+)
+def test_thoughts_that_nobody_wants_are_left_out(http: httpx.Client, changes: Json) -> None:
+    answer = http.post("/v1/messages", json=asking(**changes)).json()
+    assert [block["type"] for block in answer["content"]] == ["text"]
+
+
+def test_streamed_thoughts_are_signed_before_the_answer_opens(http: httpx.Client) -> None:
+    events = events_of(http, "/v1/messages", asking(thinking=ADAPTIVE))
+    blocks = [event for event in events if event["type"].startswith("content_block")]
+    thoughts, words = ([b for b in blocks if b["index"] == index] for index in (0, 1))
+    assert thoughts + words == blocks
+    opened = {"type": "thinking", "thinking": "", "signature": ""}
+    assert thoughts[0]["content_block"] == opened
+    deltas = [event["delta"] for event in thoughts[1:-1]]
+    assert "".join(delta["thinking"] for delta in deltas[:-1]) == "\nhm, so\n"
+    assert {delta["type"] for delta in deltas[:-1]} == {"thinking_delta"}
+    assert deltas[-1]["type"] == "signature_delta"
+    assert deltas[-1]["signature"]
+    assert thoughts[-1]["type"] == words[-1]["type"] == "content_block_stop"
+    assert "".join(event["delta"]["text"] for event in words[1:-1]) == "Hello"
+
+
+def test_an_answer_that_is_cut_in_its_thoughts_has_these_alone(http: httpx.Client) -> None:
+    asked = asking(thinking=ADAPTIVE, max_tokens=12)
+    (block,) = http.post("/v1/messages", json=asked).json()["content"]
+    assert block["type"] == "thinking"
+    events = events_of(http, "/v1/messages", asked)
+    opened = [event["content_block"]["type"] for event in events if "content_block" in event]
+    assert opened == ["thinking"]
+
+
+def test_a_template_hears_whether_thoughts_are_wanted_and_how_many(http: httpx.Client) -> None:
+    assert said_to(http).endswith("Hello!")
+    assert said_to(http, thinking={"type": "disabled"}).endswith("Hello!")
+    assert said_to(http, thinking=ADAPTIVE, output_config={"effort": "low"}).endswith("Hellolow")
+    chat = {"messages": asking()["messages"], "reasoning_effort": "none"}
+    answer = http.post("/v1/chat/completions", json=chat).json()
+    assert answer["choices"][0]["message"]["content"].endswith("Hello!none")
+
+
+def test_what_was_thought_before_a_call_goes_back_to_the_template(http: httpx.Client) -> None:
+    thought = {"type": "thinking", "thinking": "hm", "signature": "x"}
+    hidden = {"type": "redacted_thinking", "data": "x"}
+    words = [thought, hidden, {"type": "text", "text": "one"}]
+    talk = [{"role": "assistant", "content": words}, {"role": "user", "content": "two"}]
+    assert said_to(http, messages=talk, thinking=ADAPTIVE) == "(hm)onetwo"
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"thinking": {"type": "enabled", "budget_tokens": 1023}}, "thinking.budget_tokens"),
+        ({"thinking": {"type": "enabled", "budget_tokens": 1024}}, "thinking.budget_tokens"),
+        ({"thinking": {"type": "enabled"}}, "thinking.budget_tokens"),
+        ({"thinking": {"type": "hard"}}, "thinking.type"),
+        ({"output_config": {"format": {"type": "json_schema"}}}, "output_config.format"),
+        (
+            {"context_management": {"edits": [{"type": "clear_tool_uses_20250919"}]}},
+            "context_management",
+        ),
+    ],
+)
+def test_what_a_message_cannot_ask_of_thoughts_is_said(
+    http: httpx.Client, changes: Json, named: str
+) -> None:
+    refused = http.post("/v1/messages", json=asking(**changes))
+    assert refused.status_code == 400
+    assert named in refused.json()["error"]["message"]
+
+
+def test_a_message_is_taken_as_claude_code_asks_it(http: httpx.Client) -> None:
+    """Turn by turn with another line to its maker, behind which prompts must begin alike."""
+    counts = set()
+    for billing in ("cc_version=2.1; cch=1a2b3;", "cc_version=2.1; cch=99;"):
+        system = [
+            {"type": "text", "text": f"x-anthropic-billing-header: {billing}"},
+            {"type": "text", "text": "one ", "cache_control": {"type": "ephemeral"}},
+        ]
+        body = asking(
+            system=system,
+            thinking=ADAPTIVE,
+            context_management={"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]},
+            metadata={"user_id": "u"},
+        )
+        body["messages"] = [{"role": "user", "content": "two"}]
+        answer = http.post("/v1/messages?beta=true", json=body).json()
+        assert answer["content"] == [{"type": "text", "text": "one two"}]
+        del body["max_tokens"]
+        counts.add(http.post("/v1/messages/count_tokens", json=body).json()["input_tokens"])
+    assert len(counts) == 1
+
+
+@pytest.mark.parametrize(
+    "system", ["", [], [{"type": "text", "text": "x-anthropic-billing-header: 1"}]]
+)
+def test_a_system_that_says_nothing_is_none(http: httpx.Client, system: object) -> None:
+    asked = {"messages": [{"role": "user", "content": "two"}]}
+    plain = http.post("/v1/messages/count_tokens", json=asked).json()
+    assert http.post("/v1/messages/count_tokens", json={**asked, "system": system}).json() == plain
