@@ -7,8 +7,12 @@ memory that holds them until all of it is there.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from cluster.errors import ContextLengthExceeded, InvalidRequest
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +34,8 @@ class Budget:
     default: int | None = None
     field: str = "max_tokens"  # where the client wrote what it asked
     held: Held | None = None
+    # What another API than OpenAI's says, of tokens in the prompt, wanted, and of the context.
+    overflow: Callable[[int, int, int], str] | None = None
 
     def max_tokens(self, num_prompt_tokens: int) -> int:
         """Raises the typed refusal of what does not fit."""
@@ -57,6 +63,9 @@ class Budget:
         )
 
     def _overflow(self, num_prompt_tokens: int, wanted: int) -> ContextLengthExceeded:
+        if self.overflow is not None:
+            said = self.overflow(num_prompt_tokens, wanted, self.max_model_len)
+            return ContextLengthExceeded(said, param=self.unit)
         # LiteLLM recognises an overflow by this sentence.
         return ContextLengthExceeded(
             f"This model's maximum context length is {self.max_model_len} tokens. However, you "

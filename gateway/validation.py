@@ -16,6 +16,7 @@ from cluster.errors import InvalidRequest, Unsupported
 from cluster.request import MAX_LOGPROBS, MAX_SEED, KVLoadFailurePolicy, SamplingParams
 from gateway.budget import Budget, Held
 from gateway.chat_messages import plain_messages, template_variables
+from gateway.dialects.messages_errors import overflow
 from gateway.request import Prompt, Request, Route
 from gateway.request_rules import (
     chat_logprobs,
@@ -106,6 +107,8 @@ class Validator:
             budget = replace(budget, asked=body.max_completion_tokens, field=field)
         if route is Route.RESPONSES:
             budget = replace(budget, unit="input", field="max_output_tokens")
+        if route is Route.MESSAGES:
+            budget = replace(budget, overflow=overflow)
         tools = self._tools(body)
         prompt = await self._chat_prompt(body, tools)
         token_ids = await self._encode_chat(prompt, body)

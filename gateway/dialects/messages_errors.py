@@ -25,6 +25,16 @@ def message_id(path: str, request_id: str) -> str | None:
     return request_id if path.startswith(PREFIX) else None
 
 
+def overflow(num_prompt: int, num_wanted: int, most: int) -> str:
+    """Claude Code reads these: on the one it asks for less, on the other it shortens the prompt."""
+    if num_prompt >= most:
+        return f"prompt is too long: {num_prompt} tokens > {most - 1} maximum"
+    return (
+        f"input length and `max_tokens` exceed context limit: {num_prompt} + {num_wanted} > "
+        f"{most}, decrease input length or `max_tokens` and try again"
+    )
+
+
 def message_status(error: ServingError) -> int:
     return OVERLOADED if error.http_status == UNAVAILABLE else error.http_status
 

@@ -135,6 +135,13 @@ def test_what_a_message_cannot_ask_of_thoughts_is_said(
     assert named in refused.json()["error"]["message"]
 
 
+def test_a_budget_of_thoughts_is_held_against_the_clients_max_tokens(http: httpx.Client) -> None:
+    """Which is more than the context of this model, of which the client hears first here."""
+    thinking = {"type": "enabled", "budget_tokens": 1024}
+    refused = http.post("/v1/messages", json=asking(thinking=thinking, max_tokens=1025))
+    assert "exceed context limit" in refused.json()["error"]["message"]
+
+
 def test_a_message_is_taken_as_claude_code_asks_it(http: httpx.Client) -> None:
     """Turn by turn with another line to its maker, behind which prompts must begin alike."""
     counts = set()
@@ -164,3 +171,16 @@ def test_a_system_that_says_nothing_is_none(http: httpx.Client, system: object) 
     asked = {"messages": [{"role": "user", "content": "two"}]}
     plain = http.post("/v1/messages/count_tokens", json=asked).json()
     assert http.post("/v1/messages/count_tokens", json={**asked, "system": system}).json() == plain
+
+
+def test_an_overflow_reads_as_claude_code_expects(http: httpx.Client) -> None:
+    wide = http.post("/v1/messages", json=asking(max_tokens=5000)).json()["error"]["message"]
+    num_prompt = http.post("/v1/messages/count_tokens", json=asking()).json()["input_tokens"]
+    assert wide == (
+        f"input length and `max_tokens` exceed context limit: {num_prompt} + 5000 > 512, decrease "
+        "input length or `max_tokens` and try again"
+    )
+    talk = [{"role": "user", "content": "word " * 3000}]
+    long = http.post("/v1/messages", json=asking(messages=talk)).json()["error"]["message"]
+    assert long.startswith("prompt is too long: ")
+    assert long.endswith(" tokens > 511 maximum")
