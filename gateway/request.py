@@ -6,13 +6,15 @@ A request has one or more prompts and `n` choices for each; every choice becomes
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cluster.request import MAX_SEED, KVLoadFailurePolicy, SamplingParams, SequenceRequest
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from gateway.thoughts import ThoughtMarks
     from gateway.tools.formats import ToolFormat
 
@@ -83,6 +85,7 @@ class Request:
     priority: int = 0
     deadline_seconds: float | None = None
     kv_load_failure_policy: KVLoadFailurePolicy | None = None  # None: the gateway's
+    repeated: Mapping[str, Any] = field(default_factory=dict)  # by an answer of the Responses API
 
     @property
     def num_sequences(self) -> int:

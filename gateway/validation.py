@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +32,7 @@ from gateway.request_rules import (
 from gateway.tools.bodies import offered_tools
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from gateway.chat_template import ChatTemplate
     from gateway.schemas import ChatBody, CompletionBody, GenerationBody, TokenizeBody
@@ -59,7 +59,8 @@ _PLAIN_OPTIONS = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Asked:
-    """What is known of a request besides its body. `max_model_len` is that of the cluster."""
+    """What is known of a request besides its body, and what of that its answer repeats.
+    `max_model_len` is that of the cluster."""
 
     request_id: str
     created: int
@@ -67,6 +68,7 @@ class Asked:
     max_model_len: int
     deadline_seconds: float | None = None
     kv_load_failure_policy: KVLoadFailurePolicy | None = None
+    repeated: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Validator:
@@ -212,6 +214,7 @@ class Validator:
             priority=checked_priority(body.priority),
             deadline_seconds=asked.deadline_seconds,
             kv_load_failure_policy=asked.kv_load_failure_policy,
+            repeated=asked.repeated,
         )
 
     def _bounded(self, body: GenerationBody, shape: _Shape) -> _Shape:

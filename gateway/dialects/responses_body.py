@@ -1,6 +1,7 @@
 """`POST /v1/responses`: its body as a chat.
 
-Nothing is stored, so each request brings all of its input: messages, calls and their outputs.
+Nothing is stored, so each request brings all of its input: messages, calls and their outputs, and
+thoughts, which belong to what the assistant says next.
 """
 
 from __future__ import annotations
@@ -23,12 +24,26 @@ _HARMLESS: dict[str, tuple[object, ...]] = {
     "prompt": (),
     "background": (False,),
     "store": (False,),
-    "include": ([],),
+    "include": ([], ["reasoning.encrypted_content"]),  # there is none: thoughts are plain
     "truncation": ("disabled",),
     "top_logprobs": (0,),
 }
 _TEXTS = frozenset({"input_text", "output_text", "text"})
+_THOUGHTS = frozenset({"reasoning_text"})
 _ROLES = ("system", "developer", "user", "assistant")
+# As the client wrote it.
+_REPEATED = (
+    "instructions",
+    "max_output_tokens",
+    "metadata",
+    "parallel_tool_calls",
+    "prompt_cache_key",
+    "safety_identifier",
+    "temperature",
+    "tool_choice",
+    "top_p",
+    "user",
+)
 Json = dict[str, Any]
 
 
@@ -66,6 +81,11 @@ class FunctionCallOutput(Wire):
     type: Literal["function_call_output"]
     call_id: str
     output: Any
+
+
+class ReasoningItem(Wire):
+    type: Literal["reasoning"]
+    content: Any = None
 
 
 class ResponsesBody(Wire):
@@ -117,9 +137,40 @@ def _as_chat(body: ResponsesBody) -> ChatBody:
             "tools": tools or None,
             "tool_choice": body.tool_choice if tools else None,
             "parallel_tool_calls": body.parallel_tool_calls,
-            "include_reasoning": False,  # as OpenAI's models keep theirs
         }
     )
+
+
+def repeated(fields: Mapping[str, Any]) -> Json:
+    """What an answer says again of a request that is valid, and what it stands for where that said
+    nothing."""
+    tools = [Tool.model_validate(tool).model_dump() for tool in fields.get("tools") or []]
+    said: Json = {
+        "background": False,
+        "frequency_penalty": 0.0,
+        "instructions": None,
+        "max_output_tokens": None,
+        "max_tool_calls": None,
+        "metadata": {},
+        "parallel_tool_calls": True,
+        "presence_penalty": 0.0,
+        "previous_response_id": None,
+        "prompt_cache_key": None,
+        "reasoning": {"effort": None, "summary": None},
+        "safety_identifier": None,
+        "service_tier": "default",
+        "store": False,
+        "temperature": 1.0,
+        "text": {"format": {"type": "text"}, "verbosity": "medium"},
+        "tool_choice": "auto",
+        "top_logprobs": 0,
+        "top_p": 1.0,
+        "truncation": "disabled",
+        "user": None,
+    }
+    said |= {name: fields[name] for name in _REPEATED if fields.get(name) is not None}
+    said["reasoning"]["effort"] = (fields.get("reasoning") or {}).get("effort")
+    return {**said, "tools": tools}
 
 
 def _tool(tool: Tool, path: str) -> Json:
@@ -136,14 +187,33 @@ def _messages(given: object) -> list[Json]:
     if not isinstance(given, list) or not given:
         raise InvalidRequest("input must be text or a list of messages.", param="input")
     messages: list[Json] = []
+    thought = ""
     for index, item in enumerate(given):
-        message = _message(item, f"input[{index}]")
-        if "tool_calls" in message and messages and messages[-1]["role"] == "assistant":
+        path = f"input[{index}]"
+        if isinstance(item, dict) and item.get("type") == "reasoning":
+            thought = _thought(valid(ReasoningItem, item, path), path)
+            continue
+        message = _message(item, path)
+        if thought and message["role"] == "assistant":
+            message["reasoning_content"] = thought
+        if _continues(message, messages):
             calls = messages[-1].setdefault("tool_calls", [])
             calls += message["tool_calls"]
         else:
             messages.append(message)
+        thought = ""
     return messages
+
+
+def _continues(message: Json, before: list[Json]) -> bool:
+    """A call of the same turn of the assistant."""
+    is_call = "tool_calls" in message and "reasoning_content" not in message
+    return is_call and bool(before) and before[-1]["role"] == "assistant"
+
+
+def _thought(item: ReasoningItem, path: str) -> str:
+    """OpenAI's own are encrypted, and say nothing here."""
+    return text_of(item.content or [], f"{path}.content", texts=_THOUGHTS)
 
 
 def _message(item: object, path: str) -> Json:

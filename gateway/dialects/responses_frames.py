@@ -1,13 +1,15 @@
 """A choice as an object of OpenAI's Responses, whole or as events.
 
 A stream: `created` and `in_progress` come with the first token; then items, each opened, filled and
-closed: a message as its text comes, a call of a tool at once; `completed` or `incomplete` is last,
-with all that was streamed. An error in between is an `error` event and `response.failed`.
+closed: thoughts and a message as their text comes, a call of a tool at once; `completed` or
+`incomplete` is last, with all that was streamed. An error in between is an `error` event and
+`response.failed`.
 """
 
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from cluster.request import FinishReason
@@ -43,17 +45,36 @@ def _head(generation: Generation, status: str) -> Json:
         "incomplete_details": None,
         "model": request.model,
         "output": [],
-        "parallel_tool_calls": not request.text.one_call,
-        "tool_choice": "auto",
-        "tools": [],
-        "truncation": "disabled",
-        "store": False,
+        **request.repeated,
         "usage": None,
     }
 
 
-def _part(text: str) -> Json:
-    return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    """An item of words: what it, its one part and the events of that are made of."""
+
+    prefix: str  # of its id
+    item: Json
+    part: Json
+    events: str
+    of_event: Json
+
+
+_MESSAGE = _Kind(
+    prefix="msg",
+    item={"type": "message", "role": "assistant"},
+    part={"type": "output_text", "annotations": [], "logprobs": []},
+    events="output_text",
+    of_event={"logprobs": []},
+)
+_REASONING = _Kind(
+    prefix="rs",
+    item={"type": "reasoning", "summary": [], "encrypted_content": None},
+    part={"type": "reasoning_text"},
+    events="reasoning_text",
+    of_event={},
+)
 
 
 def _usage(generation: Generation) -> Json:
@@ -75,7 +96,8 @@ class ResponsesFrames:
         self._number = 0
         self._has_begun = False
         self._output: list[Json] = []  # the items that are closed
-        self._text: str | None = None  # of the message that is open
+        self._kind: _Kind | None = None  # of the words that are open
+        self._words = ""
 
     def render(self, choice: Choice, piece: Piece) -> bytes:
         frames = b""
@@ -83,15 +105,17 @@ class ResponsesFrames:
             self._has_begun = True
             head = {"response": _head(self._generation, "in_progress")}
             frames = self._event("created", head) + self._event("in_progress", head)
+        if piece.thought:
+            frames += self._say(_REASONING, piece.thought)
         if piece.text:
-            frames += self._say(piece.text)
+            frames += self._say(_MESSAGE, piece.text)
         for call in piece.calls:
-            frames += self._close_message() + self._call(call)
+            frames += self._close_words("completed") + self._call(call)
         return frames
 
     def last(self) -> bytes:
-        nothing = b"" if self._output or self._text is not None else self._say("")
-        closing = nothing + self._close_message()
+        nothing = b"" if self._output or self._kind else self._say(_MESSAGE, "")
+        closing = nothing + self._close_words(self._status)
         return closing + self._event(self._status, {"response": self.whole()})
 
     def error(self, error: ServingError) -> bytes:
@@ -119,29 +143,31 @@ class ResponsesFrames:
 
     # ---- items ---------------------------------------------------------------------------
 
-    def _say(self, text: str) -> bytes:
+    def _say(self, kind: _Kind, words: str) -> bytes:
         frames = b""
-        if self._text is None:
-            self._text = ""
-            frames = self._item_event("output_item.added", item=self._message("in_progress", []))
-            frames += self._part_event("content_part.added", part=_part(""))
-        self._text += text
-        if not text:
+        if self._kind is not kind:
+            frames = self._close_words("completed")
+            self._kind, self._words = kind, ""
+            frames += self._item_event("output_item.added", item=self._item("in_progress", []))
+            frames += self._part_event("content_part.added", part={**kind.part, "text": ""})
+        self._words += words
+        if not words:
             return frames
-        return frames + self._part_event("output_text.delta", delta=text, logprobs=[])
+        return frames + self._part_event(f"{kind.events}.delta", delta=words, **kind.of_event)
 
-    def _close_message(self) -> bytes:
-        if self._text is None:
+    def _close_words(self, status: str) -> bytes:
+        kind, words = self._kind, self._words
+        if kind is None:
             return b""
-        text, part = self._text, _part(self._text)
-        item = self._message(self._status, [part])
+        part = {**kind.part, "text": words}
+        item = self._item(status, [part])
         frames = (
-            self._part_event("output_text.done", text=text, logprobs=[])
+            self._part_event(f"{kind.events}.done", text=words, **kind.of_event)
             + self._part_event("content_part.done", part=part)
             + self._item_event("output_item.done", item=item)
         )
         self._output.append(item)
-        self._text = None
+        self._kind = None
         return frames
 
     def _call(self, call: ToolCall) -> bytes:
@@ -164,23 +190,20 @@ class ResponsesFrames:
         self._output.append(item)
         return frames
 
-    def _message(self, status: str, content: list[Json]) -> Json:
-        return {
-            "id": self._message_id,
-            "type": "message",
-            "status": status,
-            "role": "assistant",
-            "content": content,
-        }
+    def _item(self, status: str, content: list[Json]) -> Json:
+        """Of the words that are open."""
+        kind = self._kind or _MESSAGE
+        return {"id": self._item_id, **kind.item, "status": status, "content": content}
 
     @property
-    def _message_id(self) -> str:
-        return f"msg_{self._generation.request.request_id}_{len(self._output)}"
+    def _item_id(self) -> str:
+        prefix = (self._kind or _MESSAGE).prefix
+        return f"{prefix}_{self._generation.request.request_id}_{len(self._output)}"
 
     # ---- events --------------------------------------------------------------------------
 
     def _part_event(self, name: str, **fields: Any) -> bytes:
-        return self._item_event(name, item_id=self._message_id, content_index=0, **fields)
+        return self._item_event(name, item_id=self._item_id, content_index=0, **fields)
 
     def _item_event(self, name: str, **fields: Any) -> bytes:
         """Of the item that is open."""

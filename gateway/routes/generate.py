@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from cluster.errors import InvalidRequest
@@ -17,7 +18,7 @@ from cluster.request import KVLoadFailurePolicy
 from gateway.body import read_object
 from gateway.dialects.messages_body import parse_messages
 from gateway.dialects.messages_errors import message_id
-from gateway.dialects.responses_body import parse_responses
+from gateway.dialects.responses_body import parse_responses, repeated
 from gateway.edge import REQUEST_ID
 from gateway.http_errors import as_serving_error, log_refusal, send_error, status_of
 from gateway.http_server import CUT
@@ -101,6 +102,8 @@ class GenerateEndpoint:
         if self._route in _CHATS:
             chat = _CHATS[self._route](fields)
             asked = self._asked(scope, chat.model, deadline)
+            if self._route is Route.RESPONSES:
+                asked = replace(asked, repeated=repeated(fields))
             return await gateway.validator.chat(chat, asked, self._route)
         plain = parse_completion(fields)
         asked = self._asked(scope, plain.model, deadline)

@@ -104,6 +104,27 @@ def test_a_streamed_response_closes_what_it_opens(http: httpx.Client) -> None:
     assert events[0]["response"]["completed_at"] is None
 
 
+def test_a_response_repeats_what_was_asked(http: httpx.Client) -> None:
+    tool = {"type": "function", "name": "f", "parameters": {"type": "object"}}
+    asked = {"instructions": "one", "temperature": 0.5, "metadata": {"a": "b"}, "user": "u"}
+    asked |= {"max_output_tokens": 9, "reasoning": {"effort": "low"}, "tool_choice": "none"}
+    answer = http.post("/v1/responses", json={"input": HELLO, "tools": [tool], **asked}).json()
+    known = {"effort": "low", "summary": None}
+    assert {name: answer[name] for name in asked} == asked | {"reasoning": known}
+    assert answer["tools"] == [{**tool, "description": None, "strict": None}]
+    events = events_of(http, "/v1/responses", {"input": HELLO, **asked})
+    assert events[0]["response"]["instructions"] == events[-1]["response"]["instructions"] == "one"
+
+
+def test_a_response_says_what_holds_where_nothing_was_asked(http: httpx.Client) -> None:
+    answer = http.post("/v1/responses", json={"input": HELLO}).json()
+    said = {"temperature": 1.0, "top_p": 1.0, "tools": [], "tool_choice": "auto", "store": False}
+    assert said.items() <= answer.items()
+    assert {"instructions", "previous_response_id", "text", "metadata", "top_logprobs"} <= set(
+        answer
+    )
+
+
 def test_a_response_that_fails_midway_says_so_last(
     new_gateway: Callable[..., RunningGateway],
 ) -> None:
