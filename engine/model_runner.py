@@ -251,6 +251,7 @@ class ModelRunner:
             done = torch.Event(self._limits.device)
             done.record()
         if hidden is None:
+            self._drawn_by = ()  # who drew before may have lost their blocks since
             return LaunchedStep((), None, done)
         sampler = self._drawing()
         plan = sampler.plan_for(sampled)

@@ -196,3 +196,31 @@ def test_a_context_that_does_not_fit_the_pool_is_refused_at_start(open_engine: O
 def test_the_fingerprint_is_of_the_weights(open_engine: OpenEngine, engine: Engine) -> None:
     assert engine.weights_fingerprint == open_engine("qwen3").weights_fingerprint
     assert engine.weights_fingerprint != open_engine("qwen2").weights_fingerprint
+
+
+def test_a_sequence_that_came_back_to_other_blocks_decodes_from_them(
+    engine: Engine, start: Start
+) -> None:
+    """What was drawn last was drawn for it too, but from blocks that others have now."""
+    manager = engine.block_manager
+    alone = start(range(10, 50), max_tokens=8)
+    preempted = start(range(10, 50), max_tokens=8)
+    for sequence in (alone, preempted):
+        for length in (40, 1, 1):
+            step(engine, (sequence, length))
+    manager.preempt(preempted)
+    manager.reset_prefix_cache()
+    taker = start(range(60, 120))
+    step(engine, (taker, 59))
+    num_tokens = preempted.num_tokens
+    assert manager.allocate(preempted, num_tokens + 1)
+    decisions = [
+        ScheduleDecision((ScheduledChunk(preempted, length),)) for length in (num_tokens - 1, 1)
+    ]
+    engine.overlaps = True
+    all_but_last, last = [engine.launch(decision) for decision in decisions]
+    engine.collect(all_but_last)
+    engine.collect(last)
+    engine.overlaps = False
+    step(engine, (alone, 1))
+    assert preempted.output_token_ids == alone.output_token_ids
