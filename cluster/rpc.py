@@ -165,15 +165,17 @@ def _translating_unary(behavior: Callable[..., Awaitable[Any]]) -> Callable[...,
 
 def _translating_stream(
     behavior: Callable[..., AsyncGenerator[Any]],
-) -> Callable[..., AsyncGenerator[Any]]:
-    async def call(request: Any, context: grpc.aio.ServicerContext) -> AsyncGenerator[Any]:
+) -> Callable[..., Awaitable[None]]:
+    """Writes what `behavior` yields: whatever interrupts a write is raised here, too."""
+
+    async def call(request: Any, context: grpc.aio.ServicerContext) -> None:
         async with (
             _translating(context, "The node failed to serve this stream."),
             # Closed here and now: the clean-up of a stream must not wait for the collector.
             contextlib.aclosing(behavior(request, context)) as messages,
         ):
             async for message in messages:
-                yield message
+                await context.write(message)
 
     return call
 
@@ -185,6 +187,10 @@ async def _translating(context: grpc.aio.ServicerContext, apology: str) -> Async
         yield
     except ServingError as error:
         await abort(context, error)
+    except asyncio.CancelledError:
+        # By the caller, who has gone, or by this node: then gRPC would tell the caller nothing, who
+        # would read a stream for ever that nobody serves.
+        await abort(context, NodeUnavailable("The node ended this call.", reason="dropped"))
     except grpc.aio.AbortError:
         raise
     except Exception:

@@ -16,6 +16,7 @@ from cluster.errors import (
     DeadlineExceeded,
     InternalError,
     NodeLost,
+    NodeUnavailable,
     Overloaded,
     ServingError,
 )
@@ -168,7 +169,8 @@ def test_a_prompt_of_a_million_tokens_fits_a_message() -> None:
 
 
 def test_a_gateway_that_stops_reading_ends_on_the_node() -> None:
-    """The stream hangs in a write; dropping the session must still reach the clean-up."""
+    """The stream hangs in a write; dropping the session must still reach the clean-up. A gateway
+    that reads again hears of it: it would wait for tokens that nobody computes any more."""
 
     async def scenario() -> None:
         node = SmallNode()
@@ -182,7 +184,11 @@ def test_a_gateway_that_stops_reading_ends_on_the_node() -> None:
                 node.hub.publish("g", [delta])
                 await asyncio.sleep(0)
             assert not node.hub.is_open("g")
-            call.cancel()
+            with pytest.raises(grpc.aio.AioRpcError) as raised:
+                await _read_all(call)
+        told = rpc.error_from_rpc(raised.value)
+        assert isinstance(told, NodeUnavailable)
+        assert told.reason == "dropped"
 
     asyncio.run(scenario())
 
@@ -242,6 +248,11 @@ def test_a_peer_that_is_slow_to_greet_is_not_taken_for_lost() -> None:
         slow.close()
 
     asyncio.run(scenario())
+
+
+async def _read_all(call: Any) -> None:
+    while await call.read() is not grpc.aio.EOF:
+        pass
 
 
 async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

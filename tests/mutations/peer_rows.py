@@ -119,6 +119,12 @@ PEER_ROWS = (
                 GREEDY + "a_peer_that_asks_and_reads_no_answers_is_cut_off",
             ),
             Mutation(
+                "cluster/rpc.py",
+                'await abort(context, NodeUnavailable("The node ended this call."',
+                "raise  #",
+                "tests/cluster/test_rpc.py::test_a_gateway_that_stops_reading_ends_on_the_node",
+            ),
+            Mutation(
                 "kv_transfer/transports/local_messages.py",
                 "if len(self._unsent) >= MAX_UNSENT:",
                 "if False:",
