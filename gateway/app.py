@@ -166,7 +166,7 @@ def translate_errors(app: FastAPI, *, advice: str) -> None:
 
     async def on_bug(request: Request, _: Exception) -> Response:
         # Raised again by the framework, and logged by `Edge`.
-        named = message_id(request.url.path, request.scope[REQUEST_ID])
+        named = message_id(request.scope, request.scope[REQUEST_ID])
         return error_response(unexplained(), named)
 
     app.add_exception_handler(Exception, on_bug)
@@ -177,7 +177,7 @@ def translate_errors(app: FastAPI, *, advice: str) -> None:
 
 def refusal(request: Request, error: ServingError) -> Response:
     path = request.url.path
-    named = message_id(path, request.scope[REQUEST_ID])
+    named = message_id(request.scope, request.scope[REQUEST_ID])
     log_refusal(error, path, status_of(error, named))
     return error_response(error, named)
 

@@ -92,7 +92,7 @@ class Edge:
                     self._keys.check(scope["headers"])
                 await self._app(inner, receive, tagged)
             except Exception as error:  # the last resort of a request
-                known, named = as_serving_error(error), message_id(path, request_id)
+                known, named = as_serving_error(error), message_id(inner, request_id)
                 log_refusal(known, path, status_of(known, named))
                 if not tagged.has_started:
                     await send_error(tagged, known, named)

@@ -5,9 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from starlette.types import Scope
+
     from cluster.errors import ServingError
 
 PREFIX = "/v1/messages"
+MODELS = "/v1/models"  # which both APIs have
+HEADER = b"anthropic-version"  # by which its clients can be told there
 UNAVAILABLE = 503
 OVERLOADED = 529  # what these clients take for "try again soon", where others are told 503
 _TYPES = {
@@ -20,9 +24,16 @@ _TYPES = {
 }
 
 
-def message_id(path: str, request_id: str) -> str | None:
-    """The id that such an error names; None on routes of other APIs."""
-    return request_id if path.startswith(PREFIX) else None
+def asks_anthropic(scope: Scope) -> bool:
+    path: str = scope["path"]
+    if path.startswith(MODELS):
+        return any(name == HEADER for name, _ in scope["headers"])
+    return path.startswith(PREFIX)
+
+
+def message_id(scope: Scope, request_id: str) -> str | None:
+    """The id that such an error names; None where another API is asked."""
+    return request_id if asks_anthropic(scope) else None
 
 
 def overflow(num_prompt: int, num_wanted: int, most: int) -> str:

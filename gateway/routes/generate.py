@@ -64,7 +64,7 @@ class GenerateEndpoint:
             generation = await gateway.begin(request, arrived_at=arrived_at)
         except Exception as error:  # the top of a request: whatever it is becomes its answer
             known = as_serving_error(error)
-            named = message_id(scope["path"], scope[REQUEST_ID])
+            named = message_id(scope, scope[REQUEST_ID])
             status = status_of(known, named)
             if request is None:
                 self._note_refusal(scope, status, known, arrived_at)

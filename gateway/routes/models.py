@@ -7,11 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, Request
 
+from gateway.dialects.messages_errors import asks_anthropic
+
 if TYPE_CHECKING:
     from gateway.gateway import Gateway
-
-
-ANTHROPIC_HEADER = "anthropic-version"  # who sends it reads the other shape
 
 
 def models_router(gateway: Gateway) -> APIRouter:
@@ -37,6 +36,7 @@ def models_router(gateway: Gateway) -> APIRouter:
             "id": name,
             "display_name": name,
             "created_at": started.replace("+00:00", "Z"),
+            "lifecycle": "active",
             "max_input_tokens": length,
             "max_tokens": length,
         }
@@ -44,7 +44,7 @@ def models_router(gateway: Gateway) -> APIRouter:
     @router.get("/v1/models", summary="List the models")
     async def list_models(request: Request) -> dict[str, Any]:
         names = gateway.model_names
-        if ANTHROPIC_HEADER not in request.headers:
+        if not asks_anthropic(request.scope):
             return {"object": "list", "data": [describe(name) for name in names]}
         data = [describe_to_anthropic(name) for name in names]
         return {"data": data, "has_more": False, "first_id": names[0], "last_id": names[-1]}
@@ -52,7 +52,6 @@ def models_router(gateway: Gateway) -> APIRouter:
     @router.get("/v1/models/{model_id:path}", summary="Describe one model")
     async def retrieve_model(model_id: str, request: Request) -> dict[str, Any]:
         name = gateway.model_for(model_id)
-        asks_anthropic = ANTHROPIC_HEADER in request.headers
-        return describe_to_anthropic(name) if asks_anthropic else describe(name)
+        return describe_to_anthropic(name) if asks_anthropic(request.scope) else describe(name)
 
     return router

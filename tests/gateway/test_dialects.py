@@ -281,9 +281,25 @@ def test_a_stranger_is_refused_in_the_shape_of_the_route(
     new_gateway: Callable[..., RunningGateway],
 ) -> None:
     running = new_gateway(api_key=("key",))
-    refused = httpx.post(f"{running.url}/v1/messages", json=asking())
-    assert refused.status_code == 401
-    assert refused.json()["error"]["type"] == "authentication_error"
+    headers = {"anthropic-version": "2023-06-01"}
+    for refused in (
+        httpx.post(f"{running.url}/v1/messages", json=asking()),
+        httpx.get(f"{running.url}/v1/models", headers=headers),
+    ):
+        assert refused.status_code == 401
+        told = refused.json()
+        assert (told["type"], told["error"]["type"]) == ("error", "authentication_error")
+    plain = httpx.get(f"{running.url}/v1/models")
+    assert error_of(plain)["code"] == "invalid_api_key"
+
+
+def test_a_model_that_is_not_there_is_missing_in_the_shape_of_its_client(
+    http: httpx.Client,
+) -> None:
+    missing = http.get("/v1/models/nobody", headers={"anthropic-version": "2023-06-01"})
+    assert (missing.status_code, missing.json()["error"]["type"]) == (404, "not_found_error")
+    assert missing.json()["request_id"] == missing.headers["request-id"]
+    assert error_of(http.get("/v1/models/nobody"))["code"] == "model_not_found"
 
 
 def test_a_bug_of_ours_is_told_in_the_shape_of_the_route(
@@ -307,4 +323,5 @@ def test_models_are_listed_in_both_shapes(http: httpx.Client) -> None:
     assert listed["data"][0]["created_at"].endswith("Z")
     one = http.get(f"/v1/models/{MODEL}", headers={"anthropic-version": "2023-06-01"}).json()
     assert one == listed["data"][0]
+    assert one["lifecycle"] == "active"
     assert http.get("/v1/models").json()["object"] == "list"
