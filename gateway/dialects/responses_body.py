@@ -184,8 +184,13 @@ def _tool(tool: Tool, path: str) -> Json:
 def _messages(given: object) -> list[Json]:
     if isinstance(given, str):
         return [{"role": "user", "content": given}]
-    if not isinstance(given, list) or not given:
+    messages = _listed(given) if isinstance(given, list) else []
+    if not messages:
         raise InvalidRequest("input must be text or a list of messages.", param="input")
+    return messages
+
+
+def _listed(given: list[object]) -> list[Json]:
     messages: list[Json] = []
     thought = ""
     for index, item in enumerate(given):

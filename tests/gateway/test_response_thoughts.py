@@ -110,6 +110,7 @@ def test_thoughts_come_back_with_what_was_said_after_them(http: httpx.Client) ->
     [
         ({"include": ["message.output_text.logprobs"]}, "include"),
         ({"input": [{"type": "reasoning", "content": 5}]}, "input[0].content"),
+        ({"input": [{"type": "reasoning"}]}, "input"),
     ],
 )
 def test_what_cannot_be_asked_of_thoughts_is_named(
