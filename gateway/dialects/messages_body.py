@@ -8,11 +8,13 @@ the assistant thought, of which its template takes what it wants.
 from __future__ import annotations
 
 import json
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, WithJsonSchema
 
 from cluster.errors import InvalidRequest, Unsupported
+from gateway.dialects.claude_code import for_models
 from gateway.dialects.contents import text_of
 from gateway.schemas import ChatBody, Ignored, Wire, refuse, valid
 
@@ -26,8 +28,6 @@ _HARMLESS: dict[str, tuple[object, ...]] = {
 }
 # Of old thoughts a chat template takes what it wants in any case.
 _HARMLESS_EDIT = "clear_thinking_20251015"
-# A line of Claude Code to its maker, another one each time: no prompt would begin like the last.
-_BILLING = "x-anthropic-billing-header:"
 MIN_THINKING_TOKENS = 1024
 _CONTENT_SCHEMA = {"type": ["string", "array"]}
 _SYSTEM_SCHEMA = {"type": ["string", "array", "null"]}
@@ -154,9 +154,12 @@ def _as_chat(body: CountTokensBody, sampling: Json) -> ChatBody:
     _refuse_parts(body)
     thinking = body.thinking or Thinking(type="disabled")
     thinks = thinking.type != "disabled"
-    messages = _system(body.system)
+    messages = _system([] if body.system is None else body.system, "system")
     for index, one in enumerate(body.messages):
-        messages += _messages(one, f"messages[{index}].content")
+        read = _system if one.role == "system" else partial(_messages, one.role)
+        messages += read(one.content, f"messages[{index}].content")
+    if not messages:
+        raise InvalidRequest("messages must not be empty.", param="messages")
     tools = [_tool(tool, f"tools[{index}]") for index, tool in enumerate(body.tools or [])]
     return ChatBody.model_validate(
         {
@@ -191,27 +194,20 @@ def _refuse_parts(body: CountTokensBody) -> None:
             )
 
 
-def _system(content: object) -> list[Json]:
-    if isinstance(content, list):
-        content = [block for block in content if not _is_billing(block)]
-    text = "" if content is None else _text(content, "system")
+def _system(content: object, path: str) -> list[Json]:
+    text = _text(for_models(content), path)
     return [{"role": "system", "content": text}] if text else []
 
 
-def _is_billing(block: object) -> bool:
-    text = block.get("text") if isinstance(block, dict) else None
-    return isinstance(text, str) and text.startswith(_BILLING)
-
-
-def _messages(one: MessageOfConversation, path: str) -> list[Json]:
+def _messages(role: str, content: object, path: str) -> list[Json]:
     """Results of tools come before the words of the same turn."""
-    blocks = one.content if isinstance(one.content, list) else []
+    blocks = content if isinstance(content, list) else []
     placed = [(block, f"{path}[{index}]") for index, block in enumerate(blocks)]
     uses = [valid(ToolUse, block, at) for block, at in placed if _is(block, "tool_use")]
     results = [
         (valid(ToolResult, block, at), at) for block, at in placed if _is(block, "tool_result")
     ]
-    words: Json = {"role": one.role, "content": _text(one.content, path)}
+    words: Json = {"role": role, "content": _text(content, path)}
     if uses:
         words["tool_calls"] = [_call(use) for use in uses]
     thoughts = [valid(ThinkingBlock, block, at) for block, at in placed if _is(block, "thinking")]

@@ -145,32 +145,43 @@ def test_a_budget_of_thoughts_is_held_against_the_clients_max_tokens(http: httpx
 def test_a_message_is_taken_as_claude_code_asks_it(http: httpx.Client) -> None:
     """Turn by turn with another line to its maker, behind which prompts must begin alike."""
     counts = set()
-    for billing in ("cc_version=2.1; cch=1a2b3;", "cc_version=2.1; cch=99;"):
-        system = [
-            {"type": "text", "text": f"x-anthropic-billing-header: {billing}"},
-            {"type": "text", "text": "one ", "cache_control": {"type": "ephemeral"}},
-        ]
+    for billing, left in (("cc_version=2.1; cch=1a2b3;", 9), ("cc_version=2.1; cch=99;", 123456)):
+        countdown = f"<total_tokens>{left} tokens left</total_tokens>"
+        one = {"type": "text", "text": f"one\n{countdown}", "cache_control": {"type": "ephemeral"}}
+        system = [{"type": "text", "text": f"x-anthropic-billing-header: {billing}"}, one]
         body = asking(
             system=system,
             thinking=ADAPTIVE,
             context_management={"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]},
             metadata={"user_id": "u"},
         )
-        body["messages"] = [{"role": "user", "content": "two"}]
+        body["messages"] = [
+            {"role": "user", "content": "two"},
+            {"role": "system", "content": countdown},
+            {"role": "user", "content": [{"type": "text", "text": f"three {countdown[:14]}"}]},
+        ]
         answer = http.post("/v1/messages?beta=true", json=body).json()
-        assert answer["content"] == [{"type": "text", "text": "one two"}]
+        assert answer["content"] == [{"type": "text", "text": "onetwothree <total_tokens>"}]
         del body["max_tokens"]
         counts.add(http.post("/v1/messages/count_tokens", json=body).json()["input_tokens"])
     assert len(counts) == 1
 
 
 @pytest.mark.parametrize(
-    "system", ["", [], [{"type": "text", "text": "x-anthropic-billing-header: 1"}]]
+    "system",
+    [
+        "",
+        [],
+        [{"type": "text", "text": "x-anthropic-billing-header: 1"}],
+        "<total_tokens>1 tokens left</total_tokens>",
+    ],
 )
 def test_a_system_that_says_nothing_is_none(http: httpx.Client, system: object) -> None:
     asked = {"messages": [{"role": "user", "content": "two"}]}
     plain = http.post("/v1/messages/count_tokens", json=asked).json()
     assert http.post("/v1/messages/count_tokens", json={**asked, "system": system}).json() == plain
+    alone = {"messages": [{"role": "system", "content": system}]}
+    assert http.post("/v1/messages/count_tokens", json=alone).status_code == 400
 
 
 def test_an_overflow_reads_as_claude_code_expects(http: httpx.Client) -> None:
