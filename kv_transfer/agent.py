@@ -9,6 +9,7 @@ Life of an agent
 from __future__ import annotations
 
 import copy
+import logging
 import sys
 from typing import TYPE_CHECKING
 
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from kv_transfer.digests import DigestKind
     from kv_transfer.transports.base import Endpoint, Transport
 
+logger = logging.getLogger(__name__)
 
 # Frames of one peer. One is on the wire, the next stands ready; more would only have to drain when
 # a transfer is aborted.
@@ -126,14 +128,17 @@ class TransferAgent:
             return endpoint
         return None
 
-    async def settle(self) -> None:
-        """Wait until every device operation of this process on slots and blocks has ended. A device
-        that is lost raises here: where nothing is computed, no step finds out."""
+    async def settled(self) -> bool:
+        """Wait until every device operation of this process on slots and blocks has ended. False
+        when nobody can say that: the device is lost, and where nothing is computed, no step finds
+        out, so it is told here."""
         try:
             await self.pool.settle()
         except Exception:
+            logger.exception("the device does not say any more what has ended")
             self.quarantine.lost_device()
-            raise
+            return False
+        return True
 
     def map_slots(self, description: bytes) -> Sequence[torch.Tensor]:
         """The slots of a sender, for our device; none where they cannot be mapped. Any thread."""

@@ -61,7 +61,7 @@ class Landings:
         events: LandingEvents,
         reads: PacedReads,
         peer_name: str,
-        give_up: Callable[[BaseException], None],
+        give_up: Callable[[], None],
     ) -> None:
         """`give_up` ends the session."""
         self._agent = agent
@@ -168,12 +168,10 @@ class Landings:
         error = broken if isinstance(broken, ServingError) else failure(FailureReason.UNKNOWN)
         if broken is not error:
             logger.error("a frame of %s could not be placed", self._peer_name, exc_info=broken)
-        try:
-            await self._agent.settle()
-        except Exception as unsettled:  # the device's: it has not ended, for all that is known
+        if not await self._agent.settled():
             self._may_write_on = True
             self._forget(frame)
-            self._give_up(unsettled)
+            self._give_up()
             return
         self._end(frame, error)
 

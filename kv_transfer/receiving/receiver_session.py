@@ -90,7 +90,7 @@ class ReceiverSession:
         self._num_draining = 0
         self._silence = Silence()
         self._is_taking = False  # a payload; the next header waits for us
-        self._landings = Landings(agent, events, reads, peer.name, self._break)
+        self._landings = Landings(agent, events, reads, peer.name, self._give_up)
 
     @property
     def is_connected(self) -> bool:
@@ -167,7 +167,8 @@ class ReceiverSession:
             return False
         if not await self._landings.ended():
             return False
-        await self._agent.settle()
+        if not await self._agent.settled():
+            return False
         self.sender_slots.clear()  # unmapped, whoever else still knows the list
         return True
 
@@ -209,6 +210,9 @@ class ReceiverSession:
                 self._take_mapped(reader, message)
         except Exception as error:
             self._break(error)
+
+    def _give_up(self) -> None:
+        self._events.link_lost(self.id, FailureReason.UNKNOWN)
 
     def _break(self, error: BaseException | None) -> None:
         reason = FailureReason.LINK_LOST

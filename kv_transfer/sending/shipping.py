@@ -225,14 +225,11 @@ class Shipping:
 
     async def _drop_when_settled(self, shipment: Any, slot: StagingSlot) -> None:
         """It may be packed in part: its blocks are still read, its slot is still written."""
-        try:
-            await self._agent.settle()
-        except Exception:  # the device's: it has not ended, for all that is known
-            logger.exception("a frame that could not be packed cannot be waited for")
+        if await self._agent.settled():
+            self._drop(shipment, slot)
+        else:
             self._may_pack_on = True
             self._cut()
-            return
-        self._drop(shipment, slot)
 
     def _post(self, frame: _Frame) -> None:
         seq, instructions = frame.shipment.machine.posted()

@@ -265,8 +265,8 @@ TRANSFER_ROWS = (
             ),
             Mutation(
                 "kv_transfer/sending/shipping.py",
-                "            await self._agent.settle()\n",
-                "            pass\n",
+                "if await self._agent.settled():",
+                "if True:",
                 UNFORESEEN + "a_node_whose_device_fails_at_a_frame_starts_afresh[at once]",
             ),
             Mutation(
