@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
     import logging
     from collections.abc import Callable, Mapping
+
+T = TypeVar("T")
+
+
+def tried(part: Callable[[], T]) -> T | Exception:
+    """What it gives, or what it broke over, for whom that concerns."""
+    try:
+        return part()
+    except Exception as error:  # a bug of the part; the rest of the work is others'
+        return error
 
 
 def isolated(
@@ -17,9 +27,8 @@ def isolated(
     extra: Mapping[str, object] | None = None,
 ) -> bool:
     """Whether it went well. If not, the log has the complaint, with the error and `extra`."""
-    try:
-        part()
-    except Exception:  # a bug of the part; the rest of the work is others'
-        logger.exception(complaint, extra=extra)
+    outcome = tried(part)
+    if isinstance(outcome, Exception):
+        logger.error(complaint, exc_info=outcome, extra=extra)
         return False
     return True

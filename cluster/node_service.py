@@ -32,6 +32,7 @@ from cluster.errors import (
     NodeUnavailable,
     ServingError,
 )
+from cluster.isolation import tried
 from cluster.proto import node_pb2 as pb
 from cluster.proto import node_pb2_grpc
 from cluster.request import Handoff, SequenceRequest, TokenDelta
@@ -178,15 +179,13 @@ class NodeService(node_pb2_grpc.NodeServicer):
     def _serve(self, gateway_id: str, sequence_id: str, serve: Callable[[], None]) -> bool:
         """False when the role breaks over it. All sequences of a gateway hang on who reads its
         frames: only this one ends."""
-        try:
-            serve()
-        except Exception:
-            told = self._hub.log.facts(sequence_id)
-            logger.exception("a frame about a sequence could not be served", extra=told)
-            error = InternalError("The node failed at this sequence.")
-            self._end(gateway_id, sequence_id, error)
-            return False
-        return True
+        broken = tried(serve)
+        if broken is None:
+            return True
+        told = self._hub.log.facts(sequence_id)
+        logger.error("a frame about a sequence could not be served", exc_info=broken, extra=told)
+        self._end(gateway_id, sequence_id, InternalError("The node failed at this sequence."))
+        return False
 
     def _end(self, gateway_id: str, sequence_id: str, error: ServingError) -> None:
         self._hub.publish(gateway_id, [TokenDelta(sequence_id=sequence_id, error=error)])

@@ -17,6 +17,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
+from cluster.isolation import tried
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -34,10 +36,11 @@ class Command:
         """Unless it was cancelled. An error is the caller's, not the thread's."""
         if not self.future.set_running_or_notify_cancel():
             return
-        try:
-            self.future.set_result(self.run())
-        except Exception as error:
-            self.future.set_exception(error)
+        outcome = tried(self.run)
+        if isinstance(outcome, Exception):
+            self.future.set_exception(outcome)
+        else:
+            self.future.set_result(outcome)
 
 
 class Commands:

@@ -33,6 +33,7 @@ import numpy as np
 import torch
 
 from cluster.errors import device_lost
+from cluster.isolation import isolated, tried
 from engine.block_copies import CopyKind
 from engine.host_memory import HostMemory
 from engine.loop_errors import unawaited
@@ -130,27 +131,24 @@ class HostCopier:
 
     def _run(self, copy: BlockCopy, done: Done) -> None:
         began = perf_counter()
-        digests: list[int] | None = None
-        try:
-            moves = self._move_here if self.device.type == "cpu" else self._move_over_the_bus
-            digests = moves(copy.kind, copy.slots, copy.block_ids)
-        except Exception:  # its blocks are computed again
-            logger.exception("a copy of KV blocks failed")
-            if not self._has_settled(copy.kind):
-                return
+        moves = self._move_here if self.device.type == "cpu" else self._move_over_the_bus
+        digests = tried(partial(moves, copy.kind, copy.slots, copy.block_ids))
+        if isinstance(digests, Exception):
+            logger.error("a copy of KV blocks failed", exc_info=digests)
+            if self._has_settled(copy.kind):
+                done(None)  # its blocks are computed again
+            return
         num_bytes = len(copy.block_ids) * self.block_bytes
         self.stats[copy.kind].count(num_bytes, perf_counter() - began)
         done(digests)
 
     def _has_settled(self, kind: CopyKind) -> bool:
         """Wait until nothing of a copy that failed writes any more. False: nobody can say that."""
-        try:
-            for lane in self._lanes.get(kind, ()):
-                lane.stream.synchronize()
-        except Exception:
-            logger.exception("a copy of KV blocks cannot be waited for")
-            self._on_lost(device_lost())
-            return False
+        complaint = "a copy of KV blocks cannot be waited for"
+        for lane in self._lanes.get(kind, ()):
+            if not isolated(lane.stream.synchronize, complaint, logger):
+                self._on_lost(device_lost())
+                return False
         return True
 
     # ---- where the pool is host memory itself -----------------------------------------------

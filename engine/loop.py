@@ -32,7 +32,7 @@ import time
 from typing import TYPE_CHECKING, TypeVar
 
 from cluster.errors import InternalError, OutOfMemory
-from cluster.isolation import isolated
+from cluster.isolation import isolated, tried
 from cluster.request import TokenDelta
 from engine.commands import Commands
 from engine.loop_errors import error_delta
@@ -285,9 +285,7 @@ class EngineLoop:
 def _tried(part: Callable[[], T]) -> T | Exception:
     """What this part of a step gives, or why it failed: one bad step must not end the node. A lost
     rank must, as no step can run any more."""
-    try:
-        return part()
-    except RankLost:
-        raise
-    except Exception as error:
-        return error
+    output = tried(part)
+    if isinstance(output, RankLost):
+        raise output
+    return output

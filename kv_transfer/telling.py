@@ -7,6 +7,8 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
+from cluster.isolation import tried
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -15,8 +17,8 @@ logger = logging.getLogger(__name__)
 
 def told(tell: Callable[[], bool | None]) -> bool:
     """Whether the node has taken it: False when it says so, or breaks."""
-    try:
-        return tell() is not False
-    except Exception:  # the node's: all other transfers hang on who tells it
-        logger.exception("the node could not be told what became of a transfer")
+    answer = tried(tell)
+    if isinstance(answer, Exception):
+        logger.error("the node could not be told what became of a transfer", exc_info=answer)
         return False
+    return answer is not False

@@ -12,7 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 from cluster.errors import Cancelled, InternalError, ServingError
-from cluster.isolation import isolated
+from cluster.isolation import isolated, tried
 from kv_transfer.trace import TRACE
 
 if TYPE_CHECKING:
@@ -64,11 +64,8 @@ class Errands:
         """The node hears of it at once: a client waits. How it ended, the intake hears later."""
         if TRACE.is_on:
             TRACE.mark("r.start")
-        try:
-            starting = self._source.start(sequence.sequence_id, first_token_id)
-        except Exception as error:  # no matter which: told below
-            starting = _failed(error)
-        self._tasks.spawn(self._start(sequence, starting))
+        start = partial(self._source.start, sequence.sequence_id, first_token_id)
+        self._tasks.spawn(self._start(sequence, tried(start)))
 
     def revoke(self, session_id: int) -> None:
         self._tasks.spawn(self._revoke(session_id))
@@ -98,7 +95,9 @@ class Errands:
         prepare = partial(self._agent.pool.prepare, table)
         isolated(prepare, "blocks could not be prepared for", logger)
 
-    async def _start(self, sequence: IncomingSequence, starting: Awaitable[None]) -> None:
+    async def _start(
+        self, sequence: IncomingSequence, starting: Awaitable[None] | Exception
+    ) -> None:
         transfer_id = sequence.transfer_id
         error = await _outcome(starting, "The decode node could not start the sequence.")
         if error is not None:
@@ -125,16 +124,15 @@ class Errands:
             )
 
 
-async def _outcome(errand: Awaitable[T], apology: str) -> T | ServingError:
-    """What it gives, or why it gives nothing: of the task that runs it nobody else hears."""
+async def _outcome(errand: Awaitable[T] | Exception, apology: str) -> T | ServingError:
+    """What it gives, or why it gives nothing, if only because it could not begin: of the task that
+    runs it nobody else hears."""
     try:
+        if isinstance(errand, Exception):
+            raise errand
         return await errand
     except ServingError as refused:
         return refused
     except Exception:
         logger.exception("an errand failed: %s", apology)
         return InternalError(apology)
-
-
-async def _failed(error: Exception) -> None:
-    raise error

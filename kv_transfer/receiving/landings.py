@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from cluster.errors import ServingError
+from cluster.isolation import tried
 from kv_transfer.failures import FailureReason, failure
 from kv_transfer.trace import TRACE
 
@@ -137,10 +138,9 @@ class Landings:
             self._end(frame, failure(FailureReason.ABORTED))
 
     def _place(self, frame: _Frame) -> None:
-        try:
-            placing = frame.arrival.place()
-        except Exception as error:
-            self.spawn(self._end_broken(frame, error))
+        placing = tried(frame.arrival.place)
+        if isinstance(placing, Exception):
+            self.spawn(self._end_broken(frame, placing))
             return
         if TRACE.is_on:
             frame.mark("r.scatter_queued")

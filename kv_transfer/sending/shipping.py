@@ -20,10 +20,12 @@ import asyncio
 import logging
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 from cluster.errors import ServingError
 from cluster.failpoints import failpoint
+from cluster.isolation import tried
 from kv_transfer.digests import PlaceSeal
 from kv_transfer.failures import FailureReason, failure
 from kv_transfer.frame_place import FramePlace
@@ -177,10 +179,9 @@ class Shipping:
         if TRACE.is_on:
             TRACE.mark("s.slot", plan.layer_start, plan.positions[0])
         self._num_on_their_way += 1
-        try:
-            payload = self._begin(shipment, plan, slot)
-        except Exception as error:
-            self._fail(shipment, slot, error)
+        payload = tried(partial(self._begin, shipment, plan, slot))
+        if isinstance(payload, Exception):
+            self._fail(shipment, slot, payload)
             return
         frame = _Frame(shipment, plan, slot, payload)
         if TRACE.is_on:

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from cluster.isolation import isolated
 from kv_transfer.failures import FailureReason, failure
 from kv_transfer.transports.piece_batches import after_first, batches
 
@@ -108,19 +109,20 @@ class _Worker:
         return not self._thread.is_alive()
 
     def _run(self) -> None:
-        try:
-            while self._move_one():
-                pass
-        except OSError as error:
-            logger.debug("a KV connection broke: %s", error)
-        except Exception:
-            logger.exception("a KV connection is given up")
+        isolated(self._move_all, "a KV connection is given up", logger)
         with self._changed:
             self._is_stopped = True
             left = list(self._take_all())
         for posted in left:
             posted.end(FailureReason.LINK_LOST)
         self._on_broken()
+
+    def _move_all(self) -> None:
+        try:
+            while self._move_one():
+                pass
+        except OSError as error:
+            logger.debug("a KV connection broke: %s", error)
 
     def _move_one(self) -> bool:
         """Move one message; False when there is nothing more to do."""

@@ -6,7 +6,7 @@ import logging
 
 import pytest
 
-from cluster.isolation import isolated
+from cluster.isolation import isolated, tried
 
 logger = logging.getLogger(__name__)
 
@@ -34,3 +34,13 @@ def test_the_end_of_the_process_passes() -> None:
 
     with pytest.raises(KeyboardInterrupt):
         isolated(part, "a part broke", logger)
+
+
+def test_who_asks_gets_what_a_part_gives_or_what_it_broke_over() -> None:
+    error = KeyError("gone")
+
+    def part() -> None:
+        raise error
+
+    assert tried(lambda: 7) == 7
+    assert tried(part) is error

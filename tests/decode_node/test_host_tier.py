@@ -217,9 +217,13 @@ def test_a_copy_that_fails_costs_time_and_no_token(
     def fail(*arguments: object) -> None:
         raise RuntimeError("out of order")
 
+    assert small.copier is not None
     monkeypatch.setattr(small.copier, "_unpack", fail)
+    stats = small.copier.stats[CopyKind.LOAD]
+    num_bytes = stats.num_bytes
     assert tokens_of(served.run([first], 4, temperature=0.8)) == wanted
     assert served.host.stats.num_failed_copies == 1
+    assert stats.num_bytes == num_bytes, "what was not copied says nothing of the bus"
     served.close()
 
 
