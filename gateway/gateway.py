@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from cluster.errors import ModelNotFound, NodeUnavailable, Overloaded, ServingError
 from gateway.generation import Generation
-from gateway.http_errors import as_serving_error, log_refusal, status_of
+from gateway.http_errors import log_refusal, status_of
 from gateway.streaming import StreamTimes
 
 if TYPE_CHECKING:
@@ -136,14 +136,8 @@ class Gateway:
         )
         with ExitStack() as undo:
             undo.callback(generation.close)
-            try:
+            with generation.failing():
                 await self._submit(generation)
-            except Exception as error:  # whatever it is, the request has not ended well
-                known = as_serving_error(error)
-                generation.fail(known)
-                if known is error:
-                    raise
-                raise known from error
             undo.pop_all()
         return generation
 

@@ -15,17 +15,18 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from contextlib import contextmanager
 from dataclasses import fields
 from typing import TYPE_CHECKING
 
 from cluster.errors import Cancelled, ServingError
 from gateway.choice import Choice
-from gateway.http_errors import status_of
+from gateway.http_errors import as_serving_error, status_of
 from gateway.request_book import CLIENT_GONE, EndedRequest
-from gateway.turns import tokens_at_once
+from gateway.turns import ClientStalled, tokens_at_once
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from cluster.clock import Clock
     from cluster.request import TokenDelta
@@ -199,6 +200,20 @@ class Generation:
             self.error = error
         self._cancel_running()
         self.wake()
+
+    @contextmanager
+    def failing(self) -> Iterator[None]:
+        """With what breaks in here, if only by a bug. It is raised as a typed error."""
+        try:
+            yield
+        except ClientStalled:
+            raise
+        except Exception as error:
+            known = as_serving_error(error)
+            self.fail(known)
+            if known is error:
+                raise
+            raise known from error
 
     def close(self) -> None:
         """Idempotent."""

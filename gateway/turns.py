@@ -8,8 +8,6 @@ import asyncio
 import contextlib
 from typing import TYPE_CHECKING
 
-from gateway.http_errors import as_serving_error
-
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
 
@@ -47,13 +45,8 @@ async def in_flight(receive: Receive, generation: Generation) -> AsyncIterator[C
     gives says whether the client has left."""
     watcher = asyncio.create_task(_watch_disconnect(receive, generation))
     try:
-        yield watcher.done
-    except ClientStalled:
-        raise
-    except Exception as error:  # a bug: the client gets this error, or half an answer
-        known = as_serving_error(error)
-        generation.fail(known)
-        raise known from error
+        with generation.failing():  # the client gets this error, or half an answer
+            yield watcher.done
     finally:
         watcher.cancel()
         generation.close()
