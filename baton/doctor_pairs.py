@@ -1,8 +1,8 @@
 """`baton doctor --pairs`: how fast KV moves between two devices of this machine.
 
 1. The pairs: two processes in host memory, by each way there is; every two GPUs.
-2. Each is measured by `pair_probe.py` in processes of its own, one pair after the other.
-3. Two machines: one listens, the other measures to it. No cluster on them is touched.
+2. Two machines: one listens, the other measures to it. No cluster on them is touched.
+3. Each is measured by `pair_probe.py` in processes of its own, one pair after the other.
 4. A row says what carried the bytes, at what rate, beside the plain copy of the same two, and
    what to look at when that is far away or when it is not the transport one would expect.
 """
@@ -20,13 +20,11 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from baton.pair_plan import Plan
-from cluster.errors import ServingError
-
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
 PAIR_SECONDS = 90.0
+MACHINE_SECONDS = 180.0
 GOOD_SHARE = 0.7  # of the plain copy
 
 
@@ -66,20 +64,12 @@ def measure_pairs() -> list[MeasuredPair]:
 
 def measure_machine(address: str, device: str) -> MeasuredPair:
     """From this machine to one where `baton doctor --listen` runs. Never raises."""
-    from baton.pair_probe import measure_to  # which needs torch; a gateway's machine may have none
-
-    pair = Pair(f"this machine to {address}", device, device, "all")
     host, _, port = address.rpartition(":")
+    label = f"this machine to {address}"
     if not (host and port.isdigit()):
-        return _failed(pair, "HOST:PORT is wanted")
-    try:
-        found = measure_to(Plan(device, device, None, host, int(port)))
-    except (ServingError, OSError, TimeoutError, RuntimeError) as error:
-        return _failed(pair, str(error) or type(error).__name__)
-    measured = MeasuredPair(
-        pair.label, found.transport, found.rate, found.reference, found.reference_rate, ""
-    )
-    return replace(measured, note=note_between(measured))
+        return _failed(label, "HOST:PORT is wanted")
+    found = _measured(label, ["to", device, host, port], MACHINE_SECONDS)
+    return found if found.note else replace(found, note=note_between(found))
 
 
 def note_between(found: MeasuredPair) -> str:
@@ -102,17 +92,25 @@ def all_pairs(num_gpus: int) -> Iterator[Pair]:
 
 def measure_pair(pair: Pair) -> MeasuredPair:
     """Never raises: a probe that fails is a row that says how."""
+    found = _measured(pair.label, [pair.source, pair.target, pair.tls], PAIR_SECONDS)
+    return found if found.note else replace(found, note=note_on(pair, found))
+
+
+def _measured(label: str, arguments: Sequence[str], seconds: float) -> MeasuredPair:
+    """By a probe with these arguments. Without a rate it has a note that says why."""
     try:
-        done = _run_probe("baton.pair_probe", pair.source, pair.target, pair.tls)
+        done = _run_probe("baton.pair_probe", *arguments, seconds=seconds)
     except subprocess.TimeoutExpired:
-        return _failed(pair, f"no answer within {PAIR_SECONDS:.0f} s")
+        return _failed(label, f"no answer within {seconds:.0f} s")
     if done.returncode != 0:
         last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
-        return _failed(pair, f"exit code {done.returncode}: {last}")
+        return _failed(label, f"exit code {done.returncode}: {last}")
     try:
         facts = json.loads((done.stdout.splitlines() or [""])[-1])
-        found = MeasuredPair(
-            label=pair.label,
+        if "failed" in facts:
+            return _failed(label, str(facts["failed"]))
+        return MeasuredPair(
+            label=label,
             transport=str(facts["transport"]),
             rate=float(facts["rate"]),
             reference=str(facts["reference"]),
@@ -120,11 +118,7 @@ def measure_pair(pair: Pair) -> MeasuredPair:
             note="",
         )
     except (ValueError, TypeError, KeyError):
-        return _failed(pair, "the probe did not answer in its own words")
-    return MeasuredPair(
-        found.label, found.transport, found.rate, found.reference, found.reference_rate,
-        note_on(pair, found),
-    )  # fmt: skip
+        return _failed(label, "the probe did not answer in its own words")
 
 
 def note_on(pair: Pair, found: MeasuredPair) -> str:
@@ -168,11 +162,12 @@ def _note(pair: MeasuredPair) -> Text:
     return Text(f"{pair.label}: {pair.note}", style="" if pair.rate else "red")
 
 
-def _run_probe(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+def _run_probe(
+    program: str, *arguments: str, seconds: float = PAIR_SECONDS
+) -> subprocess.CompletedProcess[str]:
+    """Apart: torch and UCX may crash, and the machine of a gateway has neither."""
     command = [sys.executable, "-m", program, *arguments]
-    return subprocess.run(
-        command, capture_output=True, text=True, timeout=PAIR_SECONDS, check=False
-    )
+    return subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False)
 
 
 def _count_gpus() -> int:
@@ -183,5 +178,5 @@ def _count_gpus() -> int:
         return 0
 
 
-def _failed(pair: Pair, why: str) -> MeasuredPair:
-    return MeasuredPair(pair.label, "", 0.0, "", 0.0, why)
+def _failed(label: str, why: str) -> MeasuredPair:
+    return MeasuredPair(label, "", 0.0, "", 0.0, why)

@@ -9,6 +9,7 @@ import asyncio
 import json
 import os
 import sys
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
@@ -23,14 +24,13 @@ Row = tuple[str, str, str]
 PROBE_BYTES = 1 << 20
 
 
-def _torch() -> Any:
-    """None where it cannot be loaded: a gateway needs none. A probe loads only what it is about,
-    since loading may be what fails."""
+def _load(package: str) -> Any:
+    """The package, or the `ImportError`: a gateway needs neither. A probe loads only what it is
+    about, since loading may be what fails."""
     try:
-        import torch
-    except ImportError:
-        return None
-    return torch
+        return import_module(package)
+    except ImportError as error:
+        return error
 
 
 def _why_not_loaded(error: ImportError) -> str:
@@ -41,10 +41,9 @@ def _why_not_loaded(error: ImportError) -> str:
 
 
 def probe_torch() -> list[Row]:
-    try:
-        import torch
-    except ImportError as error:
-        detail = f"{_why_not_loaded(error)}; this machine can run a gateway only"
+    torch = _load("torch")
+    if isinstance(torch, ImportError):
+        detail = f"{_why_not_loaded(torch)}; this machine can run a gateway only"
         return [("torch", "warning", detail)]
     rows: list[Row] = [("torch", "ok", torch.__version__)]
     if not torch.cuda.is_available():
@@ -64,10 +63,9 @@ def probe_torch() -> list[Row]:
 
 def probe_ucx() -> list[Row]:
     os.environ.setdefault("UCX_WARN_UNUSED_ENV_VARS", "n")
-    try:
-        import ucxx
-    except ImportError as error:
-        detail = f"{_why_not_loaded(error)}: `pip install 'baton-serve[cuda13]'`"
+    ucxx = _load("ucxx")
+    if isinstance(ucxx, ImportError):
+        detail = f"{_why_not_loaded(ucxx)}: `pip install 'baton-serve[cuda13]'`"
         return [("UCX", "problem", detail)]
     release = next((v for v in map(_version, ("ucxx-cu13", "ucxx-cu12")) if v), "")
     detail = f"ucxx {release}, UCX {'.'.join(str(n) for n in ucxx.get_ucx_version())}"
@@ -91,13 +89,13 @@ def _transports_found(libucxx: Any) -> Row:
 
 def count_gpus() -> int:
     """As torch sees them; 0 without torch."""
-    torch = _torch()
-    return 0 if torch is None else int(torch.cuda.device_count())
+    torch = _load("torch")
+    return 0 if isinstance(torch, ImportError) else int(torch.cuda.device_count())
 
 
 def _has_gpus() -> bool:
-    torch = _torch()
-    return torch is not None and bool(torch.cuda.is_available())
+    torch = _load("torch")
+    return not isinstance(torch, ImportError) and bool(torch.cuda.is_available())
 
 
 async def _round_trip(ucxx: Any) -> None:

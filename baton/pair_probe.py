@@ -1,13 +1,14 @@
-"""How fast KV could move between two devices of this machine. Run by `baton doctor --pairs`.
+"""How fast KV could move between two devices. Run by `baton doctor --pairs`, `--to` and `--listen`.
 
-    python -m baton.pair_probe SOURCE TARGET TLS      e.g. cuda:0 cuda:1 all, or cpu cpu tcp
+    python -m baton.pair_probe SOURCE TARGET TLS    of this machine, as cuda:0 cuda:1 all
+    python -m baton.pair_probe to DEVICE HOST PORT  another machine, that listens: to cpu db2 9300
 
 Life of a probe
     1. A second process opens the transport that nodes use, on the target device, and listens.
     2. This one connects and sends messages as large as a node's frames, a few in flight at a time,
        as a node does; the other says when the last byte of a round has come.
     3. The plain copy between the same two is timed, both processes idle otherwise.
-    4. One JSON line: transport, UCX's lanes, bytes per second of either.
+    4. One JSON line: transport, UCX's lanes, bytes per second of either. Or what failed.
 
 Between two machines one runs `serve`, the other `measure_to`: the plain copy is then a socket's, to
 a process whose port comes with the last answer.
@@ -218,9 +219,19 @@ def peer_rate(source: str, target: str) -> float:
 
 
 def main(arguments: list[str]) -> None:
+    try:
+        facts = dataclasses.asdict(_asked(arguments))
+    except (ServingError, OSError) as error:  # of which the asker has a row
+        facts = {"failed": str(error) or type(error).__name__}
+    print(json.dumps(facts))
+
+
+def _asked(arguments: list[str]) -> PairRate:
+    if arguments[0] == "to":
+        device, host, port = arguments[1:]
+        return measure_to(Plan(device, device, None, host, int(port)))
     source, target, tls = arguments
-    plan = Plan(source, target, None if tls == "all" else tls)
-    print(json.dumps(dataclasses.asdict(measure(plan))))
+    return measure(Plan(source, target, None if tls == "all" else tls))
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ def answering(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Let probes run a program of the test's instead."""
 
     def answer(program: str, seconds: float = 30.0) -> None:
-        def run(*_: str) -> subprocess.CompletedProcess[str]:
+        def run(*_: str, **__: float) -> subprocess.CompletedProcess[str]:
             command = [sys.executable, "-c", program]
             return subprocess.run(
                 command, capture_output=True, text=True, timeout=seconds, check=False
