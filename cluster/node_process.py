@@ -1,7 +1,7 @@
 """A node's process around its role: ports, membership, signals, and the order of its end.
 
 Life of a node's process
-    1. `node_main` reads the options and imports the role; the role builds its engine and gives
+    1. `node_main` reads the options and loads the role; the role builds its engine and gives
        `run_node` a way to build the rest. Nothing listens yet.
     2. `NodeProcess.start` binds gRPC and metrics, announces the node, and reports ready.
     3. `run_until_stopped` waits for SIGTERM or SIGINT, for a fatal error, or for the name to
@@ -22,6 +22,7 @@ import logging
 import os
 import signal
 from collections.abc import Awaitable, Callable, Sequence
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Protocol
 
 import uvloop
@@ -214,13 +215,14 @@ def node_main(
     role: NodeRole,
     sections: Sequence[type],
     argv: Sequence[str],
-    load_body: Callable[[], NodeBody],
+    body: str,
     *,
     presets: ChoosePresets | None = None,
 ) -> int:
     """The `main` of a node's program; its exit code.
 
-    `load_body` imports what runs the node, so that help and a wrong flag need not wait for it.
+    `body` names what runs the node, a `NodeBody`, as module:function. It is loaded late, so that
+    help and a wrong flag need not wait for it, nor for torch.
     """
     loaded = load_config(
         f"baton {role}",
@@ -242,15 +244,15 @@ def node_main(
         role=role.value,
         node_id=member.lasting_name(role) or role.value,
     )
-    return _run(loaded, load_body)
+    return _run(loaded, body)
 
 
-def _run(loaded: LoadedConfig, load_body: Callable[[], NodeBody]) -> int:
+def _run(loaded: LoadedConfig, body: str) -> int:
     report = StartupReport()
     try:
         with report.phase("load programs"):
-            body = load_body()
-        uvloop.run(_awaited(body(loaded, report)))
+            run_body: NodeBody = resolve_name(body)
+        uvloop.run(_awaited(run_body(loaded, report)))
     except ConfigError as error:
         report.failed(error.message)
         raise

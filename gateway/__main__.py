@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING
 
 from cluster.config import load_config, render_config
@@ -34,12 +35,10 @@ def main(argv: Sequence[str]) -> int:
     config = loaded[GatewayConfig]
     setup_logging(config.log_level, log_format=config.log_format, role="gateway")
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # a peer that leaves is our news, not its
-    # Late, so that help and --show-config answer at once.
-    from gateway.server import serve
-
     report = StartupReport()
     try:
-        serve(config, report)
+        # Late, so that help and --show-config answer at once.
+        resolve_name("gateway.server:serve")(config, report)
     except ConfigError as error:
         report.failed(error.message)
         raise

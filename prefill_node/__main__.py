@@ -6,7 +6,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from cluster.node import NodeRole
-from cluster.node_process import NodeBody, node_main
+from cluster.node_process import node_main
 from cluster.performance_mode import presets_of
 from engine.config import EngineConfig
 from kv_transfer.config import KVTransferConfig
@@ -15,19 +15,12 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 
-def load_body() -> NodeBody:
-    """Late, so that help answers at once, without torch."""
-    from prefill_node.node import run_prefill_node
-
-    return run_prefill_node
-
-
 def main(argv: Sequence[str]) -> int:
     return node_main(
         NodeRole.PREFILL,
         (EngineConfig, KVTransferConfig),
         argv,
-        load_body,
+        "prefill_node.node:run_prefill_node",
         presets=presets_of(NodeRole.PREFILL),
     )
 

@@ -10,7 +10,9 @@ import socket
 import subprocess
 import sys
 from dataclasses import dataclass, replace
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, cast
+from unittest import mock
 
 import pytest
 
@@ -278,7 +280,10 @@ class ModelSection:
 
 
 def main_with(body: Callable[..., Awaitable[None]]) -> int:
-    return node_main(NodeRole.DECODE, (ModelSection,), ["--port", "0"], lambda: body)
+    role = ModuleType("a_role")
+    vars(role)["run"] = body
+    with mock.patch.dict(sys.modules, {"a_role": role}):
+        return node_main(NodeRole.DECODE, (ModelSection,), ["--port", "0"], "a_role:run")
 
 
 def test_a_configuration_that_cannot_work_is_told_to_the_supervisor_and_raised(told: Any) -> None:
