@@ -1,19 +1,17 @@
-"""Four-bit weights of AWQ and GPTQ checkpoints, brought into the one layout that kernels read.
+"""Four-bit weights in the layout that kernels read.
 
-1. A checkpoint holds codes 0 to 15, a scale and a zero per group of inputs and output:
-   `weight[n, k] = (code[n, k] - zero[g, n]) * scale[g, n]`, g = k // group_size.
-   AWQ packs eight neighbouring outputs into an int32, in the order 0, 2, 4, 6, 1, 3, 5, 7; GPTQ
-   packs eight neighbouring inputs, in order, and stores zeros less one. GPTQ with act-order gives
-   each input its group (`g_idx`).
-2. `pack_awq` and `pack_gptq` unpack that and call `pack_codes`, once at load.
-3. `Int4Weight.codes` is int32 `[N / 16, K / 64, 128]`: a tile of 16 outputs and 64 inputs is 512
+1. A matrix has codes 0 to 15, a scale and a zero per group of inputs and output:
+   `weight[n, k] = (code[n, k] - zero[g, n]) * scale[g, n]`, g = k // group_size. How AWQ and GPTQ
+   store them is the loader's; `pack_codes` is called once, at load.
+2. `Int4Weight.codes` is int32 `[N / 16, K / 64, 128]`: a tile of 16 outputs and 64 inputs is 512
    bytes in a row, 16 for each thread of a warp, as tensor cores want their operand: thread
    (g, t) = (lane / 4, lane % 4) has words (output g, inputs 8t..8t+7), (output g + 8, the same),
    (output g, inputs 32 + 8t..), (output g + 8, inputs 32 + 8t..).
-4. Inside a word, input i of the eight has bits 4 * (i // 2) + 16 * (i % 2): one mask per pair then
+3. Inside a word, input i of the eight has bits 4 * (i // 2) + 16 * (i % 2): one mask per pair then
    leaves two codes in the two halves of the word, where a bfloat16 pair will be.
 
-Inputs of an act-order matrix are reordered so that groups are contiguous; `order` says how x is.
+Inputs of an act-order matrix of GPTQ are reordered, so that groups are contiguous; `order` says how
+x is.
 """
 
 from __future__ import annotations
@@ -22,7 +20,6 @@ from dataclasses import dataclass
 
 import torch
 
-_AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 TILE_OUT = 16
 TILE_IN = 64
 
@@ -53,61 +50,6 @@ class Int4Weight:
     @property
     def in_size(self) -> int:
         return self.codes.shape[1] * TILE_IN
-
-
-def pack_awq(
-    qweight: torch.Tensor, qzeros: torch.Tensor, scales: torch.Tensor, *, dtype: torch.dtype
-) -> Int4Weight:
-    """qweight: int32 `[K, N / 8]`, qzeros: int32 `[K / group_size, N / 8]`, scales: `[K /
-    group_size, N]`. dtype: that of the activations."""
-    codes = _unpack(qweight, 1, _AWQ_ORDER)
-    zeros = _unpack(qzeros, 1, _AWQ_ORDER)
-    return pack_codes(codes.t(), scales, zeros, dtype=dtype)
-
-
-def pack_gptq(
-    qweight: torch.Tensor,
-    qzeros: torch.Tensor,
-    scales: torch.Tensor,
-    g_idx: torch.Tensor | None = None,
-    *,
-    dtype: torch.dtype,
-    zeros_less_one: bool = True,
-) -> Int4Weight:
-    """qweight: int32 `[K / 8, N]`, qzeros: int32 `[K / group_size, N / 8]`, scales: `[K /
-    group_size, N]`, g_idx: int32 `[K]`. zeros_less_one: False for checkpoints in the second format
-    (`gptq_v2`), which store zeros as they are."""
-    codes = _unpack(qweight, 0, tuple(range(8))).t()
-    zeros = _unpack(qzeros, 1, tuple(range(8)))
-    if zeros_less_one:
-        zeros = zeros + 1
-    order = None
-    if g_idx is not None:
-        order = _order_by_group(g_idx.long(), codes.shape[1] // scales.shape[0])
-        if order is not None:
-            codes = codes[:, order]
-    return pack_codes(codes, scales, zeros, dtype=dtype, order=order)
-
-
-def _order_by_group(groups: torch.Tensor, group_size: int) -> torch.Tensor | None:
-    """How inputs must be ordered for contiguous groups; None if they are so already."""
-    plain = torch.arange(len(groups), device=groups.device) // group_size
-    if torch.equal(groups, plain):
-        return None
-    order = torch.argsort(groups, stable=True)
-    if not torch.equal(groups[order], plain):
-        raise UnsupportedInt4Error("g_idx has groups of different sizes")
-    return order
-
-
-def _unpack(words: torch.Tensor, dim: int, order: tuple[int, ...]) -> torch.Tensor:
-    """Eight codes from each int32 along `dim`, as uint8; code order[i] has bits 4i to 4i + 3."""
-    shifts = torch.empty(8, dtype=torch.int32, device=words.device)
-    shifts[list(order)] = torch.arange(0, 32, 4, dtype=torch.int32, device=words.device)
-    shape = [1] * (words.dim() + 1)
-    shape[dim + 1] = 8
-    codes = (words.unsqueeze(dim + 1) >> shifts.view(shape)) & 15
-    return codes.to(torch.uint8).flatten(dim, dim + 1)
 
 
 def pack_codes(

@@ -7,14 +7,11 @@ from kernels.int4_packing import (
     Int4Weight,
     UnsupportedInt4Error,
     dequantize,
-    pack_awq,
     pack_codes,
-    pack_gptq,
     unpack_codes,
 )
 
 OUT, IN, GROUP = 48, 192, 64
-AWQ_BITS = (0, 2, 4, 6, 1, 3, 5, 7)
 
 
 def random_codes() -> torch.Tensor:
@@ -23,20 +20,6 @@ def random_codes() -> torch.Tensor:
 
 def random_groups() -> tuple[torch.Tensor, torch.Tensor]:
     return torch.rand(IN // GROUP, OUT) + 0.1, torch.randint(1, 16, (IN // GROUP, OUT))
-
-
-def packed_rows(codes: torch.Tensor, order: tuple[int, ...]) -> torch.Tensor:
-    """Eight codes along the last dimension to an int32: code order[i] into bits 4i."""
-    eights = codes.contiguous().long().view(*codes.shape[:-1], -1, 8)
-    words = sum((eights[..., code] << 4 * place) for place, code in enumerate(order))
-    assert isinstance(words, torch.Tensor)
-    return torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32)
-
-
-def expected_matrix(
-    codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, groups: torch.Tensor
-) -> torch.Tensor:
-    return (codes.float() - zeros.float()[groups].t()) * scales[groups].t()
 
 
 def test_packing_keeps_every_code() -> None:
@@ -60,58 +43,13 @@ def test_a_threads_words_are_its_part_of_the_operand() -> None:
             assert words[place] >> 4 * (i // 2) + 16 * (i % 2) & 15 == codes[row, first + i]
 
 
-def test_awq() -> None:
+def test_the_reference_is_the_matrix_that_codes_scales_and_zeros_say() -> None:
     codes = random_codes()
     scales, zeros = random_groups()
-    weight = pack_awq(
-        packed_rows(codes.t(), AWQ_BITS), packed_rows(zeros, AWQ_BITS), scales, dtype=torch.float32
-    )
+    weight = pack_codes(codes, scales, zeros, dtype=torch.float32)
     groups = torch.arange(IN) // GROUP
-    torch.testing.assert_close(dequantize(weight), expected_matrix(codes, scales, zeros, groups))
-
-
-@pytest.mark.parametrize("less_one", [True, False])
-def test_gptq(less_one: bool) -> None:
-    codes = random_codes()
-    scales, zeros = random_groups()
-    weight = pack_gptq(
-        packed_rows(codes, tuple(range(8))).t(),
-        packed_rows(zeros - int(less_one), tuple(range(8))),
-        scales,
-        dtype=torch.float32,
-        zeros_less_one=less_one,
-    )
-    assert weight.order is None
-    groups = torch.arange(IN) // GROUP
-    torch.testing.assert_close(dequantize(weight), expected_matrix(codes, scales, zeros, groups))
-
-
-def test_gptq_with_act_order() -> None:
-    codes = random_codes()
-    scales, zeros = random_groups()
-    groups = (torch.arange(IN) // GROUP)[torch.randperm(IN)]
-    weight = pack_gptq(
-        packed_rows(codes, tuple(range(8))).t(),
-        packed_rows(zeros - 1, tuple(range(8))),
-        scales,
-        groups.int(),
-        dtype=torch.float32,
-    )
-    assert weight.order is not None
-    expected = expected_matrix(codes, scales, zeros, groups)[:, weight.order]
+    expected = (codes.float() - zeros.float()[groups].t()) * scales[groups].t()
     torch.testing.assert_close(dequantize(weight), expected)
-
-
-def test_groups_of_unequal_size_are_refused() -> None:
-    scales, zeros = random_groups()
-    with pytest.raises(UnsupportedInt4Error, match="different sizes"):
-        pack_gptq(
-            packed_rows(random_codes(), tuple(range(8))).t(),
-            packed_rows(zeros - 1, tuple(range(8))),
-            scales,
-            torch.zeros(IN, dtype=torch.int32),
-            dtype=torch.float32,
-        )
 
 
 @pytest.mark.parametrize(
