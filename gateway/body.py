@@ -18,7 +18,7 @@ from cluster.errors import (
     RequestTooLarge,
     UnsupportedMediaType,
 )
-from gateway.request_book import CLIENT_GONE
+from gateway.lost_clients import CLIENT_GONE
 
 if TYPE_CHECKING:
     from starlette.types import Receive, Scope

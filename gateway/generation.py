@@ -22,8 +22,9 @@ from typing import TYPE_CHECKING
 from cluster.errors import Cancelled, ServingError
 from gateway.choice import Choice
 from gateway.http_errors import as_serving_error, status_of
-from gateway.request_book import CLIENT_GONE, EndedRequest
-from gateway.turns import ClientStalled, tokens_at_once
+from gateway.lost_clients import CLIENT_GONE, ClientStalled
+from gateway.request_book import EndedRequest
+from gateway.turns import tokens_at_once
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

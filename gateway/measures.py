@@ -17,7 +17,7 @@ from cluster.metrics import (
     TIME_TO_FIRST_TOKEN_BUCKETS,
     token_count_buckets,
 )
-from gateway.request_book import CLIENT_GONE
+from gateway.lost_clients import CLIENT_GONE
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

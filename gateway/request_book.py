@@ -19,6 +19,8 @@ from collections import deque
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from gateway.lost_clients import CLIENT_GONE
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -28,7 +30,6 @@ if TYPE_CHECKING:
 CAPACITY = 500
 MAX_NAME_CHARS = 200
 HTTP_BAD_REQUEST = 400
-CLIENT_GONE = "client_gone"  # the reason of the error that nobody was there to get
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -22,8 +22,9 @@ from gateway.dialects.messages_frames import MessagesFrames
 from gateway.dialects.responses_frames import ResponsesFrames
 from gateway.frames import KEEP_ALIVE, Frames
 from gateway.http_errors import send_error
+from gateway.lost_clients import ClientStalled
 from gateway.request import Route
-from gateway.turns import ClientStalled, in_flight, read_turn
+from gateway.turns import in_flight, read_turn
 
 if TYPE_CHECKING:
     from starlette.types import Receive, Send

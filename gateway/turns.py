@@ -18,10 +18,6 @@ if TYPE_CHECKING:
     from gateway.request import Request
 
 
-class ClientStalled(Exception):
-    """It has read nothing for so long that it is taken for gone. Its connection must be cut."""
-
-
 # Of one answer, read and written between two turns of others.
 MAX_TOKENS_AT_ONCE = 512
 MIN_TOKENS_AT_ONCE = 8

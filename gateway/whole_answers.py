@@ -22,8 +22,9 @@ from gateway.dialects.messages_frames import message_object
 from gateway.dialects.responses_frames import response_object
 from gateway.held_answer import HeldAnswer
 from gateway.http_errors import JSON, send_error, send_json
+from gateway.lost_clients import ClientStalled
 from gateway.request import Route
-from gateway.turns import ClientStalled, in_flight, read_turn
+from gateway.turns import in_flight, read_turn
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

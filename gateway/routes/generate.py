@@ -22,10 +22,10 @@ from gateway.dialects.responses_body import parse_responses, repeated
 from gateway.edge import REQUEST_ID
 from gateway.http_errors import as_serving_error, log_refusal, send_error, status_of
 from gateway.http_server import CUT
+from gateway.lost_clients import ClientStalled
 from gateway.request import Route
 from gateway.schemas import parse_chat, parse_completion
 from gateway.streaming import StreamWriter
-from gateway.turns import ClientStalled
 from gateway.validation import Asked
 from gateway.whole_answers import write_whole
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from itertools import count
 
 from cluster.errors import InvalidRequest, NodeLost
-from gateway.request_book import CLIENT_GONE, MAX_NAME_CHARS, EndedRequest, RequestBook
+from gateway.lost_clients import CLIENT_GONE
+from gateway.request_book import MAX_NAME_CHARS, EndedRequest, RequestBook
 
 
 def book(capacity: int = 3) -> RequestBook:
