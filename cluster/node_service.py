@@ -1,7 +1,8 @@
 """The gRPC face that every node has: Describe, Session, Control, Inspect, FetchPrefix.
 
 Life of a session (one per gateway and node)
-    1. The gateway opens the stream and says hello; another protocol version is refused.
+    1. The gateway opens the stream and says hello; another protocol version is refused, and one
+       that means another node, before that could cost it the session that it has here.
     2. The node answers with its description. From here its `Step` frames flow as they come,
        merged while the stream is slower than the engine. A gateway that hears states is told when
        the node's changes, and answers (`state_notices.py`).
@@ -120,6 +121,8 @@ class NodeService(node_pb2_grpc.NodeServicer):
         try:
             async with asyncio.timeout(HELLO_SECONDS):
                 hello = hello_of(await anext(frames, None))
+            welcome = self._member.description()
+            check_is_meant(hello, welcome)
         except TimeoutError:
             return
         except ServingError as error:
@@ -131,7 +134,7 @@ class NodeService(node_pb2_grpc.NodeServicer):
         reader = asyncio.create_task(self._read(gateway_id, frames))
         reader.add_done_callback(lambda _: session.close())
         try:
-            yield pb.NodeFrame(welcome=self._member.description())
+            yield pb.NodeFrame(welcome=welcome)
             async for frame in session:
                 yield frame
             if reader.done() and (broken := ending_of(reader)) is not None:
@@ -210,3 +213,9 @@ def hello_of(frame: pb.GatewayFrame | None) -> pb.GatewayHello:
         )
     checked_id("gateway_id", frame.hello.gateway_id)
     return frame.hello
+
+
+def check_is_meant(hello: pb.GatewayHello, welcome: pb.NodeDescription) -> None:
+    """Raises `HandshakeMismatch`: the process that the gateway knows at this address has gone."""
+    if hello.incarnation not in (0, welcome.incarnation):
+        raise HandshakeMismatch("Another node answers at this address.")

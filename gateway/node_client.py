@@ -188,7 +188,10 @@ class NodeClient:
 
     async def _shake_hands(self, call: Any) -> None:
         hello = pb.GatewayHello(
-            gateway_id=self._gateway_id, protocol_version=PROTOCOL_VERSION, hears_state=True
+            gateway_id=self._gateway_id,
+            protocol_version=PROTOCOL_VERSION,
+            hears_state=True,
+            incarnation=self.node.id.incarnation,
         )
         async with asyncio.timeout(WELCOME_SECONDS):
             await call.write(pb.GatewayFrame(hello=hello))

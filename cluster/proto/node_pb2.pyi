@@ -177,14 +177,16 @@ class GatewayFrame(_message.Message):
     def __init__(self, hello: _Optional[_Union[GatewayHello, _Mapping]] = ..., submit: _Optional[_Union[Submit, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ..., orphaned: _Optional[_Union[Orphaned, _Mapping]] = ..., state_answer: _Optional[_Union[StateAnswer, _Mapping]] = ...) -> None: ...
 
 class GatewayHello(_message.Message):
-    __slots__ = ("gateway_id", "protocol_version", "hears_state")
+    __slots__ = ("gateway_id", "protocol_version", "hears_state", "incarnation")
     GATEWAY_ID_FIELD_NUMBER: _ClassVar[int]
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     HEARS_STATE_FIELD_NUMBER: _ClassVar[int]
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
     gateway_id: str
     protocol_version: int
     hears_state: bool
-    def __init__(self, gateway_id: _Optional[str] = ..., protocol_version: _Optional[int] = ..., hears_state: _Optional[bool] = ...) -> None: ...
+    incarnation: int
+    def __init__(self, gateway_id: _Optional[str] = ..., protocol_version: _Optional[int] = ..., hears_state: _Optional[bool] = ..., incarnation: _Optional[int] = ...) -> None: ...
 
 class StateAnswer(_message.Message):
     __slots__ = ("number", "is_settled")

@@ -9,13 +9,14 @@ import socket
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import httpx
 import pytest
 
 from cluster.errors import NodeUnavailable, TransferFailed
-from cluster.node import NodeRole, NodeState
+from cluster.node import NodeId, NodeName, NodeRole, NodeState, new_incarnation
 from cluster.pulse import Pulse
 from gateway import node_client
 from tests.gateway.fake_node import FakeNode
@@ -357,6 +358,25 @@ def test_another_process_at_a_known_address_is_not_taken_for_the_node(
     stranger.description = lambda: (described.append(1), describe())[1]  # type: ignore[method-assign,func-returns-value]
     running.until(lambda: described)
     assert code_of(post(running)) == (503, "no_capacity")
+
+
+def test_an_entry_that_outlives_its_process_costs_the_next_one_at_its_address_no_session(
+    running: RunningGateway,
+) -> None:
+    """As when a node has been started again under another name, or in the other role."""
+    decode = running.decode
+    running.do(decode.gates.tokens.clear)
+    described: list[int] = []
+    describe = decode.description
+    decode.description = lambda: (described.append(1), describe())[1]  # type: ignore[method-assign,func-returns-value]
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(post, running)
+        running.until(lambda: decode.submitted)
+        stale = NodeId(NodeName("earlier"), new_incarnation())
+        running.call(running.see(replace(decode.info, id=stale)))
+        running.until(lambda: len(described) > 1)  # tried again and again
+        running.do(decode.gates.tokens.set)
+        assert answer.result(20).status_code == 200
 
 
 def test_too_much_is_refused_with_a_time_to_return(new_gateway: NewGateway) -> None:

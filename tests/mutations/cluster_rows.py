@@ -55,6 +55,13 @@ CLUSTER_ROWS = (
                 "test_another_incarnations_entries_are_not_believed",
             ),
             Mutation(
+                "cluster/node_service.py",
+                "            check_is_meant(hello, welcome)\n",
+                "",
+                "tests/gateway/test_failures.py::"
+                "test_an_entry_that_outlives_its_process_costs_the_next_one_at_its_address_no_session",
+            ),
+            Mutation(
                 "cluster/prefix_index.py",
                 'pipe.set(tag + block_hash, b"", px=self._ttl_ms)',
                 'pipe.set(tag + block_hash, b"")',
