@@ -1,13 +1,15 @@
 """Calls to Redis that cannot hurt: each is bounded in time, and a dead Redis is left alone.
 
-1. `Store.call` runs one operation under a timeout.
+1. `Store.call` runs one operation under a timeout. A burst of calls takes turns: Redis serves one
+   after the other, and so does this process's loop, so that more at once would only be late.
 2. Several failures in a row open the breaker: calls are refused at once, without waiting.
 3. After a pause one call is let through as a probe. Its success closes the breaker, its
    failure starts the next, longer pause.
 4. A call with a short timeout of its own that ran out goes on alone, up to the store's timeout: its
    late reply is read and thrown away, and its connection serves the next call. Else every late
    reply, and every slow handshake, would cost a connection, and the next call the time for
-   another. Beyond `MAX_LATE` of them it ends like any other.
+   another. Beyond `MAX_LATE` of them it ends like any other. Such a timeout is counted in turns of
+   the loop: while a busy one does not read them, replies are not late.
 
 Every failure is a `StoreUnavailable`; what to do without the answer is the caller's decision.
 A call that is cancelled, or ends with the store's timeout, drops its connection, so that its late
@@ -17,6 +19,7 @@ reply is never taken for the reply to another call.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -31,7 +34,7 @@ from cluster.logging import redact
 from cluster.metrics import StoreMetrics
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import AsyncIterator, Awaitable, Callable
 
     from cluster.clock import Clock
 
@@ -41,8 +44,11 @@ T = TypeVar("T")
 
 DEFAULT_TIMEOUT_SECONDS = 1.0
 CONNECT_TIMEOUT_SECONDS = 1.0
-MAX_CONNECTIONS = 32
 MAX_LATE = 8  # calls that go on after their time; each has a connection of its own
+MAX_AT_ONCE = 4
+MAX_WAITING = 128  # for their turn; more are refused
+MAX_CONNECTIONS = 32
+LOOP_TURNS = 4  # in a timeout; a call of three round trips needs as many
 
 
 class StoreUnavailable(InternalError):
@@ -124,6 +130,8 @@ class Store:
         self._client = _connect_lazily(url)
         self._where = redact(url)
         self._late: set[asyncio.Task[Any]] = set()
+        self._turns = asyncio.Semaphore(MAX_AT_ONCE)
+        self._num_waiting = 0
         self.metrics.is_up.labels(name).set(1)
 
     @property
@@ -136,7 +144,29 @@ class Store:
         *,
         timeout_seconds: float | None = None,
     ) -> T:
-        """The result of `operation` on the client, or `StoreUnavailable` within the timeout."""
+        """The result of `operation` on the client, or `StoreUnavailable` within the timeout, which
+        begins with its turn."""
+        async with self._turn():
+            return await self._call(operation, timeout_seconds)
+
+    @contextlib.asynccontextmanager
+    async def _turn(self) -> AsyncIterator[None]:
+        if self._num_waiting == MAX_WAITING:
+            self._count("refused")
+            raise StoreUnavailable("Too many calls wait for the store.")
+        self._num_waiting += 1
+        try:
+            await self._turns.acquire()
+        finally:
+            self._num_waiting -= 1
+        try:
+            yield
+        finally:
+            self._turns.release()
+
+    async def _call(
+        self, operation: Callable[[aioredis.Redis], Awaitable[T]], timeout_seconds: float | None
+    ) -> T:
         if not self._breaker.allows(self._clock()):
             self._count("refused")
             raise StoreUnavailable("The store is not answering; it is tried again soon.")
@@ -155,6 +185,9 @@ class Store:
         except asyncio.CancelledError:
             self._breaker.abandoned()
             raise
+        except Exception as error:  # a reply of another kind, and what read it broke over it
+            self._failed("error", f"its reply makes no sense: {type(error).__name__}")
+            raise StoreUnavailable("The store answered nonsense.") from error
         self._succeeded()
         return result
 
@@ -176,13 +209,14 @@ class Store:
         """`TimeoutError` after `limit_seconds`, while the operation goes on."""
         running = asyncio.create_task(self._run(operation, self._timeout_seconds))
         try:
-            await asyncio.wait({running}, timeout=limit_seconds)
+            for _ in range(LOOP_TURNS):
+                await asyncio.wait({running}, timeout=limit_seconds / LOOP_TURNS)
+                if running.done():
+                    return running.result()
         except asyncio.CancelledError:
             running.cancel()
             await asyncio.gather(running, return_exceptions=True)
             raise
-        if running.done():
-            return running.result()
         if len(self._late) >= MAX_LATE:
             running.cancel()
         self._late.add(running)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from typing import TYPE_CHECKING
 
 import pytest
@@ -8,7 +9,14 @@ from prometheus_client import CollectorRegistry
 
 from cluster.errors import ConfigError
 from cluster.metrics import StoreMetrics
-from cluster.redis_client import Breaker, Store, StoreUnavailable, check_redis_url
+from cluster.redis_client import (
+    MAX_AT_ONCE,
+    MAX_WAITING,
+    Breaker,
+    Store,
+    StoreUnavailable,
+    check_redis_url,
+)
 
 if TYPE_CHECKING:
     import redis
@@ -113,6 +121,79 @@ def test_a_store_that_hangs_costs_the_timeout_and_one_that_heals_is_used_again(
         clock.advance(1.0)
         assert await store.call(ping)
         assert store.is_up
+        await store.close()
+
+    asyncio.run(scenario())
+
+
+def test_a_burst_of_calls_takes_turns_on_few_connections(redis_url: str) -> None:
+    """More calls than connections are no trouble of Redis."""
+    store = Store(redis_url, name="index", breaker=Breaker(threshold=1))
+
+    async def scenario() -> None:
+        answers = await asyncio.gather(*(store.call(ping) for _ in range(MAX_WAITING)))
+        assert answers == [True] * MAX_WAITING
+        await store.close()
+
+    asyncio.run(scenario())
+
+
+def test_no_call_waits_behind_too_many(redis_url: str) -> None:
+    store = Store(redis_url, name="index", breaker=Breaker(threshold=1))
+
+    async def scenario() -> None:
+        free = asyncio.Event()
+
+        async def held(_: aioredis.Redis) -> None:
+            await free.wait()
+
+        waiting = [asyncio.create_task(store.call(held)) for _ in range(MAX_AT_ONCE + MAX_WAITING)]
+        await asyncio.sleep(0)
+        with pytest.raises(StoreUnavailable, match="Too many"):
+            await store.call(ping)
+        free.set()
+        await asyncio.gather(*waiting)
+        assert store.is_up
+        await store.close()
+
+    asyncio.run(scenario())
+
+
+def test_a_busy_loop_is_not_taken_for_a_slow_store(redis_url: str) -> None:
+    """Each time somebody looks at the clock, more time has passed than a look-up has."""
+    store = Store(redis_url, name="index", breaker=Breaker(threshold=1))
+
+    async def three_round_trips(_: aioredis.Redis) -> bool:
+        for _round in range(3):
+            await asyncio.sleep(0)
+        return True
+
+    async def scenario() -> None:
+        loop, seconds = asyncio.get_running_loop(), itertools.count(step=0.02)
+        time = loop.time
+        loop.time = lambda: time() + next(seconds)  # type: ignore[method-assign]
+        assert await store.call(three_round_trips, timeout_seconds=0.01)
+        await store.close()
+
+    asyncio.run(scenario())
+
+
+def test_a_reply_that_makes_no_sense_is_a_failure_and_the_next_call_may_probe(
+    redis_url: str, clock: ManualClock
+) -> None:
+    breaker = Breaker(threshold=1, first_pause_seconds=1.0)
+    store = Store(redis_url, name="registry", breaker=breaker, clock=clock)
+
+    async def misread(client: aioredis.Redis) -> list[bytes]:
+        return list(await client.dbsize())  # type: ignore[call-overload,no-any-return]
+
+    async def scenario() -> None:
+        for pause in (1.0, 2.0):
+            with pytest.raises(StoreUnavailable):
+                await store.call(misread)
+            assert not store.is_up
+            clock.advance(pause)
+        assert await store.call(ping)
         await store.close()
 
     asyncio.run(scenario())

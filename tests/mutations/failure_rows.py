@@ -278,6 +278,13 @@ FAILURE_ROWS = (
         "sgl#13054, 12779",
         (
             Mutation(
+                "cluster/redis_client.py",
+                "except Exception as error:",
+                "except ZeroDivisionError as error:",
+                "tests/cluster/test_redis_client.py::"
+                "test_a_reply_that_makes_no_sense_is_a_failure_and_the_next_call_may_probe",
+            ),
+            Mutation(
                 SENDER,
                 "            del self._peers[peer.node_id]\n",
                 "            pass\n",
