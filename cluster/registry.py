@@ -4,8 +4,9 @@ Life of an entry
     1. `announce`: a node writes itself under its name, taking the place of an earlier
        incarnation.
     2. `heartbeat`, each second: the entry is written again with fresh state and load, and lives
-       for another TTL. An entry that vanished (Redis came back empty) is thereby restored. One
-       that belongs to another incarnation is left alone: this process has been replaced.
+       for another TTL. One that vanished (Redis came back empty) is thereby restored, and so is
+       one in whose place an earlier incarnation's is back (Redis has lost writes). One that
+       belongs to another incarnation is left alone: this process has been replaced.
     3. `withdraw`, or the end of the TTL, removes it.
 
 Keys: `baton:nodes`, the set of names, and `baton:node:<name>`, one JSON document of at most
@@ -20,7 +21,7 @@ import re
 from enum import Enum, auto
 from typing import TYPE_CHECKING, Any, cast
 
-from redis.exceptions import RedisError, WatchError
+from redis.exceptions import RedisError, ResponseError, WatchError
 
 from cluster.node import (
     HOST,
@@ -56,7 +57,7 @@ _LOAD_FIELDS = tuple(NodeLoad.__dataclass_fields__)
 
 class Heartbeat(Enum):
     RENEWED = auto()
-    RESTORED = auto()  # the entry had vanished; so has whatever else this node had stored
+    RESTORED = auto()  # the entry had vanished; so may have whatever else this node had stored
     REPLACED = auto()  # another incarnation owns the name; this process must stop serving
 
 
@@ -70,19 +71,21 @@ class Registry:
     def __init__(self, store: Store, *, ttl_seconds: float = TTL_SECONDS) -> None:
         self._store = store
         self._ttl_ms = int(ttl_seconds * 1000)
+        self._predecessors: set[NodeId | None] = {None}  # those whose place was taken here
 
     async def announce(self, info: NodeInfo) -> None:
         """Write the entry, whoever had the name before, and forget names without an entry."""
         entry = encode_entry(info)
 
         async def write(client: aioredis.Redis) -> None:
+            self._predecessors |= {await _owner(client, info.id.name)} - {info.id}
             names, documents = await _read_documents(client)
             dead = [n for n, document in zip(names, documents, strict=True) if document == b""]
             async with client.pipeline(transaction=True) as pipe:
                 if dead:
                     pipe.srem(_NAMES_KEY, *dead)
                 self._queue_write(pipe, info.id.name, entry)
-                await pipe.execute()
+                await _execute(pipe, client)
 
         await self._store.call(write)
 
@@ -104,12 +107,12 @@ class Registry:
         async with client.pipeline(transaction=True) as pipe:
             await pipe.watch(_key(info.id.name))
             owner = await _owner(pipe, info.id.name)
-            if owner is not None and owner != info.id:
+            if owner != info.id and owner not in self._predecessors:
                 return Heartbeat.REPLACED
             pipe.multi()  # type: ignore[no-untyped-call]
             self._queue_write(pipe, info.id.name, entry)
-            await pipe.execute()
-        return Heartbeat.RESTORED if owner is None else Heartbeat.RENEWED
+            await _execute(pipe, client)
+        return Heartbeat.RENEWED if owner == info.id else Heartbeat.RESTORED
 
     async def withdraw(self, node: NodeId) -> None:
         """Remove the entry if it is still this incarnation's."""
@@ -179,8 +182,19 @@ async def _owner(pipe: Any, name: str) -> NodeId | None:
         raise
 
 
+async def _execute(pipe: Any, client: aioredis.Redis) -> None:
+    """The entry is written in any case. What another program has put where the names belong goes:
+    the next heartbeat of each node adds its own."""
+    try:
+        await pipe.execute()
+    except ResponseError as error:
+        if not _is_wrong_type(error):
+            raise
+        await client.delete(_NAMES_KEY)
+
+
 def _is_wrong_type(error: RedisError) -> bool:
-    return str(error).startswith("WRONGTYPE")
+    return "WRONGTYPE" in str(error)
 
 
 def _key(name: str) -> str:

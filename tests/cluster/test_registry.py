@@ -110,6 +110,23 @@ def test_a_replaced_incarnation_is_told_and_changes_nothing(
     with_registry(scenario)
 
 
+def test_a_predecessors_entry_that_is_back_replaces_nobody(
+    with_registry: Any, raw_redis: redis.Redis, make_node: Callable[..., NodeInfo]
+) -> None:
+    """As after a fail-over to a Redis that had not heard of the announcement."""
+    old, new = make_node("a", 1), make_node("a", 2)
+
+    async def scenario(registry: Registry, store: Store) -> None:
+        await Registry(store).announce(old)
+        await registry.announce(new)
+        raw_redis.set("baton:node:a", encode_entry(old))
+        assert await registry.heartbeat(new) is Heartbeat.RESTORED
+        assert await registry.heartbeat(new) is Heartbeat.RENEWED
+        assert await registry.nodes() == [new]
+
+    with_registry(scenario)
+
+
 def test_a_name_taken_between_read_and_write_is_not_overwritten(
     with_registry: Any,
     raw_redis: redis.Redis,
@@ -203,16 +220,44 @@ def test_a_poisoned_entry_under_our_name_is_written_over(
     with_registry(scenario)
 
 
-def test_a_names_key_of_another_type_hides_nodes_but_breaks_nothing(
-    with_registry: Any, raw_redis: redis.Redis
+@pytest.mark.parametrize("write", ["announce", "heartbeat"])
+def test_a_names_key_of_another_type_hides_nodes_until_one_has_written_it(
+    with_registry: Any, raw_redis: redis.Redis, make_node: Callable[..., NodeInfo], write: str
 ) -> None:
+    node = make_node("a")
     raw_redis.set("baton:nodes", "poison")
 
     async def scenario(registry: Registry, store: Store) -> None:
         assert await registry.nodes() == []
+        await getattr(registry, write)(node)
+        await registry.heartbeat(node)
+        assert await registry.nodes() == [node]
         assert store.is_up
 
     with_registry(scenario)
+
+
+@pytest.mark.parametrize("reply", [b":5\r\n", b"$3\r\nabc\r\n", b"*1\r\n*1\r\n:1\r\n", b"$-1\r\n"])
+def test_replies_of_other_types_are_a_typed_error(reply: bytes) -> None:
+    """As behind a proxy that mixes replies up. A gateway ended when its poll raised another."""
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while line := await reader.readline():
+            if line.rstrip().upper() in (b"CLIENT", b"SELECT"):
+                writer.write(b"+OK\r\n")
+            elif line.startswith(b"SRANDMEMBER"):
+                writer.write(reply)
+        writer.close()
+
+    async def scenario() -> None:
+        async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+            port = server.sockets[0].getsockname()[1]
+            store = Store(f"redis://127.0.0.1:{port}", name="registry")
+            with pytest.raises(StoreUnavailable):
+                await Registry(store).nodes()
+            await store.close()
+
+    asyncio.run(scenario())
 
 
 def test_a_dead_redis_is_a_typed_error(make_node: Callable[..., NodeInfo]) -> None:
