@@ -74,7 +74,8 @@ class KVTransferConfig:
     )
     stall_seconds: float = option(
         60.0,
-        help="How long a transfer may make no progress while both of its nodes live.",
+        help="How long a transfer may make no progress while both of its nodes live; for a request "
+        "with a deadline half of what it has left, if that is less.",
         group=_TRANSFER,
         advanced=True,
     )

@@ -1,4 +1,4 @@
-"""Words that both ends of a transfer share."""
+"""Words that both ends of a transfer share, and how long they wait for each other."""
 
 from __future__ import annotations
 
@@ -35,3 +35,14 @@ class Ticket:
     nonce: int
     expires_in_seconds: float
     missing_positions: tuple[int, ...]
+
+
+MIN_STALL_SECONDS = 2.0  # a peer that is late by less is busy
+
+
+def stall_limit(most: float, deadline_seconds: float | None) -> float:
+    """How long what was announced may not come: seconds, `most` or half of what its request had
+    left, so that another pair can be tried, and this one be known for it."""
+    if deadline_seconds is None:
+        return most
+    return min(most, max(MIN_STALL_SECONDS, deadline_seconds / 2))

@@ -59,8 +59,9 @@ if TYPE_CHECKING:
 
 
 class Intake:
-    """`draw_nonce` gives unpredictable 64-bit numbers. `stall_seconds`: how long what
-    was announced, a payload or all frames of a commit, may not come, however alive the peer is."""
+    """`draw_nonce` gives unpredictable 64-bit numbers. `stall_seconds`: how long what was
+    announced, a payload or all frames of a commit, may not come at the most, however alive the
+    peer is."""
 
     def __init__(
         self,

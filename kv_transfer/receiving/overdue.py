@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from kv_transfer.failures import FailureReason
 from kv_transfer.receiving.endings import DOUBT_SECONDS
-from kv_transfer.transfer import TransferState
+from kv_transfer.transfer import TransferState, stall_limit
 
 if TYPE_CHECKING:
     from kv_transfer.lease import LeaseTable
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 class Overdue:
     """Asked by the timer, and at every frame and commit too: a node that was stopped may find those
-    before its timer runs. `stall_seconds`: how long what was announced may not come."""
+    before its timer runs. `stall_seconds`: the most that what was announced may not come."""
 
     def __init__(self, leases: LeaseTable, *, stall_seconds: float) -> None:
         self._leases = leases
@@ -30,5 +30,6 @@ class Overdue:
             return FailureReason.DEADLINE
         if transfer.is_doubted and now - transfer.progress_at >= DOUBT_SECONDS:
             return FailureReason.SENDER_LOST
-        is_stalled = now - transfer.progress_at >= self._stall_seconds
+        seconds = stall_limit(self._stall_seconds, transfer.sequence.request.deadline_seconds)
+        is_stalled = now - transfer.progress_at >= seconds
         return FailureReason.TRANSFER_TIMEOUT if is_stalled and transfer.waits_for_peer else None

@@ -55,6 +55,7 @@ from kv_transfer.sending.peer import Peer
 from kv_transfer.sending.sendings import Sending, Sendings, commit_message
 from kv_transfer.sweeping import sweep_forever
 from kv_transfer.telling import told
+from kv_transfer.transfer import stall_limit
 
 if TYPE_CHECKING:
     from cluster.errors import ServingError
@@ -342,13 +343,14 @@ class KVSender:
 
     def _check_progress(self, sending: Sending, now: float) -> None:
         seconds, config = now - sending.progress_at, self.agent.config
-        if sending.machine.is_draining and seconds >= config.drain_seconds:
+        machine = sending.machine
+        limit = stall_limit(config.stall_seconds, sending.request.deadline_seconds)
+        if machine.is_draining and seconds >= config.drain_seconds:
             sending.peer.cut()
-        elif seconds >= config.stall_seconds:
-            if sending.machine.waits_for_peer:
-                self._expire(sending, FailureReason.TRANSFER_TIMEOUT)
-            elif sending.machine.waits_for_sends:
-                sending.peer.cut()
+        elif machine.waits_for_peer and seconds >= limit:
+            self._expire(sending, FailureReason.TRANSFER_TIMEOUT)
+        elif machine.waits_for_sends and seconds >= config.stall_seconds:
+            sending.peer.cut()
 
     def _count_done(self, sending: Sending) -> None:
         self.agent.stats.transfers_done += 1

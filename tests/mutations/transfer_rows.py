@@ -99,8 +99,8 @@ TRANSFER_ROWS = (
             ),
             Mutation(
                 SENDER,
-                "                sending.peer.cut()\n",
-                "                pass\n",
+                "config.stall_seconds:\n            sending.peer.cut()\n",
+                "config.stall_seconds:\n            pass\n",
                 "tests/kv_transfer/test_mapped_slots.py::"
                 "test_a_slot_that_a_receiver_does_not_give_back_is_not_kept_for_ever",
             ),
