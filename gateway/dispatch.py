@@ -16,7 +16,13 @@ import asyncio
 import contextlib
 from typing import TYPE_CHECKING
 
-from cluster.errors import Cancelled, NodeUnavailable, RequestTooLarge, ServingError
+from cluster.errors import (
+    Cancelled,
+    NodeUnavailable,
+    RequestTooLarge,
+    ServingError,
+    TransferError,
+)
 from cluster.membership_events import SessionLost, SessionOpened, StateTold
 from cluster.request import KVLoadFailurePolicy, SequenceRequest, TokenDelta
 from gateway.active import ActiveSequence, Listener, demand_of
@@ -259,12 +265,14 @@ class Dispatcher:
         if kind is None:
             active.log_failure(error, "the client is told")
             return False
-        request = stream.next_attempt(kind, failed, active.placement, now)
+        is_handoff = isinstance(error, TransferError)
+        request = stream.next_attempt(kind, failed, active.placement, now, is_handoff=is_handoff)
         try:
             placement = choose_again(
                 self.nodes.candidates({}),
                 demand_of(request),
                 suspects=stream.suspects,
+                parted=stream.parted,
                 avoided=stream.avoided,
                 held_back=self.pairs.held_back(now),
             )

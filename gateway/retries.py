@@ -13,7 +13,9 @@ Life of a stream over its attempts
        are prefilled elsewhere. Draws depend on the seed and the position alone, so the client gets
        the tokens it would have got.
     5. The node that failed an attempt takes no further one of the same stream; its partner does
-       if there is nobody else.
+       if there is nobody else. Last of all, a node of which nothing but a hand-off failed
+       works with another partner: the link between the two may be all that is broken, and of what
+       failed nothing is used again.
 
 An error is worth another attempt when a node or a transfer failed; a request that is wrong, late,
 cancelled or too much for the model fails the same way everywhere. Pure: time is an argument.
@@ -39,7 +41,7 @@ MAX_REDISPATCHES = 1
 MAX_RECOVERIES = 3
 RETRY_SHARE = 0.1  # of the requests; what Google's SRE book advises for a client's retry budget
 MAX_SAVED_RETRIES = 10.0
-_DECODE_REASONS = ("decode_lost", "commit_unknown", "decode_not_ready")
+_DECODE_REASONS = ("decode_lost", "commit_unknown", "decode_not_ready", "recompute_differs")
 _REASONS_OF_EITHER = (None, "link_lost")
 _REFUSALS = ("not_ready", "decode_not_ready")
 
@@ -89,6 +91,7 @@ class Stream:
     num_recoveries: int = 0
     suspects: set[NodeId] = field(default_factory=set)  # failed an attempt
     avoided: set[NodeId] = field(default_factory=set)  # suspects and their partners
+    parted: set[NodeId] = field(default_factory=set)  # suspects of which a hand-off alone failed
     has_token: bool = False
 
     @property
@@ -119,13 +122,23 @@ class Stream:
         return RetryKind.REDISPATCH if budget.withdraw() else None
 
     def next_attempt(
-        self, kind: RetryKind, suspect: NodeId, failed: Placement, now: float
+        self,
+        kind: RetryKind,
+        suspect: NodeId,
+        failed: Placement,
+        now: float,
+        *,
+        is_handoff: bool = False,
     ) -> SequenceRequest:
-        """The request of the next attempt, after `suspect` failed this one."""
+        """The request of the next attempt, after `suspect` failed this one, maybe nothing of it but
+        the hand-off."""
         self.num_attempts += 1
         self.num_redispatches += kind is RetryKind.REDISPATCH
         self.num_recoveries += kind is RetryKind.RECOVERY
         self.suspects.add(suspect)
+        self.parted.discard(suspect)
+        if is_handoff:
+            self.parted.add(suspect)
         self.avoided |= {suspect, failed.decode.id}
         if failed.prefill is not None:
             self.avoided.add(failed.prefill.id)

@@ -190,17 +190,20 @@ def choose_again(
     *,
     suspects: AbstractSet[NodeId],
     avoided: AbstractSet[NodeId],
+    parted: AbstractSet[NodeId] = frozenset(),
     held_back: AbstractSet[Pair] = NO_PAIRS,
 ) -> Placement:
     """A pair for what failed elsewhere: without `avoided` nodes if that is possible, else without
-    `suspects`; one that is held back only if either way there is no other. `NodeUnavailable` when
-    there is none."""
-    fresh = [candidate for candidate in candidates if candidate.node.id not in avoided]
-    others = [candidate for candidate in candidates if candidate.node.id not in suspects]
-    for allowed in (fresh, others):
+    `suspects`, else without `avoided` but for `parted` ones; one that is held back only if there is
+    no other in any of these ways. `NodeUnavailable` when there is none."""
+    ways = [
+        [candidate for candidate in candidates if candidate.node.id not in excluded]
+        for excluded in (avoided, suspects, avoided - parted)
+    ]
+    for allowed in ways:
         if _has_pair(allowed, demand, held_back):
             return choose(allowed, demand, held_back=held_back)
-    return choose(fresh if _pools(fresh, demand) else others, demand)
+    return choose(next((way for way in ways if _pools(way, demand)), ways[0]), demand)
 
 
 def _has_pair(

@@ -12,8 +12,9 @@ the decode node sends is held until the first token is there. Without a prefill 
 
 Where the policy is to recompute, a decode node whose hand-off failed goes on by itself and says
 `recomputed`: every token comes from there, and the first one, if the client has it already, must
-be the same. A failure of the hand-off that the prefill node reports is then the decode node's to
-judge; and after the first token it is in any case, as the decode node may have been told to start.
+be the same; else the sequence fails, as its hand-off has. A failure of the hand-off that the
+prefill node reports is then the decode node's to judge; and after the first token it is in any
+case, as the decode node may have been told to start.
 
 Losing the prefill node matters only until the decode node says `started`. Before the first
 token nothing can be saved; after it the decode node is asked (`AskDecode`) and has
@@ -42,6 +43,7 @@ from cluster.errors import (
     NodeUnavailable,
     ServingError,
     TransferError,
+    TransferFailed,
 )
 from cluster.request import FinishReason, TokenDelta
 from gateway.sequence_instructions import (
@@ -221,8 +223,10 @@ class SequenceMachine:
         elif self._first_token_id is not None and delta.token_ids:
             if delta.token_ids[0] != self._first_token_id:
                 return self.fail(
-                    InternalError(
-                        "The recomputed sequence begins otherwise.", reason="recompute_differs"
+                    TransferFailed(
+                        "The recomputed sequence begins otherwise.",
+                        reason="recompute_differs",
+                        retry_after_seconds=_RETRY_SECONDS,
                     )
                 )
             self._first_token_id = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
+from collections.abc import Set as AbstractSet
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -20,6 +21,7 @@ from cluster.errors import (
 )
 from cluster.node import NodeId, NodeInfo, NodeName, NodeRole, NodeState, new_incarnation
 from cluster.request import SamplingParams, SequenceRequest, TokenDelta
+from gateway.pair_breaker import FAILURES_IN_A_ROW
 from gateway.retries import (
     MAX_RECOVERIES,
     MAX_SAVED_RETRIES,
@@ -152,7 +154,7 @@ def test_the_next_attempt_has_an_id_of_its_own_what_was_emitted_and_the_time_tha
     ("reason", "suspect"),
     [
         *(("prefill_lost", PREFILL), ("digest_mismatch", PREFILL), ("decode_lost", DECODE)),
-        *(("not_ready", PREFILL), ("decode_not_ready", DECODE)),
+        *(("not_ready", PREFILL), ("decode_not_ready", DECODE), ("recompute_differs", DECODE)),
     ],
 )
 def test_the_node_that_failed_is_the_suspect(reason: str, suspect: NodeInfo) -> None:
@@ -163,13 +165,18 @@ def test_the_node_that_failed_is_the_suspect(reason: str, suspect: NodeInfo) -> 
     assert one.avoided == {PREFILL.id, DECODE.id}
 
 
-def placed(*names: NodeInfo, suspects: set[NodeId], avoided: set[NodeId]) -> Placement:
+def placed(
+    *names: NodeInfo,
+    suspects: set[NodeId],
+    avoided: set[NodeId],
+    parted: AbstractSet[NodeId] = frozenset(),
+) -> Placement:
     candidates = [
         Candidate(node=n, is_connected=True, queued_tokens=0, num_sequences=0, reserved_tokens=0)
         for n in names
     ]
     demand = Demand(num_prompt_tokens=8, num_tokens=16)
-    return choose_again(candidates, demand, suspects=suspects, avoided=avoided)
+    return choose_again(candidates, demand, suspects=suspects, avoided=avoided, parted=parted)
 
 
 def test_a_partner_is_taken_again_only_if_there_is_no_other() -> None:
@@ -180,6 +187,28 @@ def test_a_partner_is_taken_again_only_if_there_is_no_other() -> None:
     assert (lone.prefill, lone.decode) == (OTHER_PREFILL, DECODE)
     with pytest.raises(ServingError):
         placed(PREFILL, DECODE, suspects=suspects, avoided=avoided)
+
+
+def test_a_node_whose_hand_off_failed_works_with_another_partner_last_of_all() -> None:
+    both = {PREFILL.id, DECODE.id}
+    failed = {"suspects": {PREFILL.id}, "avoided": both, "parted": {PREFILL.id}}
+    lone = placed(PREFILL, DECODE, OTHER_DECODE, **failed)
+    assert (lone.prefill, lone.decode) == (PREFILL, OTHER_DECODE)
+    other = placed(PREFILL, OTHER_PREFILL, DECODE, **failed)
+    assert (other.prefill, other.decode) == (OTHER_PREFILL, DECODE)
+    with pytest.raises(ServingError):
+        placed(PREFILL, DECODE, **failed)
+    failed |= {"suspects": {DECODE.id}, "parted": {DECODE.id}}
+    only = placed(PREFILL, OTHER_PREFILL, DECODE, **failed)
+    assert (only.prefill, only.decode) == (OTHER_PREFILL, DECODE)
+
+
+def test_a_prefill_node_that_failed_otherwise_too_is_not_taken_again() -> None:
+    one = stream(recovers=True)
+    one.next_attempt(RetryKind.REDISPATCH, PREFILL.id, PAIR, now=0.0, is_handoff=True)
+    assert one.parted == {PREFILL.id}
+    one.next_attempt(RetryKind.RECOVERY, PREFILL.id, PAIR, now=0.0)
+    assert not one.parted
 
 
 # ---- through HTTP -------------------------------------------------------------------------
@@ -240,6 +269,52 @@ def test_a_failed_transfer_is_redispatched_to_another_prefill_node_and_then_repo
     assert code_of(post(running)) == (503, "kv_load_failed")
     tried = [n for n in running.nodes.values() if n.submitted]
     assert len(tried) == 2
+    everything_is_given_back(running)
+
+
+def test_a_decode_node_that_one_prefill_node_cannot_reach_works_with_another(
+    new_gateway: NewGateway, expected: str
+) -> None:
+    running = new_gateway(num_prefill=2)
+    running.prefill.error = TransferFailed("It does not answer.", reason="decode_lost")
+    assert post(running).json()["choices"][0]["text"] == expected
+    assert running.gateway.measures.retries == {("redispatch", "decode_lost"): 1}
+
+
+@pytest.mark.parametrize(("num_prefill", "num_decode"), [(1, 3), (3, 1)])
+def test_a_client_hears_nothing_of_one_broken_link_however_few_nodes_there_are_of_a_role(
+    new_gateway: NewGateway, expected: str, num_prefill: int, num_decode: int
+) -> None:
+    running = new_gateway(num_prefill=num_prefill, num_decode=num_decode)
+    running.prefill.unreachable.add("decode-0")
+    for _ in range(FAILURES_IN_A_ROW + 1):
+        assert post(running).json()["choices"][0]["text"] == expected
+    assert running.gateway.measures.retries == {("redispatch", "link_lost"): FAILURES_IN_A_ROW}
+    everything_is_given_back(running)
+
+
+def test_a_stream_whose_recomputed_part_does_not_fit_goes_on_elsewhere(
+    new_gateway: NewGateway, expected: str
+) -> None:
+    running = new_gateway(num_decode=2, stream_recovery=True)
+    running.do(running.prefill.gates.hand_off.clear)
+    reading = OpenStream(running)
+    assert reading.has_text.wait(10)
+    (active,) = running.do(lambda: list(running.gateway.dispatcher.active.values()))
+    first = running.nodes[active.decode.info.id.name]
+
+    def recompute_otherwise() -> None:
+        for delta in (
+            {"started": True, "recomputed": True},
+            {"token_ids": (active.request.prompt_token_ids[0] + 1,)},
+        ):
+            said = TokenDelta(sequence_id=active.request.sequence_id, **delta)
+            first.hub.publish(running.gateway.dispatcher.gateway_id, [said])
+        running.prefill.gates.hand_off.set()
+
+    running.do(recompute_otherwise)
+    assert text_of(reading.result()) == expected
+    assert running.gateway.measures.retries["recovery", "recompute_differs"] == 1
     everything_is_given_back(running)
 
 

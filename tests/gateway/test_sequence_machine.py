@@ -16,6 +16,7 @@ from cluster.errors import (
     TransferFailed,
 )
 from cluster.request import FinishReason, TokenDelta
+from gateway.retries import is_worth_a_retry
 from gateway.sequence_instructions import (
     AskDecode,
     CancelDecode,
@@ -354,7 +355,9 @@ def test_a_recomputed_first_token_that_differs_is_never_passed_on() -> None:
     said = one.prefill_delta(FIRST, 1.0) + one.decode_delta(RECOMPUTED, 1.0)
     said += one.decode_delta(delta(9), 2.0)
     assert tokens(said) == [1]
-    assert isinstance(endings(said)[0], InternalError)
+    (error,) = endings(said)
+    assert isinstance(error, ServingError)
+    assert (error.reason, is_worth_a_retry(error)) == ("recompute_differs", True)
 
 
 @pytest.mark.parametrize("event", ["P error", "P lost"])

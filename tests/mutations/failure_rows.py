@@ -18,6 +18,7 @@ from tests.mutations.transfer_rows import (
 
 CATALOGUE = "tests/kv_transfer/test_bug_catalogue_failures.py::test_"
 MACHINE = "gateway/sequence_machine.py"
+STALLS = "tests/kv_transfer/test_stalls.py::test_"
 PAIRS = "tests/gateway/test_pairs.py::test_"
 MACHINE_TESTS = "tests/gateway/test_sequence_machine.py::test_"
 LANDINGS = "kv_transfer/receiving/landings.py"
@@ -377,6 +378,25 @@ FAILURE_ROWS = (
                 "avoided=stream.avoided,\n                held_back=self.pairs.held_back(now),",
                 "avoided=stream.avoided,",
                 PAIRS + "another_attempt_keeps_away_from_pairs_that_are_held_back",
+            ),
+            Mutation(
+                "gateway/router.py",
+                "for excluded in (avoided, suspects, avoided - parted)",
+                "for excluded in (avoided, suspects)",
+                "tests/gateway/test_retries.py::test_a_client_hears_nothing_of_one_broken_link_"
+                "however_few_nodes_there_are_of_a_role",
+            ),
+            Mutation(
+                SENDER,
+                "machine.waits_for_peer and seconds >= limit:",
+                "machine.waits_for_peer and seconds >= config.stall_seconds:",
+                STALLS + "a_sender_gives_a_peer_up_while_another_pair_has_time_for_its_request",
+            ),
+            Mutation(
+                "kv_transfer/receiving/overdue.py",
+                "now - transfer.progress_at >= seconds",
+                "now - transfer.progress_at >= self._stall_seconds",
+                STALLS + "a_receiver_gives_a_payload_up_while_another_pair_has_time_for_it",
             ),
         ),
     ),
