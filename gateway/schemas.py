@@ -23,6 +23,7 @@ MAX_INPUT_CHARS = 200
 _SAYS_WHAT_IT_GOT = frozenset({"missing", "too_short", "too_long"})
 
 _TOOLS = ("tools", "tool_choice")  # of chats alone
+_ECHO = ("echo",)  # of plain completions alone; vLLM has it for chats, too
 # What these fields ask for would change the answer, and is not built.
 _UNSUPPORTED = (
     "functions",
@@ -32,6 +33,13 @@ _UNSUPPORTED = (
     "guided_regex",
     "guided_choice",
     "guided_grammar",
+    "json_schema",
+    "regex",
+    "ebnf",
+    "allowed_token_ids",
+    "stop_regex",
+    "custom_logit_processor",
+    "lora_path",
     "prompt_logprobs",
     "truncate_prompt_tokens",
     "thinking_token_budget",
@@ -48,6 +56,8 @@ _HARMLESS: dict[str, tuple[object, ...]] = {
     "store": (False,),
     "verbosity": ("medium",),
     "modalities": ([], ["text"]),
+    "bad_words": ([],),
+    "logits_processors": ([],),
 }
 # Of one that may be sent and says nothing to this server.
 Ignored = Annotated[Any, Field(description="Taken, and ignored: the answer is the same.")]
@@ -191,7 +201,7 @@ class DetokenizeBody(Wire):
 
 
 def parse_chat(fields: Mapping[str, Any]) -> ChatBody:
-    refuse_unsupported(fields)
+    refuse_unsupported(fields, (*_ECHO, *_UNSUPPORTED))
     refuse(fields, _HARMLESS)
     return valid(ChatBody, fields)
 
