@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from gateway.schemas import MessageBody
 
-MAX_TOOLS = 128
+MAX_TOOLS = 1024  # an agent with a few servers of tools has hundreds
 # A client may leave these out; Hermes' template writes them without asking.
 _UNSAID = {"description": "", "parameters": {"type": "object", "properties": {}}}
 

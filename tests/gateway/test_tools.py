@@ -222,6 +222,11 @@ def test_a_call_is_read_by_the_client(tool_client: openai.OpenAI) -> None:
     )
 
 
+def test_an_agent_may_bring_hundreds_of_tools(tool_client: openai.OpenAI) -> None:
+    (choice,) = ask(tool_client, "x", tools=TOOLS * 150).choices
+    assert choice.message.content == "T" * 150 + "x"
+
+
 def test_a_streamed_call_begins_with_its_name_and_says_it_once(tool_client: openai.OpenAI) -> None:
     chunks = [chunk.choices[0] for chunk in ask(tool_client, CALL + CALL, stream=True)]
     assert chunks[-1].finish_reason == "tool_calls"
@@ -278,6 +283,7 @@ def test_results_of_calls_go_back_to_the_template(tool_client: openai.OpenAI) ->
     ("changes", "param"),
     [
         ({"tools": []}, "tools"),
+        ({"tools": TOOLS * 1025}, "tools"),
         ({"tools": [{"type": "web"}]}, "tools[0].type"),
         ({"tools": [{"type": "function", "function": {}}]}, "tools[0].function.name"),
         (
