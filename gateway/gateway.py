@@ -7,15 +7,16 @@
 
 from __future__ import annotations
 
-import fnmatch
 import itertools
 import secrets
 from contextlib import ExitStack
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
 from cluster.errors import ModelNotFound, NodeUnavailable, Overloaded, ServingError
 from gateway.generation import Generation
 from gateway.http_errors import log_refusal, status_of
+from gateway.request_book import MAX_NAME_CHARS
 from gateway.streaming import StreamTimes
 
 if TYPE_CHECKING:
@@ -93,7 +94,8 @@ class Gateway:
         """The name the answer shows. Raises `ModelNotFound`."""
         if asked is None:
             return self.model_names[0]
-        if any(asked == name or fnmatch.fnmatchcase(asked, name) for name in self._names):
+        is_short = len(asked) <= MAX_NAME_CHARS  # each event of a stream repeats it
+        if any(asked == name or (is_short and fnmatchcase(asked, name)) for name in self._names):
             return asked
         served = ", ".join(repr(name) for name in self._names)
         raise ModelNotFound(

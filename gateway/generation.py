@@ -133,6 +133,12 @@ class Generation:
         return self.error is not None or all(choice.is_finished for choice in self.choices)
 
     @property
+    def num_unread(self) -> int:
+        """Tokens that have come and were not read yet, and log-probabilities with them."""
+        num_tokens = sum(choice.num_unread_tokens for choice in self.choices)
+        return num_tokens * (1 + (self.request.sampling[0].num_logprobs or 0))
+
+    @property
     def first_at(self) -> float | None:
         """When the first token of any choice was there."""
         return min((run.first_at for run in self._runs if run.first_at is not None), default=None)

@@ -8,8 +8,8 @@ Life of a stream
        then `[DONE]`.
 
 A watcher hears of a client that leaves and ends the generation at once, also while the answer
-is still being waited for. A client that stops reading holds at most the socket's buffer; after
-`write_timeout` seconds of that it is taken for gone, and cut off.
+is still being waited for. A client that reads nothing for `write_timeout` seconds is taken for
+gone, and cut off; so is one behind whose slow reading too much has gathered.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ STREAM_HEADERS = [
     (b"x-accel-buffering", b"no"),
 ]
 HTTP_OK = 200
+MAX_UNREAD = 1 << 20  # tokens and log-probabilities; each takes some 120 bytes
 MAX_WRITE_BYTES = 1 << 20  # before others have a turn: of prompts that are echoed, say
 
 
@@ -176,7 +177,9 @@ class StreamWriter:
         while True:
             await asyncio.sleep(times.tick)
             quiet_for = self._clock() - self._wrote_at
-            if self._is_writing and quiet_for >= times.write_timeout and writer is not None:
+            is_behind = self._generation.num_unread > MAX_UNREAD
+            is_stalled = self._is_writing and (quiet_for >= times.write_timeout or is_behind)
+            if is_stalled and writer is not None:
                 self._is_stalled = True
                 self._generation.abandon()
                 writer.cancel()

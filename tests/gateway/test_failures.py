@@ -18,7 +18,7 @@ import pytest
 from cluster.errors import NodeUnavailable, TransferFailed
 from cluster.node import NodeId, NodeName, NodeRole, NodeState, new_incarnation
 from cluster.pulse import Pulse
-from gateway import node_client
+from gateway import node_client, streaming
 from tests.gateway.fake_node import FakeNode
 from tests.gateway.running_gateway import RunningGateway
 
@@ -460,8 +460,18 @@ def test_a_gateway_that_ends_connects_to_no_node_again(new_gateway: NewGateway) 
     assert list(running.gateway.nodes) == []
 
 
-def test_a_client_that_does_not_read_is_given_up(new_gateway: NewGateway) -> None:
-    running = new_gateway(write_timeout=0.2, node_options={"max_model_len": 10**7})
+@pytest.mark.parametrize(("write_timeout", "most"), [(0.2, streaming.MAX_UNREAD), (60.0, 1000)])
+def test_a_client_that_does_not_read_is_given_up(
+    new_gateway: NewGateway, monkeypatch: pytest.MonkeyPatch, write_timeout: float, most: int
+) -> None:
+    """After a while, or when much has gathered: one that reads a little now and then is never
+    silent, and the nodes go on."""
+    monkeypatch.setattr(streaming, "MAX_UNREAD", most)
+    running = new_gateway(
+        write_timeout=write_timeout,
+        sse_keep_alive_interval=0.1,
+        node_options={"max_model_len": 10**7},
+    )
     stop = threading.Event()
 
     def never_read() -> None:

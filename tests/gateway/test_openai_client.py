@@ -262,6 +262,12 @@ def test_a_pattern_among_the_served_names_matches(client: openai.OpenAI) -> None
     assert answer.model == "claude-anything"
 
 
+def test_no_name_that_a_pattern_would_match_is_longer_than_names_are(client: openai.OpenAI) -> None:
+    """It would be sent back with each token."""
+    with pytest.raises(openai.NotFoundError):
+        client.completions.create(model="claude-" + "x" * 10_000, prompt="one", max_tokens=5)
+
+
 def test_errors_have_the_clients_own_types(client: openai.OpenAI) -> None:
     with pytest.raises(openai.NotFoundError) as missing:
         client.chat.completions.create(model="nope", messages=ASK)
