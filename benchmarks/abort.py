@@ -11,7 +11,6 @@ free. The floor is the same question when nothing runs.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import json
 import os
@@ -28,7 +27,7 @@ from urllib.parse import urlsplit
 import grpc.aio
 from prometheus_client.parser import text_string_to_metric_families
 
-from benchmarks.results_file import machine_facts, write_section
+from benchmarks.command import parser_of, publish
 from benchmarks.serve_process import ServeProcess
 from cluster.codec import PROTOCOL_VERSION, encode_handoff, encode_sequence
 from cluster.node import Incarnation, NodeId, NodeName
@@ -39,6 +38,7 @@ from cluster.rpc import open_channel
 from gateway.admin.token_file import read_admin_token
 
 if TYPE_CHECKING:
+    import argparse
     from collections.abc import Sequence
 
 GATEWAY = "benchmark-of-aborts"
@@ -275,29 +275,24 @@ def _cell(seconds: Sequence[float]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.abort", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = parser_of("abort", __doc__)
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--burst", type=int, default=32)
     parser.add_argument("--prompt-tokens", type=int, default=1500)
-    parser.add_argument("--write", action="store_true", help="publish in benchmarks/RESULTS.md")
     arguments = parser.parse_args()
     with ServeProcess() as serve:
         serve.wait_until_ready()
         took, pair = asyncio.run(_run(serve, arguments))
     print(table(took))
     if arguments.write:
-        command = f"python -m benchmarks.abort --repeats {arguments.repeats}"
         facts = [
-            f"command: `{command} --write`",
             f"prompts of {pair.num_prompt_tokens} tokens; alone, the first token came after "
             f"{1000 * pair.first_token_seconds:.0f} ms. A step that runs, here of up to 512 "
             "tokens, keeps its blocks to its end",
             f"load of the machine: {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores",
-            *machine_facts(),
         ]
-        text = "\n".join([table(took), "", *(f"- {fact}" for fact in facts)])
-        write_section("abort", "From a cancel until both nodes have all of it back", text)
+        title = "From a cancel until both nodes have all of it back"
+        publish("abort", "abort", title, table(took), facts)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@
 
 from __future__ import annotations
 
-import argparse
 import cProfile
 import os
 import pstats
@@ -26,7 +25,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.results_file import machine_facts, write_section
+from benchmarks.command import parser_of, with_facts
+from benchmarks.results_file import write_section
 from benchmarks.serve_process import ROOT
 from cluster.prefix_hash import root_hash
 from cluster.request import SamplingParams, SequenceRequest
@@ -210,22 +210,15 @@ def table(profiles: SequenceOf[Profile]) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser("python -m benchmarks.cpu_profile", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = parser_of("cpu_profile", __doc__)
     parser.add_argument("--num-threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--write", action="store_true", help="update benchmarks/RESULTS.md")
     arguments = parser.parse_args()
     load = os.getloadavg()[0]
     engine = open_engine(arguments.num_threads)
     text = table([measure(engine, kind, arguments.seed) for kind in KINDS])
-    facts = [
-        f"command: `python -m benchmarks.cpu_profile --num-threads {arguments.num_threads} "
-        f"--seed {arguments.seed}`",
-        f"decode at contexts of {CONTEXT} tokens and more; load average before: {load:.2f}",
-        *machine_facts(),
-    ]
-    text = "\n".join([text, "", *(f"- {fact}" for fact in facts)])
+    fact = f"decode at contexts of {CONTEXT} tokens and more; load average before: {load:.2f}"
+    text = with_facts("cpu_profile", text, [fact])
     print(text)
     if arguments.write:
         write_section("cpu-profile", "CPU step profile (`python -m benchmarks.cpu_profile`)", text)

@@ -16,7 +16,6 @@ step is bound by the memory.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import random
 import statistics
@@ -28,11 +27,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from benchmarks.command import parser_of, publish
 from benchmarks.engine_run import EngineRun
 from benchmarks.kernels.ceilings import copy_bandwidth
 from benchmarks.kv_pair import BLOCK_SIZE, Pair, PairOptions, Source, receive, run_as_node
 from benchmarks.model_shapes import SHAPES
-from benchmarks.results_file import publish
 from benchmarks.two_gpus import write_model_folder
 from cluster.startup import StartupReport
 from engine.config import EngineConfig
@@ -40,6 +39,7 @@ from engine.engine import Engine
 from kv_transfer.config import KVTransferConfig
 
 if TYPE_CHECKING:
+    import argparse
     from collections.abc import Callable, Coroutine
     from multiprocessing.connection import Connection
 
@@ -268,7 +268,7 @@ async def measured(arguments: argparse.Namespace, options: PairOptions, batch: i
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = parser_of("decode_while_receiving", __doc__)
     parser.add_argument("--source", default="cuda:0")
     parser.add_argument("--target", default="cuda:1")
     parser.add_argument("--batch", type=int, nargs="+", default=[64])
@@ -278,13 +278,12 @@ def main() -> None:
     parser.add_argument(
         "--rates", type=int, nargs="+", default=[16, DEFAULT_RATE, 64, 128, 0], help="GB/s"
     )
-    parser.add_argument("--write", action="store_true", help="update benchmarks/RESULTS.md")
     arguments = parser.parse_args()
     table = run_as_node(run(arguments))
     print(table)
     if arguments.write:
         title = "Decode while KV arrives"
-        publish("decode_while_receiving", "decode while receiving", title, f"{table}\n")
+        publish("decode_while_receiving", "decode while receiving", title, table)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ The engine is driven by its loop and a scheduler: sampling and host work are par
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import sys
@@ -23,17 +22,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from benchmarks.command import command_of, parser_of, with_facts
 from benchmarks.engine_run import EngineRun
 from benchmarks.floors import Floors
 from benchmarks.kernels.ceilings import Ceilings, measure_ceilings, pinned_copy_rate
 from benchmarks.model_shapes import SHAPES
-from benchmarks.results_file import machine_facts, write_section
+from benchmarks.results_file import write_section
 from cluster.startup import StartupReport
 from engine.config import EngineConfig
 from engine.engine import Engine
 from loadtest.metadata import collect_metadata
 
 if TYPE_CHECKING:
+    import argparse
     from collections.abc import Sequence
 
 
@@ -173,9 +174,8 @@ def open_engine(arguments: argparse.Namespace, folder: Path) -> Engine:
     return Engine.create(config, progress=StartupReport(sink=lambda fact: None))
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("python -m benchmarks.engine", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+def parse() -> argparse.Namespace:
+    parser = parser_of("engine", __doc__)
     add = parser.add_argument
     add("--shape", choices=sorted(SHAPES), default="llama-3.1-8b")
     add("--prefill", type=int, nargs="+", default=[2048, 8192, 32768], metavar="TOKENS")
@@ -191,8 +191,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--enforce-eager", action="store_true")
     add("--seed", type=int, default=0)
     add("--json", type=Path, help="also write figures and metadata to this file")
-    add("--write", action="store_true", help="update benchmarks/RESULTS.md")
-    return parser.parse_args(argv)
+    return parser.parse_args()
 
 
 def measure(
@@ -218,23 +217,22 @@ def measure(
     return figures, facts
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    arguments = parse(argv)
+def main() -> int:
+    arguments = parse()
     ceilings = measure_ceilings()
     with tempfile.TemporaryDirectory() as folder:
         figures, facts = measure(arguments, ceilings, Path(folder))
-    command = f"python -m benchmarks.engine {' '.join(argv if argv is not None else sys.argv[1:])}"
-    facts = [f"command: `{command.strip()}`", f"limits: {ceilings.line()}", *facts]
+    facts = [f"limits: {ceilings.line()}", *facts]
     facts.append(f"peer: {PEER}, one H200, bfloat16, measured on another day")
     facts += FLOORS
     facts.append("GPU idle: share of a step beyond what its graphs take alone, run back to back")
-    table = [HEAD, *(figure.line() for figure in figures), ""]
-    text = "\n".join([*table, *(f"- {each}" for each in facts + machine_facts())])
+    table = "\n".join([HEAD, *(figure.line() for figure in figures)])
+    text = with_facts("engine", table, facts)
     print(text)
     if arguments.json is not None:
         record = {
             "metadata": collect_metadata().as_dict(),
-            "command": command,
+            "command": command_of("engine"),
             "ceilings": asdict(ceilings),
             "figures": [asdict(figure) for figure in figures],
             "facts": facts,

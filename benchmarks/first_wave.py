@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import tempfile
@@ -20,8 +19,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 import triton
 
+from benchmarks.command import parser_of, with_facts
 from benchmarks.model_shapes import SHAPES
-from benchmarks.results_file import machine_facts, write_section
+from benchmarks.results_file import write_section
 from cluster.prefix_hash import root_hash
 from cluster.request import SamplingParams, SequenceRequest
 from cluster.startup import StartupReport
@@ -31,6 +31,7 @@ from engine.schedule import ScheduledChunk, ScheduleDecision
 from engine.sequence import Sequence
 
 if TYPE_CHECKING:
+    import argparse
     from collections.abc import Sequence as SequenceOf
 
 WAVES: tuple[tuple[int, ...], ...] = (
@@ -168,21 +169,17 @@ def facts_of(
     ]
 
 
-def main(argv: SequenceOf[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("python -m benchmarks.first_wave", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+def main() -> int:
+    parser = parser_of("first_wave", __doc__)
     parser.add_argument("--shape", choices=sorted(SHAPES), default="llama-3.1-8b")
     parser.add_argument("--gpu-memory-utilization", type=float, default=0.9)
-    parser.add_argument("--write", action="store_true", help="update benchmarks/RESULTS.md")
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_args()
     if not torch.cuda.is_available():
         print("no CUDA GPU found; these figures need one", file=sys.stderr)
         return 1
     with tempfile.TemporaryDirectory() as folder:
         text = measure(arguments, Path(folder))
-    command = f"python -m benchmarks.first_wave --shape {arguments.shape}"
-    facts = [f"command: `{command}`", *machine_facts()]
-    text = "\n".join([text, *(f"- {fact}" for fact in facts)])
+    text = with_facts("first_wave", text)
     print(text)
     if arguments.write:
         write_section("first wave", "The first wave after a start, and memory", text)

@@ -13,7 +13,6 @@ and chained kernels overlap. `--write` puts the tables into benchmarks/RESULTS.m
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import sys
@@ -26,8 +25,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.command import parser_of, publish
 from benchmarks.model_shapes import SHAPES
-from benchmarks.results_file import machine_facts, write_section
 from engine.batch import Batch, Samples, table_width
 from engine.models.config import ModelConfig
 from engine.models.decoder import Decoder
@@ -36,6 +35,7 @@ from engine.models.quantized_linear import matrix_factory
 from kernels.attention_backend import Facts, fastest
 
 if TYPE_CHECKING:
+    import argparse
     from collections.abc import Callable
 
     from engine.tensor_parallel.ranks import Ranks
@@ -210,15 +210,13 @@ def measure(arguments: argparse.Namespace) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser("python -m benchmarks.forward_profile", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = parser_of("forward_profile", __doc__)
     parser.add_argument("--shape", choices=sorted(SHAPES), default="llama-3.1-8b")
     parser.add_argument("--prefill", type=int, nargs="*", default=[2048, 8192])
     parser.add_argument("--decode", type=int, nargs="*", default=[1, 32])
     parser.add_argument("--context", type=int, default=1100, help="of decode")
     parser.add_argument("--fp8", action="store_true", help="weights and KV in float8")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--write", action="store_true", help="update benchmarks/RESULTS.md")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         print("no CUDA GPU found; these figures need one", file=sys.stderr)
@@ -226,9 +224,7 @@ def main() -> int:
     with torch.inference_mode():
         text = measure(arguments)
     if arguments.write:
-        facts = [f"command: `python -m {' '.join(sys.argv[1:])}`", *machine_facts()]
-        text = "\n".join([text, *(f"- {fact}" for fact in facts)])
-        write_section("forward-profile", "Kernels of a pass", text)
+        publish("forward_profile", "forward-profile", "Kernels of a pass", text)
     return 0
 
 

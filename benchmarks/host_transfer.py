@@ -16,7 +16,6 @@ cores it is what limits a copy on loopback.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import os
 import statistics
@@ -29,11 +28,12 @@ import torch
 import uvloop
 
 from baton.raw_copy import SETTINGS, UNPACED_SETTINGS, RawSockets
+from benchmarks.command import parser_of, publish
 from benchmarks.kv_pair import MIB, Pair, PairOptions, decode_process
-from benchmarks.results_file import machine_facts, write_section
 from kv_transfer import host_moves
 
 if TYPE_CHECKING:
+    import argparse
     from multiprocessing.connection import Connection
 
 TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
@@ -178,7 +178,7 @@ def make_options(arguments: argparse.Namespace, digest: str) -> PairOptions:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = parser_of("host_transfer", __doc__)
     parser.add_argument("--tls", default=None, help="UCX_TLS")
     parser.add_argument("--num-layers", type=int, default=32)
     parser.add_argument("--unit-kib", type=int, default=64, help="one layer of one block")
@@ -189,7 +189,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--digests", nargs="+", choices=DIGESTS, default=DIGESTS)
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--warmup", type=int, default=2)
-    parser.add_argument("--write", action="store_true", help="into benchmarks/RESULTS.md")
     return parser.parse_args()
 
 
@@ -208,15 +207,11 @@ def main() -> None:
     used.append(f"load of the machine before and after: {load:.1f}, {os.getloadavg()[0]:.1f}")
     print("\n".join([*lines, *used]))
     if arguments.write:
-        command = f"python -m benchmarks.host_transfer --repeats {arguments.repeats} --write"
-        if arguments.tls is not None:
-            command += f" --tls {arguments.tls}"
-        facts = [f"- command: `{command}`", *(f"- {each}" for each in (*used, *machine_facts()))]
         name = f"host transfer {arguments.tls or 'default'}"
         title = "KV transfer in host memory"
         if arguments.tls is not None:
             title += f", by UCX ({arguments.tls})"
-        write_section(name, title, "\n".join([*lines, "", *facts]))
+        publish("host_transfer", name, title, "\n".join(lines), used)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import sys
@@ -22,9 +21,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from benchmarks.command import parser_of, publish
 from benchmarks.kv_tier_copies import copy_of, rates, require, seconds_of
 from benchmarks.model_shapes import SHAPES
-from benchmarks.results_file import machine_facts, write_section
 from cluster.prefix_hash import root_hash
 from cluster.request import SamplingParams, SequenceRequest
 from cluster.startup import StartupReport
@@ -37,6 +36,7 @@ from engine.sequence import Sequence
 from prefill_node.scheduler import PrefillScheduler
 
 if TYPE_CHECKING:
+    import argparse
     from collections.abc import Callable
     from collections.abc import Sequence as SequenceOf
 
@@ -245,9 +245,8 @@ def engine_tables(arguments: argparse.Namespace) -> list[str]:
     return [*text, "", *steps]
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("python -m benchmarks.kv_tiers", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+def main() -> int:
+    parser = parser_of("kv_tiers", __doc__)
     parser.add_argument("--device", default="cuda:0")
     parser.add_argument("--shape", choices=SHAPES, default="llama-3.1-8b", help="of the engine")
     parser.add_argument("--num-layers", type=int, default=32)
@@ -257,15 +256,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--hit-repeats", type=int, default=3)
     parser.add_argument("--prompts", type=int, nargs="+", default=[2048, 8192, 32768])
     parser.add_argument("--host-gib", type=float, default=24.0)
-    parser.add_argument("--write", action="store_true", help="update benchmarks/RESULTS.md")
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_args()
     text = rates(arguments)
     print("\n".join(text), flush=True)
     text += ["", *engine_tables(arguments)]
     if arguments.write:
-        command = " ".join(["python -m benchmarks.kv_tiers", *(argv or sys.argv[1:])])
-        facts = [f"- {fact}" for fact in (f"command: `{command}`", *machine_facts())]
-        write_section("kv_tiers", "KV in host memory", "\n".join([*text, "", *facts]))
+        publish("kv_tiers", "kv_tiers", "KV in host memory", "\n".join(text))
     return 0
 
 

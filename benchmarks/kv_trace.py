@@ -12,18 +12,18 @@
 
 from __future__ import annotations
 
-import argparse
 import statistics
 from functools import partial
 from typing import TYPE_CHECKING
 
+from benchmarks.command import parser_of, publish
 from benchmarks.kv_handoffs import hand_off, last_layer
 from benchmarks.kv_pair import BLOCK_SIZE, Pair, decode_process, run_as_node
 from benchmarks.kv_transfer import LAYER_SECONDS, add_options, make_options, with_defaults
-from benchmarks.results_file import publish
 from kv_transfer.trace import TRACE
 
 if TYPE_CHECKING:
+    import argparse
     from collections.abc import Awaitable, Callable, Mapping, Sequence
 
     from benchmarks.kv_handoffs import Taken
@@ -125,11 +125,11 @@ async def run(arguments: argparse.Namespace) -> str:
     return "\n".join(lines)
 
 
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+def parse() -> argparse.Namespace:
+    parser = parser_of("kv_trace", __doc__)
     add_options(parser)
     parser.add_argument("--frames", action="store_true", help="show each frame of the last turn")
-    return with_defaults(parser.parse_args(arguments))
+    return with_defaults(parser.parse_args())
 
 
 def main() -> None:

@@ -16,8 +16,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from benchmarks.command import publish
 from benchmarks.kv_trace import POINTS, heading, median_line
-from benchmarks.results_file import publish
 from benchmarks.serve_process import ServeProcess
 from benchmarks.two_gpus import ADMIN_TOKEN, send, served_parser, set_policy, write_model_folder
 from kv_transfer.trace import VARIABLE, read_marks
@@ -101,7 +101,7 @@ def main() -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = served_parser(__doc__)
+    parser = served_parser("kv_trace_served", __doc__)
     parser.add_argument("--output-len", type=int, default=8)
     parser.add_argument("--num-prompts", type=int, default=20)
     return parser.parse_args()

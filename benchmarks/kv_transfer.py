@@ -34,6 +34,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from benchmarks.command import parser_of, publish
 from benchmarks.kv_handoffs import hand_off, last_layer, stream
 from benchmarks.kv_pair import (
     ALL_HELD,
@@ -43,7 +44,6 @@ from benchmarks.kv_pair import (
     PairOptions,
     run_as_node,
 )
-from benchmarks.results_file import publish
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -209,10 +209,10 @@ def make_options(arguments: argparse.Namespace) -> PairOptions:
     )
 
 
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+def parse() -> argparse.Namespace:
+    parser = parser_of("kv_transfer", __doc__)
     add_options(parser)
-    return with_defaults(parser.parse_args(arguments))
+    return with_defaults(parser.parse_args())
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -229,7 +229,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--require-transport", default="any")
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--warmup", type=int, default=3)
-    parser.add_argument("--write", action="store_true", help="update benchmarks/RESULTS.md")
 
 
 def with_defaults(found: argparse.Namespace) -> argparse.Namespace:

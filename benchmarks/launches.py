@@ -12,7 +12,6 @@
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import sys
 import time
@@ -22,14 +21,15 @@ from unittest import mock
 
 import torch
 
+from benchmarks.command import parser_of, publish
 from benchmarks.forward_profile import DEVICE, DTYPE, Model, captured, median_ms
 from benchmarks.model_shapes import SHAPES
-from benchmarks.results_file import machine_facts, write_section
 from engine.batch import Batch
 from kernels.launch import Launches
 from kernels.rope_store import rope_store
 
 if TYPE_CHECKING:
+    import argparse
     from collections.abc import Callable, Iterator
     from contextlib import AbstractContextManager
 
@@ -150,8 +150,7 @@ def prompt(words: str) -> tuple[int, int]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser("python -m benchmarks.launches", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = parser_of("launches", __doc__)
     parser.add_argument("--shape", choices=sorted(SHAPES), default="llama-3.1-8b")
     parser.add_argument(
         "--prompts", type=prompt, nargs="+", metavar="CACHED+NEW",
@@ -161,7 +160,6 @@ def main() -> int:
         ],
     )  # fmt: skip
     parser.add_argument("--fp8", action="store_true", help="weights and KV in float8")
-    parser.add_argument("--write", action="store_true", help="update benchmarks/RESULTS.md")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         print("no CUDA GPU found; these figures need one", file=sys.stderr)
@@ -174,10 +172,8 @@ def main() -> int:
                 lines.append(line)
             lines.append("")
     if arguments.write:
-        facts = [f"command: `python -m benchmarks.launches {' '.join(sys.argv[1:])}`"]
-        text = "\n".join([*lines, *(f"- {fact}" for fact in (*facts, *machine_facts()))])
         name = "launches fp8" if arguments.fp8 else "launches"
-        write_section(name, "Launching the kernels of a prompt", text)
+        publish("launches", name, "Launching the kernels of a prompt", "\n".join(lines))
     return 0
 
 

@@ -11,7 +11,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import tempfile
@@ -21,15 +20,17 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from benchmarks.command import parser_of, with_facts
 from benchmarks.first_wave import BUSIEST, GREEDY, Waves
 from benchmarks.model_shapes import SHAPES
-from benchmarks.results_file import machine_facts, write_section
+from benchmarks.results_file import write_section
 from cluster.errors import OutOfMemory
 from cluster.startup import StartupReport
 from engine.config import EngineConfig
 from engine.engine import Engine
 
 if TYPE_CHECKING:
+    import argparse
     from collections.abc import Sequence
 
 MIB = 1 << 20
@@ -140,9 +141,8 @@ def measure(arguments: argparse.Namespace, folder: Path) -> str:
     return "\n".join(lines)
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("python -m benchmarks.memory", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+def parse() -> argparse.Namespace:
+    parser = parser_of("memory", __doc__)
     add = parser.add_argument
     add("--shape", choices=sorted(SHAPES), default="llama-3.1-8b")
     add("--ranks", type=int, default=1, metavar="GPUS")
@@ -151,20 +151,16 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--max-num-batched-tokens", type=int, default=8192, metavar="TOKENS")
     add("--gpu-memory-utilization", type=float, default=0.9, metavar="SHARE")
     add("--quantization")
-    add("--write", action="store_true", help="update benchmarks/RESULTS.md")
-    return parser.parse_args(argv)
+    return parser.parse_args()
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    arguments = parse(argv)
+def main() -> int:
+    arguments = parse()
     if torch.cuda.device_count() < arguments.ranks:
         print("these figures need a CUDA GPU for each rank", file=sys.stderr)
         return 1
     with tempfile.TemporaryDirectory() as folder:
-        text = measure(arguments, Path(folder))
-    words = ["python -m benchmarks.memory", *(sys.argv[1:] if argv is None else argv)]
-    facts = [f"command: `{' '.join(words)}`", *machine_facts()]
-    text = "\n".join([text, *(f"- {fact}" for fact in facts)])
+        text = with_facts("memory", measure(arguments, Path(folder)))
     print(text)
     if arguments.write:
         name, title = "memory", "Memory of one GPU: the share, and what it is used for"

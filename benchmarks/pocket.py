@@ -14,7 +14,6 @@ measured before Baton is started, and nothing is written when the machine was bu
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import statistics
@@ -26,13 +25,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.results_file import RESULTS, machine_facts, write_section
+from benchmarks.command import parser_of, with_facts
+from benchmarks.results_file import RESULTS, write_section
 from benchmarks.serve_process import ROOT, ServeProcess
 from loadtest.config import BenchConfig
 from loadtest.run import run
 from loadtest.workload import PlainVocabulary, plan_requests
 
 if TYPE_CHECKING:
+    import argparse
     from collections.abc import Sequence
 
     from loadtest.result import BenchResult
@@ -108,8 +109,8 @@ class Reference:
         return answer
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    arguments = parse(argv)
+def main() -> int:
+    arguments = parse()
     load, num_cores = os.getloadavg()[0], len(os.sched_getaffinity(0))
     say(expectation(load / num_cores))
     ready = measure_ready(arguments.rounds)
@@ -121,26 +122,22 @@ def main(argv: Sequence[str] | None = None) -> int:
             first_tokens = measure_first_tokens(cluster.url, arguments.seed)
     table = render_table(to_rows(samples, first_tokens, ready))
     facts = [
-        f"command: `python -m benchmarks.pocket --rounds {arguments.rounds} "
-        f"--seed {arguments.seed} --reference-dtype {arguments.reference_dtype}`",
         f"reference: {reference.facts}; before Baton was started: {alone[0]:.1f} tok/s in turn, "
         f"{alone[1]:.1f} in a batch",
         f"load average before: {load:.2f} on {num_cores} cores",
         f"{INPUT_LEN} tokens in, {OUTPUT_LEN} out, greedy; {NUM_CHATS} chats",
     ]
-    text = "\n".join([table, "", *(f"- {fact}" for fact in facts + machine_facts())])
+    text = with_facts("pocket", table, facts)
     print(text)
     return write_unless_busy(text, load / num_cores) if arguments.write else 0
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("python -m benchmarks.pocket", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+def parse() -> argparse.Namespace:
+    parser = parser_of("pocket", __doc__)
     parser.add_argument("--rounds", type=int, default=3, help="at least 3 for a published figure")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--reference-dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--write", action="store_true", help="update benchmarks/RESULTS.md")
-    return parser.parse_args(argv)
+    return parser.parse_args()
 
 
 def measure_ready(starts: int) -> list[float]:

@@ -14,7 +14,6 @@ timed, counts there: in it two nodes meet, and nobody waits.
 
 from __future__ import annotations
 
-import argparse
 import http.client
 import json
 import random
@@ -24,12 +23,16 @@ import tempfile
 import time
 import urllib.request
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
+from benchmarks.command import parser_of, publish
 from benchmarks.model_shapes import SHAPES
-from benchmarks.results_file import machine_facts, write_section
 from benchmarks.serve_process import ServeProcess
 from benchmarks.two_gpus import ADMIN_TOKEN, EVERYTHING, set_policy, write_model_folder
+
+if TYPE_CHECKING:
+    import argparse
 
 PROMPT_VOCABULARY = 6000
 PUBLISH_SECONDS = 2.5  # a heartbeat, and one more
@@ -161,9 +164,8 @@ def serve_options(arguments: argparse.Namespace, pool_tokens: int) -> list[str]:
     return [*options, *arguments.serve]
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("python -m benchmarks.prefix_fetch", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+def main() -> int:
+    parser = parser_of("prefix_fetch", __doc__)
     parser.add_argument("--shape", default="llama-3.1-8b", choices=SHAPES)
     parser.add_argument("--num-layers", type=int, help="fewer layers, to try the program")
     parser.add_argument("--input-len", type=int, nargs="+", default=[2048, 8192])
@@ -172,9 +174,8 @@ def main(argv: list[str] | None = None) -> int:
         "--host-gib", type=float, default=0.0, help="host memory of each node; 0: no arm `restored`"
     )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--write", action="store_true", help="update benchmarks/RESULTS.md")
     parser.add_argument("serve", nargs="*", help="more flags for baton serve, after --")
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_args()
     pool_tokens = POOL_PROMPTS * (max(arguments.input_len) + 1024) if arguments.host_gib else 0
     rows = [
         "| prompt | computed (ms) | fetched (ms) | cached (ms) | restored (ms) "
@@ -194,9 +195,7 @@ def main(argv: list[str] | None = None) -> int:
             print(serve.log())
     print("\n".join(rows))
     if arguments.write:
-        command = " ".join(["python -m benchmarks.prefix_fetch", *(argv or sys.argv[1:])])
-        facts = [f"- {fact}" for fact in (f"command: `{command}`", *machine_facts())]
-        write_section("prefix_fetch", "A prefix from another node", "\n".join([*rows, "", *facts]))
+        publish("prefix_fetch", "prefix_fetch", "A prefix from another node", "\n".join(rows))
     return 0
 
 

@@ -15,7 +15,6 @@ The 4-bit checkpoint is made here: rounded to the nearest, without calibration, 
 
 from __future__ import annotations
 
-import argparse
 import math
 import tempfile
 from contextlib import ExitStack
@@ -31,8 +30,8 @@ from torch.nn.functional import cross_entropy
 from baton.pocket_model.train import corpus
 from baton.pocket_model.train.batches import encode_chats, encode_texts
 from baton.pocket_model.train.chat import ChatSource
+from benchmarks.command import parser_of, publish
 from benchmarks.int4_checkpoint import GROUP_SIZE, write_int4
-from benchmarks.results_file import machine_facts, write_section
 from benchmarks.serve_process import ROOT
 from cluster.startup import StartupReport
 from engine import checkpoint_files, weights
@@ -166,12 +165,11 @@ class Model:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = parser_of("quantization", __doc__)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--num-rows", type=int, default=64, help="rows of 512 tokens of prose")
     parser.add_argument("--num-chats", type=int, default=200, help="conversations")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--write", action="store_true", help="into benchmarks/RESULTS.md")
     options = parser.parse_args()
     prose, chats = held_out(options.num_rows, options.num_chats, options.seed)
     device = torch.device(options.device)
@@ -194,13 +192,8 @@ def main() -> None:
             lines.append(_row(variant, model, found, reference))
             print(lines[-1], flush=True)
     if options.write:
-        command = (
-            f"python -m benchmarks.quantization --device {options.device} "
-            f"--num-rows {options.num_rows} --num-chats {options.num_chats} --seed {options.seed}"
-        )
-        write_section(
-            "quantization", "Quality under 8 and 4 bits", _section(command, [sizes, "", *lines])
-        )
+        text = "\n".join([_NOTE, "", sizes, "", *lines])
+        publish("quantization", "quantization", "Quality under 8 and 4 bits", text)
 
 
 def held_out(num_rows: int, num_chats: int, seed: int) -> tuple[list[Text], list[Text]]:
@@ -270,11 +263,6 @@ def _row(
     cells.append(f"{100 * both[0].agreement(both[1]):.2f} %")
     cells += [f"{model.num_bytes / 1e6:.1f}", str(model.kv_bytes_per_token)]
     return f"| {' | '.join(cells)} |"
-
-
-def _section(command: str, lines: list[str]) -> str:
-    facts = "\n".join(f"- {fact}" for fact in machine_facts())
-    return "\n".join([f"`{command}`: {_NOTE}", "", *lines, "", facts])
 
 
 if __name__ == "__main__":

@@ -34,9 +34,9 @@ from unittest import mock
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.command import parser_of, publish
 from benchmarks.forward_profile import DTYPE, Model, captured, config_of
 from benchmarks.model_shapes import SHAPES
-from benchmarks.results_file import machine_facts, write_section
 from engine.models.decoder_layer import DecoderLayer
 from engine.tensor_parallel.gpu_ranks import GpuRanks
 from engine.tensor_parallel.ranks import c10d
@@ -303,16 +303,14 @@ def shown(place: Place) -> list[str]:
     return lines
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("python -m benchmarks.rank_profile", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+def main() -> int:
+    parser = parser_of("rank_profile", __doc__)
     parser.add_argument("--shape", choices=sorted(SHAPES), default="llama-3.1-8b")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2], metavar="GPUS")
     parser.add_argument("--decode", type=int, nargs="+", default=[1], metavar="SEQUENCES")
     parser.add_argument("--context", type=int, default=1100)
-    parser.add_argument("--write", action="store_true", help="update benchmarks/RESULTS.md")
     parser.add_argument("--channel", type=int, help=argparse.SUPPRESS)
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_args()
     if torch.cuda.device_count() < max(arguments.ranks):
         print("these figures need a GPU for each rank", file=sys.stderr)
         return 1
@@ -321,16 +319,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             run_other(arguments)
             sys.stdout.flush()
             os._exit(0)  # what libraries do at the end of a process would wait for rank 0
-        words = list(sys.argv[1:] if argv is None else argv)
         lines = []
         for size in arguments.ranks:
-            lines += ["", *run_first(size, arguments, words)]
+            lines += ["", *run_first(size, arguments, sys.argv[1:])]
             gc.collect()
             torch.cuda.empty_cache()
-    facts = [f"command: `python -m benchmarks.rank_profile {' '.join(words)}`", *machine_facts()]
     if arguments.write:
-        text = "\n".join([*lines, "", *(f"- {fact}" for fact in facts)])
-        write_section("rank profile", "Kernels of a decode step that GPUs share", text)
+        title = "Kernels of a decode step that GPUs share"
+        publish("rank_profile", "rank profile", title, "\n".join(lines))
     return 0
 
 

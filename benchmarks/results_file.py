@@ -5,7 +5,6 @@ Beside its table a section holds the command, and the machine and versions it wa
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 from loadtest.metadata import collect_metadata
@@ -24,13 +23,6 @@ def write_section(name: str, title: str, text: str, *, path: Path = RESULTS) -> 
     else:
         after = before.rstrip("\n") + f"\n\n## {title}\n\n{section}\n"
     path.write_text(after)
-
-
-def publish(program: str, name: str, title: str, table: str) -> None:
-    """What `python -m benchmarks.<program>`, which runs, has measured, with its command line."""
-    command = " ".join([f"python -m benchmarks.{program}", *sys.argv[1:]])
-    facts = [f"command: `{command}`", *machine_facts()]
-    write_section(name, title, "\n".join([table, *(f"- {fact}" for fact in facts)]))
 
 
 def machine_facts() -> list[str]:

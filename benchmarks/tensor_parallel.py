@@ -10,7 +10,6 @@ The prompts are the same in all engines. The floor is that of all their GPUs tog
 
 from __future__ import annotations
 
-import argparse
 import gc
 import json
 import statistics
@@ -23,16 +22,18 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from benchmarks.command import parser_of, with_facts
 from benchmarks.engine_run import EngineRun
 from benchmarks.floors import Floors
 from benchmarks.kernels.ceilings import Ceilings, measure_ceilings
 from benchmarks.model_shapes import SHAPES
-from benchmarks.results_file import machine_facts, write_section
+from benchmarks.results_file import write_section
 from cluster.startup import StartupReport
 from engine.config import EngineConfig
 from engine.engine import Engine
 
 if TYPE_CHECKING:
+    import argparse
     from collections.abc import Sequence
 
 
@@ -101,9 +102,8 @@ def table(ranks: list[int], figures: list[list[Figure]]) -> str:
     return "\n".join(lines)
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("python -m benchmarks.tensor_parallel", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+def parse() -> argparse.Namespace:
+    parser = parser_of("tensor_parallel", __doc__)
     add = parser.add_argument
     add("--shape", choices=sorted(SHAPES), default="llama-3.1-8b")
     add("--ranks", type=int, nargs="+", default=[1, 2], metavar="GPUS")
@@ -113,24 +113,20 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--steps", type=int, default=200, help="timed decode steps of each row")
     add("--repeats", type=int, default=5, help="timed prefills of each length")
     add("--quantization")
-    add("--write", action="store_true", help="update benchmarks/RESULTS.md")
-    return parser.parse_args(argv)
+    return parser.parse_args()
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    arguments = parse(argv)
+def main() -> int:
+    arguments = parse()
     ceilings = measure_ceilings()
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(SHAPES[arguments.shape]))
         figures = [measure(arguments, Path(folder), size, ceilings) for size in arguments.ranks]
-    words = argv if argv is not None else sys.argv[1:]
     facts = [
-        f"command: `{' '.join(['python -m benchmarks.tensor_parallel', *words])}`",
         f"limits of one GPU: {ceilings.line()}",
         "decode: time between steps; prefill: one prompt to its first token",
     ]
-    text = "\n".join([table(arguments.ranks, figures), "", *(f"- {each}" for each in facts)])
-    text += "\n" + "\n".join(f"- {each}" for each in machine_facts())
+    text = with_facts("tensor_parallel", table(arguments.ranks, figures), facts)
     print(text)
     if arguments.write:
         write_section("tensor parallel", f"Several GPUs share {arguments.shape}", text)

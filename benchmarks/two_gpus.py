@@ -13,7 +13,6 @@ The client is one process of this machine, so what it adds is in all arms alike.
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import tempfile
@@ -27,13 +26,14 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 
+from benchmarks.command import parser_of, publish
 from benchmarks.model_shapes import SHAPES
-from benchmarks.results_file import publish
 from benchmarks.serve_process import ServeProcess
 from loadtest.config import BenchConfig
 from loadtest.run import run
 
 if TYPE_CHECKING:
+    import argparse
     from collections.abc import Sequence
 
     from loadtest.record import RequestRecord
@@ -184,22 +184,20 @@ def main() -> None:
         publish("two_gpus", "split pools", "Split pools beside one node, two GPUs", table)
 
 
-def served_parser(description: str | None) -> argparse.ArgumentParser:
+def served_parser(program: str, doc: str | None) -> argparse.ArgumentParser:
     """Options of a program that measures prompts through `baton serve`."""
-    parser = argparse.ArgumentParser(description=description)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = parser_of(program, doc)
     parser.add_argument("--shape", default="llama-3.1-8b", choices=SHAPES)
     parser.add_argument("--num-layers", type=int, help="fewer layers, to try the program")
     parser.add_argument("--max-model-len", type=int, default=16384)
     parser.add_argument("--input-len", type=int, nargs="+", default=[2048, 8192])
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--write", action="store_true", help="update benchmarks/RESULTS.md")
     parser.add_argument("serve", nargs="*", help="more flags for baton serve, after --")
     return parser
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = served_parser(__doc__)
+    parser = served_parser("two_gpus", __doc__)
     parser.add_argument("--output-len", type=int, default=24)
     parser.add_argument("--num-prompts", type=int, default=10, help="per concurrent request")
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1])

@@ -10,7 +10,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from dataclasses import asdict, dataclass
@@ -19,13 +18,15 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from benchmarks.command import command_of, parser_of, with_facts
 from benchmarks.kernels import decode_attention, gated, linear, prefill_attention, small
 from benchmarks.kernels.ceilings import Ceilings, measure_ceilings
 from benchmarks.kernels.timing import Case, graph_seconds
-from benchmarks.results_file import machine_facts, write_section
+from benchmarks.results_file import write_section
 from loadtest.metadata import collect_metadata
 
 if TYPE_CHECKING:
+    import argparse
     from collections.abc import Sequence
 
 FAMILIES = {
@@ -118,17 +119,15 @@ def render_table(figures: Sequence[Figure]) -> str:
     return "\n".join(lines)
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("python -m benchmarks.kernels", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+def parse() -> argparse.Namespace:
+    parser = parser_of("kernels", __doc__)
     parser.add_argument(
         "families", nargs="*", default=[], metavar="family", help=f"of {[*FAMILIES]}"
     )
     parser.add_argument("--only", default="", help="only cases whose name contains this")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="write the figures to this file as well")
-    parser.add_argument("--write", action="store_true", help="update benchmarks/RESULTS.md")
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_args()
     unknown = sorted(set(arguments.families) - set(FAMILIES))
     if unknown:
         parser.error(f"no family {', '.join(unknown)}; there are {', '.join(FAMILIES)}")
@@ -136,8 +135,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return arguments
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    arguments = parse(argv)
+def main() -> int:
+    arguments = parse()
     if not torch.cuda.is_available():
         print("no CUDA GPU found; these figures need one", file=sys.stderr)
         return 1
@@ -145,16 +144,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     ceilings = measure_ceilings()
     print(f"limits: {ceilings.line()}", flush=True)
     figures = run(arguments.families, arguments.only, ceilings)
-    command = f"python -m benchmarks.kernels {' '.join(arguments.families)} --seed {arguments.seed}"
-    facts = [f"command: `{command}`", f"limits of the same run: {ceilings.line()}"]
-    text = "\n".join(
-        [render_table(figures), "", *(f"- {each}" for each in facts + machine_facts())]
-    )
+    fact = f"limits of the same run: {ceilings.line()}"
+    text = with_facts("kernels", render_table(figures), [fact])
     print(text)
     if arguments.json:
         record = {
             "metadata": collect_metadata().as_dict(),
-            "command": command,
+            "command": command_of("kernels"),
             "ceilings": asdict(ceilings),
             "figures": [asdict(figure) for figure in figures],
         }
