@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 
     from kv_transfer.transports.base import Endpoint, Transport
 
+START_SECONDS = 60.0  # of a process that loads torch
 CONNECT_SECONDS = 20.0
 ROUND_SECONDS = 20.0
 NUM_ROUNDS = 6  # the first warms up
@@ -109,7 +110,7 @@ def _open(device: str, tls: str | None) -> Transport:
 
 
 async def _send_all(plan: Plan, where: Connection) -> tuple[str, tuple[str, ...], float]:
-    if not await asyncio.to_thread(where.poll, CONNECT_SECONDS):
+    if not await asyncio.to_thread(where.poll, START_SECONDS):
         raise TimeoutError("the other process did not listen")
     return (await _send_rounds(plan, where.recv()))[:3]
 
