@@ -81,6 +81,13 @@ def product_device_and_dtype(
         yield device, dtype
 
 
+@pytest.fixture(scope="session")
+def hopper() -> None:
+    """Kernels in Gluon are for these GPUs alone."""
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("no Hopper GPU")
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(20_240)

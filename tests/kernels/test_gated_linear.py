@@ -5,14 +5,8 @@ import torch
 
 from kernels.gated_linear import fits_gated_linear, gated_linear
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("hopper")]
 CUDA = torch.device("cuda")
-
-
-@pytest.fixture(autouse=True)
-def _hopper() -> None:
-    if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
-        pytest.skip("no Hopper GPU")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -20,12 +20,6 @@ if TYPE_CHECKING:
     from kernels.attention_backend import AttentionBackend
 
 
-@pytest.fixture(scope="module")
-def hopper() -> None:
-    if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
-        pytest.skip("no Hopper GPU")
-
-
 # Compiles for a GPU that need not be there; a process of its own, for Triton's interpreter may be
 # on in this one.
 COMPILE = """

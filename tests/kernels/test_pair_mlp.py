@@ -56,14 +56,8 @@ def test_on_a_cpu_it_is_one_part() -> None:
     assert not fits_pair_mlp(gate_up, down)
 
 
-@pytest.fixture
-def _hopper() -> None:
-    if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
-        pytest.skip("no Hopper GPU")
-
-
 @pytest.mark.gpu
-@pytest.mark.usefixtures("_hopper")
+@pytest.mark.usefixtures("hopper")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("num_rows", [129, 200, 256])
 @pytest.mark.parametrize(("hidden", "inter"), SHAPES)
@@ -82,7 +76,7 @@ def test_the_parts_add_up(hidden: int, inter: int, num_rows: int, dtype: torch.d
 
 
 @pytest.mark.gpu
-@pytest.mark.usefixtures("_hopper")
+@pytest.mark.usefixtures("hopper")
 def test_it_is_the_same_each_time_also_as_a_graph() -> None:
     gate_up, down = matrices(*SHAPES[0], torch.bfloat16, CUDA)
     counters = new_counters(down)

@@ -16,6 +16,7 @@ from kernels.row_layer import (
     fits_row_layer,
     row_layer,
 )
+from tests.kernels.captured import replayed_alike
 from tests.kernels.conftest import entered
 
 if TYPE_CHECKING:
@@ -225,15 +226,7 @@ def test_layers_in_a_graph_find_their_counters_clean(is_float8: bool) -> None:
                 attended = qkv[:, : ODD.attended]
             return stream
 
-        eager = run()
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            captured = run()
-        for _ in range(20):
-            captured.fill_(float("nan"))
-            graph.replay()
-            assert torch.equal(captured, eager)
+        replayed_alike(run, times=20)
 
 
 @pytest.mark.gpu

@@ -9,6 +9,7 @@ from kernels.fp8_linear import fp8_linear, quantize_rows, quantize_weight
 from kernels.thin_gated_linear import fits_thin_gated_linear, thin_gated_linear
 from kernels.thin_linear import fits_thin_linear, thin_linear
 from kernels.thin_ring import Scales
+from tests.kernels.captured import replayed_alike
 
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda")
@@ -17,9 +18,7 @@ ALLOWED = 8e-3
 
 
 @pytest.fixture(autouse=True)
-def _hopper() -> None:
-    if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
-        pytest.skip("no Hopper GPU")
+def _seed_of_these(hopper: None) -> None:
     torch.manual_seed(11)
 
 
@@ -121,15 +120,7 @@ def test_a_chain_in_a_graph_reads_what_the_kernel_before_wrote() -> None:
             stream = fp8_linear(y, down, by_output, residual=stream)
         return stream
 
-    eager = chain()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        y = chain()
-    for _ in range(10):
-        graph.replay()
-    assert eager.isfinite().all()
-    assert torch.equal(y, eager)
+    assert replayed_alike(chain).isfinite().all()
 
 
 def test_they_are_for_some_dozens_of_rows_and_shapes_that_fill_the_gpu() -> None:
