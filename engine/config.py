@@ -16,6 +16,8 @@ LoadFormat = Literal["auto", "dummy"]
 AttentionBackendChoice = Literal["auto", "gluon", "triton"]
 KVCacheDType = Literal["auto", "fp8", "fp8_e4m3"]
 
+MAX_ROWS = 1 << 16  # what is kept of each row of a step is allocated at start
+MAX_THREADS = 1 << 10
 _MODEL = "Model"
 _CACHE = "KV cache"
 _STEP = "Steps"
@@ -162,6 +164,9 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise refused(name, "must be at least 1")
+        for name, most in (("max_num_seqs", MAX_ROWS), ("num_threads", MAX_THREADS)):
+            if (getattr(self, name) or 0) > most:
+                raise refused(name, f"must be at most {most}")
 
 
 def _check_device(device: str) -> None:
@@ -169,4 +174,4 @@ def _check_device(device: str) -> None:
     if kind == "cuda" and (not index or index.isdecimal()) and device != "cuda:":
         return
     if device not in ("auto", "cpu"):
-        raise refused("device", f"must be auto, cpu, cuda or cuda:N, not {device!r}")
+        raise refused("device", "must be auto, cpu, cuda or cuda:N")

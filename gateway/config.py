@@ -11,6 +11,7 @@ from cluster.performance_mode import HELP as PERFORMANCE_MODE_HELP
 from cluster.performance_mode import PerformanceMode
 from cluster.redis_client import check_redis_url
 from cluster.request import KVLoadFailurePolicy
+from gateway.policy import MAX_STREAM_INTERVAL
 
 LogLevel = Literal["debug", "info", "warning", "error"]
 
@@ -28,7 +29,6 @@ _POSITIVE = (
     "max_num_queued_reqs",
     "max_num_queued_tokens",
     "max_whole_logprobs",
-    "stream_interval",
 )
 _TIMEOUTS = (
     "body_timeout",
@@ -211,9 +211,12 @@ class GatewayConfig:
         for name in _NOT_NEGATIVE:
             if getattr(self, name) < 0:
                 raise refused(name, "must not be negative")
-        if any(not key or not key.isascii() for key in self.api_key):
+        if not 1 <= self.stream_interval <= MAX_STREAM_INTERVAL:
+            raise refused("stream_interval", f"must be in [1, {MAX_STREAM_INTERVAL}]")
+        if not all(key and key.isascii() and key.isprintable() for key in self.api_key):
             raise refused("api_key", "must be printable ASCII and not empty")
-        if self.admin_token is not None and not self.admin_token.isascii():
+        token = self.admin_token or ""
+        if not (token.isascii() and token.isprintable()):
             raise refused("admin_token", "must be printable ASCII")
         check_redis_url(self.redis_url)
         if any(not name for name in self.served_model_name):

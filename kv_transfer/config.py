@@ -12,6 +12,8 @@ RequiredTransport = Literal["any", "nvlink", "rdma", "shm", "tcp"]
 
 _TRANSFER = "KV transfer"
 _MIB = 1 << 20
+MAX_SLOT_BYTES = 1 << 30
+MAX_SLOTS = 1 << 12
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,10 +116,11 @@ class KVTransferConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.kv_port < 65536:
             raise refused("kv_port", "must be in [0, 65535]")
-        if self.staging_slot_bytes is not None and self.staging_slot_bytes < 4096:
-            raise refused("staging_slot_bytes", "must be at least 4096")
-        if self.num_staging_slots < 2:
-            raise refused("num_staging_slots", "must be at least 2")
+        slot_bytes = self.staging_slot_bytes
+        if slot_bytes is not None and not 4096 <= slot_bytes <= MAX_SLOT_BYTES:
+            raise refused("staging_slot_bytes", f"must be in [4096, {MAX_SLOT_BYTES}]")
+        if not 2 <= self.num_staging_slots <= MAX_SLOTS:
+            raise refused("num_staging_slots", f"must be in [2, {MAX_SLOTS}]")
         if not 0.0 < self.max_quarantined_share <= 1.0:
             raise refused("max_quarantined_share", "must be in (0, 1]")
         if self.kv_receive_rate < 0:

@@ -182,7 +182,10 @@ def _allocate(
     try:
         memory = torch.empty(num_bytes + PROOF_BYTES, dtype=torch.uint8, device=device)
         return memory[:num_bytes].view(num_slots, slot_bytes), memory[num_bytes:]
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        # On a CPU torch has no class for it.
+        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+            raise
         raise ConfigError(
             f"--num-staging-slots {num_slots} of {slot_bytes >> 20} MiB do not fit on {device} "
             f"beside the engine: lower it, --staging-slot-bytes or --gpu-memory-utilization.",

@@ -161,11 +161,13 @@ def test_the_context_is_the_models_unless_a_shorter_one_is_asked(limits: Resolve
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ({"device": "tpu"}, "--device must be auto, cpu, cuda or cuda:N, not 'tpu'"),
+        ({"device": "tpu"}, "--device must be auto, cpu, cuda or cuda:N"),
         ({"device": "cuda:x"}, "--device must be"),
         ({"gpu_memory_utilization": 1.5}, r"--gpu-memory-utilization must be in \(0, 1\]"),
         ({"block_size": 12}, "--block-size must be 8, 16, 32, 64 or 128"),
         ({"max_num_seqs": 0}, "--max-num-seqs must be at least 1"),
+        ({"max_num_seqs": 1 << 63}, "--max-num-seqs must be at most 65536"),
+        ({"num_threads": 1 << 31}, "--num-threads must be at most 1024"),
         ({"max_model_len": 0}, "--max-model-len must be at least 1"),
     ],
 )

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import pytest
 import torch
 
 from cluster.errors import ConfigError
+from kv_transfer.config import KVTransferConfig
 from kv_transfer.protocol import FrameLimits
 from kv_transfer.staging import Staging
 
@@ -30,14 +32,32 @@ def test_a_slot_too_small_for_one_unit_is_a_configuration_error() -> None:
         make_staging(slot_bytes=63)
 
 
-def test_slots_that_do_not_fit_are_a_configuration_error(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB."),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+    ],
+)
+def test_slots_that_do_not_fit_are_a_configuration_error(
+    monkeypatch: pytest.MonkeyPatch, error: RuntimeError
+) -> None:
     def no_memory(*_: object, **__: object) -> torch.Tensor:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB.")
+        raise error
 
     monkeypatch.setattr(torch, "empty", no_memory)
     with pytest.raises(ConfigError, match=r"--num-staging-slots 4 .* beside the engine") as refused:
         make_staging()
     assert "\n" not in refused.value.message
+
+
+@pytest.mark.parametrize(
+    "option", [{"num_staging_slots": 1 << 63}, {"staging_slot_bytes": 1 << 63}]
+)
+def test_slots_that_no_machine_has_room_for_are_refused(option: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="must be in") as refused:
+        KVTransferConfig(**option)
+    assert refused.value.param in option
 
 
 def test_slots_are_distinct_memory_and_come_back() -> None:
