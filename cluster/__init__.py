@@ -6,12 +6,12 @@ on the wire  proto/, by codec and delta_codec; rpc (servers, channels, errors), 
              ended), node_service (what every node answers), message_size (what fits)
 membership   node_process (start and end of a node, by member_config; last_resort: one that hangs
              there) -> member -> registry; membership (pure; membership_events) in
-             membership_watcher: who is there; pulse and http2_pings: who still runs
+             membership_watcher: who is there
 prefixes     prefix_hash -> prefix_index
 Redis        redis_client; node_stores: the two of a node
 options      config over options: config_flags, config_sources, config_validation;
              performance_mode, model_folder
 seen outside logging, startup, metrics over metric_families, loop_watch; isolation: what one part of
-             some work breaks over is logged, and the others go on
+             some work breaks over stays its own
 for tests    failpoints
 """

@@ -8,7 +8,8 @@ its way      admission -> prefix_lookup -> router (a pure choice, by policy) -> 
 a sequence   sequence_machine (pure; says sequence_instructions) inside dispatch; active, attempts:
              what is in flight; retries: whether it is tried again; request_book: how it ended
 nodes        nodes (known) -> node_client (a session each, by node_frames; node_calls beside it);
-             pulse_watch: silent? departure (pure): does it leave in order?
+             pulse_watch, by pulse (pure) and http2_pings: silent? departure (pure): does it leave
+             in order?
 the answer   generation of choices (detokenizer, stop_strings, thoughts, tools/; markers) ->
              streaming, as frames; or whole_answers, of a held_answer; in turns. As answers and
              logprob_answers have it, or dialects/: other APIs; http_errors

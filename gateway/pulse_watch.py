@@ -4,7 +4,7 @@ Life of a watch
     1. A connection to the node's gRPC port, which nothing else uses: no frame of a session stands
        in front of a ping.
     2. A few times a second a ping goes out, less often while nobody waits for the node.
-    3. `until_silent` returns when the node answers none of them any more (`cluster/pulse.py`).
+    3. `until_silent` returns when the node answers none of them any more (`pulse.py`).
 
 A connection that ends says nothing of the node: that is for its session to tell. It is opened
 again. A node that refuses pings is left alone for a while: the session's own question must do.
@@ -16,8 +16,8 @@ import asyncio
 import logging
 from typing import TYPE_CHECKING, cast
 
-from cluster.http2_pings import GREETING, Http2Pings, PingsRefused, ping
-from cluster.pulse import TICK_SECONDS, Pulse
+from gateway.http2_pings import GREETING, Http2Pings, PingsRefused, ping
+from gateway.pulse import TICK_SECONDS, Pulse
 
 if TYPE_CHECKING:
     from collections.abc import Callable

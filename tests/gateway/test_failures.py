@@ -17,8 +17,8 @@ import pytest
 
 from cluster.errors import NodeUnavailable, TransferFailed
 from cluster.node import NodeId, NodeName, NodeRole, NodeState, new_incarnation
-from cluster.pulse import Pulse
 from gateway import node_client, streaming
+from gateway.pulse import Pulse
 from tests.gateway.fake_node import FakeNode
 from tests.gateway.running_gateway import RunningGateway
 

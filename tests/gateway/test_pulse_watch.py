@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from cluster.clock import monotonic
-from cluster.http2_pings import GREETING
-from cluster.pulse import Pulse
 from cluster.rpc import bind, create_server
 from gateway import pulse_watch
+from gateway.http2_pings import GREETING
+from gateway.pulse import Pulse
 from gateway.pulse_watch import PulseWatch
 
 if TYPE_CHECKING:

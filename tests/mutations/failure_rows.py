@@ -305,10 +305,10 @@ FAILURE_ROWS = (
                 "test_an_open_breaker_lets_one_probe_through_per_pause",
             ),
             Mutation(
-                "cluster/pulse.py",
+                "gateway/pulse.py",
                 "min(now - self._ticked_at, TICK_SECONDS)",
                 "(now - self._ticked_at)",
-                "tests/cluster/test_pulse.py::test_a_pinger_that_was_stopped_blames_nobody",
+                "tests/gateway/test_pulse.py::test_a_pinger_that_was_stopped_blames_nobody",
             ),
             Mutation(
                 "prefill_node/prefix_fetches.py",
@@ -318,10 +318,10 @@ FAILURE_ROWS = (
                 "test_a_prompt_whose_fetch_is_cut_off_with_its_channel_is_not_given_up",
             ),
             Mutation(
-                "cluster/pulse.py",
+                "gateway/pulse.py",
                 "usual = max(self._timeout, LATE_FACTOR * self._worst_seconds)",
                 "usual = self._timeout",
-                "tests/cluster/test_pulse.py::"
+                "tests/gateway/test_pulse.py::"
                 "test_a_peer_that_answers_late_is_never_silent_and_gets_more_time",
             ),
         ),

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from cluster.pulse import IDLE_TICKS, LATE_FACTOR, MAX_FACTOR, MIN_UNANSWERED, TICK_SECONDS, Pulse
+from gateway.pulse import IDLE_TICKS, LATE_FACTOR, MAX_FACTOR, MIN_UNANSWERED, TICK_SECONDS, Pulse
 
 TIMEOUT = 1.25
 NUM_LATE = 3  # ticks until an answer comes

@@ -7,8 +7,8 @@ import struct
 
 import pytest
 
-from cluster.http2_pings import GREETING, Http2Pings, PingsRefused, ping
 from cluster.rpc import bind, create_server
+from gateway.http2_pings import GREETING, Http2Pings, PingsRefused, ping
 
 SETTINGS, SETTINGS_ACK = b"\0\0\6\4\0\0\0\0\0" + bytes(6), b"\0\0\0\4\1\0\0\0\0"
 WINDOW = b"\0\0\4\10\0\0\0\0\0" + bytes(4)
