@@ -31,8 +31,7 @@ from benchmarks.command import parser_of, publish
 from benchmarks.engine_run import EngineRun
 from benchmarks.kernels.ceilings import copy_bandwidth
 from benchmarks.kv_pair import BLOCK_SIZE, Pair, PairOptions, Source, receive, run_as_node
-from benchmarks.model_shapes import SHAPES
-from benchmarks.two_gpus import write_model_folder
+from benchmarks.model_shapes import SHAPES, write_config
 from cluster.startup import StartupReport
 from engine.config import EngineConfig
 from engine.engine import Engine
@@ -65,7 +64,7 @@ def decode_process(
     options: PairOptions, where: Connection, questions: Connection, batch: int, context: int
 ) -> None:
     with TemporaryDirectory() as folder:
-        write_model_folder(Path(folder), "llama-3.1-8b", options.num_layers)
+        write_config(Path(folder), "llama-3.1-8b", options.num_layers)
         config = EngineConfig(
             model=Path(folder),
             load_format="dummy",

@@ -26,7 +26,7 @@ from benchmarks.command import command_of, parser_of, with_facts
 from benchmarks.engine_run import EngineRun
 from benchmarks.floors import Floors
 from benchmarks.kernels.ceilings import Ceilings, measure_ceilings, pinned_copy_rate
-from benchmarks.model_shapes import SHAPES
+from benchmarks.model_shapes import SHAPES, write_config
 from benchmarks.results_file import write_section
 from cluster.startup import StartupReport
 from engine.config import EngineConfig
@@ -155,7 +155,7 @@ class Measurement:
 
 
 def open_engine(arguments: argparse.Namespace, folder: Path) -> Engine:
-    (folder / "config.json").write_text(json.dumps(SHAPES[arguments.shape]))
+    write_config(folder, arguments.shape)
     longest = max(max(arguments.prefill), max(arguments.context) + arguments.steps + 256)
     config = EngineConfig(
         model=folder,

@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import tempfile
 import time
@@ -20,7 +19,7 @@ import torch
 import triton
 
 from benchmarks.command import parser_of, with_facts
-from benchmarks.model_shapes import SHAPES
+from benchmarks.model_shapes import SHAPES, write_config
 from benchmarks.results_file import write_section
 from cluster.prefix_hash import root_hash
 from cluster.request import SamplingParams, SequenceRequest
@@ -110,7 +109,7 @@ class Waves:
 
 
 def open_engine(arguments: argparse.Namespace, folder: Path) -> Engine:
-    (folder / "config.json").write_text(json.dumps(SHAPES[arguments.shape]))
+    write_config(folder, arguments.shape)
     config = EngineConfig(
         model=folder,
         load_format="dummy",

@@ -13,7 +13,6 @@ and chained kernels overlap. `--write` puts the tables into benchmarks/RESULTS.m
 
 from __future__ import annotations
 
-import json
 import statistics
 import sys
 import tempfile
@@ -26,7 +25,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.command import parser_of, publish
-from benchmarks.model_shapes import SHAPES
+from benchmarks.model_shapes import SHAPES, write_config
 from engine.batch import Batch, Samples, table_width
 from engine.models.config import ModelConfig
 from engine.models.decoder import Decoder
@@ -135,7 +134,7 @@ def _fill(name: str, view: torch.Tensor) -> None:
 
 def config_of(shape: str) -> ModelConfig:
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_text(json.dumps(SHAPES[shape]))
+        write_config(Path(folder), shape)
         return ModelConfig.from_folder(Path(folder))
 
 

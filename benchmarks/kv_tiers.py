@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 import sys
 import tempfile
@@ -23,7 +22,7 @@ import torch
 
 from benchmarks.command import parser_of, publish
 from benchmarks.kv_tier_copies import copy_of, rates, require, seconds_of
-from benchmarks.model_shapes import SHAPES
+from benchmarks.model_shapes import SHAPES, write_config
 from cluster.prefix_hash import root_hash
 from cluster.request import SamplingParams, SequenceRequest
 from cluster.startup import StartupReport
@@ -223,7 +222,7 @@ def steps_beside(
 def engine_tables(arguments: argparse.Namespace) -> list[str]:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        (folder / "config.json").write_text(json.dumps(SHAPES[arguments.shape]))
+        write_config(folder, arguments.shape)
         longest = max(arguments.prompts)
         # Two of the longest prompts; or all rows of the decode steps, and something to move.
         num_tokens = max(2 * (longest + 1024), NUM_ROWS * (CONTEXT + 5 * NUM_STEPS) + 512 * 16)

@@ -19,7 +19,14 @@ from typing import TYPE_CHECKING
 from benchmarks.command import publish
 from benchmarks.kv_trace import POINTS, heading, median_line
 from benchmarks.serve_process import ServeProcess
-from benchmarks.two_gpus import ADMIN_TOKEN, send, served_parser, set_policy, write_model_folder
+from benchmarks.served import (
+    ADMIN_TOKEN,
+    WARMUPS,
+    send,
+    served_parser,
+    set_policy,
+    write_model_folder,
+)
 from kv_transfer.trace import VARIABLE, read_marks
 
 if TYPE_CHECKING:
@@ -37,7 +44,6 @@ SERVED_POINTS = {
     "d.token": "sent",
 }
 FIRST_STEP = ("d.launch", "d.computed", "d.token")  # later steps pass these, too
-WARMUPS = 2  # requests, as `two_gpus.send` has them
 
 
 def requests_of(marks: Iterable[Mark]) -> list[Points]:

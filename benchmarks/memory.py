@@ -11,7 +11,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import tempfile
 from contextlib import closing
@@ -22,7 +21,7 @@ import torch
 
 from benchmarks.command import parser_of, with_facts
 from benchmarks.first_wave import BUSIEST, GREEDY, Waves
-from benchmarks.model_shapes import SHAPES
+from benchmarks.model_shapes import SHAPES, write_config
 from benchmarks.results_file import write_section
 from cluster.errors import OutOfMemory
 from cluster.startup import StartupReport
@@ -47,7 +46,7 @@ class Used(NamedTuple):
 
 
 def open_engine(arguments: argparse.Namespace, folder: Path) -> Engine:
-    (folder / "config.json").write_text(json.dumps(SHAPES[arguments.shape]))
+    write_config(folder, arguments.shape)
     config = EngineConfig(
         model=folder,
         load_format="dummy",

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import json
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
 _LLAMA = {"architectures": ["LlamaForCausalLM"], "rms_norm_eps": 1e-05, "torch_dtype": "bfloat16"}
 _QWEN3 = _LLAMA | {
     "architectures": ["Qwen3ForCausalLM"],
@@ -60,3 +66,11 @@ SHAPES: dict[str, dict[str, object]] = {
         "tie_word_embeddings": True,
     },
 }
+
+
+def write_config(folder: Path, shape: str, num_layers: int | None = None) -> None:
+    """The config.json of a model of this shape, with fewer layers if so many are given."""
+    config = dict(SHAPES[shape])
+    if num_layers is not None:
+        config["num_hidden_layers"] = num_layers
+    (folder / "config.json").write_text(json.dumps(config))

@@ -29,12 +29,17 @@ from urllib.parse import urlsplit
 from benchmarks.command import parser_of, publish
 from benchmarks.model_shapes import SHAPES
 from benchmarks.serve_process import ServeProcess
-from benchmarks.two_gpus import ADMIN_TOKEN, EVERYTHING, set_policy, write_model_folder
+from benchmarks.served import (
+    ADMIN_TOKEN,
+    EVERYTHING,
+    PROMPT_VOCABULARY,
+    set_policy,
+    write_model_folder,
+)
 
 if TYPE_CHECKING:
     import argparse
 
-PROMPT_VOCABULARY = 6000
 PUBLISH_SECONDS = 2.5  # a heartbeat, and one more
 BLOCK_SIZE = 16
 POOL_PROMPTS = 3  # of the longest, in a pool that is to be left

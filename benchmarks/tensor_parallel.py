@@ -11,7 +11,6 @@ The prompts are the same in all engines. The floor is that of all their GPUs tog
 from __future__ import annotations
 
 import gc
-import json
 import statistics
 import sys
 import tempfile
@@ -26,7 +25,7 @@ from benchmarks.command import parser_of, with_facts
 from benchmarks.engine_run import EngineRun
 from benchmarks.floors import Floors
 from benchmarks.kernels.ceilings import Ceilings, measure_ceilings
-from benchmarks.model_shapes import SHAPES
+from benchmarks.model_shapes import SHAPES, write_config
 from benchmarks.results_file import write_section
 from cluster.startup import StartupReport
 from engine.config import EngineConfig
@@ -120,7 +119,7 @@ def main() -> int:
     arguments = parse()
     ceilings = measure_ceilings()
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_text(json.dumps(SHAPES[arguments.shape]))
+        write_config(Path(folder), arguments.shape)
         figures = [measure(arguments, Path(folder), size, ceilings) for size in arguments.ranks]
     facts = [
         f"limits of one GPU: {ceilings.line()}",

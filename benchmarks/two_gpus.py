@@ -13,7 +13,6 @@ The client is one process of this machine, so what it adds is in all arms alike.
 
 from __future__ import annotations
 
-import json
 import statistics
 import tempfile
 import urllib.request
@@ -22,15 +21,16 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
-
-from benchmarks.command import parser_of, publish
-from benchmarks.model_shapes import SHAPES
+from benchmarks.command import publish
 from benchmarks.serve_process import ServeProcess
-from loadtest.config import BenchConfig
-from loadtest.run import run
+from benchmarks.served import (
+    ADMIN_TOKEN,
+    EVERYTHING,
+    send,
+    served_parser,
+    set_policy,
+    write_model_folder,
+)
 
 if TYPE_CHECKING:
     import argparse
@@ -38,35 +38,8 @@ if TYPE_CHECKING:
 
     from loadtest.record import RequestRecord
 
-ADMIN_TOKEN = "benchmark"
-EVERYTHING = 1 << 30
-PROMPT_VOCABULARY = 6000
 ARMS = {"split pools": 0, "one node doing both": EVERYTHING}
 GAPS_BEFORE_STEADY = 3
-
-
-def write_model_folder(folder: Path, shape: str, num_layers: int | None) -> None:
-    config = dict(SHAPES[shape])
-    if num_layers is not None:
-        config["num_hidden_layers"] = num_layers
-    (folder / "config.json").write_text(json.dumps(config))
-    # Random weights draw any id, and each must have a text: one word for each.
-    words = {f"w{token_id}": token_id for token_id in range(int(str(config["vocab_size"])))}
-    tokenizer = Tokenizer(WordLevel(words, unk_token="w0"))
-    tokenizer.pre_tokenizer = WhitespaceSplit()
-    tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text("{}")
-
-
-def set_policy(admin_url: str, **changes: int) -> None:
-    request = urllib.request.Request(
-        f"{admin_url}/admin/v1/policy",
-        method="PATCH",
-        data=json.dumps(changes).encode(),
-        headers={"Authorization": f"Bearer {ADMIN_TOKEN}", "Content-Type": "application/json"},
-    )
-    with urllib.request.urlopen(request, timeout=10):
-        pass
 
 
 def metrics(url: str, name: str) -> list[str]:
@@ -110,24 +83,6 @@ class ArmTimes:
 
 def _p99(values: Sequence[float]) -> float:
     return sorted(values)[min(len(values) - 1, int(0.99 * len(values)))]
-
-
-def send(
-    arguments: argparse.Namespace, url: str, input_len: int, concurrency: int, seed: int
-) -> Sequence[RequestRecord]:
-    config = BenchConfig(
-        base_url=url,
-        num_prompts=arguments.num_prompts * concurrency,
-        random_input_len=input_len,
-        random_output_len=arguments.output_len,
-        random_vocab_size=PROMPT_VOCABULARY,
-        max_concurrency=concurrency,
-        num_warmups=2,
-        ignore_eos=True,
-        temperature=0.0,
-        seed=seed,
-    )
-    return run(config).records
 
 
 def rows_of(
@@ -182,18 +137,6 @@ def main() -> None:
     print(table)
     if arguments.write:
         publish("two_gpus", "split pools", "Split pools beside one node, two GPUs", table)
-
-
-def served_parser(program: str, doc: str | None) -> argparse.ArgumentParser:
-    """Options of a program that measures prompts through `baton serve`."""
-    parser = parser_of(program, doc)
-    parser.add_argument("--shape", default="llama-3.1-8b", choices=SHAPES)
-    parser.add_argument("--num-layers", type=int, help="fewer layers, to try the program")
-    parser.add_argument("--max-model-len", type=int, default=16384)
-    parser.add_argument("--input-len", type=int, nargs="+", default=[2048, 8192])
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("serve", nargs="*", help="more flags for baton serve, after --")
-    return parser
 
 
 def parse_arguments() -> argparse.Namespace:
