@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy
 
-from kv_transfer.transports.ucx_lanes import RDMA, resources_of
+from kv_transfer.transports.ucx import find_transports
+from kv_transfer.transports.ucx_lanes import RDMA
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -71,13 +72,12 @@ def probe_ucx() -> list[Row]:
     detail = f"ucxx {release}, UCX {'.'.join(str(n) for n in ucxx.get_ucx_version())}"
     asyncio.run(_round_trip(ucxx))
     rows: list[Row] = [("UCX", "ok", f"{detail}; a message to itself came back right")]
-    return [*rows, _transports_found(ucxx._lib.libucxx)]
+    return [*rows, _transports_found()]
 
 
-def _transports_found(libucxx: Any) -> Row:
+def _transports_found() -> Row:
     """What UCX can use here, and what one would expect beside it."""
-    context = libucxx.UCXContext({}, feature_flags=(libucxx.Feature.TAG,))
-    found = [name for name in resources_of(context.info) if name != "self"]
+    found = [name for name in find_transports() if name != "self"]
     detail = ", ".join(found)
     if not any(name.startswith(RDMA) for name in found):
         detail += "; no RDMA (that of the libucx wheels is built without verbs)"
