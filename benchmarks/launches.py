@@ -22,8 +22,8 @@ from unittest import mock
 import torch
 
 from benchmarks.command import parser_of, publish
-from benchmarks.forward_profile import DEVICE, DTYPE, Model, captured, median_ms
 from benchmarks.model_shapes import SHAPES
+from benchmarks.random_model import DEVICE, DTYPE, Model, captured, median_ms
 from engine.batch import Batch
 from kernels.launch import Launches
 from kernels.rope_store import rope_store

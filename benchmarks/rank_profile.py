@@ -35,8 +35,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.command import parser_of, publish
-from benchmarks.forward_profile import DTYPE, Model, captured, config_of
 from benchmarks.model_shapes import SHAPES
+from benchmarks.random_model import DTYPE, Model, captured, config_of
 from engine.models.decoder_layer import DecoderLayer
 from engine.tensor_parallel.gpu_ranks import GpuRanks
 from engine.tensor_parallel.ranks import c10d
