@@ -143,9 +143,11 @@ class PrefillHandler:
     async def _fetch(
         self, fetches: PrefixFetches, prompt: Prompt, accepted: Sequence, holder: PrefixHolder
     ) -> None:
-        await fetches.fetch(accepted, holder)
-        if not prompt.is_done:
-            self._queue(accepted)
+        try:
+            await fetches.fetch(accepted, holder)
+        finally:  # whatever it broke over: its client waits for the prompt, not for the fetch
+            if not prompt.is_done:
+                self._queue(accepted)
 
     def _queue(self, accepted: Sequence) -> None:
         adding = asyncio.wrap_future(self._loop.call(lambda: self._scheduler.add(accepted)))

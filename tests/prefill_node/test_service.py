@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from cluster.errors import InvalidRequest, NodeUnavailable, TransferFailed
 from cluster.node import Incarnation, NodeId, NodeName, NodeState
 from cluster.proto import node_pb2 as pb
-from cluster.request import FinishReason, Handoff
+from cluster.request import FinishReason, Handoff, PrefixHolder
 from cluster.session_hub import SessionHub
 from engine.load import LoadSnapshot
 from engine.loop import EngineLoop
@@ -429,3 +430,21 @@ def test_the_log_says_under_the_id_of_the_request_how_each_prompt_ended(
     told = [(each["request_id"], each["sequence_id"], each["outcome"]) for each in ends]
     assert told == [("request-a", "a", "handed off"), ("request-b", "b", "cancelled")]
     assert ends[0]["to"] == HANDOFF.decode.name
+
+
+def test_a_prompt_whose_fetch_breaks_is_computed_all_the_same() -> None:
+    class Breaking:
+        async def fetch(self, sequence: Any, holder: PrefixHolder) -> None:
+            raise RuntimeError("a defect")
+
+    async def body(world: World) -> None:
+        world.handler._fetches = cast("Any", Breaking())
+        asyncio.get_running_loop().set_exception_handler(lambda *_: None)
+        holder = PrefixHolder(HANDOFF.decode, "127.0.0.1:1", 8, 8)
+        world.handler.submit(world.gateway.id, request("a"), replace(HANDOFF, holder=holder))
+        await world.sender.until("commit")
+        world.handler.on_committed("a")
+        world.handler.on_sources_free("a")
+        await world.check_over()
+
+    run(body)
