@@ -49,8 +49,7 @@ def assemble(
     Needs a running event loop. Nothing runs yet: `gateway.nodes.apply` connects to nodes.
     """
     measures = Measures()
-    policy = PolicyHolder(_first_policy(config))
-    dispatcher = _dispatcher(config, policy, measures, observe, clock)
+    dispatcher = _dispatcher(config, measures, observe, clock)
     nodes = dispatcher.nodes
     admission = Admission(_limits(config), chance=random.random)
     registry.register(
@@ -69,8 +68,8 @@ def assemble(
         nodes=nodes,
         dispatcher=dispatcher,
         admission=admission,
-        lookup=PrefixLookup(index, nodes, policy, tokenizer.executor),
-        policy=policy,
+        lookup=PrefixLookup(index, nodes, tokenizer.executor),
+        policy=PolicyHolder(_first_policy(config)),
         measures=measures,
         book=RequestBook(),
         clock=clock,
@@ -90,7 +89,6 @@ def _first_policy(config: GatewayConfig) -> Policy:
 
 def _dispatcher(
     config: GatewayConfig,
-    policy: PolicyHolder,
     measures: Measures,
     observe: Callable[[Event], None],
     clock: Clock,
@@ -102,7 +100,6 @@ def _dispatcher(
         patience=Patience(
             first_token=config.first_token_timeout, between_tokens=config.stream_timeout
         ),
-        policy=policy,
         measures=measures,
         clock=clock,
         observe=observe,

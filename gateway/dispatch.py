@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from gateway.measures import Measures
     from gateway.node_client import NodeClient
     from gateway.nodes import NodeEntry, Nodes
-    from gateway.policy import PolicyHolder
+    from gateway.policy import Policy
 
 SWEEP_SECONDS = 0.1
 
@@ -63,14 +63,12 @@ class Dispatcher:
         gateway_id: str,
         *,
         patience: Patience,
-        policy: PolicyHolder,
         measures: Measures,
         clock: Clock,
         observe: Callable[[Event], None],
     ) -> None:
         self.gateway_id = gateway_id
         self._patience = patience
-        self._policy = policy
         self._measures = measures
         self._clock = clock
         self._observe = observe
@@ -94,12 +92,11 @@ class Dispatcher:
         request: SequenceRequest,
         num_cached_tokens: Mapping[NodeName, int],
         listener: Listener,
-        kv_load_failure_policy: KVLoadFailurePolicy | None = None,
+        policy: Policy,
     ) -> None:
-        """`kv_load_failure_policy` None: the gateway's. Raises `NodeUnavailable` when no pair can
-        take it, `RequestTooLarge` when it is too much for its node; nothing has happened then."""
+        """Raises `NodeUnavailable` when no pair can take it, `RequestTooLarge` when it is too much
+        for its node; nothing has happened then."""
         now = self._clock()
-        policy = self._policy.current
         placement = choose(
             self.nodes.candidates(num_cached_tokens),
             demand_of(request),
@@ -112,7 +109,7 @@ class Dispatcher:
             request,
             deadline=None if seconds is None else now + seconds,
             recovers=policy.stream_recovery,
-            kv_load_failure_policy=kv_load_failure_policy or policy.kv_load_failure_policy,
+            kv_load_failure_policy=policy.kv_load_failure_policy,
         )
         self._budget.deposit()
         self._start(stream, request, placement, num_cached_tokens, listener, now)

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from gateway.dispatch import Dispatcher
     from gateway.measures import Measures
     from gateway.nodes import Nodes
-    from gateway.policy import PolicyHolder
+    from gateway.policy import Policy, PolicyHolder
     from gateway.prefix_lookup import PrefixLookup
     from gateway.request import Request
     from gateway.request_book import RequestBook
@@ -114,6 +114,7 @@ class Gateway:
     async def begin(self, request: Request, *, arrived_at: float) -> Generation:
         """Raises the typed refusal; nothing of the request is left behind then."""
         num_tokens = request.num_prompt_tokens * request.n
+        policy = self.policy.current.for_request(request.kv_load_failure_policy)
         try:
             admitted = self.admission.admit(request.num_sequences, num_tokens)
         except ServingError as error:
@@ -131,7 +132,7 @@ class Gateway:
             admitted=admitted,
             measures=self.measures,
             book=self.book,
-            stream_interval=self.policy.current.stream_interval,
+            stream_interval=policy.stream_interval,
             arrived_at=arrived_at,
             clock=self.clock,
             new_id=self._new_id,
@@ -139,11 +140,11 @@ class Gateway:
         with ExitStack() as undo:
             undo.callback(generation.close)
             with generation.failing():
-                await self._submit(generation)
+                await self._submit(generation, policy)
             undo.pop_all()
         return generation
 
-    async def _submit(self, generation: Generation) -> None:
+    async def _submit(self, generation: Generation, policy: Policy) -> None:
         """Choices of one prompt are looked up once, and placed one by one."""
         request = generation.request
         cached = {}
@@ -151,8 +152,8 @@ class Gateway:
             index = run.choice.index
             sequence = request.sequence(index, run.sequence_id)
             if index % request.n == 0:
-                cached = dict(await self._lookup.num_cached_tokens(sequence))
-            self.dispatcher.submit(sequence, cached, run, request.kv_load_failure_policy)
+                cached = dict(await self._lookup.num_cached_tokens(sequence, policy))
+            self.dispatcher.submit(sequence, cached, run, policy)
             if generation.error is not None:
                 raise generation.error
 

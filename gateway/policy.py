@@ -29,6 +29,12 @@ class Policy:
                 f"stream_interval must be in [1, {MAX_STREAM_INTERVAL}].", param="stream_interval"
             )
 
+    def for_request(self, kv_load_failure_policy: KVLoadFailurePolicy | None) -> Policy:
+        """With what the request's client has chosen; None: nothing."""
+        if kv_load_failure_policy is None:
+            return self
+        return replace(self, kv_load_failure_policy=kv_load_failure_policy)
+
 
 class PolicyHolder:
     """The policy in force. `change` replaces it at once, or not at all."""

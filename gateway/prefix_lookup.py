@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from cluster.node import Incarnation, NodeInfo, NodeName
     from cluster.request import SequenceRequest
     from gateway.nodes import Nodes
-    from gateway.policy import PolicyHolder
+    from gateway.policy import Policy
 
 INLINE_TOKENS = 16_384
 
@@ -33,18 +33,17 @@ class Index(Protocol):
 
 
 class PrefixLookup:
-    def __init__(
-        self, index: Index, nodes: Nodes, policy: PolicyHolder, executor: Executor
-    ) -> None:
+    def __init__(self, index: Index, nodes: Nodes, executor: Executor) -> None:
         self._index = index
         self._nodes = nodes
-        self._policy = policy
         self._executor = executor
 
-    async def num_cached_tokens(self, request: SequenceRequest) -> Mapping[NodeName, int]:
+    async def num_cached_tokens(
+        self, request: SequenceRequest, policy: Policy
+    ) -> Mapping[NodeName, int]:
         """By node; nodes that have nothing are left out. At least one token is left to compute."""
         ready = [c.node for c in self._nodes.candidates({}) if c.can_take_work]
-        if not self._matters(ready):
+        if not _matters(ready, policy):
             return {}
         pools: dict[tuple[str, int], list[NodeInfo]] = {}
         for node in ready:
@@ -58,15 +57,6 @@ class PrefixLookup:
                 found[name] = min(num_blocks * block_size, most)
         return found
 
-    def _matters(self, ready: Sequence[NodeInfo]) -> bool:
-        """A lone pair that always hands off, and fetches nothing, leaves nothing to decide."""
-        if self._policy.current.local_prefill_tokens > 0:
-            return True
-        if any(node.fetches_prefixes for node in ready):
-            return True
-        num_prefill = sum(node.role is NodeRole.PREFILL for node in ready)
-        return num_prefill > 1 or len(ready) - num_prefill > 1
-
     async def _hashes(
         self, request: SequenceRequest, model_key: str, block_size: int
     ) -> list[BlockHash]:
@@ -76,3 +66,13 @@ class PrefixLookup:
             return hash_blocks(token_ids, block_size, root)
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._executor, hash_blocks, token_ids, block_size, root)
+
+
+def _matters(ready: Sequence[NodeInfo], policy: Policy) -> bool:
+    """A lone pair that always hands off, and fetches nothing, leaves nothing to decide."""
+    if policy.local_prefill_tokens > 0:
+        return True
+    if any(node.fetches_prefixes for node in ready):
+        return True
+    num_prefill = sum(node.role is NodeRole.PREFILL for node in ready)
+    return num_prefill > 1 or len(ready) - num_prefill > 1

@@ -17,6 +17,8 @@ from tests.gateway.running_gateway import ADMIN_TOKEN, RunningGateway
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from cluster.node import NodeName
+
 MODEL = "org/test-model"
 BODY = {"model": MODEL, "prompt": "one two three", "max_tokens": 8, "ignore_eos": True}
 
@@ -248,6 +250,29 @@ def test_the_policy_changes_at_once_or_not_at_all(
     recompute = admin.patch("/policy", json={"kv_load_failure_policy": "recompute"})
     assert recompute.json() == {**changed.json(), "kv_load_failure_policy": "recompute"}
     assert admin.patch("/policy", json=before).json() == before
+
+
+def test_all_sequences_of_a_request_have_one_policy(
+    new_gateway: Callable[..., RunningGateway],
+) -> None:
+    """Each of its prompts waits for a look-up, and an operator may change the policy meanwhile."""
+    running = new_gateway(num_prefill=2)
+    policy, match = running.gateway.policy, running.index.match
+    running.do(running.decode.gates.tokens.clear)
+
+    async def change(*asked: Any) -> dict[NodeName, int]:
+        policy.change(stream_recovery=running.index.num_asked == 0)
+        return await match(*asked)
+
+    running.index.match = change  # type: ignore[assignment,method-assign]
+    with ThreadPoolExecutor(1) as pool:
+        body = {**BODY, "prompt": ["one two three", "four five six"]}
+        answer = pool.submit(httpx.post, f"{running.url}/v1/completions", json=body)
+        running.until(lambda: len(running.decode.submitted) == 2)
+        active = running.gateway.dispatcher.active.values()
+        assert [each.stream.recovers for each in active] == [False, False]
+        running.do(running.decode.gates.tokens.set)
+        assert answer.result(20).status_code == 200
 
 
 def test_a_setting_that_the_policy_has_not_is_answered_with_what_it_has(
