@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import redis.asyncio as aioredis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import RedisError
+from redis.exceptions import ReadOnlyError, RedisError
 
 from cluster import clock as clocks
 from cluster.errors import ConfigError, InternalError
@@ -180,6 +180,8 @@ class Store:
             self._failed("timeout", f"no answer within {limit} s")
             raise StoreUnavailable("The store did not answer in time.") from error
         except (RedisError, OSError) as error:
+            if isinstance(error, ReadOnlyError):  # it has become a replica: look for the master
+                await self._client.connection_pool.disconnect(inuse_connections=False)
             self._failed("error", str(error).rstrip(".") or type(error).__name__)
             raise StoreUnavailable("The store refused or dropped a call.") from error
         except asyncio.CancelledError:

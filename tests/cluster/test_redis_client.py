@@ -199,6 +199,29 @@ def test_a_reply_that_makes_no_sense_is_a_failure_and_the_next_call_may_probe(
     asyncio.run(scenario())
 
 
+def test_a_server_that_takes_no_writes_any_more_is_left(
+    redis_url: str, raw_redis: redis.Redis
+) -> None:
+    """After a fail-over its name may lead to another, but connections to it go on."""
+    store = Store(redis_url, name="registry", breaker=Breaker(threshold=10))
+
+    async def connection(client: aioredis.Redis) -> int:
+        return int(await client.client_id())
+
+    async def scenario() -> None:
+        before = await store.call(connection)
+        raw_redis.replicaof("127.0.0.1", 1)
+        with pytest.raises(StoreUnavailable):
+            await store.call(lambda client: client.set("a", 1))
+        assert await store.call(connection) != before
+        await store.close()
+
+    try:
+        asyncio.run(scenario())
+    finally:
+        raw_redis.replicaof("NO", "ONE")
+
+
 def test_a_cancelled_calls_reply_never_answers_another_call(redis_url: str) -> None:
     store = Store(redis_url, name="index", breaker=Breaker(threshold=10**6))
 
