@@ -155,13 +155,18 @@ class Landings:
         elif scattering.result():
             self._end(frame, None)
         else:
-            if self._agent.stats.corrupt(self._peer_name):
-                logger.error(
-                    "prefill node %s has sent corrupt KV again and again: look at its memory "
-                    "and links",
-                    self._peer_name,
-                )
-            self._end(frame, failure(FailureReason.DIGEST_MISMATCH))
+            self._end_corrupt(frame)
+
+    def _end_corrupt(self, frame: _Frame) -> None:
+        """Its sender's fault, unless its transfer has ended: then the slot that was read may have
+        been used again."""
+        is_wanted = self._events.may_scatter(frame.header.transfer_id)
+        if is_wanted and self._agent.stats.corrupt(self._peer_name):
+            logger.error(
+                "prefill node %s has sent corrupt KV again and again: look at its memory and links",
+                self._peer_name,
+            )
+        self._end(frame, failure(FailureReason.DIGEST_MISMATCH))
 
     async def _end_broken(self, frame: _Frame, broken: BaseException) -> None:
         """Received or placed in part, maybe: nothing of it may write any more when it ends."""

@@ -229,6 +229,36 @@ def test_sources_and_slots_are_free_when_the_link_ends_during_a_read(
     run(monkeypatch, scenario)
 
 
+def test_a_peer_whose_slot_is_read_after_the_link_has_ended_corrupts_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its slots are its own again: other frames stand there."""
+
+    async def scenario(here: World) -> None:
+        agent, may_read = here.decode.receiver.agent, asyncio.Event()
+        begin, begun = agent.pool.begin_scatter, asyncio.Event()
+
+        async def read_late(*frame: Any, **options: Any) -> bool:
+            begun.set()
+            await may_read.wait()
+            return await begin(*frame, **options)
+
+        monkeypatch.setattr(
+            agent.pool, "begin_scatter", lambda *f, **o: asyncio.ensure_future(read_late(*f, **o))
+        )
+        request = here.hand_off()
+        await begun.wait()
+        [peer] = here.prefill.sender._peers.values()
+        peer.cut()
+        assert await here.ended(request) == ["failed", "free"]
+        here.staging._memory.fill_(0)
+        may_read.set()
+        await until(lambda: len(here.decode.source.free) == NUM_BLOCKS)
+        assert not agent.stats.corrupt_frames_by_peer
+
+    run(monkeypatch, scenario)
+
+
 def test_a_header_that_names_no_slot_of_ours_cuts_the_link(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
