@@ -197,6 +197,7 @@ def encode_load(load: NodeLoad) -> pb.NodeLoad:
         num_cached_blocks=load.num_cached_blocks,
         num_transfers=load.num_transfers,
         num_quarantined_blocks=load.num_quarantined_blocks,
+        num_gateways=load.num_gateways,
     )
 
 
@@ -212,6 +213,7 @@ def decode_load(message: pb.NodeLoad) -> NodeLoad:
         num_cached_blocks=message.num_cached_blocks,
         num_transfers=message.num_transfers,
         num_quarantined_blocks=message.num_quarantined_blocks,
+        num_gateways=message.num_gateways,
     )
 
 

@@ -65,6 +65,8 @@ class Gateways(Protocol):
 
     def tell(self, state: NodeState) -> None: ...
     @property
+    def num_connected(self) -> int: ...
+    @property
     def is_answered(self) -> bool:
         """None is waited for: they know the state that was last told, and nothing that they had
         placed here is still on its way."""
@@ -105,7 +107,7 @@ class Member:
     @property
     def info(self) -> NodeInfo:
         """The entry as it is now, load and transports included."""
-        return replace(self._info, load=self._sources.load(), transports=self._sources.transports())
+        return replace(self._info, load=self._load(), transports=self._sources.transports())
 
     def description(self) -> pb.NodeDescription:
         """What a gateway asks to know that the node lives. Raises `NodeUnavailable` when this event
@@ -116,7 +118,10 @@ class Member:
         return encode_description(self.info, version=VERSION)
 
     def load_message(self) -> pb.NodeLoad:
-        return encode_load(self._sources.load())
+        return encode_load(self._load())
+
+    def _load(self) -> NodeLoad:
+        return replace(self._sources.load(), num_gateways=self._gateways.num_connected)
 
     def start(self, grpc_address: str, metrics_address: str) -> None:
         """The node serves at these addresses: let the cluster know."""

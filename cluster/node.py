@@ -57,6 +57,7 @@ class NodeLoad:
     num_cached_blocks: int = 0
     num_transfers: int = 0
     num_quarantined_blocks: int = 0
+    num_gateways: int = 0  # that are connected with it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

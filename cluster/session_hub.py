@@ -269,6 +269,11 @@ class SessionHub:
                     self._on_drop(gateway_id)
                 return
 
+    @property
+    def num_connected(self) -> int:
+        """Gateways with a session here."""
+        return len(self._sessions)
+
     def is_open(self, gateway_id: str) -> bool:
         session = self._sessions.get(gateway_id)
         return session is not None and not session.is_closed

@@ -7,7 +7,9 @@
    any more.
 
 Heartbeats are up to a second old and know nothing of what was placed since. So each estimate is
-what the node reported, plus what this gateway has placed there since, less what has ended.
+what the node reported, plus what this gateway has placed there since, less what has ended. Other
+gateways choose by the same report: what this one has placed, each of them is taken to have, too, or
+all would find the same node idle until its next heartbeat.
 """
 
 from __future__ import annotations
@@ -47,9 +49,10 @@ class Tally:
         self.reserved_tokens_then = self.reserved_tokens
 
 
-def estimate(reported: int, now: int, then: int) -> int:
+def estimate(reported: int, now: int, then: int, num_gateways: int = 1) -> int:
     """Never less than what this gateway itself has there."""
-    return max(now, reported + now - then)
+    since = now - then
+    return max(now, reported + max(since, since * num_gateways))
 
 
 class NodeEntry:
@@ -69,18 +72,21 @@ class NodeEntry:
 
     def candidate(self, num_cached_tokens: int) -> Candidate:
         tally, load = self.tally, self.info.load
+        num_gateways = max(1, load.num_gateways)
         return Candidate(
             node=self.info,
             is_connected=self.client.is_connected,
             queued_tokens=estimate(
-                load.queued_tokens, tally.queued_tokens, tally.queued_tokens_then
+                load.queued_tokens, tally.queued_tokens, tally.queued_tokens_then, num_gateways
             ),
             num_sequences=estimate(
                 load.num_running + load.num_waiting,
                 tally.num_sequences,
                 tally.num_sequences_then,
+                num_gateways,
             ),
-            reserved_tokens=max(0, tally.reserved_tokens - tally.reserved_tokens_then),
+            reserved_tokens=num_gateways
+            * max(0, tally.reserved_tokens - tally.reserved_tokens_then),
             num_cached_tokens=num_cached_tokens,
         )
 

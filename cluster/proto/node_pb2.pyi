@@ -55,7 +55,7 @@ class NodeDescription(_message.Message):
     def __init__(self, name: _Optional[str] = ..., incarnation: _Optional[int] = ..., role: _Optional[str] = ..., state: _Optional[str] = ..., model_name: _Optional[str] = ..., compatibility_hash: _Optional[str] = ..., block_size: _Optional[int] = ..., max_model_len: _Optional[int] = ..., protocol_version: _Optional[int] = ..., version: _Optional[str] = ..., transports: _Optional[_Iterable[str]] = ..., load: _Optional[_Union[NodeLoad, _Mapping]] = ..., fetches_prefixes: _Optional[bool] = ..., max_message_bytes: _Optional[int] = ...) -> None: ...
 
 class NodeLoad(_message.Message):
-    __slots__ = ("num_running", "num_waiting", "queued_tokens", "num_blocks", "num_free_blocks", "num_cached_blocks", "num_transfers", "num_quarantined_blocks")
+    __slots__ = ("num_running", "num_waiting", "queued_tokens", "num_blocks", "num_free_blocks", "num_cached_blocks", "num_transfers", "num_quarantined_blocks", "num_gateways")
     NUM_RUNNING_FIELD_NUMBER: _ClassVar[int]
     NUM_WAITING_FIELD_NUMBER: _ClassVar[int]
     QUEUED_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -64,6 +64,7 @@ class NodeLoad(_message.Message):
     NUM_CACHED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     NUM_TRANSFERS_FIELD_NUMBER: _ClassVar[int]
     NUM_QUARANTINED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    NUM_GATEWAYS_FIELD_NUMBER: _ClassVar[int]
     num_running: int
     num_waiting: int
     queued_tokens: int
@@ -72,7 +73,8 @@ class NodeLoad(_message.Message):
     num_cached_blocks: int
     num_transfers: int
     num_quarantined_blocks: int
-    def __init__(self, num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., queued_tokens: _Optional[int] = ..., num_blocks: _Optional[int] = ..., num_free_blocks: _Optional[int] = ..., num_cached_blocks: _Optional[int] = ..., num_transfers: _Optional[int] = ..., num_quarantined_blocks: _Optional[int] = ...) -> None: ...
+    num_gateways: int
+    def __init__(self, num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., queued_tokens: _Optional[int] = ..., num_blocks: _Optional[int] = ..., num_free_blocks: _Optional[int] = ..., num_cached_blocks: _Optional[int] = ..., num_transfers: _Optional[int] = ..., num_quarantined_blocks: _Optional[int] = ..., num_gateways: _Optional[int] = ...) -> None: ...
 
 class ControlRequest(_message.Message):
     __slots__ = ("action",)

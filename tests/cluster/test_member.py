@@ -81,6 +81,7 @@ class FakeGateways:
     def __init__(self) -> None:
         self.told: list[NodeState] = []
         self.is_answered = True
+        self.num_connected = 2
 
     def tell(self, state: NodeState) -> None:
         self.told.append(state)
@@ -142,6 +143,15 @@ def run(
         asyncio.run(bounded())
 
     return runner
+
+
+def test_its_load_says_how_many_gateways_place_by_it(make_node: Callable[..., NodeInfo]) -> None:
+    async def scenario() -> None:
+        member = World(make_node).member
+        assert member.info.load == NodeLoad(num_running=3, num_gateways=2)
+        assert member.load_message().num_gateways == 2
+
+    asyncio.run(scenario())
 
 
 def test_a_member_announces_itself_then_beats_and_withdraws_at_the_end(run: Any) -> None:

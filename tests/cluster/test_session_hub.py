@@ -37,6 +37,7 @@ def test_the_deltas_of_a_step_travel_in_one_frame_per_gateway() -> None:
     async def scenario() -> None:
         hub = SessionHub()
         first, second = hub.open("g1"), hub.open("g2")
+        assert hub.num_connected == 2
         hub.publish("g1", [tokens("a", 1), tokens("b", 2)])
         hub.publish("g2", [tokens("c", 3)])
         assert await take(first) == [tokens("a", 1), tokens("b", 2)]
