@@ -191,7 +191,8 @@ class GatewayConfig:
     )
     sse_keep_alive_interval: float = option(
         10.0,
-        help="Seconds without a token after which a stream gets a comment line. 0: never.",
+        help="Seconds without a token after which a stream gets a comment line, or a message of "
+        "Anthropic's API a ping. 0: never.",
         group=_STREAM,
     )
     stream_interval: int = option(

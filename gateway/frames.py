@@ -22,6 +22,7 @@ from gateway.answers import (
     usage,
 )
 from gateway.choice import Piece
+from gateway.dialects.events import COMMENT
 from gateway.http_errors import error_body
 from gateway.logprob_answers import chat_logprobs, text_logprobs
 from gateway.request import Route
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
     from gateway.generation import Generation
 
 DONE = b"data: [DONE]\n\n"
-KEEP_ALIVE = b": keep-alive\n\n"
 _END = b"}\n\n"
 
 
@@ -104,6 +104,9 @@ class Frames:
     def error(self, error: ServingError) -> bytes:
         """Instead of `last`, when it ended badly."""
         return error_frame(error) + DONE
+
+    def keep_alive(self) -> bytes:
+        return COMMENT
 
     def _first(self, choice: Choice) -> bytes:
         if self._is_chat:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from gateway.dialects.messages_frames import MessagesFrames
 from gateway.dialects.responses_frames import ResponsesFrames
-from gateway.frames import KEEP_ALIVE, Frames
+from gateway.frames import Frames
 from gateway.http_errors import send_error
 from gateway.lost_clients import ClientStalled
 from gateway.request import Route
@@ -69,6 +69,9 @@ class AnswerFrames(Protocol):
 
     def error(self, error: ServingError) -> bytes:
         """Instead of `last`, when it ended badly."""
+
+    def keep_alive(self) -> bytes:
+        """What says nothing, but that the stream goes on."""
 
 
 def _frames(generation: Generation, token_bytes: TokenBytes) -> AnswerFrames:
@@ -145,7 +148,7 @@ class StreamWriter:
         elif body:
             await self._write(body)
         elif self._wants_keep_alive:
-            await self._write(KEEP_ALIVE)
+            await self._write(self._frames.keep_alive())
         if body and not self._has_sent_token:
             self._has_sent_token = True
             generation.first_token_sent(self._clock())

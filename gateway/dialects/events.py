@@ -1,4 +1,4 @@
-"""Named server-sent events, which both dialects stream."""
+"""Server-sent events: named, as both dialects stream them, and comments, for nobody to read."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import orjson
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+COMMENT = b": keep-alive\n\n"
 
 
 def event(body: Mapping[str, Any]) -> bytes:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import orjson
 
 from cluster.request import FinishReason
-from gateway.dialects.events import event
+from gateway.dialects.events import COMMENT, event
 from gateway.dialects.messages_errors import message_error
 
 if TYPE_CHECKING:
@@ -116,6 +116,11 @@ class MessagesFrames:
 
     def error(self, error: ServingError) -> bytes:
         return event(message_error(error, self._generation.request.request_id))
+
+    def keep_alive(self) -> bytes:
+        """An event, because clients end a stream without any, as one is while a long call comes.
+        None may stand before the first."""
+        return event({"type": "ping"}) if self._has_begun else COMMENT
 
     def _say(self, kind: str, words: str) -> bytes:
         """In a block of this kind, `text` or `thinking`, whose words have the same name."""

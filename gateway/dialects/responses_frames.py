@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from cluster.request import FinishReason
 from gateway.answers import usage
-from gateway.dialects.events import event
+from gateway.dialects.events import COMMENT, event
 
 if TYPE_CHECKING:
     from cluster.errors import ServingError
@@ -124,6 +124,9 @@ class ResponsesFrames:
         number = self._next_number()
         told = {"type": "error", **said, "param": error.param, "sequence_number": number}
         return event(told) + self._event("failed", {"response": failed})
+
+    def keep_alive(self) -> bytes:
+        return COMMENT
 
     def whole(self) -> Json:
         """After `last`."""

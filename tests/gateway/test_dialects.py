@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from typing import TYPE_CHECKING, Any
 
@@ -206,6 +207,24 @@ def test_a_streamed_message_closes_what_it_opens(http: httpx.Client) -> None:
     num_at_first = events[0]["message"]["usage"]["output_tokens"]  # as many as came together
     assert events[-2]["delta"] == {"stop_reason": "end_turn", "stop_sequence": None}
     assert 1 <= num_at_first <= events[-2]["usage"]["output_tokens"] > 1
+
+
+def test_a_quiet_message_is_kept_alive_by_pings_once_it_has_begun(
+    new_gateway: Callable[..., RunningGateway],
+) -> None:
+    running = new_gateway(sse_keep_alive_interval=0.05)
+    running.do(running.prefill.gates.first_token.clear)
+    running.do(running.decode.gates.tokens.clear)
+    url, body = f"{running.url}/v1/messages", asking(stream=True)
+    with httpx.stream("POST", url, json=body, timeout=20) as response:
+        lines = response.iter_lines()
+        assert next(lines) == ": keep-alive"
+        running.do(running.prefill.gates.first_token.set)
+        early = list(itertools.takewhile(lambda line: line != "event: ping", lines))
+        assert "event: message_start" in early
+        assert next(lines) == 'data: {"type":"ping"}'
+        running.do(running.decode.gates.tokens.set)
+        assert "event: message_stop" in list(lines)
 
 
 @pytest.mark.parametrize(
