@@ -6,13 +6,13 @@ computed and scattered; no [n, vocab] table of counts exists anywhere.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
     from collections.abc import Sequence as SequenceOf
 
     import numpy.typing as npt
@@ -113,23 +113,33 @@ def _penalized(value: torch.Tensor, count: torch.Tensor, strengths: torch.Tensor
     return value.sub_(frequency * count).sub_(presence * (count > 0))
 
 
+class TokenValues(NamedTuple):
+    """Distinct tokens, int64 [n], and a float32 [n] for each. Made once for a sequence: a batch
+    whose rows have a thousand each must not go through them one by one whenever it changes."""
+
+    token_ids: npt.NDArray[np.int64]
+    values: npt.NDArray[np.float32]
+
+    @classmethod
+    def of(cls, pairs: Iterable[tuple[int, float]]) -> TokenValues | None:
+        """None if there are no pairs. A later pair of an id wins."""
+        values = dict(pairs)
+        if not values:
+            return None
+        return cls(np.array([*values], np.int64), np.array([*values.values()], np.float32))
+
+
 class TokenEdits:
     """(row, token id) pairs with values, on the device."""
 
     __slots__ = ("_index", "_values")
 
-    def __init__(
-        self, edits: Iterable[tuple[int, Iterable[tuple[int, float]]]], device: torch.device
-    ) -> None:
-        """`edits` gives for a row its (token id, value) pairs; a later pair of an id wins."""
-        triples = [
-            (row, token_id, value)
-            for row, pairs in edits
-            for token_id, value in dict(pairs).items()
-        ]
-        index = np.array([(row, token_id) for row, token_id, _ in triples], np.int64)
-        values = np.array([value for _, _, value in triples], np.float32)
-        self._index = to_device(index.reshape(-1, 2).T.copy(), device)
+    def __init__(self, edits: Mapping[int, TokenValues], device: torch.device) -> None:
+        """`edits`: by row, of one at least."""
+        token_ids = [each.token_ids for each in edits.values()]
+        rows = np.repeat(np.array([*edits], np.int64), [len(each) for each in token_ids])
+        self._index = to_device(np.stack([rows, np.concatenate(token_ids)]), device)
+        values = np.concatenate([each.values for each in edits.values()])
         self._values = to_device(values, device)
 
     def add_to(self, logits: torch.Tensor) -> None:

@@ -212,11 +212,11 @@ class Sampler:
         sources: torch.Tensor,
     ) -> torch.Tensor:
         """The logits after penalties, biases and bans; `raw` itself if there are none."""
-        bans = [
-            (place, [(token_id, -torch.inf) for token_id in plan.rows[place].banned_token_ids])
-            for place in plan.bannable
+        bans = {
+            place: banned
+            for place, banned in plan.bannable.items()
             if _num_drawn(sequences[place]) < plan.rows[place].sampling.min_tokens
-        ]
+        }
         if not (plan.penalized or plan.bias or bans):
             return raw
         changed = raw.clone()

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from engine.penalties import TokenCounts, TokenEdits, to_device
+from engine.penalties import TokenCounts, TokenEdits, TokenValues, to_device
 
 if TYPE_CHECKING:
     from collections.abc import Sequence as SequenceOf
@@ -29,7 +29,7 @@ _MIN_TEMPERATURE = 1e-4  # below, weights of two tokens differ by more than floa
 class SamplingRow:
     """What the sampler keeps of one sequence. Compared by identity."""
 
-    __slots__ = ("banned_token_ids", "bias", "counts", "sampling")
+    __slots__ = ("bans", "bias", "counts", "sampling")
 
     def __init__(
         self,
@@ -41,11 +41,12 @@ class SamplingRow:
         eos_token_ids: AbstractSet[int],
     ) -> None:
         self.sampling = sampling
-        self.bias = tuple(pair for pair in sampling.logit_bias if 0 <= pair[0] < vocab_size)
-        self.banned_token_ids: tuple[int, ...] = ()  # until there are `min_tokens`
+        known = range(vocab_size)
+        self.bias = TokenValues.of(pair for pair in sampling.logit_bias if pair[0] in known)
+        self.bans: TokenValues | None = None  # until there are `min_tokens`
         if sampling.min_tokens > 0:
-            ending = ending_token_ids(sampling, eos_token_ids)
-            self.banned_token_ids = tuple(i for i in sorted(ending) if 0 <= i < vocab_size)
+            ending = sorted(ending_token_ids(sampling, eos_token_ids))
+            self.bans = TokenValues.of((each, -math.inf) for each in ending if each in known)
         self.counts: TokenCounts | None = None
         repeats = sampling.repetition_penalty != 1.0
         if repeats or sampling.frequency_penalty or sampling.presence_penalty:
@@ -74,10 +75,9 @@ class SamplingPlan:
         self.penalized = [place for place, row in enumerate(rows) if row.counts is not None]
         self.penalized_rows = to_device(np.array(self.penalized, np.int64), device)
         self.strengths = to_device(self._strengths(), device)
-        self.bias: TokenEdits | None = None
-        if any(row.bias for row in rows):
-            self.bias = TokenEdits(((i, row.bias) for i, row in enumerate(rows)), device)
-        self.bannable = [place for place, row in enumerate(rows) if row.banned_token_ids]
+        biased = {place: row.bias for place, row in enumerate(rows) if row.bias is not None}
+        self.bias = TokenEdits(biased, device) if biased else None
+        self.bannable = {place: row.bans for place, row in enumerate(rows) if row.bans is not None}
         wanted = {
             place: row.sampling.num_logprobs
             for place, row in enumerate(rows)

@@ -222,6 +222,20 @@ def test_the_last_of_two_biases_of_a_token_wins_and_unknown_ids_do_no_harm() -> 
     assert token_of(torch.zeros(VOCAB), sequence) == 6
 
 
+def test_biases_and_bans_are_gone_through_once_for_a_sequence(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not for each batch: many rows with a thousand each would hold up all that come and go."""
+    sampler = make_sampler(device=device)
+    logits = torch.zeros(2, VOCAB, device=device)
+    biased = make_sequence([1], temperature=0.0, logit_bias=((6, 1.0), (8, 2.0)))
+    banned = make_sequence([1], temperature=0.0, min_tokens=2, stop_token_ids=(0, 1))
+    before = [token.token_id for token in sampler.sample(logits, [biased, banned])]
+    monkeypatch.delattr("engine.penalties.TokenValues.of")
+    after = [token.token_id for token in sampler.sample(logits, [banned, biased])]
+    assert (before, after) == ([8, 2], [2, 8])
+
+
 # ---- log-probabilities ------------------------------------------------------------------
 
 
