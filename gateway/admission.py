@@ -72,8 +72,11 @@ class Admission:
         self.num_sequences = 0
         self.num_queued = 0
         self.num_queued_tokens = 0
-        self._tokens_per_second = 0.0
-        self._paced_at: float | None = None
+        # Prompt tokens that left the queue, and seconds that something queued, both of late.
+        self._paced_tokens = 0.0
+        self._paced_seconds = 0.0
+        self._paced_from: float | None = None  # the first to leave since the queue was empty
+        self._paced_at = 0.0
 
     def admit(self, num_sequences: int, num_tokens: int) -> Admitted:
         """`num_tokens` is the sum over its sequences of their prompts' lengths.
@@ -89,6 +92,8 @@ class Admission:
         queued = self.num_queued_tokens
         if queued and queued + num_tokens > limits.max_num_queued_tokens:
             raise self._overloaded("max_num_queued_tokens")
+        if not self.num_queued:
+            self._paced_from = None  # of the time before nothing is to be learnt
         self.num_sequences += num_sequences
         self.num_queued += num_sequences
         self.num_queued_tokens += num_tokens
@@ -114,16 +119,19 @@ class Admission:
         self.num_sequences -= num_sequences
 
     def note_pace(self, num_tokens: int, now: float) -> None:
-        """Prompt tokens per second that leave the queue, averaged over some seconds."""
-        if self._paced_at is not None and now > self._paced_at:
+        """So many prompt tokens leave the queue. What was noted before fades in some seconds."""
+        if self._paced_from is None:
+            self._paced_from = now
+        if now > self._paced_from:
             elapsed = now - self._paced_at
-            weight = min(1.0, elapsed / _PACE_WINDOW_SECONDS)
-            self._tokens_per_second += weight * (num_tokens / elapsed - self._tokens_per_second)
+            kept = max(0.0, 1 - elapsed / _PACE_WINDOW_SECONDS)
+            self._paced_tokens = kept * self._paced_tokens + num_tokens
+            self._paced_seconds = kept * self._paced_seconds + elapsed
         self._paced_at = now
 
     def retry_after_seconds(self) -> float:
-        pace = self._tokens_per_second
-        drain = self.num_queued_tokens / pace if pace > 0 else MIN_RETRY_SECONDS
+        seconds_per_token = self._paced_seconds / max(1.0, self._paced_tokens)
+        drain = self.num_queued_tokens * seconds_per_token
         bounded = min(max(drain, MIN_RETRY_SECONDS), MAX_RETRY_SECONDS)
         spread = bounded * (1 + JITTER * (2 * self._chance() - 1))
         return min(max(spread, MIN_RETRY_SECONDS), MAX_RETRY_SECONDS)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from cluster.errors import NodeUnavailable, Overloaded
-from gateway.admission import Admission, Limits
+from gateway.admission import Admission, Admitted, Limits
 
 LIMITS = Limits(max_num_reqs=4, max_num_queued_reqs=2, max_num_queued_tokens=100)
 
@@ -69,6 +69,37 @@ def test_the_time_to_wait_is_how_long_the_queue_takes_to_drain() -> None:
     for now in (0.0, 10.0):
         admitted.prefilled(100, now)
     assert subject.retry_after_seconds() == pytest.approx(30.0)
+
+
+def many_queue() -> tuple[Admission, Admitted]:
+    limits = Limits(max_num_reqs=999, max_num_queued_reqs=99, max_num_queued_tokens=5000)
+    subject = admission(limits)
+    return subject, subject.admit(50, 5000)
+
+
+def test_prompts_that_leave_the_queue_together_are_all_counted() -> None:
+    """As when they were computed in one step."""
+    subject, admitted = many_queue()
+    for now in (0.0, 1.0, 2.0):
+        for _ in range(10):
+            admitted.prefilled(100, now)
+    assert subject.retry_after_seconds() == pytest.approx(2.0)
+
+
+def test_the_time_to_wait_is_known_after_a_moment_of_work() -> None:
+    subject, admitted = many_queue()
+    for now in (0.0, 0.1, 0.2):
+        admitted.prefilled(100, now)
+    assert subject.retry_after_seconds() == pytest.approx(4.7)
+
+
+def test_time_in_which_nothing_queued_says_nothing_of_the_pace() -> None:
+    subject, admitted = many_queue()
+    for now in range(50):
+        admitted.prefilled(100, 0.1 * now)
+    admitted = subject.admit(50, 5000)
+    admitted.prefilled(100, 3600.0)
+    assert subject.retry_after_seconds() == pytest.approx(4.9)
 
 
 @pytest.mark.parametrize(("chance", "low", "high"), [(0.0, 1.0, 1.0), (0.999, 1.2, 1.25)])
