@@ -18,6 +18,7 @@ KVCacheDType = Literal["auto", "fp8", "fp8_e4m3"]
 
 MAX_ROWS = 1 << 16  # what is kept of each row of a step is allocated at start
 MAX_THREADS = 1 << 10
+MAX_GIB = 1 << 20  # of host memory
 _MODEL = "Model"
 _CACHE = "KV cache"
 _STEP = "Steps"
@@ -141,10 +142,9 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         _check_device(self.device)
-        if self.cpu_offload_gb < 0.0:
-            raise refused("cpu_offload_gb", "must not be negative")
-        if self.kv_offloading_size < 0.0:
-            raise refused("kv_offloading_size", "must not be negative")
+        for name in ("cpu_offload_gb", "kv_offloading_size"):
+            if not 0.0 <= getattr(self, name) <= MAX_GIB:
+                raise refused(name, f"must be in [0, {MAX_GIB}]")
         if self.kv_offloading_size and not self.enable_prefix_caching:
             raise refused("kv_offloading_size", "needs prefix caching: it finds blocks by content")
         if not 0.0 < self.gpu_memory_utilization <= 1.0:

@@ -167,6 +167,8 @@ def test_the_context_is_the_models_unless_a_shorter_one_is_asked(limits: Resolve
         ({"block_size": 12}, "--block-size must be 8, 16, 32, 64 or 128"),
         ({"max_num_seqs": 0}, "--max-num-seqs must be at least 1"),
         ({"max_num_seqs": 1 << 63}, "--max-num-seqs must be at most 65536"),
+        ({"kv_offloading_size": 1e300}, "--kv-offloading-size must be in"),
+        ({"cpu_offload_gb": -1.0}, "--cpu-offload-gb must be in"),
         ({"num_threads": 1 << 31}, "--num-threads must be at most 1024"),
         ({"max_model_len": 0}, "--max-model-len must be at least 1"),
     ],
