@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy
 
+from cluster.errors import ConfigError
 from kv_transfer.transports.ucx import find_transports
 from kv_transfer.transports.ucx_lanes import RDMA
 
@@ -70,9 +71,12 @@ def probe_ucx() -> list[Row]:
         return [("UCX", "problem", detail)]
     release = next((v for v in map(_version, ("ucxx-cu13", "ucxx-cu12")) if v), "")
     detail = f"ucxx {release}, UCX {'.'.join(str(n) for n in ucxx.get_ucx_version())}"
+    try:
+        transports = _transports_found()
+    except ConfigError as error:
+        return [("UCX", "problem", error.message)]
     asyncio.run(_round_trip(ucxx))
-    rows: list[Row] = [("UCX", "ok", f"{detail}; a message to itself came back right")]
-    return [*rows, _transports_found()]
+    return [("UCX", "ok", f"{detail}; a message to itself came back right"), transports]
 
 
 def _transports_found() -> Row:

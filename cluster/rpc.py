@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import socket
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -120,10 +121,21 @@ def bind(
         else:
             bound = server.add_secure_port(where, credentials)
     except RuntimeError as error:
-        raise cannot_listen(where, None, param="port") from error
+        raise cannot_listen(where, _why_not(host, port), param="port") from error
     if bound == 0:
-        raise cannot_listen(where, None, param="port")
+        raise cannot_listen(where, _why_not(host, port), param="port")
     return bound
+
+
+def _why_not(host: str, port: int) -> OSError | None:
+    """What the system says to the same address; gRPC does not tell."""
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.bind(address)
+    except OSError as error:
+        return error
+    return None
 
 
 # ---- errors ------------------------------------------------------------------------------

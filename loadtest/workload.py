@@ -109,9 +109,11 @@ def load_tokenizer(path: str) -> TokenizerVocabulary:
         file = file / "tokenizer.json" if file.is_dir() else file
         tokenizer = tokenizers.Tokenizer.from_file(str(file)) if file.is_file() else None
     except Exception as error:  # the library raises bare Exception
-        raise ConfigError(f"{file} cannot be read: {error}", param="tokenizer") from error
+        raise ConfigError(
+            f"--tokenizer: {file} cannot be read: {error}.", param="tokenizer"
+        ) from error
     if tokenizer is None:
-        raise ConfigError(f"{file} does not exist", param="tokenizer")
+        raise ConfigError(f"--tokenizer: {file} does not exist.", param="tokenizer")
     return TokenizerVocabulary(tokenizer)
 
 

@@ -78,8 +78,21 @@ def _options(ucx_tls: str | None, *, moves_device_memory: bool) -> dict[str, str
 def find_transports() -> tuple[str, ...]:
     """UCX's names of the transports on this machine. Raises `ConfigError` without UCX."""
     libucx, _ = _load()
-    context = libucx.UCXContext({}, feature_flags=(libucx.Feature.TAG,))
-    return resources_of(context.info)
+    return resources_of(_open(libucx, {}, (libucx.Feature.TAG,)).info)
+
+
+def _open(libucx: Any, options: dict[str, str], features: tuple[Any, ...]) -> Any:
+    """A context of UCX; `ConfigError` where it finds nothing that it may use."""
+    try:
+        return libucx.UCXContext(options, feature_flags=features)
+    except libucx.UCXError as error:
+        asked = options.get("TLS", os.environ.get("UCX_TLS"))
+        limits = "" if asked is None else f" among the transports {asked!r}"
+        raise ConfigError(
+            f"UCX finds nothing on this machine that it may use{limits}: {error}. See --ucx-tls, "
+            "UCX_TLS and UCX_NET_DEVICES.",
+            param="ucx_tls",
+        ) from error
 
 
 class UcxTransport:
@@ -94,9 +107,7 @@ class UcxTransport:
         options = _options(ucx_tls, moves_device_memory=moves_device_memory)
         self._shares_memory = "SYSV_ERROR_HANDLING" in options
         feature = self._ucx.Feature
-        self._context = self._ucx.UCXContext(
-            options, feature_flags=(feature.TAG, feature.STREAM, feature.WAKEUP)
-        )
+        self._context = _open(self._ucx, options, (feature.TAG, feature.STREAM, feature.WAKEUP))
         self._worker = self._ucx.UCXWorker(self._context)
         self.progress = Progress(self._worker, self.errors)
         self.moves_device_memory = moves_device_memory

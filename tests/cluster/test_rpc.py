@@ -214,6 +214,8 @@ def test_a_taken_port_is_a_config_error() -> None:
         with pytest.raises(ConfigError, match="in use") as raised:
             rpc.bind(second, "127.0.0.1", port)
         assert raised.value.param == "port"
+        with pytest.raises(ConfigError, match=r"on none\.invalid:0: (?!is it in use)"):
+            rpc.bind(second, "none.invalid", 0)
         await first.stop(0)
 
     asyncio.run(scenario())

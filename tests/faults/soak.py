@@ -70,7 +70,11 @@ def main(argv: Sequence[str]) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(prog="tests.faults.soak", description=__doc__)
+    made = argparse.ArgumentParser(
+        prog="tests.faults.soak",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     made.add_argument("--minutes", type=float, default=5.0, help="of load, for each seed")
     made.add_argument("--seed", type=int, nargs="+", default=[1])
     made.add_argument("--policy", choices=("fail", "recompute"), default="recompute")

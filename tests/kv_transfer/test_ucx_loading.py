@@ -54,3 +54,15 @@ def test_a_node_and_the_doctor_say_why_ucx_cannot_be_loaded(
     ((_, state, detail),) = probe_ucx()
     assert state == "problem"
     assert said in detail
+
+
+def test_transports_that_this_machine_has_not_are_a_line_to_a_node_and_the_doctor(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with pytest.raises(ConfigError, match="may use among the transports 'none'") as refused:
+        UcxTransport(ucx_tls="none", moves_device_memory=False, connect_seconds=1.0)
+    assert refused.value.param == "ucx_tls"
+    monkeypatch.setenv("UCX_TLS", "nothing")
+    ((_, state, detail),) = probe_ucx()
+    assert state == "problem"
+    assert "may use among the transports 'nothing'" in detail

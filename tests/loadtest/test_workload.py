@@ -115,5 +115,5 @@ def test_a_file_that_is_no_tokenizer_is_said(tmp_path: Path) -> None:
 
 
 def test_a_tokenizer_that_is_not_there_is_said(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="does not exist"):
+    with pytest.raises(ConfigError, match=r"^--tokenizer: .* does not exist"):
         load_tokenizer(str(tmp_path))
