@@ -53,7 +53,7 @@ class ServeConfig:
 
 
 @dataclass(frozen=True, slots=True)
-class Placement:
+class PlacedNode:
     """One node: its name, its role and the device it runs on, the first of `num_ranks`."""
 
     name: str
@@ -71,7 +71,7 @@ def place_nodes(
     *,
     prefill_ranks: int = 1,
     decode_ranks: int = 1,
-) -> list[Placement]:
+) -> list[PlacedNode]:
     """Spread the nodes over the GPUs, prefill first. Without a GPU all are on the CPU.
 
     A node of several ranks takes neighbouring GPUs; what finds no room at the end of the row
@@ -83,7 +83,7 @@ def place_nodes(
         device = "cuda" if num_gpus else "cpu"
     if device != "cuda":
         processes = sum(num_ranks for _, _, num_ranks in nodes)
-        return [Placement(name, role, device, processes, ranks) for name, role, ranks in nodes]
+        return [PlacedNode(name, role, device, processes, ranks) for name, role, ranks in nodes]
     count = max(1, num_gpus)
     begins, users, begin = [], [0] * count, 0
     for _, role, num_ranks in nodes:
@@ -98,23 +98,23 @@ def place_nodes(
             users[gpu] += 1
         begin += num_ranks
     return [
-        Placement(name, role, f"cuda:{begin}", max(users[begin : begin + num_ranks]), num_ranks)
+        PlacedNode(name, role, f"cuda:{begin}", max(users[begin : begin + num_ranks]), num_ranks)
         for (name, role, num_ranks), begin in zip(nodes, begins, strict=True)
     ]
 
 
 def node_engine_config(
-    config: EngineConfig, placement: Placement, *, is_memory_explicit: bool, num_cores: int
+    config: EngineConfig, node: PlacedNode, *, is_memory_explicit: bool, num_cores: int
 ) -> EngineConfig:
     """The engine's settings on one node: its device, and its share of what nodes have in common."""
     changes: dict[str, object] = {
-        "device": placement.device,
-        "tensor_parallel_size": placement.num_ranks,
+        "device": node.device,
+        "tensor_parallel_size": node.num_ranks,
     }
-    if placement.device.startswith("cuda") and not is_memory_explicit:
-        changes["gpu_memory_utilization"] = config.gpu_memory_utilization / placement.num_sharing
-    if placement.device == "cpu" and not config.num_threads:
-        changes["num_threads"] = max(1, num_cores // placement.num_sharing)
+    if node.device.startswith("cuda") and not is_memory_explicit:
+        changes["gpu_memory_utilization"] = config.gpu_memory_utilization / node.num_sharing
+    if node.device == "cpu" and not config.num_threads:
+        changes["num_threads"] = max(1, num_cores // node.num_sharing)
     return replace(config, **changes)  # type: ignore[arg-type]
 
 
@@ -124,7 +124,7 @@ def child_specs(
     """Nodes first, gateway last: it is the first to be stopped."""
     serve, engine = loaded[ServeConfig], loaded[EngineConfig]
     ranks = engine.tensor_parallel_size
-    placements = place_nodes(
+    nodes = place_nodes(
         serve.prefill,
         serve.decode,
         engine.device,
@@ -139,17 +139,17 @@ def child_specs(
         "BATON_LOG_FORMAT": log_format,
     }
     specs = []
-    for placement in placements:
+    for node in nodes:
         config = node_engine_config(
             engine,
-            placement,
+            node,
             is_memory_explicit=loaded.is_explicit("gpu_memory_utilization"),
             num_cores=os.cpu_count() or 1,
         )
-        arguments = [placement.role, "--node-name", placement.name, "--port", "0"]
+        arguments = [node.role, "--node-name", node.name, "--port", "0"]
         arguments += ["--host", "127.0.0.1", "--kv-port", "0", "--metrics-port", "0"]
         settings = to_environment(config, loaded[KVTransferConfig], leave_out=own_to_nodes)
-        specs.append(ChildSpec(placement.name, arguments, settings | shared))
+        specs.append(ChildSpec(node.name, arguments, settings | shared))
     gateway = to_environment(serve_gateway_config(loaded[GatewayConfig]))
     token = {"BATON_ADMIN_TOKEN": admin_token}
     specs.append(ChildSpec("gateway", ["gateway"], gateway | shared | token))

@@ -41,7 +41,7 @@ NO_PAIRS: frozenset[Pair] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
-class Hold:
+class OpenPair:
     """A pair that is not closed, for people. `seconds`: until it is tried again; 0 when that is
     due, or under way. `reason`: of the last failure that counted."""
 
@@ -90,9 +90,9 @@ class PairBreaker:
         records = self._records.items()
         return frozenset(pair for pair, record in records if record.is_held_back(now))
 
-    def holds(self, now: float) -> list[Hold]:
+    def open_pairs(self, now: float) -> list[OpenPair]:
         return [
-            Hold(pair, record.reason, max(0.0, record.until - now))
+            OpenPair(pair, record.reason, max(0.0, record.until - now))
             for pair, record in self._records.items()
             if not record.is_closed
         ]

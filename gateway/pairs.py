@@ -14,7 +14,7 @@ import logging
 from typing import TYPE_CHECKING
 
 from cluster.errors import TransferError
-from gateway.pair_breaker import Hold, PairBreaker
+from gateway.pair_breaker import OpenPair, PairBreaker
 
 if TYPE_CHECKING:
     from collections.abc import Set as AbstractSet
@@ -39,8 +39,8 @@ class Pairs:
     def held_back(self, now: float) -> AbstractSet[Pair]:
         return self._breaker.held_back(now)
 
-    def holds(self, now: float) -> list[Hold]:
-        return self._breaker.holds(now)
+    def open_pairs(self, now: float) -> list[OpenPair]:
+        return self._breaker.open_pairs(now)
 
     def begin(self, active: ActiveSequence, now: float) -> None:
         if active.pair is not None:

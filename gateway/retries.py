@@ -11,7 +11,7 @@ Life of a stream over its attempts
        has an end, because no node is tried twice.
     4. Lost after k tokens: a *recovery*, where the operator allows it. The prompt and the k tokens
        are prefilled elsewhere. Draws depend on the seed and the position alone, so the client gets
-       the tokens it would have got.
+       the tokens it would have got, rounding apart.
     5. The node that failed an attempt takes no further one of the same stream; its partner does
        if there is nobody else. Last of all, a node of which nothing but a hand-off failed
        works with another partner: the link between the two may be all that is broken, and of what

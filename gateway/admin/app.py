@@ -93,7 +93,7 @@ def _views(gateway: Gateway) -> APIRouter:
         entries = list(gateway.nodes)
         said = await asyncio.gather(*(_said_now(entry) for entry in entries))
         now = gateway.clock()
-        holds = gateway.dispatcher.pairs.holds(now)
+        open_pairs = gateway.dispatcher.pairs.open_pairs(now)
         return {
             "gateway": gateway.dispatcher.gateway_id,
             "nodes": [
@@ -104,7 +104,7 @@ def _views(gateway: Gateway) -> APIRouter:
                     model=gateway.model_names[0],
                     num_partners=gateway.nodes.num_partners(entry),
                     awaited_gateways=awaited,
-                    holds=holds,
+                    open_pairs=open_pairs,
                 )
                 for entry, (load, awaited) in zip(entries, said, strict=True)
             ],

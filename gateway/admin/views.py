@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from gateway.active import ActiveSequence
     from gateway.generation import Generation
     from gateway.nodes import NodeEntry
-    from gateway.pair_breaker import Hold
+    from gateway.pair_breaker import OpenPair
     from gateway.request_book import RequestBook
 
 Json = dict[str, Any]
@@ -40,11 +40,11 @@ def node_view(
     model: str,
     num_partners: int,
     awaited_gateways: list[str],
-    holds: Iterable[Hold],
+    open_pairs: Iterable[OpenPair],
 ) -> Json:
     """`load`: as it is now, or as new as it is known. `model`: as clients name it.
-    `awaited_gateways`: that have not answered what the node said last of its state. `holds`: of the
-    pairs that this gateway holds back, whichever nodes they are of."""
+    `awaited_gateways`: that have not answered what the node said last of its state. `open_pairs`:
+    those that this gateway holds back, whichever nodes they are of."""
     info = entry.info
     return {
         "name": info.id.name,
@@ -55,7 +55,7 @@ def node_view(
         "checkpoint": info.model_name,
         "compatibility_hash": info.compatibility_hash,
         "num_partners": num_partners,
-        "pairs_held_back": [_hold_view(hold) for hold in holds if info.id in hold.pair],
+        "pairs_held_back": [_pair_view(each) for each in open_pairs if info.id in each.pair],
         "awaited_gateways": awaited_gateways if info.state is NodeState.DRAINING else [],
         "block_size": info.block_size,
         "max_model_len": info.max_model_len,
@@ -72,13 +72,13 @@ def node_view(
     }
 
 
-def _hold_view(hold: Hold) -> Json:
-    prefill, decode = hold.pair
+def _pair_view(held: OpenPair) -> Json:
+    prefill, decode = held.pair
     return {
         "prefill_node": prefill.name,
         "decode_node": decode.name,
-        "reason": hold.reason,
-        "tried_again_in_seconds": hold.seconds,
+        "reason": held.reason,
+        "tried_again_in_seconds": held.seconds,
     }
 
 

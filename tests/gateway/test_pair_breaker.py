@@ -11,7 +11,7 @@ from gateway.pair_breaker import (
     FAILURES_IN_A_ROW,
     FIRST_PAUSE_SECONDS,
     MAX_PAUSE_SECONDS,
-    Hold,
+    OpenPair,
     Pair,
     PairBreaker,
 )
@@ -43,7 +43,7 @@ def test_only_failures_in_a_row_hold_a_pair_back() -> None:
     assert not breaker.held_back(0.0)
     assert breaker.failed(PAIR, "c", REASON, 0.0) == FIRST_PAUSE_SECONDS
     assert breaker.held_back(0.0) == {PAIR}
-    assert breaker.holds(0.5) == [Hold(PAIR, REASON, FIRST_PAUSE_SECONDS - 0.5)]
+    assert breaker.open_pairs(0.5) == [OpenPair(PAIR, REASON, FIRST_PAUSE_SECONDS - 0.5)]
 
 
 def test_failures_of_one_pair_are_held_against_no_other_of_its_nodes() -> None:
@@ -64,7 +64,7 @@ def test_after_the_pause_one_sequence_is_tried_and_its_success_ends_the_hold() -
     assert breaker.held_back(1000.0) == {PAIR}, "its end is awaited, however long it takes"
     assert breaker.succeeded(PAIR)
     assert not breaker.held_back(1000.0)
-    assert not breaker.holds(1000.0)
+    assert not breaker.open_pairs(1000.0)
 
 
 def test_each_probe_that_fails_doubles_the_pause_up_to_a_minute() -> None:
@@ -76,7 +76,7 @@ def test_each_probe_that_fails_doubles_the_pause_up_to_a_minute() -> None:
         assert pause is not None
         pauses.append(pause)
     assert pauses == [2.0, 4.0, 8.0, 16.0, 32.0, 60.0, 60.0, 60.0]
-    assert breaker.holds(now) == [Hold(PAIR, "digest_mismatch", MAX_PAUSE_SECONDS)]
+    assert breaker.open_pairs(now) == [OpenPair(PAIR, "digest_mismatch", MAX_PAUSE_SECONDS)]
     breaker.succeeded(PAIR)
     for number in range(FAILURES_IN_A_ROW):
         pause = breaker.failed(PAIR, f"again-{number}", REASON, now)
@@ -100,7 +100,7 @@ def test_what_others_fail_while_a_pair_is_held_back_makes_the_pause_no_longer() 
     assert breaker.failed(PAIR, "for want of another", REASON, 1.0) is None
     breaker.begun(PAIR, "probe", 2.0)
     assert breaker.failed(PAIR, "from before", REASON, 3.0) is None
-    assert breaker.holds(3.0) == [Hold(PAIR, REASON, 0.0)]
+    assert breaker.open_pairs(3.0) == [OpenPair(PAIR, REASON, 0.0)]
 
 
 def test_a_success_of_whatever_went_there_ends_the_hold_and_the_probe_with_it() -> None:
