@@ -73,6 +73,13 @@ class GatewayConfig:
         secret=True,
         metavar="KEY",
     )
+    separate_keys: bool = option(
+        False,
+        help="Keep what is cached for different API keys apart: none learns from times or from "
+        "cached_tokens what another has asked. What all of them send is computed for each.",
+        group=_HTTP,
+        advanced=True,
+    )
     allowed_origins: tuple[str, ...] = option(
         (),
         help="Web pages whose scripts may ask, as http://localhost:3000; * is any. Default: none.",
@@ -216,6 +223,8 @@ class GatewayConfig:
             raise refused("stream_interval", f"must be in [1, {MAX_STREAM_INTERVAL}]")
         if not all(key and key.isascii() and key.isprintable() for key in self.api_key):
             raise refused("api_key", "must be printable ASCII and not empty")
+        if self.separate_keys and not self.api_key:
+            raise refused("separate_keys", "needs API keys")
         token = self.admin_token or ""
         if not (token.isascii() and token.isprintable()):
             raise refused("admin_token", "must be printable ASCII")

@@ -68,6 +68,7 @@ class Asked:
     max_model_len: int
     deadline_seconds: float | None = None
     kv_load_failure_policy: KVLoadFailurePolicy | None = None
+    cache_owner: bytes = b""  # whose requests share what is cached; empty: everybody's do
     repeated: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -210,7 +211,7 @@ class Validator:
             stream=stream_rules(body),
             echo=shape.echo,
             return_token_ids=bool(body.return_token_ids),
-            cache_salt=checked_salt(body.cache_salt),
+            cache_salt=asked.cache_owner + checked_salt(body.cache_salt),
             priority=checked_priority(body.priority),
             deadline_seconds=asked.deadline_seconds,
             kv_load_failure_policy=asked.kv_load_failure_policy,

@@ -19,7 +19,7 @@ from gateway.body import read_object
 from gateway.dialects.messages_body import parse_messages
 from gateway.dialects.messages_errors import message_id
 from gateway.dialects.responses_body import parse_responses, repeated
-from gateway.edge import REQUEST_ID
+from gateway.edge import KEY_HOLDER, REQUEST_ID
 from gateway.http_errors import as_serving_error, log_refusal, send_error, status_of
 from gateway.http_server import CUT
 from gateway.lost_clients import ClientStalled
@@ -117,6 +117,7 @@ class GenerateEndpoint:
             max_model_len=self._gateway.max_model_len(),
             deadline_seconds=deadline,
             kv_load_failure_policy=self._policy_of(scope),
+            cache_owner=scope[KEY_HOLDER] if self._gateway.config.separate_keys else b"",
         )
 
     def _policy_of(self, scope: Scope) -> KVLoadFailurePolicy | None:

@@ -26,6 +26,7 @@ from gateway.tokenizer import Tokenizer
         {"first_token_timeout": 0.0},
         {"shutdown_timeout": -1.0},
         {"api_key": ("",)},
+        {"separate_keys": True},
         {"api_key": ("key\n",)},
         {"admin_token": "token\n"},
         {"served_model_name": ("",)},

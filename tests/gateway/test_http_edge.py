@@ -363,6 +363,29 @@ def test_a_chat_stream_has_exactly_these_bytes(http: httpx.Client) -> None:
     assert events[-1]["usage"]["completion_tokens"] == 4
 
 
+@pytest.mark.parametrize("separate_keys", [True, False])
+def test_what_is_cached_for_one_key_is_hit_by_another_unless_keys_are_kept_apart(
+    new_gateway: Callable[..., RunningGateway], separate_keys: bool
+) -> None:
+    running = new_gateway(api_key=("key-one", "key-two"), separate_keys=separate_keys)
+    asked = {"model": MODEL, "prompt": "one two three", "max_tokens": 2}
+    salts = []
+    for headers, changes in (
+        ({"authorization": "Bearer key-one"}, {}),
+        ({"x-api-key": "key-one"}, {}),
+        ({"x-api-key": "key-two"}, {}),
+        ({"x-api-key": "key-two"}, {"cache_salt": "mine"}),
+    ):
+        url = f"{running.url}/v1/completions"
+        assert httpx.post(url, json=asked | changes, headers=headers).status_code == 200
+        salts.append(running.prefill.submitted.popitem()[1].cache_salt)
+    one, again, two, two_of_its_own = salts
+    assert one == again
+    assert (one != two) is separate_keys
+    assert two_of_its_own == two + b"mine"
+    assert not [salt for salt in salts if b"key" in salt]
+
+
 def test_keys_are_asked_for_everywhere_but_on_open_paths(
     new_gateway: Callable[..., RunningGateway],
 ) -> None:
