@@ -68,7 +68,7 @@ class ThinkingBlock(Wire):
 class ToolResult(Wire):
     type: Literal["tool_result"]
     tool_use_id: str
-    content: Any = ""
+    content: Any = None
 
 
 class Thinking(Wire):
@@ -217,7 +217,7 @@ def _messages(role: str, content: object, path: str) -> list[Json]:
         {
             "role": "tool",
             "tool_call_id": result.tool_use_id,
-            "content": _text(result.content, f"{at}.content"),
+            "content": _text([] if result.content is None else result.content, f"{at}.content"),
         }
         for result, at in results
     ]

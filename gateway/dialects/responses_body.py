@@ -122,7 +122,7 @@ def parse_responses(fields: Mapping[str, Any]) -> ChatBody:
 
 def _as_chat(body: ResponsesBody) -> ChatBody:
     messages = _messages(body.input)
-    if body.instructions is not None:
+    if body.instructions:
         messages.insert(0, {"role": "system", "content": body.instructions})
     tools = [_tool(tool, f"tools[{index}]") for index, tool in enumerate(body.tools or [])]
     return ChatBody.model_validate(

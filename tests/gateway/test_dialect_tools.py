@@ -89,6 +89,15 @@ def test_results_of_a_message_go_back_before_its_words(http: httpx.Client) -> No
     assert answer["content"][0]["text"] == "(1)sum:two and?"
 
 
+@pytest.mark.parametrize("said", [{}, {"content": None}, {"content": ""}, {"content": []}])
+def test_a_result_may_say_nothing(http: httpx.Client, said: Json) -> None:
+    use = {"type": "tool_use", "id": "call_1", "name": "sum", "input": {"a": 1}}
+    result = {"type": "tool_result", "tool_use_id": "call_1", **said}
+    talk = [{"role": "assistant", "content": [use]}, {"role": "user", "content": [result]}]
+    answer = http.post("/v1/messages", json=message_body(messages=talk, tools=[])).json()
+    assert answer["content"][0]["text"] == "(1)sum:"
+
+
 @pytest.mark.parametrize(
     ("changes", "named"),
     [

@@ -87,6 +87,14 @@ def test_instructions_and_parts_reach_the_template(client: openai.OpenAI) -> Non
     assert answer.output_text == "threeonetwo"
 
 
+def test_instructions_that_say_nothing_are_none(http: httpx.Client) -> None:
+    counts = [
+        http.post("/v1/responses", json={"input": HELLO, **said}).json()["usage"]["input_tokens"]
+        for said in ({}, {"instructions": None}, {"instructions": ""})
+    ]
+    assert len(set(counts)) == 1
+
+
 def test_a_streamed_response_closes_what_it_opens(http: httpx.Client) -> None:
     events = events_of(http, "/v1/responses", {"input": HELLO})
     kinds = [event["type"].removeprefix("response.") for event in events]
