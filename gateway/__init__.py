@@ -1,8 +1,9 @@
 """The HTTP edge: from a client's JSON to tokens of two nodes, and back. Where to look:
 
 a request    http_server (unread_body) -> edge (id, key) -> app -> routes/ -> body ->
-             schemas (types) -> validation by request_rules, chat_messages, chat_template, budget ->
-             request; gateway.begin. lost_clients: who does not wait for the answer
+             schemas (types) -> validation by request_rules, chat_messages, chat_template (which
+             takes earlier_thoughts as it likes), budget -> request; gateway.begin. lost_clients:
+             who does not wait for the answer
 its way      admission -> prefix_lookup -> router (a pure choice, by policy) -> dispatch; pairs by
              pair_breaker (pure): between which nodes do hand-offs fail?
 a sequence   sequence_machine (pure; says sequence_instructions) inside dispatch; active, attempts:

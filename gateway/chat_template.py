@@ -22,6 +22,7 @@ from jinja2.exceptions import SecurityError, TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from cluster.errors import ConfigError, InvalidRequest, Unsupported
+from gateway.earlier_thoughts import take_parts, with_part
 from gateway.template_files import DEFAULT, TOOL_USE, template_sources
 from gateway.thoughts import thought_marks_of
 from gateway.tools.formats import format_of
@@ -70,8 +71,9 @@ class ChatTemplate:
         self._with_tools = None if tool_use is None else ChatTemplate(tool_use, special_tokens)
         self.tool_format = format_of(source if tool_use is None else tool_use)
         self.thought_marks = thought_marks_of(source)
-        self._takes_one_call = False  # until it is tried
+        self._takes_one_call = self._takes_parts = False  # until it is tried
         self._takes_one_call = takes_one_call(self.render)
+        self._takes_parts = take_parts(self.render, self.thought_marks)
 
     @classmethod
     def from_folder(cls, folder: Path, special_tokens: Mapping[str, Any]) -> ChatTemplate | None:
@@ -112,6 +114,8 @@ class ChatTemplate:
             known = list(one_call_each(known))
         if continue_final_message:
             known[-1] = {**known[-1], "content": known[-1]["content"] + _TAG}
+        if self._takes_parts:
+            known = [with_part(message) for message in known]
         context: dict[str, Any] = {
             "tools": list(tools) or None,
             "documents": None,

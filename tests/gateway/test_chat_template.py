@@ -57,6 +57,35 @@ def test_the_text_equals_hugging_faces(source: str) -> None:
     assert template(source).render(TALK) == expected[0]
 
 
+AS_PARTS = (
+    "{% for m in messages %}{% if m.content is string %}{{ m.content }}{% else %}"
+    "{% for part in m.content %}{% if part.type == 'thinking' %}"
+    "{{ '[THINK]' + part.thinking + '[/THINK]' }}{% else %}{{ part.text }}{% endif %}{% endfor %}"
+    "{% endif %}|{% endfor %}"
+)
+AS_FIELD = (
+    "{% for m in messages %}{% if m.reasoning_content %}"
+    "{{ '[THINK]' + m.reasoning_content + '[/THINK]' }}{% endif %}{{ m.content }}|{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("source", [AS_PARTS, AS_FIELD])
+def test_earlier_thoughts_are_written_as_the_template_takes_them(source: str) -> None:
+    thought = {"role": "assistant", "content": "Yes", "reasoning_content": "hm"}
+    talk = [TALK[1], thought, {**thought, "content": ""}, {"role": "assistant", "content": "No"}]
+    written = template(source).render(talk)
+    assert written == "Hi there|[THINK]hm[/THINK]Yes|[THINK]hm[/THINK]|No|"
+    open_end = template(source).render(
+        talk[:2], add_generation_prompt=False, continue_final_message=True
+    )
+    assert open_end == "Hi there|[THINK]hm[/THINK]Yes"
+
+
+def test_a_template_of_no_thoughts_gets_words_alone() -> None:
+    thought = {"role": "assistant", "content": "Yes", "reasoning_content": "hm"}
+    assert "<|assistant|>Yes<|end|>" in template().render([TALK[1], thought])
+
+
 @pytest.mark.parametrize("content", ["I think", "I think  ", "  and so"])
 @pytest.mark.parametrize(
     "source", [CHAT_TEMPLATE, CHAT_TEMPLATE.replace("content", "content|trim")]
