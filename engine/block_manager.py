@@ -66,6 +66,7 @@ class BlockManager:
             self._blocks, attach=self._attached, mark_computed=self.mark_computed
         )
         self._steps = StepsInFlight()
+        self.num_hit_tokens = 0  # of prompts, found in the pool at first admission; since the start
 
     # ---- counts -------------------------------------------------------------------------
 
@@ -274,6 +275,7 @@ class BlockManager:
         sequence.num_registered_blocks = len(found)
         if sequence.num_preemptions == 0:
             sequence.num_cached_tokens = sequence.num_computed_tokens
+            self.num_hit_tokens += sequence.num_computed_tokens
         self._sequences[sequence] = None
         if self.host is not None and entries:
             self.host.load(sequence, entries)

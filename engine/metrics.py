@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
     from cluster.node import NodeLoad
+    from engine.block_manager import BlockManager
     from engine.engine import Engine
     from engine.host_blocks import HostBlocks
     from engine.host_copier import HostCopier
@@ -25,8 +26,9 @@ def engine_collectors(
     engine: Engine, load: Callable[[], NodeLoad], stats: LoopStats
 ) -> list[Collector]:
     """All that a node exports of its engine."""
-    host, copier = engine.block_manager.host, engine.copier
-    collectors: list[Collector] = [EngineCollector(load, stats, engine_choices(engine), host)]
+    manager, copier = engine.block_manager, engine.copier
+    host = manager.host
+    collectors: list[Collector] = [EngineCollector(load, stats, engine_choices(engine), manager)]
     if host is not None and copier is not None:
         collectors.append(HostTierCollector(host, copier, engine.restores.stats))
     return collectors
@@ -35,7 +37,7 @@ def engine_collectors(
 class EngineCollector(Collector):
     """`load` gives the same numbers that heartbeats carry, so both always agree.
 
-    `choices`: what the engine decided at start, by label. `host`: of the tier below its pool.
+    `choices`: what the engine decided at start, by label. `manager`: of the blocks of its prompts.
     """
 
     def __init__(
@@ -43,12 +45,12 @@ class EngineCollector(Collector):
         load: Callable[[], NodeLoad],
         stats: LoopStats,
         choices: Mapping[str, str] | None = None,
-        host: HostBlocks | None = None,
+        manager: BlockManager | None = None,
     ) -> None:
         self._load = load
         self._stats = stats
         self._choices = dict(choices or {})
-        self._host = host
+        self._manager = manager
 
     def collect(self) -> Iterator[Metric]:
         load = self._load()
@@ -60,7 +62,8 @@ class EngineCollector(Collector):
                 "1, with what the engine decided at start.",
                 {tuple(self._choices.values()): 1},
             )
-        yield self._prefix_hits()
+        if self._manager is not None:
+            yield self._prefix_hits(self._manager)
         yield from gauges(
             (
                 ("baton_sequences_running", "Sequences that run.", load.num_running),
@@ -95,15 +98,14 @@ class EngineCollector(Collector):
             )
         )
 
-    def _prefix_hits(self) -> Metric:
-        """The tiers are counted a moment apart: from the load on, and with the first token."""
-        num_host_tokens = 0 if self._host is None else self._host.stats.num_hit_tokens
-        num_device_tokens = max(0, self._stats.num_cached_tokens - num_host_tokens)
+    def _prefix_hits(self, manager: BlockManager) -> Metric:
+        """Each is counted when a prompt gets the blocks, so that neither ever falls."""
+        num_host_tokens = 0 if manager.host is None else manager.host.stats.num_hit_tokens
         return counter_by(
             ["tier"],
             "baton_prefix_hit_tokens",
             "Prompt tokens found in the cache, by the tier that had them.",
-            {"device": num_device_tokens, "host": num_host_tokens},
+            {"device": manager.num_hit_tokens, "host": num_host_tokens},
         )
 
 

@@ -21,6 +21,7 @@ from cluster.node import (
     NodeRole,
     NodeState,
 )
+from engine.block_manager import BlockManager
 from engine.loop_parts import LoopStats
 from engine.metrics import EngineCollector
 from gateway.measures import Measures
@@ -77,7 +78,7 @@ class Exported:
         families: list[Metric] = list(registry.collect())
         nodes: Any = OneNode()
         families += GatewayCollector(Measures(), nodes, "m", lambda: 0, lambda: 0).collect()
-        families += EngineCollector(NodeLoad, LoopStats()).collect()
+        families += EngineCollector(NodeLoad, LoopStats(), manager=BlockManager(1, 8)).collect()
         stats = TransferStats()
         families += TransferCollector(stats, transports=tuple).collect()
         series = {}

@@ -62,11 +62,33 @@ def test_host_memory_is_counted_by_state_and_hits_by_tier() -> None:
     assert registry.get_sample_value("baton_host_kv_seconds_total", saved) == 0.5
     restored = {"outcome": "restored"}
     assert registry.get_sample_value("baton_host_kv_given_blocks_total", restored) == 3
-    host.stats.num_hit_tokens = 48
-    registry = values(EngineCollector(NodeLoad, LoopStats(num_cached_tokens=64), host=host))
-    hits = "baton_prefix_hit_tokens_total"
-    assert registry.get_sample_value(hits, {"tier": "host"}) == 48
-    assert registry.get_sample_value(hits, {"tier": "device"}) == 16
+
+
+def test_hits_are_counted_by_tier_and_no_count_ever_falls() -> None:
+    """What host memory gave back counts before its prompt has a token, if it ever gets one."""
+    manager = BlockManager(4, BLOCK_SIZE, num_host_blocks=8)
+    host = manager.host
+    assert host is not None
+    registry = values(EngineCollector(NodeLoad, LoopStats(), manager=manager))
+
+    def hits() -> list[float | None]:
+        name = "baton_prefix_hit_tokens_total"
+        return [registry.get_sample_value(name, {"tier": tier}) for tier in ("device", "host")]
+
+    first, other = make_sequence(range(4 * BLOCK_SIZE)), make_sequence(range(90, 98))
+    compute(manager, first)
+    manager.free(first)
+    while copies := host.take_copies():
+        for copy in copies:
+            host.end(copy, [1] * len(copy.block_ids))
+    compute(manager, other)
+    manager.free(other)
+    again = make_sequence(range(3 * BLOCK_SIZE + 1))
+    assert manager.allocate(again, again.num_tokens)
+    assert hits() == [2 * BLOCK_SIZE, 0]
+    (load,) = host.take_copies()
+    host.end(load, [1])
+    assert hits() == [2 * BLOCK_SIZE, BLOCK_SIZE]
 
 
 def test_what_the_engine_chose_is_one_series() -> None:
