@@ -6,6 +6,7 @@ router; their schemas are added to the OpenAPI document by name.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fastapi import FastAPI, Request
@@ -93,7 +94,7 @@ def public_app(gateway: Gateway, metrics: CollectorRegistry) -> ASGIApp:
         app.router.routes.append(HttpRoute(route.path, route.endpoint, methods=["POST"]))
     app.include_router(models_router(gateway))
     app.include_router(health_router(gateway, metrics))
-    app.openapi = lambda: _document(app, raw)  # type: ignore[method-assign]
+    app.openapi = cache(lambda: _document(app, raw))  # type: ignore[method-assign]
     keys = KeyCheck(
         gateway.config.api_key, "API key", "Send it as `Authorization: Bearer` or `x-api-key`."
     )

@@ -11,6 +11,7 @@ import contextlib
 import difflib
 import logging
 import time
+from functools import cache
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from fastapi import APIRouter, FastAPI, Query, Request
@@ -73,7 +74,7 @@ def admin_app(
         redoc_url=None,
     )
     translate_errors(app, advice=f"GET {PREFIX}/openapi.json lists them.")
-    app.openapi = lambda: documented(app)  # type: ignore[method-assign]
+    app.openapi = cache(lambda: documented(app))  # type: ignore[method-assign]
     app.include_router(_views(gateway))
     app.include_router(_requests(gateway))
     app.include_router(_levers(gateway, observe))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
+from fastapi.openapi.utils import get_openapi
 
 from cluster.errors import ConfigError, InternalError
 from gateway.admin.app import admin_app
@@ -323,6 +324,25 @@ def test_a_clients_key_does_not_open_the_admin_api(
     running = new_gateway(api_key=("client-key",))
     url = f"{running.admin.url}/admin/v1/nodes"
     assert httpx.get(url, headers={"authorization": "Bearer client-key"}).status_code == 401
+
+
+def test_the_documents_of_both_apis_are_made_once(
+    new_gateway: Callable[..., RunningGateway], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It takes 50 ms, in which every stream stands still."""
+    running, made = new_gateway(), []
+    make = get_openapi
+
+    def noted(**asked: Any) -> dict[str, Any]:
+        made.append(asked["title"])
+        return make(**asked)
+
+    monkeypatch.setattr("gateway.app.get_openapi", noted)
+    headers = {"authorization": f"Bearer {ADMIN_TOKEN}"}
+    for url in (f"{running.url}/openapi.json", f"{running.admin.url}/admin/v1/openapi.json"):
+        first, second = (httpx.get(url, headers=headers).json() for _ in range(2))
+        assert first == second
+    assert made == ["Baton", "Baton admin"]
 
 
 def test_an_admin_api_without_a_token_does_not_start(gateway: RunningGateway) -> None:
