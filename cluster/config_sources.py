@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import yaml
 
 from cluster.config_flags import POSITIONAL_DEST, build_parser
+from cluster.config_validation import REDACTED, clipped
 from cluster.errors import ConfigError, UsageError
 from cluster.options import Option, flag_of
 
@@ -111,8 +112,8 @@ def _split_list(text: str, each: Option, origin: str) -> list[Any]:
         return [item.strip() for item in text.split(",") if item.strip()]
     try:
         items = json.loads(text)
-    except json.JSONDecodeError:
-        shown = "[redacted]" if each.secret else repr(text)
+    except (ValueError, RecursionError):
+        shown = REDACTED if each.secret else clipped(repr(text))
         raise ConfigError(f"{each.flag}: not a JSON list: {shown} ({origin}).") from None
     return list(items)
 

@@ -104,7 +104,8 @@ def _refuse_value(
             wanted, others = each.name.upper(), f"{each.flag}, {others}"
         raise UsageError(f"{wanted} is required (also as {others}).", param=each.name)
     message = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
-    message = message.partition(", unable to parse")[0].replace("valid integer", "whole number")
+    message = message.partition(", unable to")[0].replace("valid integer", "whole number")
+    message = message.partition(" for <class")[0]
     got = REDACTED if each.secret else clipped(repr(first["input"]))
     raise_for(each, f"{message}, got {got}", origins[each.name])
 

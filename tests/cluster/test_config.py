@@ -204,6 +204,16 @@ def test_a_wrong_environment_value_names_the_variable() -> None:
         load("m", env={"BATON_BLOCK_SIZE": "many"})
 
 
+def test_a_list_too_deep_for_json_names_the_variable() -> None:
+    with pytest.raises(ConfigError, match=r"--served-model-name: not a JSON list: .* \(env"):
+        load("m", env={"BATON_SERVED_MODEL_NAME": "[" * 10_000})
+
+
+def test_what_is_no_path_is_refused_without_a_class(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"template: is not a valid path, got \[1\] \(file"):
+        load("m", "--config", write(tmp_path, "chat_template: [1]"))
+
+
 def test_a_secret_is_not_in_the_traceback_either(tmp_path: Path) -> None:
     secret = str(123_456_789)
     with pytest.raises(ConfigError) as raised:
