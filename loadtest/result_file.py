@@ -142,6 +142,7 @@ def _own_keys(result: BenchResult) -> dict[str, Any]:
         for each in options_of(BenchConfig)
         if not each.secret
     }
+    options["burstiness"] = _number(result.config.gap_shape)
     options["base_url"] = redact(result.config.base_url)
     return {
         "schema_version": SCHEMA_VERSION,

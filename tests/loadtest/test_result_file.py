@@ -45,6 +45,14 @@ def test_the_json_has_the_keys_that_scripts_for_vllm_read(make_result: MakeResul
     assert document["metadata"]["git_commit"] == "0123456789ab"
 
 
+@pytest.mark.parametrize(("given", "told"), [("2", 2.0), ("inf", "inf")])
+def test_a_shape_of_gaps_is_a_number_or_inf_however_it_was_given(
+    make_result: MakeResult, given: str, told: float | str
+) -> None:
+    document = to_json(make_result(burstiness=given))
+    assert document["burstiness"] == document["options"]["burstiness"] == told
+
+
 def test_any_label_and_model_make_a_file_name(make_result: MakeResult, tmp_path: Path) -> None:
     config = {"label": "a/" + "\u00fc" * 300, "result_dir": str(tmp_path)}
     result = replace(make_result(**config), model="folder/" + "m" * 300)
