@@ -89,3 +89,9 @@ def test_the_map_of_a_room_names_all_of_its_files(room: str) -> None:
     text = (ROOT / room / "__init__.py").read_text()
     files = {path.stem for path in (ROOT / room).glob("*.py")} - {"__init__", "__main__"}
     assert sorted(name for name in files if not re.search(rf"\b{name}\b", text)) == []
+
+
+def test_the_map_of_the_benchmarks_names_all_of_their_files() -> None:
+    text = (ROOT / "benchmarks" / "README.md").read_text()
+    names = {path.stem for path in (ROOT / "benchmarks").glob("*.py")}
+    assert sorted(name for name in names if f"`{name}`" not in text) == []
