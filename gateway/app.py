@@ -37,6 +37,7 @@ from gateway.request import Route
 from gateway.routes.generate import GenerateEndpoint
 from gateway.routes.health import health_router
 from gateway.routes.models import models_router
+from gateway.routes.stored import stored_router
 from gateway.routes.tokenize import CountTokensEndpoint, DetokenizeEndpoint, TokenizeEndpoint
 from gateway.schemas import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
 
@@ -93,6 +94,7 @@ def public_app(gateway: Gateway, metrics: CollectorRegistry) -> ASGIApp:
     for route in raw:
         app.router.routes.append(HttpRoute(route.path, route.endpoint, methods=["POST"]))
     app.include_router(models_router(gateway))
+    app.include_router(stored_router())
     app.include_router(health_router(gateway, metrics))
     app.openapi = cache(lambda: _document(app, raw))  # type: ignore[method-assign]
     keys = KeyCheck(
@@ -108,7 +110,7 @@ def public_app(gateway: Gateway, metrics: CollectorRegistry) -> ASGIApp:
         allow_origins=origins,
         allow_methods=("GET", "POST"),
         allow_headers=("*",),
-        expose_headers=("x-request-id",),
+        expose_headers=("x-request-id", "retry-after", "retry-after-ms", "x-should-retry"),
     )
 
 

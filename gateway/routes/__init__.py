@@ -1,1 +1,2 @@
-"""What the public port answers: generate (in whichever API), tokenize, models, health."""
+"""What the public port answers: generate (in whichever API), tokenize, models, health; that nothing
+is stored."""

@@ -7,6 +7,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 import httpx
+import openai
 import pytest
 
 from cluster.errors import TransferFailed
@@ -14,8 +15,6 @@ from tests.gateway.test_http_edge import MODEL, error_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-    import openai
 
     from tests.gateway.running_gateway import RunningGateway
 
@@ -111,6 +110,21 @@ def test_a_streamed_response_closes_what_it_opens(http: httpx.Client) -> None:
     assert events[0]["response"]["id"] == whole["id"]
     assert whole["completed_at"] >= whole["created_at"]
     assert events[0]["response"]["completed_at"] is None
+
+
+def test_whoever_asks_for_a_stored_response_is_told_that_there_is_none(
+    client: openai.OpenAI,
+) -> None:
+    asked: list[Callable[[str], object]] = [
+        client.responses.retrieve,
+        client.responses.delete,
+        client.responses.cancel,
+        client.responses.input_items.list,
+    ]
+    for ask in asked:
+        with pytest.raises(openai.BadRequestError, match="No response is stored") as refused:
+            ask("resp_1")
+        assert refused.value.code == "unsupported"
 
 
 def test_a_response_repeats_what_was_asked(http: httpx.Client) -> None:

@@ -123,6 +123,8 @@ def test_pages_of_allowed_origins_may_ask_and_read_and_no_others(
             "/v1/completions", json=completion(), headers={"origin": page, "x-api-key": "key"}
         )
         assert (answer.status_code, answer.headers["access-control-allow-origin"]) == (200, page)
+        readable = answer.headers["access-control-expose-headers"].split(", ")
+        assert {"x-request-id", "retry-after", "retry-after-ms", "x-should-retry"} <= {*readable}
         keyless = http.post("/v1/completions", json=completion(), headers={"origin": page})
         assert keyless.status_code == 401, "an origin is no key"
         assert keyless.headers["access-control-allow-origin"] == page, "the page may read why"
