@@ -1,7 +1,8 @@
 """Who may come in: bounds on what is in flight, checked before any work is done.
 
 Life of an admission
-    1. `admit` takes a request in, or refuses it with `Overloaded` and the time to wait.
+    1. `check` refuses it, with `Overloaded` and the time to wait, where the least request would be:
+       before its text is worth a look. `admit` takes it in, or refuses it for what it asks.
     2. `prefilled` says that one of its sequences has its first token: it queues no more.
     3. `release` ends it, whatever happened; what still queued leaves the queue.
 
@@ -79,11 +80,27 @@ class Admission:
         self._paced_at = 0.0
 
     def admit(self, num_sequences: int, num_tokens: int) -> Admitted:
-        """`num_tokens` is the sum over its sequences of their prompts' lengths.
+        """`num_tokens` is the sum over its sequences of their prompts' lengths. Raises as `check`
+        does."""
+        self.check(num_sequences, num_tokens)
+        if not self.num_queued:
+            self._paced_from = None  # of the time before nothing is to be learnt
+        self.num_sequences += num_sequences
+        self.num_queued += num_sequences
+        self.num_queued_tokens += num_tokens
+        return Admitted(self, num_sequences, num_tokens)
+
+    def check(self, num_sequences: int = 1, num_tokens: int = 1) -> None:
+        """Raises `Overloaded` where so much is not let in, `NodeUnavailable` when nothing is.
 
         A request larger than a bound is let in when nothing else queues: it could never be.
         """
-        self.check_open()
+        if self.is_closed:
+            raise NodeUnavailable(
+                "This gateway is shutting down.",
+                reason="shutting_down",
+                retry_after_seconds=MIN_RETRY_SECONDS,
+            )
         limits = self._limits
         if self.num_sequences and self.num_sequences + num_sequences > limits.max_num_reqs:
             raise self._overloaded("max_num_reqs")
@@ -92,24 +109,10 @@ class Admission:
         queued = self.num_queued_tokens
         if queued and queued + num_tokens > limits.max_num_queued_tokens:
             raise self._overloaded("max_num_queued_tokens")
-        if not self.num_queued:
-            self._paced_from = None  # of the time before nothing is to be learnt
-        self.num_sequences += num_sequences
-        self.num_queued += num_sequences
-        self.num_queued_tokens += num_tokens
-        return Admitted(self, num_sequences, num_tokens)
 
     def close(self) -> None:
         """Refuse everybody from now on: the gateway is stopping."""
         self.is_closed = True
-
-    def check_open(self) -> None:
-        if self.is_closed:
-            raise NodeUnavailable(
-                "This gateway is shutting down.",
-                reason="shutting_down",
-                retry_after_seconds=MIN_RETRY_SECONDS,
-            )
 
     def leave_queue(self, num_sequences: int, num_tokens: int) -> None:
         self.num_queued -= num_sequences

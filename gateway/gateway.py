@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import secrets
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
@@ -20,7 +20,7 @@ from gateway.request_book import MAX_NAME_CHARS
 from gateway.streaming import StreamTimes
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from cluster.clock import Clock
     from gateway.admission import Admission
@@ -111,15 +111,27 @@ class Gateway:
             )
         return length
 
+    def check_room(self) -> None:
+        """Before anything is done for a request. Raises the typed refusal."""
+        with self._rejections_counted():
+            self.admission.check()
+
+    @contextmanager
+    def _rejections_counted(self) -> Iterator[None]:
+        try:
+            yield
+        except Overloaded as error:
+            self.measures.rejections[error.reason or "overloaded"] += 1
+            raise
+
     async def begin(self, request: Request, *, arrived_at: float) -> Generation:
         """Raises the typed refusal; nothing of the request is left behind then."""
         num_tokens = request.num_prompt_tokens * request.n
         policy = self.policy.current.for_request(request.kv_load_failure_policy)
         try:
-            admitted = self.admission.admit(request.num_sequences, num_tokens)
+            with self._rejections_counted():
+                admitted = self.admission.admit(request.num_sequences, num_tokens)
         except ServingError as error:
-            if isinstance(error, Overloaded):
-                self.measures.rejections[error.reason or "overloaded"] += 1
             route, status = request.route.value, status_of(error, request.message_id)
             seconds = self.clock() - arrived_at
             self.book.refused(request.request_id, route, status, error, seconds)

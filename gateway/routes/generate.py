@@ -91,7 +91,7 @@ class GenerateEndpoint:
 
     async def _read_request(self, scope: Scope, receive: Receive) -> Request:
         gateway = self._gateway
-        gateway.admission.check_open()
+        gateway.check_room()
         fields = await read_object(
             scope,
             receive,

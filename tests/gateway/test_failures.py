@@ -379,6 +379,24 @@ def test_an_entry_that_outlives_its_process_costs_the_next_one_at_its_address_no
         assert answer.result(20).status_code == 200
 
 
+def test_a_full_gateway_refuses_before_it_reads_a_prompt(
+    new_gateway: NewGateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To take long texts apart only to refuse them would slow down everybody who was let in."""
+    running = new_gateway(max_num_queued_reqs=1)
+    running.do(running.prefill.gates.first_token.clear)
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(post, running)
+        running.until(lambda: running.prefill.submitted)
+        monkeypatch.setattr(running.gateway, "validator", None)
+        assert code_of(post(running, prompt="one " * 100_000)) == (503, "overloaded")
+        running.do(running.prefill.gates.first_token.set)
+        assert first.result(20).status_code == 200
+    assert running.gateway.measures.rejections["max_num_queued_reqs"] == 1
+    (_, refused), *_ = running.gateway.book.last(1, failed_only=True)
+    assert (refused.status, refused.reason) == (503, "max_num_queued_reqs")
+
+
 def test_too_much_is_refused_with_a_time_to_return(new_gateway: NewGateway) -> None:
     running = new_gateway(max_num_queued_reqs=1)
     running.do(running.prefill.gates.first_token.clear)
