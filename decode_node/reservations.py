@@ -1,7 +1,7 @@
 """Blocks promised to hand-offs, and the queue for them. Lives on the engine's thread.
 
 Life of a reservation
-    WAITING   asked for, but the pool has no room now; first come, first served
+    WAITING   asked for, but the pool has no room now; by priority, then first come, first served
     RESERVED  blocks are set aside; the transfer may write into them
     STARTED   the sequence took them over and runs
     GONE      cancelled, in any state before STARTED; the blocks are free again
@@ -15,7 +15,6 @@ comes back.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
@@ -66,7 +65,7 @@ class Reservations:
     def __init__(self, block_manager: BlockManager, running: Running) -> None:
         self._block_manager = block_manager
         self._running = running
-        self._waiting: OrderedDict[str, _Waiting] = OrderedDict()
+        self._waiting: dict[str, _Waiting] = {}
         self._reserved: dict[str, _Reserved] = {}
         self._started: list[Sequence] = []  # since the last step was decided on
         self._stepping: list[Sequence] = []  # in their first step
@@ -78,7 +77,8 @@ class Reservations:
     @property
     def first_place(self) -> Place | None:
         """That of the first who waits."""
-        return next((waiting.place for waiting in self._waiting.values()), None)
+        first = self._first()
+        return None if first is None else first.place
 
     @property
     def num_reserved(self) -> int:
@@ -106,9 +106,9 @@ class Reservations:
 
     def retry(self) -> None:
         """Serve the queue, in order, as far as the free blocks go."""
-        while self._waiting:
-            sequence_id, waiting = next(iter(self._waiting.items()))
-            if not self._reserve(sequence_id, waiting):
+        while (first := self._first()) is not None:
+            sequence_id = first.sequence.sequence_id
+            if not self._reserve(sequence_id, first):
                 return
             del self._waiting[sequence_id]
 
@@ -159,6 +159,10 @@ class Reservations:
             reserved.reservation.cancel()
         if waiting is not None or reserved is not None:
             self.retry()  # of a long one that waited, those behind it may fit where it did not
+
+    def _first(self) -> _Waiting | None:
+        """Of those with the same place who asked first."""
+        return min(self._waiting.values(), key=lambda waiting: waiting.place, default=None)
 
     def _reserve(self, sequence_id: str, waiting: _Waiting) -> bool:
         sequence, manager = waiting.sequence, self._block_manager

@@ -70,10 +70,10 @@ class Node:
         self.asked: dict[str, Future[ReservedBlocks]] = {}
         self.num_asked = 0
 
-    def hand_off(self, num_tokens: int = 2 * BLOCK) -> None:
+    def hand_off(self, num_tokens: int = 2 * BLOCK, *, priority: int = 0) -> None:
         name = f"h{self.num_asked}"
         self.num_asked += 1
-        sequence = make_sequence(name, num_tokens, first=1000 * self.num_asked)
+        sequence = make_sequence(name, num_tokens, first=1000 * self.num_asked, priority=priority)
         self.asked[name] = self.reservations.ask(sequence)
 
     def step(self) -> None:
@@ -150,6 +150,20 @@ def test_prompts_computed_here_that_never_cease_leave_room_for_a_hand_off() -> N
         node.step()
     assert node.num_asked == 1
     assert not node.asked
+
+
+def test_an_urgent_hand_off_does_not_wait_behind_others_that_whoever_comes_overtakes() -> None:
+    node = Node(num_blocks=8, max_num_seqs=16)
+    first = 0
+    for step in range(40):
+        while node.scheduler.num_waiting < 4:
+            first += 1
+            node.scheduler.add(make_sequence(f"here{first}", BLOCK, first=10**6 * first))
+        if step == 2:
+            node.hand_off(6 * BLOCK, priority=1)
+            node.hand_off(6 * BLOCK)
+        node.step()
+    assert list(node.asked) == ["h0"]
 
 
 @pytest.mark.parametrize("priority", [-1, 0, 1])
