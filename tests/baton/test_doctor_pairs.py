@@ -112,6 +112,16 @@ def test_a_machine_that_does_not_listen_is_a_row_that_says_so(address: str, word
     assert words in row.note
 
 
+def test_a_machine_without_torch_measures_nothing_to_another_one_and_says_so(
+    answering: Callable[..., None],
+) -> None:
+    """In a process of its own: it was the end of the doctor, and of all that it had found."""
+    answering("raise ModuleNotFoundError(\"No module named 'torch'\")")
+    row = measure_machine("127.0.0.1:1", "cpu")
+    assert row.rate == 0.0
+    assert "No module named 'torch'" in row.note
+
+
 def test_a_gpu_that_is_not_there_is_a_row_that_says_so() -> None:
     row = measure_machine("127.0.0.1:1", "cuda:99")
     assert row.note == "torch sees no cuda:99 on this machine."
