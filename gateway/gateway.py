@@ -162,7 +162,8 @@ class Gateway:
         cached = {}
         for run in generation.runs:
             index = run.choice.index
-            sequence = request.sequence(index, run.sequence_id)
+            since_arrival = self.clock() - generation.arrived_at
+            sequence = request.sequence(index, run.sequence_id, since_arrival)
             if index % request.n == 0:
                 cached = dict(await self._lookup.num_cached_tokens(sequence, policy))
             self.dispatcher.submit(sequence, cached, run, policy)

@@ -104,17 +104,22 @@ class Request:
     def wants_logprobs(self) -> bool:
         return self.sampling[0].num_logprobs is not None
 
-    def sequence(self, index: int, sequence_id: str) -> SequenceRequest:
+    def sequence(
+        self, index: int, sequence_id: str, seconds_since_arrival: float = 0.0
+    ) -> SequenceRequest:
         """Choices of one prompt draw differently; the first draws as it would alone."""
         number = index // self.n
         sampling = self.sampling[number]
         seed = (sampling.seed + (index % self.n) * _SEED_STRIDE) % MAX_SEED
+        deadline = self.deadline_seconds
         return SequenceRequest(
             sequence_id=sequence_id,
             request_id=self.request_id,
             prompt_token_ids=self.prompts[number].token_ids,
             sampling=replace(sampling, seed=seed),
             cache_salt=self.cache_salt,
-            deadline_seconds=self.deadline_seconds,
+            deadline_seconds=(
+                None if deadline is None else max(0.0, deadline - seconds_since_arrival)
+            ),
             priority=self.priority,
         )

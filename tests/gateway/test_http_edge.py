@@ -310,6 +310,27 @@ def test_a_deadline_that_makes_no_sense_is_a_400(http: httpx.Client, value: str)
     assert error_of(response)["param"] == "X-Request-Deadline-Ms"
 
 
+def test_a_deadline_counts_from_the_arrival_of_the_request(
+    new_gateway: Callable[..., RunningGateway], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its client waits for as long, whether the body came slowly or the prompt took its time."""
+    running = new_gateway()
+    gateway = running.gateway
+    clock, completion = gateway.clock, gateway.validator.completion
+
+    async def slow_completion(*asked: Any) -> Any:
+        monkeypatch.setattr(gateway, "clock", lambda: clock() + 40.0)
+        return await completion(*asked)
+
+    monkeypatch.setattr(gateway.validator, "completion", slow_completion)
+    asked = {"model": MODEL, "prompt": "one two three", "max_tokens": 2}
+    headers = {"x-request-deadline-ms": "60000"}
+    httpx.post(f"{running.url}/v1/completions", json=asked, headers=headers).raise_for_status()
+    (sequence,) = running.prefill.submitted.values()
+    assert sequence.deadline_seconds is not None
+    assert 0 < sequence.deadline_seconds <= 20
+
+
 def test_a_deadline_that_passes_is_a_504_and_frees_the_node(
     gateway: RunningGateway, http: httpx.Client
 ) -> None:
