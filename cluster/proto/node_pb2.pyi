@@ -459,20 +459,22 @@ class SenderFrame(_message.Message):
     def __init__(self, hello: _Optional[_Union[SenderHello, _Mapping]] = ..., reserve: _Optional[_Union[Reserve, _Mapping]] = ..., abort: _Optional[_Union[SenderAbort, _Mapping]] = ..., abort_ack: _Optional[_Union[AbortAck, _Mapping]] = ..., renew: _Optional[_Union[Renew, _Mapping]] = ...) -> None: ...
 
 class SenderHello(_message.Message):
-    __slots__ = ("name", "incarnation", "protocol_version", "compatibility_hash", "digest_kinds", "slots")
+    __slots__ = ("name", "incarnation", "protocol_version", "compatibility_hash", "digest_kinds", "slots", "receiver_incarnation")
     NAME_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     COMPATIBILITY_HASH_FIELD_NUMBER: _ClassVar[int]
     DIGEST_KINDS_FIELD_NUMBER: _ClassVar[int]
     SLOTS_FIELD_NUMBER: _ClassVar[int]
+    RECEIVER_INCARNATION_FIELD_NUMBER: _ClassVar[int]
     name: str
     incarnation: int
     protocol_version: int
     compatibility_hash: str
     digest_kinds: _containers.RepeatedScalarFieldContainer[str]
     slots: bytes
-    def __init__(self, name: _Optional[str] = ..., incarnation: _Optional[int] = ..., protocol_version: _Optional[int] = ..., compatibility_hash: _Optional[str] = ..., digest_kinds: _Optional[_Iterable[str]] = ..., slots: _Optional[bytes] = ...) -> None: ...
+    receiver_incarnation: int
+    def __init__(self, name: _Optional[str] = ..., incarnation: _Optional[int] = ..., protocol_version: _Optional[int] = ..., compatibility_hash: _Optional[str] = ..., digest_kinds: _Optional[_Iterable[str]] = ..., slots: _Optional[bytes] = ..., receiver_incarnation: _Optional[int] = ...) -> None: ...
 
 class Reserve(_message.Message):
     __slots__ = ("transfer_id", "attempt", "sequence", "gateway_id", "kv_load_failure_policy")

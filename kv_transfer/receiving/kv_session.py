@@ -2,7 +2,8 @@
 
 Life of a stream
     1. The peer says hello; a mismatch is answered with the typed error and the stream ends, before
-       its slots are mapped.
+       its slots are mapped. So is a peer that means an earlier process at this address, before that
+       could cost it the session that it has here.
     2. Messages of the peer become events of the receiver; the receiver's instructions to the
        peer go out in order.
     3. The end of the stream, from either side or by the death of the peer, ends the session.
@@ -23,6 +24,7 @@ from cluster.node import Incarnation, NodeId, NodeName
 from cluster.proto import node_pb2 as pb
 from cluster.proto import node_pb2_grpc as rpc
 from kv_transfer.digests import agreed_kind
+from kv_transfer.failures import FailureReason, failure
 from kv_transfer.handshake import Compatibility
 from kv_transfer.receiving.incoming import IncomingSequence
 from kv_transfer.receiving.intake_instructions import (
@@ -81,6 +83,8 @@ class KvReceiverService(rpc.KvReceiverServicer):
         name = NodeName(checked_id("name", hello.name))
         peer = NodeId(name, Incarnation(hello.incarnation))
         agent = self._receiver.agent
+        if hello.receiver_incarnation not in (0, self._receiver.node_id.incarnation):
+            raise failure(FailureReason.RECEIVER_LOST)
         session = self._receiver.open_session(peer, theirs)
         session.digest_kind = agreed_kind(agent.pool.digest_kinds, hello.digest_kinds)
         with ExitStack() as undo:

@@ -67,6 +67,7 @@ class KvSessionStream:
             compatibility_hash=ours.compatibility_hash,
             digest_kinds=digest_kinds,
             slots=slots,
+            receiver_incarnation=expected.incarnation,
         )
         try:
             await call.write(pb.SenderFrame(hello=hello))

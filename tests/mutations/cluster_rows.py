@@ -62,6 +62,13 @@ CLUSTER_ROWS = (
                 "test_an_entry_that_outlives_its_process_costs_the_next_one_at_its_address_no_session",
             ),
             Mutation(
+                "kv_transfer/receiving/kv_session.py",
+                "if hello.receiver_incarnation not in (0, self._receiver.node_id.incarnation):",
+                "if False:",
+                "tests/kv_transfer/sending/test_sender.py::"
+                "test_a_hand_off_meant_for_an_earlier_incarnation_costs_those_to_this_one_nothing",
+            ),
+            Mutation(
                 "cluster/prefix_index.py",
                 'pipe.set(tag + block_hash, b"", px=self._ttl_ms)',
                 'pipe.set(tag + block_hash, b"")',

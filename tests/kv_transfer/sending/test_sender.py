@@ -267,6 +267,23 @@ def test_a_hand_off_meant_for_an_earlier_incarnation_is_not_given_to_this_one() 
     with_pair(scenario)
 
 
+def test_a_hand_off_meant_for_an_earlier_incarnation_costs_those_to_this_one_nothing() -> None:
+    async def scenario(prefill: PrefillSide, decode: DecodeSide) -> None:
+        request, late = make_request(30), make_request(30)
+        name = request.sequence_id
+        prefill.hand_off(decode, request)
+        await until(lambda: decode.source.of(name) == ["reserved"])
+        prefill.hand_off(replace(decode, node_id=NodeId(decode.node_id.name, Incarnation(1))), late)
+        await until(lambda: prefill.owner.of(late.sequence_id) == ["failed", "free"])
+        assert prefill.owner.errors[late.sequence_id].reason == "decode_lost"
+        prefill.compute(request, TABLE)
+        prefill.sender.commit(name, 7)
+        await until(lambda: "free" in prefill.owner.of(name))
+        assert prefill.owner.of(name) == ["committed", "free"]
+
+    with_pair(scenario)
+
+
 def test_an_unreachable_decode_node_fails_only_its_own_hand_offs() -> None:
     async def scenario(prefill: PrefillSide, decode: DecodeSide) -> None:
         nowhere = replace(
