@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from cluster.errors import ContextLengthExceeded
+
 if TYPE_CHECKING:
     from starlette.types import Scope
 
@@ -56,6 +58,14 @@ def message_error(error: ServingError, request_id: str) -> dict[str, Any]:
         kind = "invalid_request_error" if error.http_status < 500 else "api_error"
     return {
         "type": "error",
-        "error": {"type": kind, "message": error.message},
+        "error": {"type": kind, "message": _message(error)},
         "request_id": request_id,
     }
+
+
+def _message(error: ServingError) -> str:
+    """No other place is for the field that is wrong. An overflow says what clients look for."""
+    names_it = error.param is None or error.param in error.message
+    if names_it or isinstance(error, ContextLengthExceeded):
+        return error.message
+    return f"{error.param}: {error.message}"

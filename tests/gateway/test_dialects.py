@@ -307,6 +307,17 @@ def test_errors_of_messages_have_their_own_shape(
         assert body["request_id"] == refused.headers["request-id"]
 
 
+def test_an_error_of_a_message_names_its_field(http: httpx.Client) -> None:
+    """Its shape has no other place for that."""
+    words = {"type": "text", "text": "x"}
+    talk = [{"role": "user", "content": [words, {"type": "image"}]}]
+    refused = http.post("/v1/messages", json=asking(messages=talk)).json()
+    told = "messages[0].content[1].type: Only text is supported here."
+    assert refused["error"]["message"] == told
+    refused = http.post("/v1/messages", json=asking(max_tokens=0)).json()
+    assert refused["error"]["message"] == "max_tokens must be at least 1."
+
+
 def test_errors_before_and_after_the_first_token(
     new_gateway: Callable[..., RunningGateway],
 ) -> None:
