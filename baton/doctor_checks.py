@@ -96,7 +96,8 @@ def check_redis() -> list[Finding]:
     try:
         binary = find_redis_server()
     except ConfigError as error:
-        return [Finding("Redis", Verdict.PROBLEM, error.message)]
+        detail = f"{error.message} Only `baton serve` starts one."
+        return [Finding("Redis", Verdict.WARNING, detail)]
     return [Finding("Redis", Verdict.OK, f"{binary} (for `baton serve` without --redis-url)")]
 
 

@@ -11,6 +11,7 @@ import os
 import sys
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import numpy
@@ -33,6 +34,10 @@ def _load(package: str) -> Any:
         return import_module(package)
     except ImportError as error:
         return error
+
+
+def _can_run_nodes() -> bool:
+    return find_spec("torch") is not None
 
 
 def _why_not_loaded(error: ImportError) -> str:
@@ -68,7 +73,7 @@ def probe_ucx() -> list[Row]:
     ucxx = _load("ucxx")
     if isinstance(ucxx, ImportError):
         detail = f"{_why_not_loaded(ucxx)}: `pip install 'baton-serve[cuda13]'`"
-        return [("UCX", "problem", detail)]
+        return [("UCX", "problem" if _can_run_nodes() else "warning", detail)]
     release = next((v for v in map(_version, ("ucxx-cu13", "ucxx-cu12")) if v), "")
     detail = f"ucxx {release}, UCX {'.'.join(str(n) for n in ucxx.get_ucx_version())}"
     try:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import socket
 import subprocess
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import pytest
 
-from baton import doctor_checks
-from baton.doctor_checks import Finding, Verdict, check_ports, probe, read_rows
+from baton import doctor_checks, doctor_probe
+from baton.doctor_checks import Finding, Verdict, check_ports, check_redis, probe, read_rows
 from baton.doctor_probe import probe_ucx
+from cluster.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -67,6 +68,18 @@ def test_a_port_in_use_is_a_warning_that_names_it(monkeypatch: pytest.MonkeyPatc
         (finding,) = check_ports()
     assert finding.verdict is Verdict.WARNING
     assert finding.detail == f"{port} is in use (public HTTP takes another)"
+
+
+def test_what_a_gateway_does_without_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*_: object) -> NoReturn:
+        raise ConfigError("No redis-server was found.")
+
+    monkeypatch.setattr(doctor_checks, "find_redis_server", missing)
+    assert [finding.verdict for finding in check_redis()] == [Verdict.WARNING]
+    monkeypatch.setattr(doctor_probe, "_load", lambda name: ModuleNotFoundError(name=name))
+    for is_there, verdict in ((True, "problem"), (False, "warning")):
+        monkeypatch.setattr(doctor_probe, "_can_run_nodes", lambda there=is_there: there)
+        assert [row[1] for row in probe_ucx()] == [verdict]
 
 
 @pytest.mark.slow
