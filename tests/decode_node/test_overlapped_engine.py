@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import random
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from cluster.prefix_hash import root_hash
-from cluster.request import SamplingParams, SequenceRequest
+from cluster.request import FinishReason, SamplingParams, SequenceRequest
 from decode_node.scheduler import DecodeScheduler
 from engine.loop import EngineLoop
 from engine.schedule import ScheduledChunk, ScheduleDecision
@@ -125,6 +126,41 @@ def test_steps_launched_ahead_change_no_token(
     assert overlapped.keys() == one_by_one.keys()
     for name, told in one_by_one.items():
         assert overlapped[name] == told
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_rows_that_come_go_and_are_preempted_in_any_order_change_no_token(
+    open_engine: OpenEngine, expected: Expected, seed: int
+) -> None:
+    """Each gets the tokens that it has alone; the pool is too small for all."""
+    chance = random.Random(seed)
+    engine = open_engine("qwen3", max_num_seqs=6, max_model_len=128, num_gpu_blocks_override=8)
+    engine.overlaps = True
+    scheduler = DecodeScheduler(
+        engine.block_manager, 40, engine.max_num_seqs, max_model_len=engine.max_model_len
+    )
+    loop = EngineLoop(engine, scheduler, Listener(), on_fatal=lambda error: None)
+    cases = [case for case in expected["qwen3"] if len(case["prompt"]) < 60]
+    started: list[tuple[Sequence, list[int]]] = []
+    while len(started) < 50 or loop._is_busy():
+        if len(started) < 50 and chance.random() < 0.7:
+            case, length = chance.choice(cases), chance.choice((1, 9, 24, 24))
+            sequence = start(
+                engine, len(started), case["prompt"], temperature=0.0, max_tokens=length
+            )
+            started.append((sequence, case["tokens"][:length]))
+            scheduler.add(sequence)
+        if chance.random() < 0.05 and scheduler.sequences():
+            scheduler.abort(chance.choice(scheduler.sequences()).sequence_id)
+        if loop._is_busy():
+            loop._step()
+        engine.block_manager.check_integrity()
+    assert loop.stats.num_preemptions > 0
+    assert engine.block_manager.num_free_blocks == engine.block_manager.num_blocks
+    for sequence, tokens in started:
+        output = sequence.output_token_ids
+        assert output == tokens[: len(output)]
+        assert len(output) == len(tokens) or sequence.finish_reason is FinishReason.ABORT
 
 
 def test_greedy_tokens_launched_ahead_equal_the_reference(
