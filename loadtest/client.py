@@ -13,7 +13,7 @@ import asyncio
 import json
 import os
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from urllib.parse import urljoin
 
 import aiohttp
@@ -80,7 +80,7 @@ class BenchClient:
             await self._exchange(request, record)
         except TimeoutError:
             record.failure = RequestFailure("timeout", "no answer in time")
-        except (aiohttp.ClientError, OSError) as error:
+        except (aiohttp.ClientError, OSError, ValueError) as error:  # the last of no host's name
             record.failure = RequestFailure(_connection_class(error), str(error)[:_MESSAGE_LIMIT])
         return record
 
@@ -91,17 +91,18 @@ class BenchClient:
         try:
             async with asyncio.timeout(self._patience), self._session.get(url) as response:
                 response.raise_for_status()
-                document: Any = await response.json()
-            return str(document["data"][0]["id"])
+                body = await response.read()
         except TimeoutError as error:
             raise ServerNotReady(f"{shown} did not answer in {self._patience:g} s.") from error
         except aiohttp.ClientResponseError as error:
             hint = "; pass --api-key" if error.status == HTTPStatus.UNAUTHORIZED else ""
             told = f"{error.status} {error.message}".strip()
             raise ServerNotReady(f"{shown} answers {told}{hint}.") from error
-        except (aiohttp.ClientError, OSError) as error:
+        except (aiohttp.ClientError, OSError, ValueError) as error:
             raise ServerNotReady(f"No server answers at {shown}: {_cause(error)}.") from error
-        except (LookupError, TypeError, ValueError) as error:
+        try:
+            return str(json.loads(body)["data"][0]["id"])
+        except (LookupError, TypeError, ValueError, RecursionError) as error:
             raise ServerNotReady(f"{shown} names no model; pass --model.") from error
 
     async def _exchange(self, request: PlannedRequest, record: RequestRecord) -> None:
@@ -138,7 +139,7 @@ def _refusal(status: int, body: bytes) -> RequestFailure:
     """The failure that an answer with an error status is."""
     try:
         document = json.loads(body)
-    except ValueError:
+    except (ValueError, RecursionError):
         document = None
     if isinstance(document, dict) and "error" in document:
         name, message = describe_error(document["error"])

@@ -180,6 +180,8 @@ class BenchConfig:
     def _check_target(self) -> None:
         if not _is_http_url(self.base_url):
             raise ConfigError("must be an http:// or https:// URL", param="base_url")
+        if not all(key.isascii() and key.isprintable() for key in self.api_key):
+            raise ConfigError("must be printable ASCII", param="api_key")
         _ = self.extra_fields
 
     def _check_numbers(self) -> None:

@@ -48,7 +48,12 @@ def result_path(result: BenchResult) -> Path:
 
 def _in_name(text: str) -> str:
     """Of a file: no folder, and not too long for a file system."""
-    return plain(text).replace("/", "-").encode()[:MAX_NAME_BYTES].decode(errors="ignore")
+    return (
+        plain(text)
+        .replace("/", "-")
+        .encode(errors="replace")[:MAX_NAME_BYTES]
+        .decode(errors="ignore")
+    )
 
 
 def make_folder(config: BenchConfig) -> None:

@@ -58,6 +58,10 @@ def test_any_label_and_model_make_a_file_name(make_result: MakeResult, tmp_path:
     result = replace(make_result(**config), model="folder/" + "m" * 300)
     assert save(result).parent == tmp_path
     assert save(result).name.startswith("a-\u00fc")
+    result = make_result(
+        label="\udcff", result_dir=str(tmp_path)
+    )  # of a shell's word that is no text
+    assert save(result).name.startswith("?-")
 
 
 def test_a_result_that_cannot_be_written_after_all_is_told_in_one_line(

@@ -267,6 +267,7 @@ def test_an_unknown_command_is_a_usage_error() -> None:
         ({"base_url": "localhost:8000"}, "base_url"),
         ({"base_url": "http://localhost:80a0"}, "base_url"),
         ({"base_url": "http://[::1"}, "base_url"),
+        ({"api_key": ("key\n",)}, "api_key"),
         ({"max_concurrency": 0}, "max_concurrency"),
         ({"random_range_ratio": 1.0}, "random_range_ratio"),
         ({"num_prompts": 0}, "num_prompts"),
@@ -289,6 +290,14 @@ def test_options_that_cannot_work_are_refused_by_name(
     with pytest.raises(ConfigError) as caught:
         bench_config(**options)
     assert caught.value.param == param
+
+
+@pytest.mark.parametrize("host", ["..", "a" * 300 + ".test"])
+def test_a_host_that_cannot_be_one_does_not_answer(bench_config: Any, host: str) -> None:
+    with pytest.raises(ServerNotReady, match="No server answers at http://"):
+        run(bench_config(base_url=f"http://{host}", model=None))
+    result = run(bench_config(base_url=f"http://{host}", num_prompts=1))
+    assert result.summary.failed == 1
 
 
 def test_gaps_may_all_be_alike(capsys: pytest.CaptureFixture[str]) -> None:
