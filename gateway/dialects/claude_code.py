@@ -11,7 +11,8 @@ from __future__ import annotations
 import re
 
 _BILLING = "x-anthropic-billing-header:"
-_COUNTDOWN = re.compile(r"\s*<total_tokens>[^<]*</total_tokens>")
+# With the blanks before it, which are looked through once, not from each of them again.
+_COUNTDOWN = re.compile(r"(?<!\s)\s*<total_tokens>[^<]*</total_tokens>")
 
 
 def for_models(content: object) -> object:

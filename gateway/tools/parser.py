@@ -4,7 +4,8 @@ Life of a parser
     1. Text goes through as content. What may be the beginning of `opening` is held back.
     2. After `opening`, text is gathered to `closing`, or to the end, and read as calls: a model
        that has said all of a call may end without `closing`. One that stands in a text of their
-       JSON ends nothing, unless they turn out to be no calls.
+       JSON ends nothing, unless they turn out to be no calls, or it is one of very many: each is
+       a place from which to look again.
     3. What cannot be read as calls is content after all, to the letter: nothing is swallowed.
 """
 
@@ -19,6 +20,7 @@ from gateway.markers import overlap
 if TYPE_CHECKING:
     from gateway.tools.formats import ToolCall, ToolFormat
 
+MAX_PASSED = 64
 _QUOTES = re.compile(r'\\.|"', re.DOTALL)
 
 
@@ -96,7 +98,8 @@ class ToolParser:
         end = self._held.find(closing, start) if closing else -1
         if end < 0:
             return False
-        if _ends_in_text(self._held, start, end, begins_in_text=bool(self._passed)):
+        may_pass = len(self._passed) < MAX_PASSED
+        if may_pass and _ends_in_text(self._held, start, end, begins_in_text=bool(self._passed)):
             self._passed.append(end + len(closing))
         else:
             self._read(end, closing, parsed)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import pytest
 
+from gateway.dialects.claude_code import for_models
 from tests.gateway.model_folder import write_model_folder
 from tests.gateway.running_gateway import RunningGateway
 from tests.gateway.test_dialects import events_of
@@ -165,6 +166,13 @@ def test_a_message_is_taken_as_claude_code_asks_it(http: httpx.Client) -> None:
         del body["max_tokens"]
         counts.add(http.post("/v1/messages/count_tokens", json=body).json()["input_tokens"])
     assert len(counts) == 1
+
+
+def test_a_million_blanks_are_looked_through_once() -> None:
+    """From each of them again it takes hours, in which no other stream goes on."""
+    blanks = " " * 1_000_000
+    countdown = "<total_tokens>9 tokens left</total_tokens>"
+    assert for_models(f"one{blanks}two{blanks}{countdown}") == f"one{blanks}two"
 
 
 @pytest.mark.parametrize(

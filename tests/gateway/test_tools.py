@@ -13,7 +13,7 @@ from cluster.errors import InvalidRequest
 from gateway.schemas import MessageBody
 from gateway.tools.bodies import earlier_calls, offered_tools
 from gateway.tools.formats import HERMES, LLAMA, MISTRAL, ToolFormat, format_of
-from gateway.tools.parser import ToolParser
+from gateway.tools.parser import MAX_PASSED, ToolParser
 from tests.gateway.model_folder import CHAT_TEMPLATE, write_model_folder
 from tests.gateway.running_gateway import RunningGateway
 from tests.gateway.test_http_edge import MODEL, error_of
@@ -105,6 +105,15 @@ def test_text_becomes_calls_wherever_it_is_cut(
         assert (said, [name for name, _ in calls]) == (content, names)
     said, calls = parsed(form, list(text))
     assert (said, [name for name, _ in calls]) == (content, names)
+
+
+def test_no_more_than_some_closing_marks_are_passed_in_search_of_the_end_of_a_call() -> None:
+    """Behind each the rest is looked at once more: of all that a model can be made to write that
+    would stop the gateway for minutes."""
+    written = '<tool_call>"</tool_call>"'
+    parser = ToolParser(HERMES)
+    assert parser.push(written * MAX_PASSED).content == ""
+    assert parser.push(written).content == written
 
 
 @pytest.mark.parametrize(
