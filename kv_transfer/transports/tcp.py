@@ -147,8 +147,9 @@ class TcpTransport:
             family = socket.AF_INET6 if ":" in host else socket.AF_INET
             listener = socket.create_server((host, port), family=family, backlog=_BACKLOG)
         except OSError as error:
+            why = (error.strerror or str(error)).partition(" (while")[0]  # names the address again
             raise ConfigError(
-                f"{host}:{port} cannot be used for KV transfer: {error.strerror or error}.",
+                f"{host}:{port} cannot be used for KV transfer: {why}.",
                 param="kv_port",
             ) from error
         listener.setblocking(False)

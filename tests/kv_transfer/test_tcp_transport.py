@@ -296,6 +296,7 @@ def test_it_listens_on_the_address_that_it_was_given_and_says_when_it_is_taken()
         with pytest.raises(ConfigError) as caught:
             await other.listen("127.0.0.1", port, lambda *_: None)
         assert caught.value.param == "kv_port"
+        assert caught.value.message.endswith("for KV transfer: Address already in use.")
         await other.close()
         await one.close()
 
