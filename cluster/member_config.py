@@ -67,6 +67,11 @@ class MemberConfig:
     def reachable_host(self) -> str:
         return self.advertise_host or self.host
 
+    @property
+    def is_nowhere_else(self) -> bool:
+        """Whether others are told an address at which each machine finds itself."""
+        return self.reachable_host in ("0.0.0.0", "::", "[::]")
+
     def lasting_name(self, role: NodeRole) -> str | None:
         """The name it has at every start; None when nothing tells it from others of its role."""
         if not self.node_name and not self.port:

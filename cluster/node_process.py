@@ -105,6 +105,12 @@ class NodeProcess:
         gc.freeze()  # a later collection that looked at it all would hold up a step for 100 ms
         atexit.register(gc.unfreeze)  # libraries count what is left at the end as leaks
         report.ready(name=str(member.info.id.name), grpc=address, metrics=metrics_address)
+        if config.is_nowhere_else:
+            logger.warning(
+                "others are told to reach this node at %s, where every machine finds itself; "
+                "--advertise-host says at which address or name they find this one",
+                address,
+            )
 
     def fail(self, message: str) -> None:
         """End the process with this message; may be called from any thread."""

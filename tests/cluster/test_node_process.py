@@ -258,6 +258,20 @@ def test_a_port_that_is_taken_closes_what_was_opened_and_announces_nothing(run: 
         run(body, port=taken.getsockname()[1], metrics_port=0)
 
 
+@pytest.mark.parametrize(("advertised", "is_told"), [("", True), ("127.0.0.1", False)])
+def test_a_node_that_tells_others_the_address_of_every_machine_says_so(
+    run: Any, caplog: pytest.LogCaptureFixture, advertised: str, is_told: bool
+) -> None:
+    async def body(world: World) -> None:
+        running = world.start()
+        await world.ready.wait()
+        os.kill(os.getpid(), signal.SIGTERM)
+        await running
+
+    run(body, host="0.0.0.0", port=0, metrics_port=0, advertise_host=advertised)
+    assert ("--advertise-host" in caplog.text) == is_told
+
+
 # ---- the program around it ----------------------------------------------------------------
 
 
