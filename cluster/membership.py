@@ -12,7 +12,8 @@ Life of a node, as seen from here
        but not while this process is connected with it, which says more than the registry can.
        `Withdrawn` skips the grace.
     5. A new incarnation under the same name replaces the old one at once. The old one is
-       remembered, so that its late messages and revived entries change nothing.
+       remembered, so that its late messages and revived entries change nothing. One whose entry
+       is there long after that lives: it was the other's that was revived.
 
 A registry that does not answer (`RegistryLost`) removes nobody: the last view stays, and what
 this process observes itself still applies.
@@ -47,6 +48,8 @@ if TYPE_CHECKING:
 MISSING_GRACE_SECONDS = 3.0
 # How long an order's known outcome outweighs an entry that has not caught up with it.
 OBSERVATION_SECONDS = 5.0
+# Longer than an entry lives without its process (`registry.py`).
+RETIRED_SECONDS = 10.0
 MAX_RETIRED = 1024
 
 
@@ -132,7 +135,7 @@ class Membership:
     def __init__(self, *, missing_grace_seconds: float = MISSING_GRACE_SECONDS) -> None:
         self._grace = missing_grace_seconds
         self._members: dict[NodeName, _Member] = {}
-        self._retired: OrderedDict[NodeId, None] = OrderedDict()
+        self._retired: OrderedDict[NodeId, float] = OrderedDict()  # each with when it was
         self._view = EMPTY_VIEW
 
     @property
@@ -162,7 +165,7 @@ class Membership:
     def _apply(self, event: Event, now: float) -> list[Instruction]:
         match event:
             case Seen(info):
-                return self._seen(info)
+                return self._seen(info, now)
             case Missing(name):
                 self._missing(name, now)
             case StateObserved(node, state):
@@ -170,7 +173,7 @@ class Membership:
             case StateTold(node, state):
                 self._told(node, state)
             case Withdrawn(node):
-                return self._remove(node, "withdrawn")
+                return self._remove(node, "withdrawn", now)
             case SessionLost(node):
                 self._reached(node, is_lost=True)
             case SessionOpened(node):
@@ -182,12 +185,14 @@ class Membership:
                 return self._tick(now)
         return []
 
-    def _seen(self, info: NodeInfo) -> list[Instruction]:
-        if info.id in self._retired:
+    def _seen(self, info: NodeInfo, now: float) -> list[Instruction]:
+        retired_at = self._retired.get(info.id)
+        if retired_at is not None and now - retired_at < RETIRED_SECONDS:
             return []
+        self._retired.pop(info.id, None)
         member = self._members.get(info.id.name)
         if member is not None and member.info.id != info.id:
-            gone = self._remove(member.info.id, "replaced")
+            gone = self._remove(member.info.id, "replaced", now)
             self._members[info.id.name] = _Member(info)
             return gone
         if member is None:
@@ -235,15 +240,15 @@ class Membership:
                 gone.append(NodeGone(member.info.id, "expired"))
         return gone
 
-    def _remove(self, node: NodeId, reason: str) -> list[Instruction]:
-        self._retire(node)
+    def _remove(self, node: NodeId, reason: str, now: float) -> list[Instruction]:
+        self._retire(node, now)
         if self._current(node) is None:
             return []
         del self._members[node.name]
         return [NodeGone(node, reason)]
 
-    def _retire(self, node: NodeId) -> None:
-        self._retired[node] = None
+    def _retire(self, node: NodeId, now: float) -> None:
+        self._retired[node] = now
         self._retired.move_to_end(node)
         while len(self._retired) > MAX_RETIRED:
             self._retired.popitem(last=False)

@@ -11,6 +11,7 @@ from cluster.membership import (
     MAX_RETIRED,
     MISSING_GRACE_SECONDS,
     OBSERVATION_SECONDS,
+    RETIRED_SECONDS,
     ClusterView,
     Membership,
     NodeGone,
@@ -286,6 +287,17 @@ def test_a_new_incarnation_is_not_draining_because_the_old_one_was() -> None:
     assert membership.handle(StateTold(node_info().id, NodeState.DRAINING), 1.1) == []
 
 
+def test_an_old_entry_that_was_revived_for_a_moment_takes_nobodys_place_for_ever() -> None:
+    """As after a fail-over of the registry, seen by a gateway that did not know the old one."""
+    membership = Membership()
+    membership.handle(seen(incarnation=2), 0.0)
+    membership.handle(seen(incarnation=1), 1.0)
+    assert membership.handle(seen(incarnation=2), 2.0) == []
+    assert membership.handle(seen(incarnation=2), 1.0 + RETIRED_SECONDS) != []
+    assert membership.view.incarnations == {"a": 2}
+    assert membership.handle(seen(incarnation=1), 2.0 + RETIRED_SECONDS) == []
+
+
 def test_memory_of_old_incarnations_is_bounded() -> None:
     membership = Membership()
     for incarnation in range(1, 3 * MAX_RETIRED):
@@ -318,7 +330,7 @@ def test_every_order_of_events_keeps_the_machine_consistent(
 ) -> None:
     membership, now = Membership(), 0.0
     view = membership.view
-    replaced: set[NodeId] = set()
+    replaced: dict[NodeId, float] = {}
     for event, passed in steps:
         now += passed
         for instruction in membership.handle(event, now):
@@ -326,8 +338,9 @@ def test_every_order_of_events_keeps_the_machine_consistent(
                 assert instruction.view != view
                 view = instruction.view
             elif instruction.reason != "expired":
-                replaced.add(instruction.node)
+                replaced[instruction.node] = now
         membership.check_integrity()
         assert view == membership.view
-        assert not {info.id for info in view.nodes.values()} & replaced
+        for info in view.nodes.values():
+            assert now - replaced.pop(info.id, -RETIRED_SECONDS) >= RETIRED_SECONDS
         assert view == ClusterView.of(view.nodes.values())
