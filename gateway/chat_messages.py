@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 MAX_MESSAGES = 4096
 MAX_TEMPLATE_VARIABLES = 16
+_MESSAGE_CHARS = 50  # what a message costs to render besides its text
+_TOOL_CHARS = 10_000  # a tool, or a call of one: it may be of any length
+_TEXTS = ("content", "reasoning_content")
 _RESERVED_VARIABLES = frozenset(
     {"messages", "tools", "documents", "add_generation_prompt", "continue_final_message"}
 )
@@ -32,6 +35,13 @@ def plain_messages(messages: Sequence[MessageBody]) -> list[Message]:
     plain = [_plain(message, f"messages[{index}]") for index, message in enumerate(messages)]
     _name_results(plain)
     return plain
+
+
+def num_chars(messages: Sequence[Message], tools: Sequence[object]) -> int:
+    """About how many a template has to write, of plain messages."""
+    num_tools = len(tools) + sum(len(message.get("tool_calls", ())) for message in messages)
+    texts = (message[key] for message in messages for key in _TEXTS if key in message)
+    return len(messages) * _MESSAGE_CHARS + num_tools * _TOOL_CHARS + sum(map(len, texts))
 
 
 def _name_results(messages: list[Message]) -> None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from cluster.errors import InvalidRequest, Unsupported
 from cluster.request import MAX_LOGPROBS, MAX_SEED, KVLoadFailurePolicy, SamplingParams
 from gateway.budget import Budget, Held
-from gateway.chat_messages import plain_messages, template_variables
+from gateway.chat_messages import num_chars, plain_messages, template_variables
 from gateway.dialects.messages_errors import overflow
 from gateway.request import Prompt, Request, Route
 from gateway.request_rules import (
@@ -43,7 +43,6 @@ if TYPE_CHECKING:
 DEFAULT_COMPLETION_TOKENS = 16
 MAX_STOP_TOKEN_IDS = 128
 MAX_LOGIT_BIASES = 1024
-_MESSAGE_CHARS = 50  # what a message costs to render besides its text
 # Passed on as they are: `SamplingParams` checks their ranges.
 _PLAIN_OPTIONS = (
     "temperature",
@@ -168,8 +167,7 @@ class Validator:
             variables=template_variables(body),
             tools=tools,
         )
-        num_chars = sum(_MESSAGE_CHARS + len(message["content"]) for message in messages)
-        return await self._tokenizer.run(render, num_chars)
+        return await self._tokenizer.run(render, num_chars(messages, tools))
 
     async def _prompt(self, given: str | list[int], body: CompletionBody) -> Prompt:
         if isinstance(given, str):

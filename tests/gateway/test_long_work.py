@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import pytest
 
+from gateway.chat_messages import num_chars
 from gateway.choice import Choice, Piece
 from gateway.held_answer import HeldAnswer
 from gateway.logprob_answers import TOKENS_OF_A_PART
@@ -55,6 +56,27 @@ def test_long_texts_are_taken_apart_and_put_together_on_threads(
     said = http.post("/detokenize", json={"tokens": answer["tokens"]}).json()
     assert said == {"prompt": f"<bos>{text}"}
     assert threads == {"tokenize"}
+
+
+CALL = {"function": {"name": "f", "arguments": {"a": "of any length"}}}
+
+
+@pytest.mark.parametrize(
+    ("message", "tools"),
+    [
+        ({"content": "x" * INLINE_CHARS}, []),
+        ({"content": "", "reasoning_content": "x" * INLINE_CHARS}, []),
+        ({"content": "", "tool_calls": [CALL]}, []),
+        ({"content": "x"}, [CALL]),
+    ],
+    ids=["words", "thoughts", "calls", "tools"],
+)
+def test_what_may_take_a_template_long_is_rendered_on_threads(
+    message: dict[str, Any], tools: list[Any]
+) -> None:
+    """A thousand tools take it sixty milliseconds, however short the words are."""
+    assert num_chars([{"role": "assistant", **message}], tools) > INLINE_CHARS
+    assert num_chars([{"role": "user", "content": "x"}], []) < INLINE_CHARS
 
 
 LONG = {
