@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from baton.child import ChildSpec
 from cluster.config import to_environment
+from cluster.config_sources import CONFIG_VARIABLE
 from cluster.errors import ConfigError
 from cluster.options import option
 from cluster.performance_mode import NODE_OPTIONS
@@ -137,6 +138,7 @@ def child_specs(
         "BATON_REDIS_URL": redis_url,
         "BATON_LOG_LEVEL": loaded[GatewayConfig].log_level,
         "BATON_LOG_FORMAT": log_format,
+        CONFIG_VARIABLE: "",  # it is read already; a child would meet options of others in it
     }
     specs = []
     for node in nodes:

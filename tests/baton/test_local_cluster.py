@@ -111,6 +111,17 @@ def test_what_was_set_for_the_local_cluster_reaches_its_nodes() -> None:
     assert [spec.environment.get("BATON_MAX_NUM_SEQS") for spec in specs] == ["7", "7", None]
 
 
+def test_no_process_of_a_local_cluster_reads_the_file_of_them_all(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("prefill: 2")
+    env = {"BATON_CONFIG": str(tmp_path / "c.yaml")}
+    loaded = load_config("baton serve", SECTIONS, [], env, positional="model")
+    specs = child_specs(loaded, redis_url="redis://x", admin_token="t", log_format="json")
+    assert len(specs) == 4
+    for spec in specs:
+        read = load_config("baton child", (EngineConfig,), [], {**env, **spec.environment})
+        assert read[EngineConfig].block_size == loaded[EngineConfig].block_size
+
+
 def test_show_config_of_a_local_cluster_names_what_its_nodes_choose_by_which_row() -> None:
     flags = ("--num-staging-slots", "3", "--performance-mode", "interactivity", "--device", "cuda")
     loaded = load_serve(*flags)
