@@ -65,7 +65,7 @@ class Reservations:
     def __init__(self, block_manager: BlockManager, running: Running) -> None:
         self._block_manager = block_manager
         self._running = running
-        self._waiting: dict[str, _Waiting] = {}
+        self._waiting: dict[str, _Waiting] = {}  # in the order in which they are served
         self._reserved: dict[str, _Reserved] = {}
         self._started: list[Sequence] = []  # since the last step was decided on
         self._stepping: list[Sequence] = []  # in their first step
@@ -77,8 +77,7 @@ class Reservations:
     @property
     def first_place(self) -> Place | None:
         """That of the first who waits."""
-        first = self._first()
-        return None if first is None else first.place
+        return next((waiting.place for waiting in self._waiting.values()), None)
 
     @property
     def num_reserved(self) -> int:
@@ -100,15 +99,15 @@ class Reservations:
         waiting = _Waiting(sequence, Future(), self._running.place_for(sequence))
         # Running: from here only this thread ends it, so nobody cancels it between two looks.
         waiting.future.set_running_or_notify_cancel()
-        self._waiting[sequence.sequence_id] = waiting
+        self._enqueue(waiting)
         self.retry()
         return waiting.future
 
     def retry(self) -> None:
         """Serve the queue, in order, as far as the free blocks go."""
-        while (first := self._first()) is not None:
-            sequence_id = first.sequence.sequence_id
-            if not self._reserve(sequence_id, first):
+        while self._waiting:
+            sequence_id, waiting = next(iter(self._waiting.items()))
+            if not self._reserve(sequence_id, waiting):
                 return
             del self._waiting[sequence_id]
 
@@ -160,9 +159,14 @@ class Reservations:
         if waiting is not None or reserved is not None:
             self.retry()  # of a long one that waited, those behind it may fit where it did not
 
-    def _first(self) -> _Waiting | None:
-        """Of those with the same place who asked first."""
-        return min(self._waiting.values(), key=lambda waiting: waiting.place, default=None)
+    def _enqueue(self, waiting: _Waiting) -> None:
+        """Of those with the same place who asked first is first. Sorted here, since every step
+        looks for the first."""
+        last = next(reversed(self._waiting.values()), None)
+        self._waiting[waiting.sequence.sequence_id] = waiting
+        if last is not None and waiting.place < last.place:
+            in_order = sorted(self._waiting.items(), key=lambda item: item[1].place)
+            self._waiting = dict(in_order)
 
     def _reserve(self, sequence_id: str, waiting: _Waiting) -> bool:
         sequence, manager = waiting.sequence, self._block_manager

@@ -1,4 +1,4 @@
-"""Blocks promised to hand-offs: first come first served, and all of them come back."""
+"""Blocks promised to hand-offs: by urgency, then as they came, and all of them come back."""
 
 from __future__ import annotations
 
@@ -164,6 +164,35 @@ def test_an_urgent_hand_off_does_not_wait_behind_others_that_whoever_comes_overt
             node.hand_off(6 * BLOCK)
         node.step()
     assert list(node.asked) == ["h0"]
+
+
+def test_hand_offs_wait_by_urgency_then_as_they_came_and_no_step_compares_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A node that is full has hundreds of them, and looks for the first at each step."""
+    compared: list[Place] = []
+
+    class Counted(tuple[int, int]):
+        def __lt__(self, other: tuple[int, ...]) -> bool:
+            compared.append(self)
+            return super().__lt__(other)
+
+    node = Node(num_blocks=8, max_num_seqs=16)
+    place_for = node.scheduler.place_for
+    monkeypatch.setattr(node.scheduler, "place_for", lambda asked: Counted(place_for(asked)))
+    for priority in (2, 1, 0, -1, 0, 1, -1):
+        node.hand_off(6 * BLOCK, priority=priority)
+    compared.clear()
+    node.reservations.retry()
+    assert node.reservations.first_place == (-1, 0)
+    assert not compared
+    served = []
+    while node.asked:
+        (name,) = (name for name, blocks in node.asked.items() if blocks.done())
+        served.append(name)
+        del node.asked[name]
+        node.reservations.cancel(name)
+    assert served == ["h0", "h3", "h6", "h2", "h4", "h1", "h5"]
 
 
 @pytest.mark.parametrize("priority", [-1, 0, 1])
