@@ -138,7 +138,9 @@ def child_specs(
         "BATON_REDIS_URL": redis_url,
         "BATON_LOG_LEVEL": loaded[GatewayConfig].log_level,
         "BATON_LOG_FORMAT": log_format,
-        CONFIG_VARIABLE: "",  # it is read already; a child would meet options of others in it
+        # Both are for programs that were started alone: a file would have options of others too.
+        CONFIG_VARIABLE: "",
+        "BATON_ADVERTISE_HOST": "",
     }
     specs = []
     for node in nodes:

@@ -11,8 +11,10 @@ from baton.local_cluster import child_specs, node_engine_config, place_nodes
 from baton.serve import SECTIONS, left_to_nodes
 from cluster.config import LoadedConfig, load_config, render_config
 from cluster.errors import ConfigError
+from cluster.member_config import MemberConfig
 from cluster.performance_mode import presets_of
 from engine.config import EngineConfig
+from kv_transfer.config import KVTransferConfig
 
 
 def test_without_a_gpu_all_nodes_share_the_processor() -> None:
@@ -120,6 +122,15 @@ def test_no_process_of_a_local_cluster_reads_the_file_of_them_all(tmp_path: Path
     for spec in specs:
         read = load_config("baton child", (EngineConfig,), [], {**env, **spec.environment})
         assert read[EngineConfig].block_size == loaded[EngineConfig].block_size
+
+
+def test_nodes_of_a_local_cluster_are_found_at_its_loopback_address() -> None:
+    env = {"BATON_ADVERTISE_HOST": "elsewhere.test"}
+    specs = child_specs(load_serve(), redis_url="redis://x:1", admin_token="t", log_format="json")
+    for spec in specs[:-1]:
+        sections = (MemberConfig, KVTransferConfig)
+        read = load_config("baton x", sections, spec.arguments[1:], {**env, **spec.environment})
+        assert read[MemberConfig].reachable_host == "127.0.0.1"
 
 
 def test_show_config_of_a_local_cluster_names_what_its_nodes_choose_by_which_row() -> None:
