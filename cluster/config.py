@@ -95,11 +95,15 @@ def load_config(
     """
     options = _flatten(sections)
     line = read_command_line(program, options, argv, positional=positional, description=description)
-    config_path = line.config_path or env.get(CONFIG_VARIABLE) or None
     sources = [line.source, read_environment(options, env)]
-    if config_path is not None:
-        members = {section_name(s): [o.name for o in options_of(s)] for s in sections}
-        sources.append(read_file(config_path, options, members))
+    members = {section_name(s): [o.name for o in options_of(s)] for s in sections}
+    if line.config_path is not None:
+        sources.append(read_file(line.config_path, options, members))
+    elif path := env.get(CONFIG_VARIABLE):
+        try:
+            sources.append(read_file(path, options, members))
+        except ConfigError as error:
+            raise ConfigError(f"{error.message} {CONFIG_VARIABLE} names this file.") from error
     if presets is not None:
         sources.append(_preset_source(options, sources, presets))
     origins = {o.name: _origin_of(o.name, sources) for o in options}

@@ -199,6 +199,12 @@ def test_a_file_that_cannot_be_read_is_a_config_error(tmp_path: Path) -> None:
         load("m", "--config", str(tmp_path / "absent.yaml"))
 
 
+def test_a_file_that_a_variable_names_is_refused_as_that(tmp_path: Path) -> None:
+    path = write(tmp_path, "serve: {prefill: 1}")
+    with pytest.raises(ConfigError, match=r"unknown key 'serve'\. BATON_CONFIG names this file\.$"):
+        load("m", env={"BATON_CONFIG": path})
+
+
 def test_a_wrong_environment_value_names_the_variable() -> None:
     with pytest.raises(ConfigError, match=r"--block-size: .* \(environment BATON_BLOCK_SIZE\)"):
         load("m", env={"BATON_BLOCK_SIZE": "many"})
