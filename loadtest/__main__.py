@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from cluster.config import load_config, render_config
 from cluster.errors import UsageError
+from cluster.logging import plain
 from loadtest.client import ServerNotReady
 from loadtest.compare import read_result, render_comparison
 from loadtest.config import BenchConfig
@@ -62,7 +63,7 @@ def bench_compare(argv: Sequence[str]) -> int:
     if len(names) != 2 or any(word.startswith("-") for word in names):
         raise UsageError("baton bench: compare takes two files of `baton bench run --save-result`.")
     first, second = (read_result(Path(name)) for name in names)
-    print(render_comparison(first, second, markdown="--markdown" in argv))
+    print(plain(render_comparison(first, second, markdown="--markdown" in argv)))
     return 0
 
 

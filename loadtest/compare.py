@@ -7,7 +7,7 @@ better the name of the row says.
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from cluster.errors import ConfigError
 
@@ -24,6 +24,7 @@ _RATES = {
     "output_throughput": "Output token throughput (tok/s)",
     "total_token_throughput": "Total token throughput (tok/s)",
 }
+_TOKENS = ("total_cached_tokens", "total_input_tokens")
 _PARTS = {"mean": "Mean", "median": "Median", "p90": "P90", "p99": "P99"}
 _METRICS = ("ttft", "tpot", "itl", "e2el")
 _LATENCIES = {
@@ -54,11 +55,20 @@ def read_result(path: Path) -> Json:
         result = json.loads(path.read_text())
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}.") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not JSON.") from error
-    if not isinstance(result, dict) or "schema_version" not in result:
+    if not _is_result(result):
         raise ConfigError(f"{path} is no result of `baton bench run --save-result`.")
     return result
+
+
+def _is_result(document: Any) -> TypeGuard[Json]:
+    """Whether it is of the types that are computed with below."""
+    if not isinstance(document, dict) or "schema_version" not in document:
+        return False
+    figures = [document.get(name) or 0 for name in (*_COUNTS, *_RATES, *_LATENCIES, *_TOKENS)]
+    has_figures = all(isinstance(figure, (int, float)) for figure in figures)
+    return has_figures and isinstance(document.get("options", {}), dict)
 
 
 def render_comparison(first: Json, second: Json, *, markdown: bool = False) -> str:

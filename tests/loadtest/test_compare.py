@@ -89,14 +89,20 @@ def test_the_command_reads_two_files_and_refuses_what_is_none(
     first.write_text(json.dumps(result()))
     assert main(["compare", str(first), str(first)]) == 0
     assert "1.000x" in capsys.readouterr().out
-    other.write_text("[]")
-    with pytest.raises(ConfigError, match="is no result"):
-        main(["compare", str(first), str(other)])
-    other.write_text("x")
-    with pytest.raises(ConfigError, match="is not JSON"):
-        main(["compare", str(first), str(other)])
+    broken = {"mean_ttft_ms": "x"}, {"options": None}, {"total_cached_tokens": [1]}
+    for text in ("[]", *(json.dumps(result() | change) for change in broken)):
+        other.write_text(text)
+        with pytest.raises(ConfigError, match="is no result"):
+            main(["compare", str(first), str(other)])
+    for text in ("x", "[" * 100_000):
+        other.write_text(text)
+        with pytest.raises(ConfigError, match="is not JSON"):
+            main(["compare", str(first), str(other)])
     with pytest.raises(ConfigError, match=r"cannot be read: No such file or directory\.$"):
         main(["compare", str(first), str(tmp_path / "c.json")])
+    other.write_text(json.dumps(result() | {"label": "\x1b[31m"}))
+    assert main(["compare", str(first), str(other)]) == 0
+    assert "\x1b" not in capsys.readouterr().out
     assert main(["compare", "--markdown", str(first), str(first)]) == 0
     assert capsys.readouterr().out.startswith("|  | first | second | ratio |")
     with pytest.raises(UsageError, match="two files"):
