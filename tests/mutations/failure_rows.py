@@ -279,6 +279,20 @@ FAILURE_ROWS = (
         "sgl#13054, 12779",
         (
             Mutation(
+                "cluster/registry.py",
+                "if owner != info.id and owner not in self._predecessors:",
+                "if owner is not None and owner != info.id:",
+                "tests/cluster/test_registry.py::"
+                "test_a_predecessors_entry_that_is_back_replaces_nobody",
+            ),
+            Mutation(
+                "cluster/membership.py",
+                "now - retired_at < RETIRED_SECONDS:",
+                "now >= retired_at:",
+                "tests/cluster/test_membership.py::"
+                "test_an_old_entry_that_was_revived_for_a_moment_takes_nobodys_place_for_ever",
+            ),
+            Mutation(
                 "cluster/redis_client.py",
                 "except Exception as error:",
                 "except ZeroDivisionError as error:",
