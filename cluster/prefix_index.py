@@ -47,7 +47,8 @@ _KEY_PREFIX = b"baton:b:"
 
 
 class PrefixIndex:
-    """`publish` is for nodes, `match` for gateways. Both end within their timeouts."""
+    """`publish` is for nodes, `match` for gateways. Each call of theirs ends within its
+    timeout, which begins with its turn at the store."""
 
     def __init__(
         self,

@@ -221,13 +221,12 @@ class GatewayConfig:
                 raise refused(name, "must not be negative")
         if not 1 <= self.stream_interval <= MAX_STREAM_INTERVAL:
             raise refused("stream_interval", f"must be in [1, {MAX_STREAM_INTERVAL}]")
-        if not all(key and key.isascii() and key.isprintable() for key in self.api_key):
-            raise refused("api_key", "must be printable ASCII and not empty")
+        if not all(key and _can_be_sent(key) for key in self.api_key):
+            raise refused("api_key", "must be printable ASCII, no blanks around it, and not empty")
         if self.separate_keys and not self.api_key:
             raise refused("separate_keys", "needs API keys")
-        token = self.admin_token or ""
-        if not (token.isascii() and token.isprintable()):
-            raise refused("admin_token", "must be printable ASCII")
+        if not _can_be_sent(self.admin_token or ""):
+            raise refused("admin_token", "must be printable ASCII, no blanks around it")
         check_redis_url(self.redis_url)
         if any(not name for name in self.served_model_name):
             raise refused("served_model_name", "must not be empty")
@@ -236,3 +235,8 @@ class GatewayConfig:
     def model_names(self) -> tuple[str, ...]:
         """The names clients may use, the shown one first."""
         return self.served_model_name or (self.model.resolve().name,)
+
+
+def _can_be_sent(key: str) -> bool:
+    """In a header, of which what is around its value is cut off."""
+    return key.isascii() and key.isprintable() and key == key.strip()

@@ -8,7 +8,7 @@ Life of a stream over its attempts
     3. Lost, or refused, before a token by a node that goes in order (`departure.py`): moved on
        `in_order`. Nothing is in trouble, so it costs neither the budget nor the stream's one
        re-dispatch: in a rolling restart a stream may meet one leaving node after the other. That
-       has an end, because no node is tried twice.
+       has an end, because none that goes is tried twice.
     4. Lost after k tokens: a *recovery*, where the operator allows it. The prompt and the k tokens
        are prefilled elsewhere. Draws depend on the seed and the position alone, so the client gets
        the tokens it would have got, rounding apart.
