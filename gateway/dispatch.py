@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from cluster.errors import (
     Cancelled,
+    DeadlineExceeded,
     NodeUnavailable,
     RequestTooLarge,
     ServingError,
@@ -94,9 +95,11 @@ class Dispatcher:
         listener: Listener,
         policy: Policy,
     ) -> None:
-        """Raises `NodeUnavailable` when no pair can take it, `RequestTooLarge` when it is too much
-        for its node; nothing has happened then."""
-        now = self._clock()
+        """Raises `DeadlineExceeded` when nobody waits any more, `NodeUnavailable` when no pair can
+        take it, `RequestTooLarge` when it is too much for its node; nothing has happened then."""
+        now, seconds = self._clock(), request.deadline_seconds
+        if seconds is not None and seconds <= 0.0:
+            raise DeadlineExceeded("The request's deadline passed.")
         placement = choose(
             self.nodes.candidates(num_cached_tokens),
             demand_of(request),
@@ -104,7 +107,6 @@ class Dispatcher:
             held_back=self.pairs.held_back(now),
         )
         self._measures.routing_decision.observe(self._clock() - now)
-        seconds = request.deadline_seconds
         stream = Stream(
             request,
             deadline=None if seconds is None else now + seconds,
