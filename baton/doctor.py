@@ -25,7 +25,7 @@ from baton.admin_tables import shown
 from baton.doctor_checks import Finding, Verdict, examine, finding_table
 from baton.doctor_cluster import LEGEND, PairVerdict, cluster_table, measure_cluster
 from baton.doctor_pairs import MeasuredPair, measure_machine, measure_pairs, pair_table
-from baton.pair_plan import Plan
+from baton.pair_plan import Plan, host_and_port
 from cluster.config import load_config, render_config
 from cluster.errors import ConfigError, ServingError
 from cluster.options import option, refused
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 EXIT_NOT_READY = 4
-MAX_PORT = 65535
 _DEVICE = re.compile(r"cpu|cuda(:[0-9]{1,2})?")
 
 
@@ -90,10 +89,10 @@ class DoctorConfig:
     )
 
     def __post_init__(self) -> None:
-        for name in ("listen", "to"):
-            address = getattr(self, name)
-            if address is not None and not _is_address(address):
-                raise refused(name, "must be HOST:PORT")
+        if self.listen is not None and not _is_address(self.listen):
+            raise refused("listen", "must be HOST:PORT")
+        if self.to is not None and not (_is_address(self.to) and all(host_and_port(self.to))):
+            raise refused("to", "must be HOST:PORT of another machine")
         if _DEVICE.fullmatch(self.device) is None:
             raise refused("device", "must be cpu, cuda or cuda:N")
 
@@ -103,8 +102,10 @@ class DoctorConfig:
 
 
 def _is_address(text: str) -> bool:
-    port = text.rpartition(":")[2]
-    return ":" in text and port.isdecimal() and int(port) <= MAX_PORT
+    try:
+        return bool(host_and_port(text))
+    except ValueError:
+        return False
 
 
 def main(argv: Sequence[str]) -> int:
@@ -149,9 +150,9 @@ def look_at_machine(asked: DoctorConfig) -> int:
 def listen(address: str, device: str) -> int:
     from baton.pair_probe import serve  # which needs torch; a gateway's machine may have none
 
-    host, _, port = address.rpartition(":")
+    host, port = host_and_port(address)
     try:
-        serve(Plan(device, device, None, host or "0.0.0.0", int(port)))
+        serve(Plan(device, device, None, host or "0.0.0.0", port))
     except KeyboardInterrupt:
         return 0
     except ServingError as error:

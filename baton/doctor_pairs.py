@@ -20,6 +20,8 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from baton.pair_plan import host_and_port
+
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
@@ -63,12 +65,10 @@ def measure_pairs() -> list[MeasuredPair]:
 
 
 def measure_machine(address: str, device: str) -> MeasuredPair:
-    """From this machine to one where `baton doctor --listen` runs. Never raises."""
-    host, _, port = address.rpartition(":")
+    """From this machine to one where `baton doctor --listen` runs, at HOST:PORT."""
+    host, port = host_and_port(address)
     label = f"this machine to {address}"
-    if not (host and port.isdigit()):
-        return _failed(label, "HOST:PORT is wanted")
-    found = _measured(label, ["to", device, host, port], MACHINE_SECONDS)
+    found = _measured(label, ["to", device, host, str(port)], MACHINE_SECONDS)
     return found if found.note else replace(found, note=note_between(found))
 
 

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from cluster.node import HOST
+
+MAX_PORT = 65535
+
 
 @dataclass(frozen=True, slots=True)
 class Plan:
@@ -21,3 +25,12 @@ class Plan:
     @property
     def num_messages(self) -> int:
         return 16 if self.source == "cpu" else 32
+
+
+def host_and_port(address: str) -> tuple[str, int]:
+    """Of HOST:PORT or [HOST]:PORT; the host may be empty. Raises `ValueError` for anything else."""
+    host, colon, port = address.rpartition(":")
+    is_host = not host or HOST.fullmatch(host) is not None
+    if not (colon and is_host and port.isdecimal() and int(port) <= MAX_PORT):
+        raise ValueError(address)
+    return host.removeprefix("[").removesuffix("]"), int(port)

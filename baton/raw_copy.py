@@ -125,7 +125,7 @@ class RawReceiver:
 
 
 def _receive(setting: Setting, num_bytes: int, host: str, where: Connection) -> None:
-    with socket.socket() as listener:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as listener:
         if setting.buffer_bytes:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, setting.buffer_bytes)
         listener.bind((host, 0))

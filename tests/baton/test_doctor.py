@@ -37,7 +37,10 @@ def test_the_exit_code_says_whether_there_is_a_problem(
     [
         ("--listen", "here"),
         ("--listen", "127.0.0.1:99999"),
+        ("--listen", "a b:1"),
         ("--to", "host:port"),
+        ("--to", ":9300"),
+        ("--to", "host:0"),
         ("--device", "gpu0"),
     ],
 )
