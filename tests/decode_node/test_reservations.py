@@ -68,13 +68,20 @@ class Node:
         )
         self.reservations = Reservations(self.manager, self.scheduler)
         self.asked: dict[str, Future[ReservedBlocks]] = {}
-        self.num_asked = 0
+        self.num_asked = self.num_own = 0
 
     def hand_off(self, num_tokens: int = 2 * BLOCK, *, priority: int = 0) -> None:
         name = f"h{self.num_asked}"
         self.num_asked += 1
         sequence = make_sequence(name, num_tokens, first=1000 * self.num_asked, priority=priority)
         self.asked[name] = self.reservations.ask(sequence)
+
+    def fill_with_own(self) -> None:
+        """Prompts computed here, each another one, until four of them wait."""
+        while self.scheduler.num_waiting < 4:
+            self.num_own += 1
+            name, first = f"here{self.num_own}", 10**6 * self.num_own
+            self.scheduler.add(make_sequence(name, BLOCK, first=first))
 
     def step(self) -> None:
         for name, blocks in list(self.asked.items()):
@@ -140,11 +147,8 @@ def test_hand_offs_that_never_cease_leave_room_for_a_prompt_that_is_computed_her
 
 def test_prompts_computed_here_that_never_cease_leave_room_for_a_hand_off() -> None:
     node = Node(num_blocks=8, max_num_seqs=16)
-    first = 0
     for step in range(40):
-        while node.scheduler.num_waiting < 4:
-            first += 1
-            node.scheduler.add(make_sequence(f"here{first}", BLOCK, first=10**6 * first))
+        node.fill_with_own()
         if step == 2:
             node.hand_off(6 * BLOCK)
         node.step()
@@ -154,11 +158,8 @@ def test_prompts_computed_here_that_never_cease_leave_room_for_a_hand_off() -> N
 
 def test_an_urgent_hand_off_does_not_wait_behind_others_that_whoever_comes_overtakes() -> None:
     node = Node(num_blocks=8, max_num_seqs=16)
-    first = 0
     for step in range(40):
-        while node.scheduler.num_waiting < 4:
-            first += 1
-            node.scheduler.add(make_sequence(f"here{first}", BLOCK, first=10**6 * first))
+        node.fill_with_own()
         if step == 2:
             node.hand_off(6 * BLOCK, priority=1)
             node.hand_off(6 * BLOCK)

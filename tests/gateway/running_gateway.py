@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import httpx
 import uvloop
 
 from cluster import clock as clocks
@@ -22,9 +24,10 @@ from gateway.http_server import HttpServer
 from gateway.server import shut_down
 from gateway.tokenizer import Tokenizer
 from tests.gateway.fake_node import FakeNode
+from tests.gateway.model_folder import write_model_folder
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Mapping, Sequence
+    from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from cluster.prefix_hash import BlockHash
@@ -179,3 +182,24 @@ def _hurry() -> asyncio.Event:
     event = asyncio.Event()
     event.set()
     return event
+
+
+@contextmanager
+def gateway_of(
+    template: str, folder: Path, *, special: Sequence[str] = ()
+) -> Iterator[RunningGateway]:
+    """Whose model has this chat template; `special`: tokens beside those that are always there."""
+    model = write_model_folder(folder, chat_template=template, special=special)
+    with closing(RunningGateway(model)) as running:
+        yield running
+
+
+@contextmanager
+def client_of(template: str, folder: Path) -> Iterator[httpx.Client]:
+    """Of a gateway whose model has this chat template."""
+    with gateway_of(template, folder) as running, client_to(running) as client:
+        yield client
+
+
+def client_to(running: RunningGateway) -> httpx.Client:
+    return httpx.Client(base_url=running.url, timeout=20)

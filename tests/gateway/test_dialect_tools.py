@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import httpx
 import pytest
 
-from tests.gateway.model_folder import write_model_folder
-from tests.gateway.running_gateway import RunningGateway
+from tests.gateway.running_gateway import client_of
 from tests.gateway.test_dialects import events_of
 from tests.gateway.test_http_edge import MODEL
 from tests.gateway.test_tools import CALL, TEMPLATE
@@ -16,18 +14,16 @@ from tests.gateway.test_tools import CALL, TEMPLATE
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    import httpx
+
 Json = dict[str, Any]
 SCHEMA = {"type": "object"}
 
 
 @pytest.fixture(scope="module")
 def http(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
-    folder = write_model_folder(tmp_path_factory.mktemp("tools"))
-    (folder / "chat_template.jinja").write_text(TEMPLATE)
-    running = RunningGateway(folder)
-    with httpx.Client(base_url=running.url, timeout=20) as client:
+    with client_of(TEMPLATE, tmp_path_factory.mktemp("tools")) as client:
         yield client
-    running.close()
 
 
 def message_body(**changes: Any) -> Json:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import httpx
 import pytest
 
 from gateway.dialects.claude_code import for_models
-from tests.gateway.model_folder import write_model_folder
-from tests.gateway.running_gateway import RunningGateway
+from tests.gateway.running_gateway import client_of
 from tests.gateway.test_dialects import events_of
 from tests.gateway.test_http_edge import MODEL
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    import httpx
 
 Json = dict[str, Any]
 # The node echoes the prompt, so that a user can write what the model is to say.
@@ -30,12 +30,8 @@ ADAPTIVE = {"type": "adaptive"}
 
 @pytest.fixture(scope="module")
 def http(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
-    folder = write_model_folder(tmp_path_factory.mktemp("thinking"))
-    (folder / "chat_template.jinja").write_text(TEMPLATE)
-    running = RunningGateway(folder)
-    with httpx.Client(base_url=running.url, timeout=20) as client:
+    with client_of(TEMPLATE, tmp_path_factory.mktemp("thinking")) as client:
         yield client
-    running.close()
 
 
 def asking(**changes: Any) -> Json:

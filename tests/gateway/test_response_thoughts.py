@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import httpx
 import openai
 import pytest
 
-from tests.gateway.model_folder import write_model_folder
-from tests.gateway.running_gateway import RunningGateway
+from tests.gateway.running_gateway import RunningGateway, client_to, gateway_of
 from tests.gateway.test_dialects import events_of
 from tests.gateway.test_http_edge import MODEL, error_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    import httpx
 
 # The node echoes the prompt, so that a user can write what the model is to say.
 TEMPLATE = (
@@ -29,16 +29,13 @@ SAID = "<think>hm, so</think>Hello"
 
 @pytest.fixture(scope="module")
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningGateway]:
-    folder = write_model_folder(tmp_path_factory.mktemp("thinking"))
-    (folder / "chat_template.jinja").write_text(TEMPLATE)
-    running = RunningGateway(folder)
-    yield running
-    running.close()
+    with gateway_of(TEMPLATE, tmp_path_factory.mktemp("thinking")) as running:
+        yield running
 
 
 @pytest.fixture(scope="module")
 def http(running: RunningGateway) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=running.url, timeout=20) as client:
+    with client_to(running) as client:
         yield client
 
 

@@ -5,17 +5,18 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
-import httpx
 import pytest
 
 from gateway.thoughts import MISTRAL, TAGS, ThoughtMarks, ThoughtSplitter, thought_marks_of
-from tests.gateway.model_folder import CHAT_TEMPLATE, write_model_folder
-from tests.gateway.running_gateway import RunningGateway
+from tests.gateway.model_folder import CHAT_TEMPLATE
+from tests.gateway.running_gateway import client_of, client_to, gateway_of
 from tests.gateway.test_http_edge import MODEL
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
+
+    import httpx
 
 # The node echoes the prompt, so that a user can write what the model is to say.
 TEMPLATE = (
@@ -87,28 +88,21 @@ def test_a_template_tells_how_its_model_thinks() -> None:
 
 @pytest.fixture(scope="module")
 def http(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
-    folder = write_model_folder(tmp_path_factory.mktemp("thinking"))
-    (folder / "chat_template.jinja").write_text(TEMPLATE)
-    running = RunningGateway(folder)
-    with httpx.Client(base_url=running.url, timeout=20) as client:
+    with client_of(TEMPLATE, tmp_path_factory.mktemp("thinking")) as client:
         yield client
-    running.close()
 
 
 @pytest.mark.parametrize("marks", [TAGS, MISTRAL], ids=["tags", "mistral"])
 def test_marks_of_thoughts_that_are_special_tokens_are_seen(
     tmp_path: Path, marks: ThoughtMarks
 ) -> None:
-    folder = write_model_folder(tmp_path, special=[marks.opening, marks.closing])
     template = TEMPLATE.replace("<|end|>", "").replace("</think>", marks.closing)
-    (folder / "chat_template.jinja").write_text(template)
     said = SAID.replace("<think>", marks.opening).replace("</think>", marks.closing)
-    running = RunningGateway(folder)
-    asked = body(messages=[{"role": "user", "content": said}])
-    url = f"{running.url}/v1/chat/completions"
-    answer = httpx.post(url, json=asked, timeout=20).json()
-    streamed = httpx.post(url, json={**asked, "stream": True}, timeout=20).text
-    running.close()
+    asked, url = body(messages=[{"role": "user", "content": said}]), "/v1/chat/completions"
+    special = [marks.opening, marks.closing]
+    with gateway_of(template, tmp_path, special=special) as running, client_to(running) as http:
+        answer = http.post(url, json=asked).json()
+        streamed = http.post(url, json={**asked, "stream": True}).text
     message = answer["choices"][0]["message"]
     assert (message["reasoning"], message["content"]) == ("\nhm, so\n", "Hello")
     deltas = [
